@@ -1,0 +1,81 @@
+"""Training batches: which samples, seen how, on this process's device."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from kd import views
+from kd.config import Job
+from kd.data import Data, Split
+from kd.errors import require
+from kd.outputs import Batch
+
+ROOM = 0.5  # share of a GPU's free memory that the data may take; the rest is for the networks
+
+
+def place(split: Split, device: torch.device) -> Split:
+    """The split on the device if it fits there, else in host memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if split.images.nbytes > ROOM * free:
+            return split
+    return split.to(device)
+
+
+class Pixels:
+    """Rows of a split as normalised images on the device."""
+
+    def __init__(self, split: Split, data: Data, device: torch.device):
+        self.split, self.device = place(split, device), device
+        self.mean = torch.tensor(data.mean, device=device)
+        self.std = torch.tensor(data.std, device=device)
+
+    def raw(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images and labels of the rows `index` (anywhere), on the device."""
+        index = index.to(self.split.labels.device)
+        images, labels = self.split.images[index], self.split.labels[index]
+        if images.device != self.device:  # from pinned memory the copy runs beside the arithmetic
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        return views.normalize(images, self.mean, self.std)
+
+
+class Batches:
+    """The training split as a sequence of this process's shares of global batches.
+
+    Raises UserError where the global batch does not fit the processes or the data.
+    """
+
+    def __init__(self, data: Data, job: Job, accelerator: Accelerator):
+        self.size, self.rows = job.fit.batch_size, len(data.train.labels)
+        self.processes, self.process = accelerator.num_processes, accelerator.process_index
+        require(
+            self.size % self.processes == 0,
+            f"--batch-size {self.size}: must divide by the number of processes, {self.processes}",
+        )
+        require(
+            self.size <= self.rows,
+            f"--batch-size {self.size}: larger than the training split of {self.rows} images; give fewer",
+        )
+        self.steps = self.rows // self.size  # an epoch; the incomplete batch at its end is dropped
+        self.seed, self.views = job.fit.seed, job.views
+        self.pixels = Pixels(data.train, data, accelerator.device)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from its step `first` on."""
+        # The whole order goes to the device at once: a slice of it costs no copy in the step.
+        order = views.order(self.seed, epoch, self.rows).to(self.pixels.split.labels.device)
+        device, share = self.pixels.device, self.size // self.processes
+        for step in range(first, self.steps):
+            start = step * self.size + self.process * share
+            index = order[start : start + share]
+            images, labels = self.pixels.raw(index)
+            index = index.to(device, non_blocking=True)
+            view = views.view(self.views, self.seed, epoch, index)
+            image = self.pixels.normalized(views.apply(images, view, self.views.crop_padding))
+            when = torch.full((), epoch, device=device), torch.full((), epoch * self.steps + step, device=device)
+            yield Batch(image, labels, index, epoch, *when)

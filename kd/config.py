@@ -1,0 +1,280 @@
+"""Every flag and every preset. No torch here: the scripts parse before they import anything slow."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tyro.conf import arg, subcommand
+
+from kd.errors import require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Annotated[str, arg(name="data")] = "cifar100"
+    """cifar100, digits, synthetic, a Hub id (user/name or user/name@revision), or a folder (imagefolder or parquet)."""
+    label: str | None = None
+    """Label column, where the data has several; the first one if left out."""
+    classes: int | None = None
+    """Keep the first N classes only."""
+    image_size: int | None = None
+    """Resize the shorter side to this and crop the centre; needed where images differ in size."""
+    val_fraction: float = 0.1
+    """Share of every class held out of the training split for validation; 0 for none."""
+    split_seed: int = 0
+    """Which rows validate. Apart from --seed, so that students of several seeds share one teacher."""
+
+    def check(self) -> None:
+        require(self.classes is None or self.classes >= 2, f"--classes {self.classes}: give 2 or more")
+        require(self.image_size is None or self.image_size >= 4, f"--image-size {self.image_size}: give 4 or more")
+        require(0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: give a share from 0 up to 1")
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    crop_padding: int = 4
+    """Pad by this many black pixels, then crop back at random; 0 for no crop."""
+    flip: bool = True
+    """Mirror half of the images; off for digits."""
+
+    def check(self) -> None:
+        require(self.crop_padding >= 0, f"--crop-padding {self.crop_padding}: give 0 or more")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    epochs: int = 10
+    """Passes over the training data."""
+    batch_size: int = 64
+    """Images per step over all processes together."""
+    lr: float = 0.001
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Of SGD. The report names neither momentum nor weight decay; these are the field's usual ones."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every parameter."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """How the learning rate falls, step by step."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear rise before the schedule."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """For --schedule step: shares of the run after which the learning rate is divided by 10."""
+    clip_norm: float | None = None
+    """Largest gradient norm; longer gradients are scaled down."""
+    seed: int = 0
+    """Weights, order and views follow from it."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Left out: as `accelerate launch` is configured."""
+    sync_batchnorm: bool = False
+    """BatchNorm over all processes' samples (GPUs only)."""
+    deterministic: bool = False
+    """Bitwise repeatable on a GPU too, at some cost in speed; the CPU always is."""
+
+    def check(self) -> None:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        require(self.lr > 0 and math.isfinite(self.lr), f"--lr {self.lr}: give a number above 0")
+        require(0 <= self.momentum < 1, f"--momentum {self.momentum}: give 0 or more, below 1")
+        require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
+        require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: give 0 or more")
+        require(self.warmup_epochs >= 0, f"--warmup-epochs {self.warmup_epochs}: give 0 or more")
+        require(self.clip_norm is None or self.clip_norm > 0, f"--clip-norm {self.clip_norm}: give more than 0")
+        require(all(0 < m < 1 for m in self.milestones), f"--milestones {self.milestones}: give shares between 0 and 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out: str | None = None
+    """Run folder; runs/<preset>/<what>-<model>-seed<seed>-<hash> if left out."""
+    resume: bool = False
+    """Continue the run in the folder; an error if there is none."""
+    auto_resume: bool = False
+    """Continue if there is something to continue, else start."""
+    save_every: int = 0
+    """Save every so many steps as well as after every epoch; 0 for epochs only."""
+    log_every: int = 50
+    """Read losses from the device, and agree to stop, every so many steps."""
+    threads: int | None = None
+    """CPU threads of each process; left out: all the cores it may use."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a key is found, else offline."""
+    wandb_project: str = "kd"
+    """Project in Weights & Biases."""
+    wandb_group: str | None = None
+    """Group in Weights & Biases; the preset's name if left out."""
+
+    def check(self) -> None:
+        require(self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more")
+        require(self.log_every >= 1, f"--log-every {self.log_every}: give 1 or more")
+        require(self.threads is None or self.threads >= 1, f"--threads {self.threads}: give 1 or more")
+        require(not (self.resume and self.auto_resume), "--resume and --auto-resume: give one of them")
+
+
+# One dataclass a method; its field names must not repeat a common flag's (tyro refuses; a test checks).
+@dataclass(frozen=True)
+class NoneConfig:
+    """Cross-entropy alone: no teacher."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes (arXiv:1512.00567)."""
+
+    def check(self) -> None:
+        require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: give 0 or more, below 1")
+
+
+@dataclass(frozen=True)
+class KDConfig:
+    """Hinton et al. 2015: follow the teacher's softened predictions."""
+
+    temperature: float = 5.0
+    """Softens both distributions; larger reveals more of the wrong classes."""
+    alpha: float = 0.7
+    """Weight of the distillation term; cross-entropy has 1 - alpha."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student), the usual; reverse: KL(student || teacher), as the report's formula reads."""
+
+    def check(self) -> None:
+        require(
+            self.temperature > 0 and math.isfinite(self.temperature),
+            f"--temperature {self.temperature}: give a number above 0",
+        )
+        require(0 <= self.alpha <= 1, f"--alpha {self.alpha}: give a share from 0 to 1")
+
+
+METHODS = {"none": NoneConfig, "kd": KDConfig}
+# A tuple subscript is a union: tyro makes a subcommand of each.
+Method = Annotated[NoneConfig, subcommand("none")] | Annotated[KDConfig, subcommand("kd")]
+
+
+def method_name(method: object) -> str:
+    return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+PresetName = Literal["report", "strong", "crd", "digits"]
+
+
+@dataclass(frozen=True)
+class _Common:
+    preset: PresetName = "report"
+    """The recipe that gives every flag its default. report: the report's own; strong: 200 epochs, the best we know;
+    crd: the literature's 240 epochs; digits: a demonstration in seconds."""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Common):
+    model: str = "resnet34"
+    """A name such as resnet34, torchvision/NAME, timm/NAME, or your own module:function, called as f(num_classes=K)."""
+    method: NoneConfig = field(default_factory=NoneConfig)
+
+    def check(self) -> None:
+        for part in (self.data, self.views, self.fit, self.run, self.method):
+            part.check()
+
+    def job(self) -> "Job":
+        return Job("teacher", self.preset, self.model, self.method, self.data, self.views, self.fit, self.run)
+
+
+@dataclass(frozen=True)
+class DistillConfig(_Common):
+    student: str = "resnet18"
+    """The network to train; names as for train_teacher.py's --model."""
+    teacher: str | None = None
+    """Run folder of the teacher; left out: the recipe's own is trained first, and reused afterwards."""
+    teacher_model: str = "resnet34"
+    """The recipe's teacher, where --teacher is left out."""
+    teacher_seed: int = 0
+    """Its seed; apart from --seed, so that students of several seeds share one teacher."""
+    trust_code: bool = False
+    """Build a --teacher whose network is a module:function, which runs its author's code."""
+    control: bool = False
+    """Also train the student alone, by the same recipe, to compare with."""
+    method: Method = field(default_factory=KDConfig)
+
+    def check(self) -> None:
+        for part in (self.data, self.views, self.fit, self.run, self.method):
+            part.check()
+
+    def job(self) -> "Job":
+        name = method_name(self.method)
+        return Job(name, self.preset, self.student, self.method, self.data, self.views, self.fit, self.run)
+
+    def teacher_job(self) -> "Job":
+        """The recipe's teacher: resumed unasked, in its own default folder."""
+        fit = dataclasses.replace(self.fit, seed=self.teacher_seed)
+        return self._side_job("teacher", self.teacher_model, fit)
+
+    def control_job(self) -> "Job":
+        """The student alone: the very run that `distill_student.py none` makes."""
+        return self._side_job("none", self.student, self.fit)
+
+    def _side_job(self, role: str, model: str, fit: FitConfig) -> "Job":
+        run = dataclasses.replace(self.run, out=None, resume=False, auto_resume=True)
+        return Job(role, self.preset, model, NoneConfig(), self.data, self.views, fit, run)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train: what both scripts boil down to."""
+
+    role: str  # "teacher", or the method's name
+    preset: str
+    model: str
+    method: object  # one of METHODS
+    data: DataConfig
+    views: ViewConfig
+    fit: FitConfig
+    run: RunConfig
+
+    @property
+    def method_name(self) -> str:
+        return method_name(self.method)
+
+
+# What a preset changes; teacher and student share the recipe. Everything else stays as above.
+PRESETS: dict[str, dict] = {
+    # The report's section 3: 10 epochs, lr 0.001, batch 64, SGD with a schedule, T=5, alpha=0.7.
+    "report": {},
+    # ResNets at 200 epochs: lr 0.1, batch 128, 5e-4, Nesterov, cosine after a short warm-up; T=4, alpha=0.9.
+    "strong": {
+        "fit": FitConfig(epochs=200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5),
+        "method": KDConfig(temperature=4.0, alpha=0.9),
+    },
+    # Tian et al. (arXiv:1910.10699): lr 0.05, batch 64, 240 epochs, divided by 10 at 150, 180, 210; no validation set.
+    "crd": {
+        "data": DataConfig(val_fraction=0.0),
+        "fit": FitConfig(epochs=240, lr=0.05, schedule="step", milestones=(150 / 240, 180 / 240, 210 / 240)),
+        "method": KDConfig(temperature=4.0, alpha=0.9),
+        "teacher": "resnet32x4",
+        "student": "resnet8x4",
+    },
+    # scikit-learn's 1,797 digits of 8 x 8 pixels. Tuned on the validation split (README, "The digits preset").
+    "digits": {
+        "data": DataConfig(source="digits", val_fraction=0.2),
+        "views": ViewConfig(crop_padding=1, flip=False),
+        "fit": FitConfig(epochs=30, lr=0.05, nesterov=True, warmup_epochs=2),
+        "method": KDConfig(temperature=4.0, alpha=0.9),
+        "teacher": "resnet20",
+        "student": "resnet8",
+        "control": True,
+    },
+}
+
+
+def train_defaults(preset: str) -> TrainConfig:
+    recipe = PRESETS[preset]
+    shared = {key: recipe[key] for key in ("data", "views", "fit") if key in recipe}
+    return TrainConfig(preset=preset, model=recipe.get("teacher", "resnet34"), **shared)
+
+
+def distill_defaults(preset: str) -> DistillConfig:
+    recipe = dict(PRESETS[preset])
+    models = {"teacher_model": recipe.pop("teacher", "resnet34"), "student": recipe.pop("student", "resnet18")}
+    return DistillConfig(preset=preset, **models, **recipe)

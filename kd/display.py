@@ -1,0 +1,64 @@
+"""What a person sees while a network trains."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+
+
+class Display:
+    """A bar for the run and one for the epoch on a terminal; elsewhere a plain line an epoch."""
+
+    def __init__(self, title: str, epochs: int, steps: int, position: int, shown: bool):
+        self.title, self.epochs, self.steps = title, epochs, steps
+        self._first, self._started = position, time.monotonic()
+        self.shown = shown
+        self.bars = shown and console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not self.bars,
+        )
+        self._run = self._progress.add_task(title, total=epochs * steps, completed=position, numbers="")
+        self._epoch = self._progress.add_task("epoch", total=steps, completed=position % steps, numbers="")
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, numbers: dict[str, float]) -> None:
+        """After `step` steps of the run in all; called where numbers are read anyway."""
+        done = (step - 1) % self.steps + 1
+        self._progress.update(self._run, completed=step)
+        name = f"epoch {(step - 1) // self.steps + 1}/{self.epochs}"
+        self._progress.update(self._epoch, description=name, completed=done, numbers=_words(numbers))
+
+    def epoch(self, line: dict) -> None:
+        """After an epoch, validation included."""
+        self._progress.update(self._run, numbers=_words(line, ("val/loss", "val/top1")))
+        if self.shown and not self.bars:
+            done = (line["step"] - self._first) / max(self.epochs * self.steps - self._first, 1)
+            left = (time.monotonic() - self._started) * (1 - done) / done
+            print(f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_words(line)}  {_clock(left)} left", flush=True)
+
+
+def _words(numbers: dict, keys: tuple[str, ...] = ()) -> str:
+    keys = keys or ("train/loss", "train/top1", "val/loss", "val/top1", "images_per_second")
+    units = {"top1": ".2f", "loss": ".4f", "images_per_second": ".0f"}
+    shown = [key for key in keys if numbers.get(key) is not None]
+    return "  ".join(f"{key} {numbers[key]:{units[key.rsplit('/', 1)[-1]]}}" for key in shown)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -1,0 +1,51 @@
+"""What goes wrong through no fault of the program, and how a script ends then."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """The user can mend this: one line naming the value and the remedy; the script exits with 2."""
+
+
+class Preempted(Exception):
+    """Training was asked to stop (SIGTERM or Ctrl-C) and has saved its state."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'did you mean a or b?' for a mistyped name, or all the names where nothing is near."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Run `work`; what the user can mend becomes one line on stderr and a code instead of a traceback."""
+    try:
+        work()
+    except UserError as error:
+        return _say(f"error: {error}", 2)
+    except Preempted as stop:
+        return _say(f"preempted: {stop}", 128 + stop.signal_number)
+    except KeyboardInterrupt:
+        return _say("interrupted: the last checkpoint stands; continue with --resume", 130)
+    return 0
+
+
+def _say(message: str, code: int) -> int:
+    # All processes of one run fail with the same message; the first is enough, unless it is another's alone.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        message = f"[process {os.environ.get('RANK')}] {message}"
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,154 @@
+"""The one training loop, and how a network is scored."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kd import metrics, views
+from kd.batches import Batches, Pixels
+from kd.checkpoint import broadcast_buffers
+from kd.config import FitConfig, Job
+from kd.data import Data, Split
+from kd.display import Display
+from kd.ledger import Ledger
+from kd.losses import Distiller
+from kd.outputs import Batch
+from kd.run_folder import RunFolder
+from kd.signals import StopRequests
+from kd.teacher import Teacher
+from kd.tracking import Tracker
+
+
+def lr_at(step: int, steps: int, steps_per_epoch: int, config: FitConfig) -> float:
+    """The learning rate of step `step` (from 0) of `steps`: a function of the step, so there is nothing to save."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    if config.schedule == "step":
+        return config.lr * 0.1 ** sum(step >= round(milestone * steps) for milestone in config.milestones)
+    return config.lr
+
+
+def fit(
+    distiller: Distiller,
+    data: Data,
+    job: Job,
+    accelerator: Accelerator,
+    run: RunFolder,
+    tracker: Tracker,
+    teacher: Teacher | None,
+) -> Ledger:
+    """Train `distiller` in place, from the run's newest checkpoint if it has one.
+
+    Returns the ledger: final state, history, best weights. The run's metrics.jsonl and W&B run get a line an epoch.
+    Raises: UserError where the loss is no longer finite; Preempted once a requested stop is saved.
+    """
+    config, log_every, save_every = job.fit, job.run.log_every, job.run.save_every
+    batches = Batches(data, job, accelerator)
+    if config.sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+    sgd = make_optimizer(distiller.to(accelerator.device), config)
+    fresh_scaler(accelerator)
+    ledger = Ledger(distiller, sgd, job, run, accelerator)
+    model, optimizer = accelerator.prepare(distiller, sgd)
+    state, steps = ledger.state, batches.steps * config.epochs
+    tracker.rewrite(state.history)
+    display = Display(f"{job.role} {job.model}", config.epochs, batches.steps, state.step, accelerator.is_main_process)
+    with StopRequests() as requests, display:
+        if not run.resuming:
+            ledger.save()
+        for epoch in range(len(state.history), config.epochs):
+            distiller.train()
+            for batch in batches.epoch(epoch, state.step - epoch * batches.steps):
+                lr = lr_at(state.step, steps, batches.steps, config)
+                views.seed_step(config.seed, state.step, accelerator.process_index)
+                logits, terms = train_step(model, optimizer, lr, batch, teacher, accelerator, config.clip_norm)
+                ledger.step(terms, logits, batch.label, batch.step)
+                alone = requests.number and accelerator.num_processes == 1  # several agree where they meet
+                if state.step % log_every == 0 or alone:
+                    numbers, stop = ledger.look(requests.number)
+                    display.step(state.step, numbers)
+                    if stop:
+                        ledger.preempt(stop)
+                if save_every and state.step % save_every == 0:
+                    ledger.save()
+            numbers, _ = ledger.look()
+            ledger.clock.pause()
+            display.step(state.step, numbers)
+            scores = validate(distiller.deployed, data, accelerator, config.batch_size)
+            line = ledger.end_epoch(numbers, lr_at(state.step - 1, steps, batches.steps, config), scores)
+            tracker.log(line)
+            display.epoch(line)
+            ledger.save()
+    return ledger
+
+
+def make_optimizer(module: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    """SGD over everything trainable: the student, and what the method trains beside it."""
+    options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
+    return torch.optim.SGD((p for p in module.parameters() if p.requires_grad), config.lr, **options)
+
+
+def fresh_scaler(accelerator: Accelerator) -> None:
+    """fp16's gradient scale as it starts: a teacher trained before in this process must leave no trace."""
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    batch: Batch,
+    teacher: Teacher | None,
+    accelerator: Accelerator,
+    clip_norm: float | None,
+) -> tuple[Float[Tensor, "b k"], dict[str, Tensor]]:
+    """One update of the weights; the student's logits before it, and the loss terms."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    logits, terms = model(batch, teacher and teacher(batch))
+    accelerator.backward(sum(terms.values()))
+    if clip_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return logits, terms
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, split: Split, data: Data, accelerator: Accelerator, batch_size: int
+) -> Float[Tensor, "n k"]:
+    """The network's logits for every row of the split, in eval mode; all processes share the work and get all rows.
+
+    Each row is written by one process and zero on the others, so that their sum holds each exactly once, whatever
+    the remainder.
+    """
+    training = network.training
+    network.eval()
+    broadcast_buffers(network)
+    pixels = Pixels(split, data, accelerator.device)
+    rows = len(split.labels)
+    logits = torch.zeros(rows, len(data.classes), device=accelerator.device)
+    share = max(batch_size // accelerator.num_processes, 1)
+    for start in range(accelerator.process_index * share, rows, accelerator.num_processes * share):
+        index = torch.arange(start, min(start + share, rows))
+        with accelerator.autocast():
+            logits[start : start + share] = network(pixels.normalized(pixels.raw(index)[0])).float()
+    network.train(training)
+    return accelerator.reduce(logits, "sum")
+
+
+def validate(network: nn.Module, data: Data, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+    """Loss and top-1 on the validation split; nothing where there is none."""
+    if data.val is None:
+        return {}
+    logits = predict(network, data.val, data, accelerator, batch_size)
+    labels = data.val.labels.to(logits.device)
+    return {"val/loss": metrics.nll(logits, labels), "val/top1": metrics.top_k(logits, labels, 1)}

@@ -1,0 +1,51 @@
+"""What every method is, and how it meets the student."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from kd.outputs import Batch, Outputs, Pair
+
+
+class DistillationLoss(nn.Module, ABC):
+    """A method: weighted loss terms by name, whose sum is minimised. What it trains of its own are its parameters."""
+
+    needs_teacher = True
+
+    def __init__(self, config, pair: Pair):
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Scalar terms, each averaged over the batch of this process; float32, with autocast off."""
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """The network that is scored, saved and exported."""
+        return student
+
+
+class Distiller(nn.Module):
+    """Everything trainable behind one forward, so that data parallelism sees all of it."""
+
+    def __init__(self, student: nn.Module, loss: DistillationLoss):
+        super().__init__()
+        self.student = student
+        self.loss = loss
+
+    @property
+    def deployed(self) -> nn.Module:
+        return self.loss.deployed(self.student)
+
+    def forward(self, batch: Batch, teacher: Outputs | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits (b x k, float32) and the loss terms."""
+        student = Outputs(self.student(batch.image))
+        # Losses lose digits in half precision: a Gram matrix in bfloat16 is off by 2e-3.
+        with torch.autocast(batch.image.device.type, enabled=False):
+            student = _float(student)
+            return student.logits, self.loss(student, teacher and _float(teacher), batch)
+
+
+def _float(outputs: Outputs) -> Outputs:
+    return Outputs(outputs.logits.float(), {name: feature.float() for name, feature in outputs.features.items()})

@@ -1,0 +1,43 @@
+"""Knowledge distillation (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531)."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.config import KDConfig
+from kd.errors import require
+from kd.losses.base import DistillationLoss
+from kd.outputs import Batch, Outputs
+
+
+def kd_loss(
+    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temperature: float
+) -> Float[Tensor, ""]:
+    """T^2 * KL(teacher || student) between softened predictions (section 2).
+
+    Summed over classes, averaged over the batch. Scaled by temperature squared, so that its gradients stay comparable with cross-entropy's. With the arguments
+    exchanged it is the reverse divergence. Raises ValueError where the shapes differ (F.kl_div would broadcast).
+    """
+    require(
+        student_logits.shape == teacher_logits.shape,
+        f"logits of student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} differ in shape",
+    )
+    log_student = F.log_softmax(student_logits / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+class KD(DistillationLoss):
+    """(1 - alpha) * cross-entropy + alpha * kd_loss, as the report's section 3.3 weighs them."""
+
+    config: KDConfig
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        alpha, temperature = self.config.alpha, self.config.temperature
+        towards = (student.logits, teacher.logits)
+        if self.config.direction == "reverse":
+            towards = towards[::-1]
+        return {
+            "ce": (1 - alpha) * F.cross_entropy(student.logits, batch.label),
+            "kd": alpha * kd_loss(*towards, temperature),
+        }

@@ -1,0 +1,18 @@
+"""Cross-entropy alone: the teacher's own loss, and the control that every comparison needs."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.config import NoneConfig
+from kd.losses.base import DistillationLoss
+from kd.outputs import Batch, Outputs
+
+
+class CrossEntropy(DistillationLoss):
+    """With label smoothing if asked (Szegedy et al., arXiv:1512.00567, section 7)."""
+
+    config: NoneConfig
+    needs_teacher = False
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(student.logits, batch.label, label_smoothing=self.config.label_smoothing)}

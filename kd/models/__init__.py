@@ -1,0 +1,92 @@
+"""Networks by name. Every one takes normalised images b x 3 x h x w and returns logits b x k."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kd.errors import UserError, nearest, require
+from kd.models import cifar_resnet, torchvision_operators
+
+torchvision_operators.define()  # before the first import of torchvision, timm's included
+
+from kd.models import resnet  # noqa: E402
+
+MODELS = {**resnet.MODELS, **cifar_resnet.MODELS}
+"""Name -> f(num_classes, image_size); image_size is (height, width)."""
+
+
+def is_users_own(name: str) -> bool:
+    """Whether `name` is a module:function, which is code to import and run."""
+    return re.fullmatch(r"[\w.]+:\w+", name) is not None
+
+
+def build_model(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """A network with fresh weights from torch's generator, seen to give b x num_classes for a batch of such images.
+
+    Raises: UserError for an unknown name (with the nearest ones), or a network that cannot take these images.
+    """
+    if name in MODELS:
+        network = MODELS[name](num_classes, image_size)
+    elif name.startswith("torchvision/"):
+        network = _from_torchvision(name.removeprefix("torchvision/"), num_classes)
+    elif name.startswith("timm/"):
+        network = _from_timm(name.removeprefix("timm/"), num_classes)
+    elif is_users_own(name):
+        network = _users_own(name, num_classes)
+    else:
+        families = "; or torchvision/NAME, timm/NAME, or module:function"
+        raise UserError(f"unknown model {name!r}: {nearest(name, MODELS)}{families}")
+    require(isinstance(network, nn.Module), f"model {name}: returned {type(network).__name__}, not a torch module")
+    logits = probe(network, image_size, name)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    require(shape == (2, num_classes), f"model {name}: gives {shape} for 2 images; logits of (2, {num_classes}) wanted")
+    return network
+
+
+@torch.no_grad()
+def probe(network: nn.Module, image_size: tuple[int, int], name: str):
+    """What the network gives, in eval mode, for two grey images; its weights and buffers are untouched."""
+    training = network.training
+    try:
+        return network.eval()(torch.zeros(2, 3, *image_size, device=next(network.parameters()).device))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        height, width = image_size
+        raise UserError(f"model {name}: cannot take images of {width} x {height} pixels ({error})") from error
+    finally:
+        network.train(training)
+
+
+def _from_torchvision(name: str, num_classes: int) -> nn.Module:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    require(name in names, f"unknown model torchvision/{name}: {nearest(name, names)}")
+    # These two return their training heads beside the logits unless told not to.
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+
+
+def _from_timm(name: str, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"model timm/{name} needs timm: pip install timm") from error
+    names = timm.list_models()
+    require(name in names, f"unknown model timm/{name}: {nearest(name, names)}")
+    return timm.create_model(name, pretrained=False, num_classes=num_classes)
+
+
+def _users_own(name: str, num_classes: int) -> nn.Module:
+    module_name, function = name.split(":")
+    if str(Path.cwd()) not in sys.path:  # as `python -m` would
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"model {name}: cannot import {module_name} from here ({error})") from error
+    require(callable(getattr(module, function, None)), f"model {name}: {module_name} has no function {function}")
+    return getattr(module, function)(num_classes=num_classes)

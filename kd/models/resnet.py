@@ -1,0 +1,27 @@
+"""Deep residual networks (He et al., arXiv:1512.03385), from torchvision.
+
+For small images the stem is one 3 x 3 convolution of stride 1 and there is no max-pool: on CIFAR-100 that is worth 5 to
+7 points over the ImageNet stem. With 100 classes resnet18 has 11.2M parameters and resnet34 21.3M.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+SMALL = 64  # images up to this many pixels get the small stem
+
+
+def build(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    import torchvision
+
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    if max(image_size) <= SMALL:
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+        network.maxpool = nn.Identity()
+    return network
+
+
+NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+MODELS: dict[str, Callable] = {name: partial(build, name) for name in NAMES}

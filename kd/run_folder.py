@@ -1,0 +1,179 @@
+"""The folder of one run: whose it is, whether it is finished, and what it holds for others."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import subprocess
+import uuid
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from kd import checkpoint
+from kd.config import Job
+from kd.data import Data
+from kd.errors import UserError, require
+from kd.files import load_weights, read_json, sha256_file, write_json
+from kd.lock import Lock
+
+
+@dataclass
+class RunFolder:
+    """A run's own folder, locked by this process until it dies or the `with` block ends."""
+
+    path: Path
+    identity: dict
+    wandb_id: str = ""
+    lock: Lock | None = None
+    summary: dict | None = None  # of a finished run
+    resuming: bool = False  # there is a checkpoint to go on from
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+
+def identity_of(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None) -> dict:
+    """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
+    parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
+    del parts["data"]["source"]  # where it lies does not matter; what it holds does
+    parts["fit"]["mixed_precision"] = accelerator.mixed_precision
+    flat = {key: value for part in parts.values() for key, value in part.items()}
+    flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha}
+    return json.loads(json.dumps(flat))  # tuples as lists, as they are read back
+
+
+def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None = None) -> RunFolder:
+    """Claim the job's folder: new, to be resumed, or finished. Only the main process looks and writes.
+
+    Raises: UserError where the folder holds something else, another process works in it, or it cannot be written.
+    """
+    identity = identity_of(job, data, accelerator, teacher_sha)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
+    run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
+    if accelerator.is_main_process:
+        _claim(run, job)
+        if run.summary is None and not run.resuming:
+            run.wandb_id = uuid.uuid4().hex[:8]
+            write_json(run.path / "config.json", _record(job, run, data, accelerator))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        run.summary = _summary(run.path)
+        run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
+    accelerator.wait_for_everyone()  # nobody trains before all have looked
+    return run
+
+
+def _claim(run: RunFolder, job: Job) -> None:
+    path = run.path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        holds = sorted(entry.name for entry in path.iterdir() if entry.name != "lock")
+        require(
+            not holds or "config.json" in holds,
+            f"{path} holds something that is no run ({', '.join(holds[:3])}); choose another --out",
+        )
+        run.lock = Lock(path / "lock")
+        # A teacher or control on the way may be in the making for another student: wait and share it.
+        if not run.lock.acquire():
+            require(job.run.auto_resume, f"{path} is in use by another process; wait for it or choose another --out")
+            print(f"waiting for another process to finish {path}", flush=True)
+            run.lock.acquire(wait=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error}); choose another --out") from error
+    if (path / "config.json").exists():
+        record = read_json(path / "config.json")
+        _check_same(path, record.get("identity", {}), run.identity)
+        run.wandb_id = record.get("wandb_id", "")
+    run.summary = _summary(path)
+    run.resuming = bool(checkpoint.steps(path / "checkpoint"))
+    if run.summary is None:
+        require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
+        require(
+            not run.resuming or job.run.resume or job.run.auto_resume,
+            f"{path} holds an unfinished run: add --resume to continue it, or remove the folder",
+        )
+        if job.run.auto_resume and not run.resuming and job.run.out:
+            print(f"{path}: nothing to resume, starting afresh", flush=True)
+
+
+def _check_same(path: Path, theirs: dict, ours: dict) -> None:
+    differ = [
+        f"{key.replace('_', '-')} {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    require(not differ, f"{path} holds another run ({'; '.join(differ)}); choose another --out, or the same flags")
+
+
+def _summary(path: Path) -> dict | None:
+    if not (path / "summary.json").exists():
+        return None
+    summary = read_json(path / "summary.json")
+    return summary if summary.get("status") == "finished" else None
+
+
+def _record(job: Job, run: RunFolder, data: Data, accelerator: Accelerator) -> dict:
+    packages = ("torch", "torchvision", "accelerate", "datasets", "numpy")
+    return {
+        "identity": run.identity,
+        "flags": dataclasses.asdict(job),
+        "data": {"rows": len(data.train.labels), "mean": data.mean, "std": data.std, "classes": len(data.classes)},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "git_commit": _git_commit(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        "wandb_id": run.wandb_id,
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Trained(NamedTuple):
+    """A finished run's network, in eval mode on the CPU, and what it expects."""
+
+    network: nn.Module
+    info: dict  # model.json: model, num_classes, image_size, mean, std, classes
+    weights_sha256: str
+    summary: dict
+
+
+def load_network(folder: Path, trust_code: bool) -> Trained:
+    """Read a finished run's network from safetensors and JSON; nothing is unpickled.
+
+    Raises: UserError where the folder is no finished run, or its network is code of the user's own and not trusted.
+    """
+    from kd.models import build_model, is_users_own
+
+    require(folder.is_dir(), f"{folder}: no such run folder")
+    summary = _summary(folder)
+    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
+    info = read_json(folder / "model.json")
+    missing = {"model", "num_classes", "image_size", "mean", "std", "classes"} - set(info)
+    require(not missing, f"{folder / 'model.json'} lacks {', '.join(sorted(missing))}")
+    require(
+        trust_code or not is_users_own(info["model"]),
+        f"{folder}: building {info['model']} runs its author's code; --trust-code (kd.load: trust_code=True)"
+        " says that you trust it",
+    )
+    network = build_model(info["model"], info["num_classes"], tuple(info["image_size"]))
+    load_weights(network, folder / "model.safetensors")
+    return Trained(network.eval(), info, sha256_file(folder / "model.safetensors"), summary)

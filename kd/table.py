@@ -1,0 +1,89 @@
+"""The report's Table I with true numbers, and what may be concluded from it."""
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kd.display import console
+from kd.files import read_json
+
+COLUMNS = (
+    ("val_top1_last", "val", ".2f"),
+    ("val_top1_best", "best val", ".2f"),
+    ("test_top1", "test", ".2f"),
+    ("test_top1_best", "test of best val", ".2f"),
+    ("test_top5", "test top-5", ".2f"),
+    ("test_nll", "NLL", ".4f"),
+    ("test_ece", "ECE", ".2f"),
+    ("agreement", "agrees with teacher", ".2f"),
+)
+
+
+def show_results(student: Path) -> None:
+    """Print a finished run's table: its teacher, the student alone and the student itself, as far as there are."""
+    summary = read_json(student / "summary.json")
+    rows = []
+    if summary.get("teacher"):
+        rows.append(("teacher", _read(summary["teacher"])))
+    control = _read(summary["control"]) if summary.get("control") else None
+    if summary["method"] != "none":
+        rows.append(("student alone", control))
+    rows.append((_name(summary), summary))
+    wide = console if console.is_terminal else Console(width=120)
+    wide.print(_table(rows))
+    if control is None and summary["method"] != "none":
+        wide.print(Text("student alone: not measured; the same command with --control measures it"))
+    elif control is not None:
+        wide.print(Text(verdict(summary, control)))
+    wide.print(Text(f"run folder: {student}"))
+
+
+def _name(summary: dict) -> str:
+    if summary["script"] == "train_teacher.py":
+        return "teacher"
+    return "student alone" if summary["method"] == "none" else f"student ({summary['method']})"
+
+
+def _read(folder: str) -> dict | None:
+    path = Path(folder) / "summary.json"
+    return read_json(path) if path.exists() else None
+
+
+def _table(rows: list[tuple[str, dict | None]]) -> Table:
+    table = Table(title="top-1 and the like in percent, of the last epoch's weights unless said otherwise")
+    table.add_column("network")
+    table.add_column("model")
+    table.add_column("params", justify="right")
+    for _, title, _ in COLUMNS:
+        table.add_column(title, justify="right")
+    for name, summary in rows:
+        if summary is None:
+            table.add_row(name, "not measured", *[""] * (len(COLUMNS) + 1))
+            continue
+        cells = [_cell(summary.get(key), style) for key, _, style in COLUMNS]
+        table.add_row(Text(name), Text(summary["model"]), _count(summary["params"]), *cells)
+    return table
+
+
+def _cell(value: float | None, style: str) -> str:
+    return "" if value is None else f"{value:{style}}"
+
+
+def _count(params: int) -> str:
+    return f"{params / 1e6:.2f}M" if params >= 1e6 else f"{params / 1e3:.1f}k"
+
+
+def verdict(student: dict, control: dict) -> str:
+    """What one seed's difference in test accuracy says, beside the noise of a test set of that size."""
+    gain, images = student["test_top1"] - control["test_top1"], student["test_images"]
+    shares = [summary["test_top1"] / 100 for summary in (student, control)]
+    # Two independent samples of that many images; both networks see the same ones, so this is on the careful side.
+    error = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / images)
+    counted = f"{gain:+.2f} points ({round(gain * images / 100):+d} of {images} test images)"
+    words = f"distilled against alone: {counted}, one seed; the test set's own noise is ±{1.96 * error:.2f}."
+    if abs(gain) <= 1.96 * error:
+        return f"{words} Smaller than that noise: no gain or loss was shown."
+    return f"{words} Distillation {'helped' if gain > 0 else 'hurt'} here; how much seeds vary is not in this number."

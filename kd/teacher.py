@@ -1,0 +1,77 @@
+"""Teachers: anything that answers a Batch with Outputs. The training loop cannot tell one from another."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kd.data import Data
+from kd.errors import require
+from kd.outputs import Batch, Outputs
+from kd.run_folder import load_network
+
+Teacher = Callable[[Batch], Outputs]
+
+
+class Renormalize(nn.Module):
+    """From the student's normalisation to the teacher's own."""
+
+    def __init__(self, ours: tuple, theirs: tuple):
+        super().__init__()
+        mean, std, their_mean, their_std = (torch.tensor(part)[:, None, None] for part in (*ours, *theirs))
+        self.register_buffer("scale", std / their_std, persistent=False)
+        self.register_buffer("shift", (mean - their_mean) / their_std, persistent=False)
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return image * self.scale + self.shift
+
+
+class Frozen(NamedTuple):
+    """A teacher's network, ready to be asked: on the device, in eval mode, without gradients."""
+
+    network: nn.Module
+    folder: Path
+    weights_sha256: str
+    summary: dict
+
+
+def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> Frozen:
+    """A finished run as teacher for students on `data`; its own normalisation is kept.
+
+    Raises: UserError where its classes or image size are not those of `data`, or its network is a `module:function`
+    and not trusted.
+    """
+    network, info, sha256, summary = load_network(folder, trust_code)
+    theirs, ours = info["classes"], list(data.classes)
+    require(
+        len(theirs) == len(ours),
+        f"teacher {folder} knows {len(theirs)} classes, the data has {len(ours)}: train one on this data",
+    )
+    wrong = next((pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]), None)
+    require(
+        wrong is None,
+        f"teacher {folder} has its classes in another order or other ones ({wrong} differ): train one on this data",
+    )
+    require(
+        tuple(info["image_size"]) == data.size,
+        f"teacher {folder} takes images of {info['image_size']} (height, width), the data has {list(data.size)}",
+    )
+    if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
+        network = nn.Sequential(Renormalize((data.mean, data.std), (info["mean"], info["std"])), network)
+    return Frozen(network.eval().requires_grad_(False).to(device), folder, sha256, summary)
+
+
+def live(network: nn.Module, accelerator: Accelerator) -> Teacher:
+    """Ask the network at every step."""
+
+    # no_grad, not inference_mode: the latter's tensors cannot take part in a later backward pass.
+    @torch.no_grad()
+    def answer(batch: Batch) -> Outputs:
+        with accelerator.autocast():
+            return Outputs(network(batch.image).float())
+
+    return answer

@@ -1,0 +1,61 @@
+"""Train a network with cross-entropy: a teacher, or anything alone.
+
+    accelerate launch train_teacher.py                   the report's: ResNet34 on CIFAR-100, 10 epochs
+    accelerate launch train_teacher.py --preset digits   in seconds, no download
+    accelerate launch train_teacher.py --model resnet56 --data my/folder --out runs/big
+
+Accuracies: see the README; CIFAR-100 at full length is not measured yet.
+"""
+
+from pathlib import Path
+
+from kd.cli import script
+from kd.config import Job, TrainConfig, train_defaults
+
+
+def train(job: Job, data, accelerator, teacher=None, control: Path | None = None) -> Path:
+    """Train one network as `job` says, or find it trained already; returns its run folder.
+
+    `teacher` (kd.teacher.Frozen) is asked live; `control` is the run of the student alone, for the summary.
+    """
+    from kd.finish import finish
+    from kd.fit import fit
+    from kd.launch import same_threads
+    from kd.losses import LOSSES, Distiller
+    from kd.models import build_model
+    from kd.probe import probe_pair
+    from kd.run_folder import open_run
+    from kd.teacher import live
+    from kd.tracking import Tracker
+    from kd.views import seed_everything
+
+    run = open_run(job, data, accelerator, teacher and teacher.weights_sha256)
+    with run, same_threads():
+        if run.summary is None:
+            seed_everything(job.fit.seed, "network")
+            network = build_model(job.model, len(data.classes), data.size)
+            seed_everything(job.fit.seed, "method")
+            loss = LOSSES[job.method_name](job.method, probe_pair(network, teacher, data))
+            distiller = Distiller(network, loss)
+            tracker = Tracker(job, run, accelerator)
+            answer = live(teacher.network, accelerator) if teacher else None
+            ledger = fit(distiller, data, job, accelerator, run, tracker, answer)
+            tracker.finish(finish(distiller, ledger, data, job, accelerator, run, teacher, control))
+            accelerator.free_memory()
+    return run.path
+
+
+def main(config: TrainConfig) -> None:
+    from kd.data import load_data
+    from kd.launch import start
+    from kd.table import show_results
+
+    accelerator = start(config.fit, config.run)
+    data = load_data(config.data)
+    folder = train(config.job(), data, accelerator)
+    if accelerator.is_main_process:
+        show_results(folder)
+
+
+if __name__ == "__main__":
+    script(train_defaults, main, __doc__)
