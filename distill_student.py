@@ -15,12 +15,9 @@ from train_teacher import train
 
 
 def find_teacher(config: DistillConfig, data, accelerator):
-    """The run named by --teacher; else the recipe's own, trained if need be. None for a method that needs none."""
-    from kd.losses import LOSSES
+    """The run named by --teacher; else the recipe's own, trained if need be."""
     from kd.teacher import load_teacher
 
-    if not LOSSES[config.job().method_name].needs_teacher:
-        return None
     folder = Path(config.teacher) if config.teacher else train(config.teacher_job(), data, accelerator)
     return load_teacher(folder, data, accelerator.device, trust_code=config.trust_code or not config.teacher)
 
@@ -28,13 +25,21 @@ def find_teacher(config: DistillConfig, data, accelerator):
 def main(config: DistillConfig) -> None:
     from kd.data import load_data
     from kd.launch import start
+    from kd.losses import LOSSES
+    from kd.models import check_name
+    from kd.probe import try_out
     from kd.table import show_results
 
+    job, needs_teacher = config.job(), LOSSES[config.job().method_name].needs_teacher
+    check_name(config.student)
+    if needs_teacher and not config.teacher:
+        check_name(config.teacher_model)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
-    teacher = find_teacher(config, data, accelerator)
-    control = train(config.control_job(), data, accelerator) if config.control and teacher else None
-    folder = train(config.job(), data, accelerator, teacher, control)
+    try_out(job, data, accelerator)
+    teacher = find_teacher(config, data, accelerator) if needs_teacher else None
+    control = train(config.control_job(), data, accelerator) if config.control and needs_teacher else None
+    folder = train(job, data, accelerator, teacher, control)
     if accelerator.is_main_process:
         show_results(folder)
 

@@ -48,8 +48,10 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
 def main(config: TrainConfig) -> None:
     from kd.data import load_data
     from kd.launch import start
+    from kd.models import check_name
     from kd.table import show_results
 
+    check_name(config.model)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
     folder = train(config.job(), data, accelerator)

@@ -36,7 +36,7 @@ class Pixels:
         """uint8 images and labels of the rows `index` (anywhere), on the device."""
         index = index.to(self.split.labels.device)
         images, labels = self.split.images[index], self.split.labels[index]
-        if images.device != self.device:  # from pinned memory the copy runs beside the arithmetic
+        if images.device.type != self.device.type:  # from pinned memory the copy runs beside the arithmetic
             images, labels = images.pin_memory(), labels.pin_memory()
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
@@ -44,23 +44,19 @@ class Pixels:
         return views.normalize(images, self.mean, self.std)
 
 
-class Batches:
-    """The training split as a sequence of this process's shares of global batches.
+def check_batch(size: int, rows: int, processes: int) -> None:
+    """Raises UserError where a global batch of `size` does not fit the processes or the training rows."""
+    require(size % processes == 0, f"--batch-size {size}: must divide by the number of processes, {processes}")
+    require(size <= rows, f"--batch-size {size}: larger than the training split of {rows} images; give fewer")
 
-    Raises UserError where the global batch does not fit the processes or the data.
-    """
+
+class Batches:
+    """The training split as a sequence of this process's shares of global batches."""
 
     def __init__(self, data: Data, job: Job, accelerator: Accelerator):
         self.size, self.rows = job.fit.batch_size, len(data.train.labels)
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
-        require(
-            self.size % self.processes == 0,
-            f"--batch-size {self.size}: must divide by the number of processes, {self.processes}",
-        )
-        require(
-            self.size <= self.rows,
-            f"--batch-size {self.size}: larger than the training split of {self.rows} images; give fewer",
-        )
+        check_batch(self.size, self.rows, self.processes)
         self.steps = self.rows // self.size  # an epoch; the incomplete batch at its end is dropped
         self.seed, self.views = job.fit.seed, job.views
         self.pixels = Pixels(data.train, data, accelerator.device)

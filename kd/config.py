@@ -244,7 +244,7 @@ PRESETS: dict[str, dict] = {
     "report": {},
     # ResNets at 200 epochs: lr 0.1, batch 128, 5e-4, Nesterov, cosine after a short warm-up; T=4, alpha=0.9.
     "strong": {
-        "fit": FitConfig(epochs=200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5),
+        "fit": FitConfig(epochs=200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5.0),
         "method": KDConfig(temperature=4.0, alpha=0.9),
     },
     # Tian et al. (arXiv:1910.10699): lr 0.05, batch 64, 240 epochs, divided by 10 at 150, 180, 210; no validation set.
@@ -259,7 +259,7 @@ PRESETS: dict[str, dict] = {
     "digits": {
         "data": DataConfig(source="digits", val_fraction=0.2),
         "views": ViewConfig(crop_padding=1, flip=False),
-        "fit": FitConfig(epochs=30, lr=0.05, nesterov=True, warmup_epochs=2),
+        "fit": FitConfig(epochs=30, lr=0.05, nesterov=True, warmup_epochs=2.0),
         "method": KDConfig(temperature=4.0, alpha=0.9),
         "teacher": "resnet20",
         "student": "resnet8",

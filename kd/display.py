@@ -47,8 +47,8 @@ class Display:
         """After an epoch, validation included."""
         self._progress.update(self._run, numbers=_words(line, ("val/loss", "val/top1")))
         if self.shown and not self.bars:
-            done = (line["step"] - self._first) / max(self.epochs * self.steps - self._first, 1)
-            left = (time.monotonic() - self._started) * (1 - done) / done
+            done, whole = line["step"] - self._first, self.epochs * self.steps - self._first
+            left = (time.monotonic() - self._started) * (whole - done) / max(done, 1)
             print(f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_words(line)}  {_clock(left)} left", flush=True)
 
 

@@ -24,7 +24,7 @@ class Clock:
     def __init__(self, timing: dict[str, float]):
         self.timing = timing
         for key in ("images", "seconds"):
-            timing.setdefault(key, 0)
+            timing.setdefault(key, 0.0)
         self._steps = 0
         self._since: float | None = None
 

@@ -70,7 +70,7 @@ class Meter:
         bad = [int(step) for step in rows[:, -2].tolist() if step >= 0]
         samples = max(samples, 1)
         means = {f"train/{name}": value / samples for name, value in zip(self.terms, terms, strict=True)}
-        means = {"train/loss": sum(means.values()), **means, "train/top1": 100 * correct / samples}
+        means = {"train/loss": sum(means.values(), 0.0), **means, "train/top1": 100 * correct / samples}
         return means, min(bad, default=None), int(rows[:, -1].max())
 
     def save(self, accelerator: Accelerator) -> dict:

@@ -38,6 +38,9 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.release()
+
+    def release(self) -> None:
         if self.lock is not None:
             self.lock.close()
 
@@ -62,7 +65,11 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
     run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
     if accelerator.is_main_process:
-        _claim(run, job)
+        try:
+            _claim(run, job)
+        except BaseException:
+            run.release()
+            raise
         if run.summary is None and not run.resuming:
             run.wandb_id = uuid.uuid4().hex[:8]
             write_json(run.path / "config.json", _record(job, run, data, accelerator))

@@ -14,11 +14,11 @@ COLUMNS = (
     ("val_top1_last", "val", ".2f"),
     ("val_top1_best", "best val", ".2f"),
     ("test_top1", "test", ".2f"),
-    ("test_top1_best", "test of best val", ".2f"),
+    ("test_top1_best", "test@best", ".2f"),
     ("test_top5", "test top-5", ".2f"),
     ("test_nll", "NLL", ".4f"),
     ("test_ece", "ECE", ".2f"),
-    ("agreement", "agrees with teacher", ".2f"),
+    ("agreement", "agreement", ".2f"),
 )
 
 
@@ -53,8 +53,8 @@ def _read(folder: str) -> dict | None:
 
 
 def _table(rows: list[tuple[str, dict | None]]) -> Table:
-    table = Table(title="top-1 and the like in percent, of the last epoch's weights unless said otherwise")
-    table.add_column("network")
+    table = Table(title="percent, NLL aside; of the last epoch's weights, but for best val and test@best")
+    table.add_column("network", no_wrap=True)
     table.add_column("model")
     table.add_column("params", justify="right")
     for _, title, _ in COLUMNS:

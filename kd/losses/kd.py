@@ -15,8 +15,9 @@ def kd_loss(
 ) -> Float[Tensor, ""]:
     """T^2 * KL(teacher || student) between softened predictions (section 2).
 
-    Summed over classes, averaged over the batch. Scaled by temperature squared, so that its gradients stay comparable with cross-entropy's. With the arguments
-    exchanged it is the reverse divergence. Raises ValueError where the shapes differ (F.kl_div would broadcast).
+    Summed over classes, averaged over the batch. Scaled by temperature squared, so that its gradients stay comparable
+    with cross-entropy's. With the arguments exchanged it is the reverse divergence.
+    Raises ValueError where the shapes differ (F.kl_div would broadcast).
     """
     require(
         student_logits.shape == teacher_logits.shape,

@@ -24,23 +24,35 @@ def is_users_own(name: str) -> bool:
     return re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
+def check_name(name: str) -> None:
+    """Raises UserError, with the nearest names, where there is no such network; builds nothing."""
+    family, _, short = name.partition("/")
+    if family == "torchvision" and short:
+        names = _torchvision_names()
+    elif family == "timm" and short:
+        names = _timm().list_models()
+    elif name in MODELS or is_users_own(name):
+        return
+    else:
+        families = "; or torchvision/NAME, timm/NAME, or module:function"
+        raise UserError(f"unknown model {name!r}: {nearest(name, MODELS)}{families}")
+    require(short in names, f"unknown model {name!r}: {nearest(short, names)}")
+
+
 def build_model(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     """A network with fresh weights from torch's generator, seen to give b x num_classes for a batch of such images.
 
     Raises: UserError for an unknown name (with the nearest ones), or a network that cannot take these images.
     """
+    check_name(name)
     if name in MODELS:
         network = MODELS[name](num_classes, image_size)
     elif name.startswith("torchvision/"):
         network = _from_torchvision(name.removeprefix("torchvision/"), num_classes)
     elif name.startswith("timm/"):
-        network = _from_timm(name.removeprefix("timm/"), num_classes)
-    elif is_users_own(name):
-        network = _users_own(name, num_classes)
+        network = _timm().create_model(name.removeprefix("timm/"), pretrained=False, num_classes=num_classes)
     else:
-        families = "; or torchvision/NAME, timm/NAME, or module:function"
-        raise UserError(f"unknown model {name!r}: {nearest(name, MODELS)}{families}")
-    require(isinstance(network, nn.Module), f"model {name}: returned {type(network).__name__}, not a torch module")
+        network = _users_own(name, num_classes)
     logits = probe(network, image_size, name)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     require(shape == (2, num_classes), f"model {name}: gives {shape} for 2 images; logits of (2, {num_classes}) wanted")
@@ -60,24 +72,26 @@ def probe(network: nn.Module, image_size: tuple[int, int], name: str):
         network.train(training)
 
 
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
 def _from_torchvision(name: str, num_classes: int) -> nn.Module:
     import torchvision
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    require(name in names, f"unknown model torchvision/{name}: {nearest(name, names)}")
     # These two return their training heads beside the logits unless told not to.
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
-def _from_timm(name: str, num_classes: int) -> nn.Module:
+def _timm():
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model timm/{name} needs timm: pip install timm") from error
-    names = timm.list_models()
-    require(name in names, f"unknown model timm/{name}: {nearest(name, names)}")
-    return timm.create_model(name, pretrained=False, num_classes=num_classes)
+        raise UserError("timm/NAME needs timm: pip install timm") from error
+    return timm
 
 
 def _users_own(name: str, num_classes: int) -> nn.Module:
@@ -89,4 +103,6 @@ def _users_own(name: str, num_classes: int) -> nn.Module:
     except ImportError as error:
         raise UserError(f"model {name}: cannot import {module_name} from here ({error})") from error
     require(callable(getattr(module, function, None)), f"model {name}: {module_name} has no function {function}")
-    return getattr(module, function)(num_classes=num_classes)
+    network = getattr(module, function)(num_classes=num_classes)
+    require(isinstance(network, nn.Module), f"model {name}: returned {type(network).__name__}, not a torch module")
+    return network

@@ -1,8 +1,8 @@
 """The CIFAR ResNets of the distillation literature (He et al., arXiv:1512.03385, section 4.2).
 
 Depth 6n + 2 in three stages of n basic blocks. resnet20 has 16, 32 and 64 channels, the "x4" networks 64, 128 and 256
-behind a stem of 32 (arXiv:1910.10699, section 4). A shortcut that changes shape is a 1 x 1 convolution with BatchNorm, as in the literature's code;
-the paper itself pads with zeros.
+behind a stem of 32 (arXiv:1910.10699, section 4). A shortcut that changes shape is a 1 x 1 convolution with BatchNorm,
+as in the literature's code; the paper itself pads with zeros.
 """
 
 from collections.abc import Callable

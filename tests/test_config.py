@@ -1,0 +1,128 @@
+"""Flags: what parses, what is refused, and that asking for help costs nothing."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from kd import config
+from kd.cli import parse
+from kd.config import METHODS, PRESETS, KDConfig, NoneConfig, distill_defaults, train_defaults
+from kd.errors import UserError
+from tests.conftest import ROOT
+
+
+def student(*args: str) -> config.DistillConfig:
+    return parse(distill_defaults, "", list(args))
+
+
+def test_the_default_is_the_report():
+    parsed = student()
+    assert (parsed.teacher_model, parsed.student, parsed.data.source) == ("resnet34", "resnet18", "cifar100")
+    assert (parsed.fit.epochs, parsed.fit.lr, parsed.fit.batch_size) == (10, 0.001, 64)
+    assert not parsed.fit.nesterov
+    assert parsed.method == KDConfig(temperature=5.0, alpha=0.7, direction="forward")
+
+
+@pytest.mark.parametrize(
+    ("args", "check"),
+    [
+        (["--data", "X", "--epochs", "3"], lambda c: c.data.source == "X" and c.fit.epochs == 3),
+        (["none", "--label-smoothing", "0.1", "--epochs", "3"], lambda c: c.method == NoneConfig(0.1)),
+        (["--epochs", "3", "--temperature", "4"], lambda c: c.method.temperature == 4),
+        (["--teacher", "A", "none"], lambda c: c.teacher == "A" and c.method == NoneConfig()),
+        (["kd", "--preset", "digits"], lambda c: c.preset == "digits" and c.control),
+        (["--preset=crd"], lambda c: c.data.val_fraction == 0 and c.method.temperature == 4),
+        (["--preset", "crd", "kd"], lambda c: c.method == KDConfig(temperature=4.0, alpha=0.9)),
+        (["--no-flip", "--nesterov"], lambda c: not c.views.flip and c.fit.nesterov),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_parse_in_any_order(args, check):
+    assert check(student(*args))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_one_recipe_for_both_networks(preset):
+    teacher, distilled = train_defaults(preset), distill_defaults(preset)
+    distilled.check()
+    teacher.check()
+    assert teacher.job() == dataclasses.replace(
+        distilled.teacher_job(), run=teacher.run, role="teacher", model=teacher.model
+    )
+    assert teacher.model == distilled.teacher_model
+
+
+def test_the_literatures_schedule_falls_at_its_epochs():
+    fit = distill_defaults("crd").fit
+    assert [round(milestone * fit.epochs) for milestone in fit.milestones] == [150, 180, 210]
+
+
+def test_no_method_flag_repeats_a_common_one():
+    parts = (config.DataConfig, config.ViewConfig, config.FitConfig, config.RunConfig, config.DistillConfig)
+    common = {field.name for part in parts for field in dataclasses.fields(part)}
+    for method in METHODS.values():
+        assert not common & {field.name for field in dataclasses.fields(method)}
+
+
+def test_students_of_several_seeds_share_one_teacher():
+    jobs = [student("--seed", seed).teacher_job() for seed in ("0", "1")]
+    assert jobs[0] == jobs[1]
+    assert student("--teacher-seed", "3").teacher_job().fit.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--temperature", "0"], "--temperature 0"),
+        (["--alpha", "1.5"], "--alpha 1.5"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--val-fraction", "1"], "--val-fraction 1"),
+        (["--classes", "1"], "--classes 1"),
+        (["none", "--label-smoothing", "1"], "--label-smoothing 1"),
+        (["--resume", "--auto-resume"], "--resume and --auto-resume"),
+        (["--momentum", "0", "--nesterov"], "--nesterov"),
+    ],
+)
+def test_values_out_of_range_are_named(args, words):
+    with pytest.raises(UserError, match=words):
+        student(*args)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--preset", "digitz"], ["digitz", "digits"]),
+        (["dkdd"], ["dkdd", "kd"]),
+        (["--epocs", "3"], ["--epocs", "--epochs"]),
+        (["--schedule", "linear"], ["linear", "cosine"]),
+        (["--batch-size", "x"], ["x", "--batch-size"]),
+    ],
+)
+def test_flags_that_do_not_parse_exit_with_2_and_the_names_there_are(args, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        student(*args)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
+
+
+@pytest.mark.parametrize("name", ["train_teacher", "distill_student"])
+def test_help_imports_no_torch(name):
+    code = f"""
+import sys, runpy
+sys.argv = ["{name}.py", "--preset", "digits", "--help"]
+try:
+    runpy.run_path("{ROOT / name}.py", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+heavy = {{"torch", "numpy", "datasets", "accelerate", "wandb", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "default: 30" in done.stdout  # the preset's own epochs
+    assert "--batch-size" in done.stdout

@@ -1,0 +1,199 @@
+"""The loop: learning rate, scoring, what the teacher and the student are allowed to do, and when it stops."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import kd
+from kd import checkpoint
+from kd.config import DataConfig, FitConfig
+from kd.data import Split, load_data
+from kd.errors import UserError
+from kd.fit import lr_at, predict
+from kd.ledger import Ledger
+from kd.losses import Distiller
+from kd.models import build_model
+from kd.teacher import load_teacher
+from tests.runs import distil, metrics_of, teach
+
+
+def test_cosine_rises_linearly_and_falls_to_zero():
+    config = FitConfig(lr=0.1, warmup_epochs=2.0, epochs=10)
+    rates = [lr_at(step, 100, 10, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1 / 20)
+    assert rates[19] == rates[20] == pytest.approx(0.1)
+    assert rates[60] == pytest.approx(0.05)
+    assert 0 < rates[99] < 1e-4
+
+
+def test_step_and_constant():
+    config = FitConfig(lr=0.1, schedule="step", milestones=(0.5, 0.75))
+    assert [lr_at(step, 100, 10, config) for step in (0, 49, 50, 75)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    assert lr_at(99, 100, 10, FitConfig(lr=0.1, schedule="constant")) == 0.1
+
+
+@pytest.mark.parametrize("rows", range(12, 17))
+@pytest.mark.parametrize("batch", range(1, 7))
+def test_every_sample_is_scored_exactly_once_in_eval_mode(rows, batch):
+    data = load_data(DataConfig(source="synthetic"))
+    network = build_model("tests.networks:normalised", 10, data.size).train()
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), module.training)))
+    split = Split(data.test.images[:rows], data.test.labels[:rows])
+    logits = predict(network, split, data, Accelerator(cpu=True), batch)
+    assert sum(count for count, _ in seen) == rows
+    assert not any(training for _, training in seen)
+    assert network.training, "left as it was found"
+    network.eval()
+    mean, std = (torch.tensor(part)[:, None, None] for part in (data.mean, data.std))
+    with torch.no_grad():
+        wanted = network((split.images / 255 - mean) / std)
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_teacher_is_not_changed_and_the_student_trains_in_train_mode(monkeypatch):
+    teach("--out", "teacher")
+    loaded, modes = [], []
+    real_load, real_forward = load_teacher, Distiller.forward
+
+    def load(*args, **kwargs):
+        loaded.append(real_load(*args, **kwargs))
+        loaded.append(fingerprint(loaded[0].network))
+        return loaded[0]
+
+    def forward(self, batch, teacher):
+        modes.append((self.student.training, loaded[0].network.training, teacher.logits.requires_grad))
+        return real_forward(self, batch, teacher)
+
+    monkeypatch.setattr("kd.teacher.load_teacher", load)
+    monkeypatch.setattr(Distiller, "forward", forward)
+    distil("--out", "run", "--teacher", "teacher", "--trust-code")
+    assert len(modes) == 36
+    assert set(modes) == {(True, False, False)}
+    assert fingerprint(loaded[0].network) == loaded[1]
+    assert all(parameter.grad is None for parameter in loaded[0].network.parameters())
+
+
+def test_a_teacher_keeps_its_own_normalisation(monkeypatch):
+    """Trained with other rows held out it has another mean; its logits must be those it gives on its own."""
+    teach("--out", "teacher", "--split-seed", "5")
+    ours = load_data(DataConfig(source="synthetic"))
+    teacher = load_teacher(Path("teacher"), ours, torch.device("cpu"), trust_code=True)
+    alone = kd.load("teacher", trust_code=True)
+    theirs = load_data(DataConfig(source="synthetic", split_seed=5))
+    accelerator = Accelerator(cpu=True)
+    assert theirs.mean != ours.mean
+    one = predict(teacher.network, ours.test, ours, accelerator, 50)
+    other = predict(alone, theirs.test, theirs, accelerator, 50)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("args", [["--classes", "5"], ["--data", "digits"]])
+def test_a_teacher_of_other_classes_is_refused_before_training(args):
+    teach("--out", "teacher", *args)
+    with pytest.raises(UserError, match=r"teacher teacher (knows 5 classes|has its classes in another)"):
+        distil("--out", "run", "--teacher", "teacher", "--trust-code")
+    assert not Path("run/config.json").exists()
+
+
+def test_a_teachers_own_code_needs_trust():
+    teach("--out", "teacher")
+    with pytest.raises(UserError, match="--trust-code"):
+        distil("--out", "run", "--teacher", "teacher")
+    with pytest.raises(UserError, match="trust_code=True"):
+        kd.load("teacher")
+    assert not kd.load("teacher", trust_code=True).training
+
+
+def test_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(monkeypatch):
+    real, count = Ledger.step, 0
+
+    def step(self, terms, *rest):
+        nonlocal count
+        count += 1
+        if count == 20:
+            terms = {name: term * torch.nan for name, term in terms.items()}
+        real(self, terms, *rest)
+
+    monkeypatch.setattr(Ledger, "step", step)
+    with pytest.raises(UserError, match="not finite at step 19; the checkpoint of step 18"):
+        teach("--out", "run", "--save-every", "9", "--log-every", "100")
+    assert checkpoint.steps(Path("run/checkpoint")) == [18, 9]
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(UserError, match="--batch-size 901: larger than the training split of 900"):
+        teach("--batch-size", "901")
+
+
+def test_training_learns_and_the_summary_is_complete():
+    distil("--out", "run", "--control", "--epochs", "4", "--student", "resnet8", "--lr", "0.1")
+    summary = json.loads(Path("run/summary.json").read_text())
+    wanted = {
+        "status", "script", "method", "model", "params", "seed", "epochs", "steps", "seconds", "images_per_second",
+        "val_top1_last", "val_top1_best", "best_epoch", "test_top1", "test_top5", "test_nll", "test_ece",
+        "test_top1_best", "teacher", "teacher_test_top1", "control", "agreement",
+    }  # fmt: skip
+    assert wanted <= summary.keys()
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 4 * 18
+    assert summary["test_top1"] > 80
+    for name in ("config.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "model.json", "curves.png"):
+        assert (Path("run") / name).stat().st_size > 0
+    lines = metrics_of(Path("run"))
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["train/loss"] == pytest.approx(line["train/ce"] + line["train/kd"]) for line in lines)
+    best = max(lines, key=lambda line: line["val/top1"])
+    assert (summary["val_top1_best"], summary["best_epoch"]) == (best["val/top1"], best["epoch"])
+    control = json.loads((Path(summary["control"]) / "summary.json").read_text())
+    assert (control["method"], control["teacher"], control["steps"]) == ("none", None, summary["steps"])
+    assert Path(summary["teacher"]).is_dir()
+
+
+def test_the_saved_network_is_the_one_that_was_scored():
+    teach("--out", "run")
+    data = load_data(DataConfig(source="synthetic"))
+    logits = predict(kd.load("run", trust_code=True), data.test, data, Accelerator(cpu=True), 50)
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert 100 * (logits.argmax(1) == data.test.labels).double().mean().item() == summary["test_top1"]
+
+
+def test_without_validation_its_keys_are_null():
+    teach("--out", "run", "--val-fraction", "0")
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert [summary[key] for key in ("val_top1_last", "val_top1_best", "best_epoch", "test_top1_best")] == [None] * 4
+    assert not Path("run/best.safetensors").exists()
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(monkeypatch, capsys):
+    teach("--out", "run")
+    monkeypatch.setattr(Ledger, "step", None)
+    first = capsys.readouterr().out
+    teach("--out", "run")
+    assert capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
+
+
+def test_two_runs_of_one_command_are_equal_and_another_seed_is_not():
+    teach("--out", "one")
+    teach("--out", "two")
+    teach("--out", "three", "--seed", "1")
+    one, two, three = (Path(name, "model.safetensors").read_bytes() for name in ("one", "two", "three"))
+    assert one == two
+    assert one != three
+
+
+def test_bf16_and_clipping_train_and_fp16_is_refused_on_a_cpu(monkeypatch):
+    teach("--out", "run", "--mixed-precision", "bf16", "--clip-norm", "0.5")
+    with pytest.raises(UserError, match="--mixed-precision fp16: a CPU"):
+        teach("--out", "other", "--mixed-precision", "fp16")

@@ -1,0 +1,275 @@
+"""A run that is stopped anywhere and resumed ends in the same bytes as one that never was."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd import checkpoint
+from kd.errors import Preempted, UserError
+from kd.ledger import Ledger
+from tests import runs
+from tests.conftest import ROOT
+from tests.runs import STUDENT, differences, distil, newest_checkpoint, script, teach
+
+STEPS = 36  # two epochs of the synthetic set's 900 training images in batches of 50
+
+
+class Killed(BaseException):
+    """Ends a run as abruptly as a process can be ended from inside."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The student's run that nothing ever disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        distil("--out", "run")
+    return folder
+
+
+@pytest.fixture
+def beside(whole, tmp_path):
+    """Its finished teacher, so that a test trains the student alone."""
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    return whole / "run"
+
+
+def die_at(monkeypatch, when: int, where: str = "step") -> None:
+    """Raise once, at the `when`-th call of a method of the ledger."""
+    real, count = getattr(Ledger, where), 0
+
+    def deadly(self, *args):
+        nonlocal count
+        count += 1
+        if count == when:
+            raise Killed
+        return real(self, *args)
+
+    monkeypatch.setattr(Ledger, where, deadly)
+
+
+@pytest.mark.parametrize("step", [1, 2, 17, 18, 19, 29, 36])
+@pytest.mark.parametrize("save_every", ["0", "7"])
+def test_killed_at_a_step(beside, monkeypatch, step, save_every):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, step)
+        distil("--out", "run", "--save-every", save_every)
+    distil("--out", "run", "--save-every", save_every, "--resume")
+    assert differences(beside, Path("run")) == []
+
+
+@pytest.mark.parametrize("save_every", ["0", "18"])  # 18: a checkpoint between an epoch's last step and its validation
+def test_killed_during_validation(beside, monkeypatch, save_every):
+    def dead(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("kd.fit.validate", dead)
+        distil("--out", "run", "--save-every", save_every)
+    distil("--out", "run", "--save-every", save_every, "--resume")
+    assert differences(beside, Path("run")) == []
+
+
+def test_killed_after_the_last_step_before_the_summary(beside, monkeypatch):
+    def dead(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("kd.finish.draw_curves", dead)
+        distil("--out", "run")
+    assert not Path("run/summary.json").exists()
+    distil("--out", "run", "--resume")
+    assert differences(beside, Path("run")) == []
+
+
+def test_kill_9_in_the_middle_of_an_epoch(beside):
+    args = [*STUDENT, "--out", "run", "--save-every", "5", "--threads", "1"]
+    killed = script("tests/faults.py", "kill:29", str(ROOT / "distill_student.py"), *args)
+    assert killed.returncode == -signal.SIGKILL
+    position = json.loads((newest_checkpoint(Path("run")) / "state.json").read_text())["state"]["step"]
+    assert position == 25
+    resumed = script("distill_student.py", *args, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(beside, Path("run")) == []
+
+
+def test_a_killed_teacher_on_the_way_is_resumed_unasked(whole, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 20)
+        distil("--out", "run")
+    assert not Path("run/config.json").exists()
+    distil("--out", "run")
+    assert differences(whole / "run", Path("run")) == []
+
+
+@pytest.mark.parametrize("forgotten", ["momentum", "position", "buffers", "sums"])
+def test_the_oracle_sees_what_a_checkpoint_forgets(beside, monkeypatch, forgotten):
+    """Leave something out of the checkpoint on purpose: the comparison above must go red."""
+    real = checkpoint.restore
+
+    def forgetful(folder, module, optimizer):
+        fresh = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        state, best = real(folder, module, optimizer)
+        if forgotten == "momentum":
+            optimizer.state.clear()
+        elif forgotten == "position":
+            state.step -= 1
+        elif forgotten == "buffers":
+            module.load_state_dict(fresh, strict=False)
+        elif forgotten == "sums":
+            state.sums["rows"] = [[0.0] * len(row) for row in state.sums["rows"]]
+        return state, best
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 29)
+        distil("--out", "run", "--save-every", "7")
+    monkeypatch.setattr(checkpoint, "restore", forgetful)
+    distil("--out", "run", "--save-every", "7", "--resume")
+    assert differences(beside, Path("run")) != []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_resumes_to_the_same_bytes(beside, monkeypatch, number):
+    real, count = Ledger.step, 0
+
+    def step(self, *args):
+        nonlocal count
+        count += 1
+        if count == 10:
+            signal.raise_signal(number)
+        real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="saved step 10"):
+        patch.setattr(Ledger, "step", step)
+        distil("--out", "run")
+    distil("--out", "run", "--resume")
+    assert differences(beside, Path("run")) == []
+
+
+def test_the_thread_count_is_restored(beside, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 20)
+        distil("--out", "run", "--threads", "2")
+    torch.set_num_threads(1)
+    distil("--out", "run", "--resume")
+    assert torch.get_num_threads() == 1, "given back afterwards"
+    assert json.loads((newest_checkpoint(Path("run")) / "state.json").read_text())["state"]["threads"] == 2
+
+
+def half_a_run(monkeypatch) -> Path:
+    """A teacher stopped in its second epoch, with two checkpoints."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 30)
+        teach("--out", "run", "--save-every", "7")
+    return Path("run/checkpoint")
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(monkeypatch):
+    teach("--out", "whole")
+    saved = half_a_run(monkeypatch)
+    assert checkpoint.steps(saved) == [28, 21]
+    weights = saved / "step-28" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"step-28 is damaged \(model.safetensors changed"):
+        teach("--out", "run", "--save-every", "7", "--resume")
+    assert differences(Path("whole"), Path("run")) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest"])
+def test_every_kind_of_damage_is_noticed(monkeypatch, damage):
+    saved = half_a_run(monkeypatch)
+    for step in saved.glob("step-*"):
+        if damage == "truncated":
+            (step / "optimizer.safetensors").write_bytes(b"")
+        elif damage == "missing":
+            (step / "optimizer.safetensors").unlink()
+        else:
+            (step / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(UserError, match="every checkpoint"):
+        teach("--out", "run", "--save-every", "7", "--resume")
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before(monkeypatch):
+    teach("--out", "whole")
+    real, count = checkpoint.os.rename, 0
+
+    def rename(source, target):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint.os, "rename", rename)
+        teach("--out", "run", "--save-every", "7")
+    assert checkpoint.steps(Path("run/checkpoint")) == [7, 0]
+    teach("--out", "run", "--save-every", "7", "--resume")
+    assert differences(Path("whole"), Path("run")) == []
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
+    real = checkpoint.write_weights
+
+    def full(path, weights):
+        if "step-" in str(path) or path.parent.name == ".partial-14":
+            raise OSError(28, "No space left on device")
+        real(path, weights)
+
+    monkeypatch.setattr(checkpoint, "write_weights", full)
+    with pytest.raises(UserError, match=r"No space left on device.*--resume"):
+        teach("--out", "run", "--save-every", "7")
+    assert checkpoint.steps(Path("run/checkpoint")) == [7, 0]
+    assert not list(Path("run/checkpoint").glob(".partial*"))
+
+
+def test_checkpoints_are_ordered_as_numbers(tmp_path):
+    for step in (9, 10, 100, 2):
+        (tmp_path / f"step-{step}").mkdir()
+    assert checkpoint.steps(tmp_path) == [100, 10, 9, 2]
+
+
+def test_other_flags_are_refused_with_their_difference(monkeypatch):
+    half_a_run(monkeypatch)
+    with pytest.raises(UserError, match=r"holds another run \(lr 0.05 there, 0.1 here\)"):
+        teach("--out", "run", "--resume", "--lr", "0.1")
+
+
+def test_resume_needs_something_and_a_new_start_an_empty_folder(monkeypatch):
+    with pytest.raises(UserError, match="--resume: run has no checkpoint"):
+        teach("--out", "run", "--resume")
+    half_a_run(monkeypatch)
+    with pytest.raises(UserError, match="unfinished run: add --resume"):
+        teach("--out", "run")
+    teach("--out", "run", "--auto-resume")
+    Path("other").mkdir()
+    Path("other/thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"other holds something that is no run \(thesis.tex\)"):
+        teach("--out", "other")
+
+
+def test_auto_resume_says_that_it_starts_afresh(capsys):
+    teach("--out", "run", "--auto-resume")
+    assert "nothing to resume, starting afresh" in capsys.readouterr().out
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    holder = "import time; from kd.lock import Lock; from pathlib import Path; Path('run').mkdir(); "
+    holder += "lock = Lock(Path('run/lock')); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    process = runs.subprocess.Popen([runs.sys.executable, "-c", holder], stdout=runs.subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="run is in use by another process"):
+            teach("--out", "run")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    teach("--out", "run")  # the lock died with its process

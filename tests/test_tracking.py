@@ -1,0 +1,103 @@
+"""Where numbers go, and that Weights & Biases can fail as it likes."""
+
+from pathlib import Path
+
+import pytest
+
+from kd import tracking
+from tests.runs import metrics_of, teach
+
+
+class FakeRun:
+    """Records what W&B would be told; raises where asked to."""
+
+    dir, offline = "here", True
+
+    def __init__(self, fail: str = ""):
+        self.fail, self.calls, self.summary = fail, [], {}
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            if name == self.fail:
+                raise ConnectionError("the service is gone")
+
+        return call
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stand in for the service; returns a function that starts a teacher's run against it."""
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+
+    def run(fail: str = "", *args: str, modes=("offline",)):
+        fake, started = FakeRun(fail), []
+
+        def init(**options):
+            started.append(options)
+            if options["mode"] not in modes:
+                raise wandb.errors.CommError("unreachable")
+            return fake
+
+        monkeypatch.setattr(wandb, "init", init)
+        teach("--out", f"run-{fail}", "--wandb", "offline", *args)
+        return fake, started
+
+    return run
+
+
+def test_wandb_gets_the_same_numbers_under_the_same_names(wandb):
+    fake, started = wandb()
+    logged = [args[0] for name, args, _ in fake.calls if name == "log"]
+    clean = [{key: value for key, value in line.items() if key != "images_per_second"} for line in logged]
+    assert clean == metrics_of(Path("run-"))
+    assert fake.summary["status"] == "finished"
+    assert (started[0]["group"], started[0]["job_type"]) == ("report", "teacher")
+    assert started[0]["config"]["batch_size"] == 50
+    assert ("define_metric", ("*",), {"step_metric": "epoch"}) in fake.calls
+
+
+@pytest.mark.parametrize("fail", ["define_metric", "log", "finish"])
+def test_wandb_raising_anywhere_changes_nothing(wandb, fail, capsys):
+    wandb(fail)
+    assert "the run goes on without it" in capsys.readouterr().out
+    teach("--out", "quiet")
+    assert metrics_of(Path(f"run-{fail}")) == metrics_of(Path("quiet"))
+    assert Path(f"run-{fail}/summary.json").exists()
+
+
+def test_an_unreachable_service_falls_back_to_offline(wandb, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    _, started = wandb("", "--wandb", "online")
+    assert [options["mode"] for options in started] == ["online", "offline"]
+    assert "keeping the run offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "env", "key", "mode"),
+    [
+        ("auto", None, False, "offline"),
+        ("auto", None, True, "online"),
+        ("auto", "disabled", True, "disabled"),
+        ("auto", "offline", True, "offline"),
+        ("online", None, False, "offline"),
+        ("disabled", None, True, "disabled"),
+    ],
+)
+def test_wandb_never_prompts(asked, env, key, mode, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", "/nonexistent")
+    if env:
+        monkeypatch.setenv("WANDB_MODE", env)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert tracking.wandb_mode(asked) == mode
+
+
+def test_a_key_in_netrc_is_found(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert tracking.has_wandb_key()
