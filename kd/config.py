@@ -37,9 +37,28 @@ class ViewConfig:
     """Pad by this many black pixels, then crop back at random; 0 for no crop."""
     flip: bool = True
     """Mirror half of the images; off for digits."""
+    mixup: float = 0.0
+    """Blend each image with another one, by a share from Beta(a, a) (arXiv:1710.09412); 0 for none."""
+    cutmix: float = 0.0
+    """Paste a box of another image, its area from Beta(a, a) (arXiv:1905.04899); with --mixup each takes half."""
+    erase: float = 0.0
+    """Share of images of which a random box is erased (arXiv:1708.04896)."""
+    count: Annotated[int, arg(name="views")] = 0
+    """Views of each image: epoch e sees view e mod K. 0: a new view every epoch."""
+    view_seed: int = 0
+    """What the views of --views K follow from, instead of --seed: one teacher cache serves students of every seed."""
 
     def check(self) -> None:
         require(self.crop_padding >= 0, f"--crop-padding {self.crop_padding}: give 0 or more")
+        require(self.count >= 0, f"--views {self.count}: give 0 or more")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            require(value == 0 or 0.01 <= value <= 100, f"--{name} {value}: give 0, or a number from 0.01 to 100")
+        require(0 <= self.erase <= 1, f"--erase {self.erase}: give a share from 0 to 1")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,8 @@ class FitConfig:
     """BatchNorm over all processes' samples (GPUs only)."""
     deterministic: bool = False
     """Bitwise repeatable on a GPU too, at some cost in speed; the CPU always is."""
+    compile: bool | None = None
+    """Compile the training step; left out: on CUDA only (on a CPU it gains little and costs half a minute)."""
 
     def check(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -112,6 +133,23 @@ class RunConfig:
         require(self.log_every >= 1, f"--log-every {self.log_every}: give 1 or more")
         require(self.threads is None or self.threads >= 1, f"--threads {self.threads}: give 1 or more")
         require(not (self.resume and self.auto_resume), "--resume and --auto-resume: give one of them")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    cache_teacher: bool = False
+    """Compute the teacher's logits for all --views once, keep them in runs/cache, and look them up from then on."""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    """How they are kept; float32 gives a live teacher's very bits on a CPU."""
+    cache_top_k: int | None = None
+    """For many classes: keep the largest k logits of each image and the rest's mass (FKD, arXiv:2112.01528)."""
+
+    def check(self, views: ViewConfig) -> None:
+        require(
+            not self.cache_teacher or views.count > 0,
+            "--cache-teacher: needs --views K above 0; with a new view every epoch no answer is ever used twice",
+        )
+        require(self.cache_top_k is None or self.cache_top_k >= 1, f"--cache-top-k {self.cache_top_k}: give 1 or more")
 
 
 # One dataclass a method; its field names must not repeat a common flag's (tyro refuses; a test checks).
@@ -196,15 +234,17 @@ class DistillConfig(_Common):
     """Build a --teacher whose network is a module:function, which runs its author's code."""
     control: bool = False
     """Also train the student alone, by the same recipe, to compare with."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     method: Method = field(default_factory=KDConfig)
 
     def check(self) -> None:
         for part in (self.data, self.views, self.fit, self.run, self.method):
             part.check()
+        self.cache.check(self.views)
 
     def job(self) -> "Job":
         name = method_name(self.method)
-        return Job(name, self.preset, self.student, self.method, self.data, self.views, self.fit, self.run)
+        return Job(name, self.preset, self.student, self.method, self.data, self.views, self.fit, self.run, self.cache)
 
     def teacher_job(self) -> "Job":
         """The recipe's teacher: resumed unasked, in its own default folder."""
@@ -232,6 +272,7 @@ class Job:
     views: ViewConfig
     fit: FitConfig
     run: RunConfig
+    cache: CacheConfig = CacheConfig()  # how the teacher's answers are kept, if there is one
 
     @property
     def method_name(self) -> str:

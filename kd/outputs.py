@@ -6,15 +6,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+class Mix(NamedTuple):
+    """What mixup or cutmix made of a batch: `label` of Batch stays hard and has the share `weight` of its image."""
+
+    label: Int[Tensor, "b"]  # the other image's
+    weight: Float[Tensor, "b"]
+
+
 class Batch(NamedTuple):
     """One step's samples of one process, on its device."""
 
     image: Float[Tensor, "b 3 h w"]  # augmented and normalised
     label: Int[Tensor, "b"]
     index: Int[Tensor, "b"]  # rows of the training split
-    view: int  # which view of each image; the epoch, where every epoch has its own
-    epoch: Int[Tensor, ""]  # 0-dim tensors: a compiled step must not recompile for them
+    view: Int[Tensor, ""]  # which view of each image; the epoch, where every epoch has its own
+    epoch: Int[Tensor, ""]  # 0-dim tensors, all three: a compiled step must not recompile for them
     step: Int[Tensor, ""]
+    mix: Mix | None = None
 
 
 class Outputs(NamedTuple):

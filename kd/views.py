@@ -45,10 +45,20 @@ def random_below(limit: int, index: Int[Tensor, "*n"], *words: int | str) -> Int
     return (random_bits(index, *words) * limit) >> 32
 
 
+def random_share(index: Int[Tensor, "*n"], *words: int | str) -> Float[Tensor, "*n"]:
+    """A number from 0 up to 1 for each index, on a grid of 2^-24 (exact in float32 on every device)."""
+    return (random_bits(index, *words) >> 8).float() * 2.0**-24
+
+
 def order(seed: int, epoch: int, size: int) -> Int[Tensor, "n"]:
     """The order in which an epoch visits the samples."""
     bits = random_bits(torch.arange(size), seed, "order", epoch)
     return torch.argsort(bits, stable=True)
+
+
+def which(config: ViewConfig, seed: int, epoch: int) -> tuple[int, int]:
+    """What an epoch's views follow from: (seed, number). With --views K they repeat and do not depend on --seed."""
+    return (config.view_seed, epoch % config.count) if config.count else (seed, epoch)
 
 
 class View(NamedTuple):

@@ -19,7 +19,7 @@ FUNCTIONS = {"kd": lambda student, teacher, *, temperature: kd_loss(student, tea
 
 def batch_of(label: torch.Tensor, image: torch.Tensor | None = None) -> Batch:
     image = torch.zeros(len(label), 3, 8, 8) if image is None else image
-    return Batch(image, label, torch.arange(len(label)), 0, torch.tensor(0), torch.tensor(0))
+    return Batch(image, label, torch.arange(len(label)), *[torch.tensor(0)] * 3)
 
 
 @pytest.mark.parametrize("case", REFERENCE, ids=lambda case: f"seed{case['seed']}")

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd.outputs import Batch, Outputs, Pair
@@ -12,6 +14,7 @@ class DistillationLoss(nn.Module, ABC):
     """A method: weighted loss terms by name, whose sum is minimised. What it trains of its own are its parameters."""
 
     needs_teacher = True
+    needs_hard_labels = False  # refuses mixup and cutmix, whose images have two
 
     def __init__(self, config, pair: Pair):
         super().__init__()
@@ -24,6 +27,15 @@ class DistillationLoss(nn.Module, ABC):
     def deployed(self, student: nn.Module) -> nn.Module:
         """The network that is scored, saved and exported."""
         return student
+
+
+def cross_entropy(logits: Float[Tensor, "b k"], batch: Batch, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
+    """Cross-entropy with the label; of a mixed image with both of its labels, each by its share (arXiv:1710.09412)."""
+    if batch.mix is None:
+        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
+    options = {"label_smoothing": label_smoothing, "reduction": "none"}
+    own, other = (F.cross_entropy(logits, label, **options) for label in (batch.label, batch.mix.label))
+    return (batch.mix.weight * own + (1 - batch.mix.weight) * other).mean()
 
 
 class Distiller(nn.Module):

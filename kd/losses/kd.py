@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd.config import KDConfig
 from kd.errors import require
-from kd.losses.base import DistillationLoss
+from kd.losses.base import DistillationLoss, cross_entropy
 from kd.outputs import Batch, Outputs
 
 
@@ -39,6 +39,6 @@ class KD(DistillationLoss):
         if self.config.direction == "reverse":
             towards = towards[::-1]
         return {
-            "ce": (1 - alpha) * F.cross_entropy(student.logits, batch.label),
+            "ce": (1 - alpha) * cross_entropy(student.logits, batch),
             "kd": alpha * kd_loss(*towards, temperature),
         }

@@ -1,10 +1,9 @@
 """Cross-entropy alone: the teacher's own loss, and the control that every comparison needs."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd.config import NoneConfig
-from kd.losses.base import DistillationLoss
+from kd.losses.base import DistillationLoss, cross_entropy
 from kd.outputs import Batch, Outputs
 
 
@@ -15,4 +14,4 @@ class CrossEntropy(DistillationLoss):
     needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(student.logits, batch.label, label_smoothing=self.config.label_smoothing)}
+        return {"ce": cross_entropy(student.logits, batch, self.config.label_smoothing)}
