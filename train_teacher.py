@@ -16,7 +16,8 @@ from kd.config import Job, TrainConfig, train_defaults
 def train(job: Job, data, accelerator, teacher=None, control: Path | None = None) -> Path:
     """Train one network as `job` says, or find it trained already; returns its run folder.
 
-    `teacher` (kd.teacher.Frozen) is asked live; `control` is the run of the student alone, for the summary.
+    `teacher` (kd.teacher.Frozen) is asked live or through its cache; `control` is the run of the student alone, for
+    the summary.
     """
     from kd.finish import finish
     from kd.fit import fit
@@ -25,7 +26,7 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
     from kd.models import build_model
     from kd.probe import probe_pair
     from kd.run_folder import open_run
-    from kd.teacher import live
+    from kd.teacher_cache import answers
     from kd.tracking import Tracker
     from kd.views import seed_everything
 
@@ -38,7 +39,7 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
             loss = LOSSES[job.method_name](job.method, probe_pair(network, teacher, data))
             distiller = Distiller(network, loss)
             tracker = Tracker(job, run, accelerator)
-            answer = live(teacher.network, accelerator) if teacher else None
+            answer = answers(teacher, data, job, accelerator) if teacher else None
             ledger = fit(distiller, data, job, accelerator, run, tracker, answer)
             tracker.finish(finish(distiller, ledger, data, job, accelerator, run, teacher, control))
             accelerator.free_memory()

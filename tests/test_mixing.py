@@ -1,0 +1,87 @@
+"""Mixup, cutmix and erasing: right distributions, right pixels, pure in (seed, view, index)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from kd import mixing
+from kd.batches import Batches
+from kd.cli import parse
+from kd.config import DataConfig, ViewConfig, train_defaults
+from kd.data import load_data
+from kd.losses import cross_entropy
+from kd.outputs import Mix
+from tests.test_losses import batch_of
+
+INDEX = torch.arange(20_000)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_shares_follow_the_beta_distribution(alpha):
+    drawn = mixing.beta_share(alpha, INDEX, 0, "mixup", 0).double().sort().values
+    wanted = torch.distributions.Beta(torch.tensor(alpha).double(), torch.tensor(alpha).double())
+    reference = wanted.sample((20_000,)).sort().values
+    assert (drawn - reference)[200:-200].abs().max() < 0.02  # but for the thin tails
+    assert abs(drawn.var() - 1 / (4 * (2 * alpha + 1))) < 0.005
+
+
+def test_mixup_blends_and_cutmix_pastes():
+    image, other = torch.zeros(200, 3, 16, 16), torch.ones(200, 3, 16, 16)
+    up = mixing.blend(ViewConfig(mixup=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    mixed = mixing.mix(image, other, up)
+    torch.testing.assert_close(mixed, (1 - up.weight)[:, None, None, None].expand_as(mixed))
+    cut = mixing.blend(ViewConfig(cutmix=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    pasted = mixing.mix(image, other, cut)
+    assert set(pasted.unique().tolist()) <= {0.0, 1.0}
+    torch.testing.assert_close(1 - pasted.mean((1, 2, 3)), cut.weight)
+    both = mixing.blend(ViewConfig(mixup=1.0, cutmix=1.0), 0, 0, INDEX, 1000, (16, 16))
+    assert abs(both.paste.float().mean() - 0.5) < 0.02
+
+
+def test_erasing_takes_its_share_of_images_and_area():
+    image = torch.ones(2000, 1, 32, 32)
+    erased = 1 - mixing.erase(image, 0.25, 0, 0, INDEX[:2000]).mean((1, 2, 3))
+    assert abs((erased > 0).float().mean() - 0.25) < 0.03
+    assert erased.max() < 0.36
+    assert erased[erased > 0].mean() == pytest.approx(0.17, abs=0.03)
+
+
+def test_cross_entropy_of_a_mixed_image_weighs_both_labels():
+    logits, label, other = torch.randn(6, 10), torch.arange(6), torch.arange(6).flip(0)
+    weight = torch.rand(6)
+    batch = batch_of(label)._replace(mix=Mix(other, weight))
+    target = weight[:, None] * F.one_hot(label, 10) + (1 - weight)[:, None] * F.one_hot(other, 10)
+    torch.testing.assert_close(cross_entropy(logits, batch), -(target * logits.log_softmax(1)).sum(1).mean())
+
+
+def batches_of(*args: str) -> Batches:
+    job = parse(train_defaults, "", ["--data", "synthetic", *args]).job()
+    return Batches(load_data(DataConfig(source="synthetic")), job, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("args", [[], ["--mixup", "1", "--cutmix", "1", "--erase", "0.5"]])
+def test_an_images_view_does_not_depend_on_its_batch(args):
+    """The same index seen among other indices, in another batch size, gives the same pixels."""
+    one, other = batches_of("--batch-size", "50", *args), batches_of("--batch-size", "30", *args)
+    seen = {}
+    for batch in one.epoch(1):
+        seen |= {int(index): image for index, image in zip(batch.index, batch.image)}
+    for batch in other.epoch(1):
+        assert all(torch.equal(seen[int(index)], image) for index, image in zip(batch.index, batch.image))
+
+
+def test_with_views_k_epochs_repeat_and_seeds_share_them():
+    def images(seed: str, epoch: int, *args: str) -> dict[int, torch.Tensor]:
+        epochs = batches_of("--seed", seed, "--batch-size", "100", *args).epoch(epoch)
+        return {int(i): image for batch in epochs for i, image in zip(batch.index, batch.image)}
+
+    def same(one: dict, other: dict) -> bool:
+        return all(torch.equal(one[index], other[index]) for index in one)
+
+    first = images("0", 0, "--views", "2")
+    assert same(first, images("0", 2, "--views", "2"))
+    assert same(first, images("7", 0, "--views", "2"))
+    assert not same(first, images("0", 1, "--views", "2"))
+    assert not same(first, images("0", 0, "--views", "2", "--view-seed", "1"))
+    assert not same(images("0", 0), images("7", 0))

@@ -1,0 +1,249 @@
+"""The teacher's kept answers: the very ones a live teacher gives, and refused where anything does not match."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from kd import batches, teacher_cache
+from kd.cli import parse
+from kd.config import DataConfig, distill_defaults
+from kd.data import load_data
+from kd.errors import UserError
+from kd.teacher import live, load_teacher
+from kd.teacher_cache import ROOT, Store, cached
+from tests.conftest import ROOT as PROJECT
+from tests.runs import STUDENT, differences, distil, script, teach, torchrun
+
+CACHED = ["--views", "2", "--teacher", "teacher", "--trust-code", "--cache-teacher"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A teacher with BatchNorm, trained once for this file."""
+    folder = tmp_path_factory.mktemp("teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--out", "teacher", "--model", "resnet8")
+    return folder / "teacher"
+
+
+@pytest.fixture(autouse=True)
+def teacher_here(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "teacher")
+
+
+def opened(*args: str, seed: int = 0):
+    """The cached teacher that a student with these flags would have, with data, job and the live one."""
+    job = parse(distill_defaults, "", [*STUDENT, *CACHED, "--seed", str(seed), *args]).job()
+    data = load_data(DataConfig(source="synthetic"))
+    frozen = load_teacher(Path("teacher"), data, torch.device("cpu"), trust_code=True)
+    accelerator = Accelerator(cpu=True)
+    return cached(frozen, data, job, accelerator), live(frozen.network, accelerator), data, job, accelerator
+
+
+def cache_folder() -> Path:
+    (folder,) = ROOT.iterdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "views", [["--views", "3"], ["--views", "2", "--mixup", "0.4", "--cutmix", "1.0", "--erase", "0.5"]]
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views, dtype):
+    for seed in (0, 1):
+        kept, asked, data, job, accelerator = opened("--cache-dtype", dtype, *views, seed=seed)
+        for epoch in range(4):
+            for batch in batches.Batches(data, job, accelerator).epoch(epoch):
+                one, other = kept(batch).logits, asked(batch).logits
+                if dtype == "float32":
+                    assert torch.equal(one, other)
+                else:
+                    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert len(list(ROOT.iterdir())) == 1, "one cache serves students of every seed"
+
+
+def test_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypatch):
+    asked = 0
+    real = teacher_cache.live
+
+    def counting(network, accelerator):
+        answer = real(network, accelerator)
+
+        def count(batch):
+            nonlocal asked
+            asked += 1
+            return answer(batch)
+
+        return count
+
+    distil("--out", "live", *CACHED[:-1], "--epochs", "3")
+    monkeypatch.setattr(teacher_cache, "live", counting)
+    distil("--out", "cached", *CACHED, "--cache-dtype", "float32", "--epochs", "3")
+    assert asked == 2 * 18 + 2, "two views of 900 rows in batches of 50, and the two probes"
+    assert differences(Path("live"), Path("cached")) == []
+    distil("--out", "again", *CACHED, "--cache-dtype", "float32", "--epochs", "3", "--seed", "1")
+    assert asked == 2 * 18 + 4, "the second student costs the two probes alone"
+
+
+def test_rows_are_looked_up_by_index_and_view_not_by_position():
+    kept, _, data, job, accelerator = opened("--cache-dtype", "float32")
+    batch = next(iter(batches.Batches(data, job, accelerator).epoch(0)))
+    back = batch._replace(index=batch.index.flip(0))
+    assert torch.equal(kept(back).logits, kept(batch).logits.flip(0))
+    assert not torch.equal(kept(batch._replace(view=torch.tensor(1))).logits, kept(batch).logits)
+
+
+def test_top_k_keeps_the_largest_logits_and_the_rests_mass():
+    full, *_ = opened("--cache-dtype", "float32")
+    kept, _, data, job, accelerator = opened("--cache-dtype", "float32", "--cache-top-k", "3")
+    for batch in batches.Batches(data, job, accelerator).epoch(0):
+        whole, few = full(batch).logits, kept(batch).logits
+        values, classes = whole.topk(3, dim=1)
+        assert torch.equal(few.gather(1, classes), values)
+        torch.testing.assert_close(few.logsumexp(1), whole.logsumexp(1), rtol=1e-5, atol=1e-5)
+        rest = few.scatter(1, classes, 0.0)
+        assert all(len(set(row[row != 0].tolist())) == 1 for row in rest)
+
+
+def test_views_of_zero_and_methods_without_logits_are_refused():
+    with pytest.raises(UserError, match="--cache-teacher: needs --views K above 0"):
+        parse(distill_defaults, "", ["--cache-teacher"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("teacher_sha256", "0" * 64),
+        ("rows_sha256", "0" * 64),
+        ("normalisation", [[0.5] * 3, [0.25] * 3]),
+        ("precision", "bf16"),
+        ("dtype", "float32"),
+        ("rows", 901),
+    ],
+)
+def test_another_caches_manifest_is_refused_with_both_values(key, value):
+    opened()
+    path = cache_folder() / "manifest.json"
+    manifest = json.loads(path.read_text())
+    ours = manifest["identity"][key]
+    manifest["identity"][key] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="holds other answers") as error:
+        opened()
+    assert f"{key}: {value} there, {ours} here" in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["--view-seed", "1"], ["--no-flip"], ["--crop-padding", "2"], ["--views", "3"]])
+def test_other_views_are_other_caches(flags):
+    opened()
+    opened(*flags)
+    assert len(list(ROOT.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "reshaped", "missing"])
+def test_a_damaged_cache_is_refused(damage):
+    opened()
+    path = cache_folder() / "logits.npy"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-100])
+    elif damage == "flipped":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "reshaped":
+        np.save(path, np.zeros((2, 899, 10), np.float16))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=r"logits.npy|view 1 changed since it was built"):
+        opened()
+
+
+def test_rows_in_another_order_are_another_cache_and_a_forged_one_is_found_out(monkeypatch):
+    """Were every hash forged, the rows that are recomputed at each start would still not agree."""
+    opened()
+    store = cache_folder()
+    logits = np.load(store / "logits.npy", mmap_mode="r+")
+    logits[:] = logits[:, ::-1].copy()
+    logits.flush()
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["blocks"] = [Store(store, manifest["identity"]).block(view) for view in range(2)]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="the teacher now says something else of view 0"):
+        opened()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_answers_that_are_not_finite_are_refused_when_built(monkeypatch, value):
+    monkeypatch.setattr(
+        teacher_cache, "_ask", lambda ask, images, index, view: teacher_cache.Outputs(torch.full((50, 10), value))
+    )
+    with pytest.raises(UserError, match=r"not finite as float16: .*--cache-dtype float32"):
+        opened()
+
+
+def test_nan_in_a_sealed_cache_is_refused_when_loaded():
+    opened()
+    store = cache_folder()
+    logits = np.load(store / "logits.npy", mmap_mode="r+")
+    logits[1, 5, 5] = np.nan
+    logits.flush()
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["blocks"] = [Store(store, manifest["identity"]).block(view) for view in range(2)]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="view 1 holds NaN or infinity"):
+        opened()
+
+
+def test_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch):
+    opened()
+    whole = (cache_folder() / "logits.npy").read_bytes()
+    shutil.rmtree(ROOT)
+    real, count = Store.write, 0
+
+    def write(self, *args):
+        nonlocal count
+        count += 1
+        if count == 25:  # in the middle of the second view
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "write", write)
+        opened()
+    manifest = json.loads((cache_folder() / "manifest.json").read_text())
+    assert len(manifest["blocks"]) == 1, "the half-done view is not believed"
+    count = -1000
+    monkeypatch.setattr(Store, "write", write)
+    opened()
+    assert count == -1000 + 18, "the first view is not computed again"
+    assert (cache_folder() / "logits.npy").read_bytes() == whole
+
+
+def test_two_builders_at_once_build_once():
+    args = [*STUDENT, *CACHED, "--threads", "1"]
+    command = [sys.executable, str(PROJECT / "distill_student.py"), *args]
+    both = [
+        subprocess.Popen([*command, "--seed", seed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for seed in "01"
+    ]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(text.count("of 2 kept") for text in said) == [0, 2]
+
+
+def test_two_processes_build_what_one_builds():
+    opened()
+    whole = (cache_folder() / "logits.npy").read_bytes()
+    shutil.rmtree(ROOT)
+    args = [*STUDENT, *CACHED, "--out", "run", "--epochs", "1"]
+    done = script("distill_student.py", *args, env={"ACCELERATE_USE_CPU": "true"}, launcher=torchrun(2))
+    assert done.returncode == 0, done.stderr
+    assert (cache_folder() / "logits.npy").read_bytes() == whole
