@@ -1,29 +1,65 @@
 """Networks by name: the published sizes, and clear answers to names that do not exist."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch import nn
 
 from kd.errors import UserError
-from kd.models import MODELS, build_model
+from kd.models import FAMILIES, MODELS, STAGES, build_model, wrn
+
+
+def on_paper(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
+    """The network with shapes and no numbers, which costs nothing."""
+    with torch.device("meta"):
+        return build_model(name, num_classes, size)
+
+
+def stage_maps(name: str, size: tuple[int, int]) -> list[torch.Size]:
+    """The shapes of the stages' outputs for one image, without the batch."""
+    network, shapes = on_paper(name, 7, size).eval(), {}
+    names = {network.get_submodule(stage): stage for stage in STAGES[name]}
+
+    def remember(module, given, output):
+        shapes[names[module]] = output.shape[1:]
+
+    for module in names:
+        module.register_forward_hook(remember)
+    network(torch.zeros(1, 3, *size, device="meta"))
+    assert tuple(shapes) == STAGES[name], "stages run in the order of their list"
+    return list(shapes.values())
 
 
 @pytest.mark.parametrize(
-    ("name", "params"),
+    ("name", "params", "published"),
     [
-        ("resnet18", 11_220_132),
-        ("resnet34", 21_328_292),
-        # arXiv:1910.10699 and its code's tables, at 100 classes
-        ("resnet20", 278_324),
-        ("resnet32", 472_756),
-        ("resnet56", 861_620),
-        ("resnet110", 1_736_564),
-        ("resnet8x4", 1_233_540),
-        ("resnet32x4", 7_433_860),
+        ("resnet18", 11_220_132, "11.22M"),
+        ("resnet34", 21_328_292, "21.33M"),
+        # arXiv:1910.10699's networks at 100 classes, rounded as the literature quotes them
+        ("resnet20", 278_324, "0.28M"),
+        ("resnet32", 472_756, "0.47M"),
+        ("resnet56", 861_620, "0.86M"),
+        ("resnet110", 1_736_564, "1.74M"),
+        ("resnet8x4", 1_233_540, "1.23M"),
+        ("resnet32x4", 7_433_860, "7.43M"),
+        ("wrn-16-2", 703_284, "0.70M"),
+        ("wrn-40-1", 569_780, "0.57M"),
+        ("wrn-40-2", 2_255_156, "2.26M"),
+        ("vgg8", 3_965_028, "3.97M"),
+        ("vgg13", 9_462_180, "9.46M"),
     ],
 )
-def test_parameter_counts_are_the_published_ones(name, params):
-    network = build_model(name, 100, (32, 32))
+def test_parameter_counts_are_the_published_ones(name, params, published):
+    network = on_paper(name, 100, (32, 32))
     assert sum(parameter.numel() for parameter in network.parameters()) == params
+    assert f"{params / 1e6:.2f}M" == published
+
+
+# No table of that literature has these two: the sums of their layers, by hand.
+@pytest.mark.parametrize(("name", "params"), [("wrn-16-1", 180_916), ("vgg11", 9_277_284)])
+def test_parameter_counts_are_the_sums_of_the_layers(name, params):
+    assert sum(parameter.numel() for parameter in on_paper(name, 100, (32, 32)).parameters()) == params
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet101", "resnet152")])
@@ -31,6 +67,37 @@ def test_every_network_takes_small_images_and_trains(name):
     network = build_model(name, 7, (8, 8))
     network(torch.randn(2, 3, 8, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (32, 32), (64, 64), (48, 32)])
+@pytest.mark.parametrize("name", [next(iter(family.MODELS)) for family in FAMILIES])
+def test_stages_go_from_early_to_late(name, size):
+    maps = stage_maps(name, size)
+    assert len(maps) in (3, 4)
+    for (channels, height, width), (later_channels, later_height, later_width) in pairwise(maps):
+        assert later_channels >= channels
+        assert 1 <= later_height <= height
+        assert 1 <= later_width <= width
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "sides"),
+    [
+        ("resnet18", (64, 128, 256, 512), (32, 16, 8, 4)),
+        ("resnet20", (16, 32, 64), (32, 16, 8)),
+        ("wrn-40-2", (32, 64, 128), (32, 16, 8)),
+        ("vgg8", (128, 256, 512, 512), (16, 8, 4, 4)),
+    ],
+)
+def test_stages_of_cifar_images_have_the_shapes_of_the_literature(name, channels, sides):
+    assert stage_maps(name, (32, 32)) == [(c, side, side) for c, side in zip(channels, sides)]
+
+
+def test_a_wide_block_adds_to_its_input_as_it_came():
+    block = wrn.Block(4, 4, stride=1)
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(block(x), x)
 
 
 def test_large_images_get_the_imagenet_stem():

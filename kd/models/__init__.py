@@ -9,14 +9,19 @@ import torch
 from torch import nn
 
 from kd.errors import UserError, nearest, require
-from kd.models import cifar_resnet, torchvision_operators
+from kd.models import cifar_resnet, torchvision_operators, vgg, wrn
 
 torchvision_operators.define()  # before the first import of torchvision, timm's included
 
 from kd.models import resnet  # noqa: E402
 
-MODELS = {**resnet.MODELS, **cifar_resnet.MODELS}
+FAMILIES = (resnet, cifar_resnet, wrn, vgg)
+
+MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 """Name -> f(num_classes, image_size); image_size is (height, width)."""
+
+STAGES = {name: family.STAGES for family in FAMILIES for name in family.MODELS}
+"""Name -> dotted names of the modules that give the stages' feature maps b x c x h x w, from early to late."""
 
 
 def is_users_own(name: str) -> bool:
