@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kd.errors import UserError
-from kd.models import FAMILIES, MODELS, STAGES, build_model, wrn
+from kd.models import FAMILIES, MODELS, STAGES, build_model, mobilenetv2, shufflenetv1, shufflenetv2, wrn
 
 
 def on_paper(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
@@ -48,6 +49,9 @@ def stage_maps(name: str, size: tuple[int, int]) -> list[torch.Size]:
         ("wrn-40-2", 2_255_156, "2.26M"),
         ("vgg8", 3_965_028, "3.97M"),
         ("vgg13", 9_462_180, "9.46M"),
+        ("mobilenetv2", 812_836, "0.81M"),
+        ("shufflenetv1", 949_258, "0.95M"),
+        ("shufflenetv2", 1_355_528, "1.36M"),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, params, published):
@@ -87,6 +91,9 @@ def test_stages_go_from_early_to_late(name, size):
         ("resnet20", (16, 32, 64), (32, 16, 8)),
         ("wrn-40-2", (32, 64, 128), (32, 16, 8)),
         ("vgg8", (128, 256, 512, 512), (16, 8, 4, 4)),
+        ("mobilenetv2", (12, 16, 48, 160), (16, 8, 4, 2)),
+        ("shufflenetv1", (240, 480, 960), (16, 8, 4)),
+        ("shufflenetv2", (116, 232, 464), (16, 8, 4)),
     ],
 )
 def test_stages_of_cifar_images_have_the_shapes_of_the_literature(name, channels, sides):
@@ -98,6 +105,28 @@ def test_a_wide_block_adds_to_its_input_as_it_came():
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(block(x), x)
+
+
+def test_an_inverted_residual_ends_without_an_activation():
+    block = mobilenetv2.InvertedResidual(4, 4, stride=1, expansion=6)
+    x = torch.zeros(2, 4, 5, 5)
+    nn.init.constant_(block.project[1].bias, -1.0)
+    nn.init.zeros_(block.project[1].weight)
+    assert torch.equal(block(x), x - 1)
+
+
+def test_shufflenetv1_puts_the_averaged_input_behind_what_it_adds():
+    unit = shufflenetv1.Unit(24, 240, stride=2)
+    x = torch.rand(2, 24, 6, 6)
+    assert unit(x).shape == (2, 240, 3, 3)
+    assert torch.equal(unit(x)[:, 216:], F.avg_pool2d(x, 3, stride=2, padding=1))
+
+
+def test_shufflenetv2_passes_half_of_the_channels_by():
+    unit = shufflenetv2.Unit(8)
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(unit(x)[:, ::2], x[:, :4])
+    assert (unit(x)[:, 1::2] >= 0).all()
 
 
 def test_large_images_get_the_imagenet_stem():

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from kd.errors import UserError, nearest, require
-from kd.models import cifar_resnet, torchvision_operators, vgg, wrn
+from kd.models import cifar_resnet, mobilenetv2, shufflenetv1, shufflenetv2, torchvision_operators, vgg, wrn
 
 torchvision_operators.define()  # before the first import of torchvision, timm's included
 
 from kd.models import resnet  # noqa: E402
 
-FAMILIES = (resnet, cifar_resnet, wrn, vgg)
+FAMILIES = (resnet, cifar_resnet, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2)
 
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 """Name -> f(num_classes, image_size); image_size is (height, width)."""
