@@ -1,5 +1,6 @@
 """Networks by name: the published sizes, and clear answers to names that do not exist."""
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -148,9 +149,49 @@ def test_names_from_elsewhere():
         ("tests.networks:absent", "has no function absent"),
         ("tests.networks:no_module", "not a torch module"),
         ("tests.networks:wrong_width", r"gives \(2, 6\) .* \(2, 5\) wanted"),
-        ("torchvision/vit_b_16", "cannot take images of 16 x 16 pixels"),
+        ("torchvision/vit_b_32", "cannot take images of 16 x 16 pixels .*patches of 32 x 32 do not divide them"),
+        ("torchvision/vit_b_32", r"module:function .*VisionTransformer\(image_size=16, patch_size=4"),
+        ("torchvision/maxvit_t", "cannot take images of 16 x 16 pixels"),
+        ("torchvision/inception_v3", "cannot take images of 16 x 16 pixels"),
     ],
 )
 def test_wrong_names_and_networks_are_answered(name, words):
     with pytest.raises(UserError, match=words):
         build_model(name, 5, (16, 16))
+
+
+def test_torchvision_transformers_are_told_the_image_size():
+    network = on_paper("torchvision/vit_b_16", 5, (32, 32))
+    assert network.encoder.pos_embedding.shape[1] == 1 + 4
+    with pytest.raises(UserError, match=r"48 x 32 pixels \(it takes square ones only"):
+        on_paper("torchvision/vit_b_16", 5, (32, 48))
+
+
+def test_a_transformer_of_the_users_own_takes_digits():
+    assert build_model("tests.networks:vit", 10, (8, 8)) is not None
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet10t"])
+def test_timm_networks_are_told_the_image_size_where_they_need_it(name):
+    pytest.importorskip("timm")
+    assert build_model(f"timm/{name}", 5, (32, 64)) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("vit_tiny_patch16_224", (8, 8), "16 x 16 do not divide them"),
+        ("eva02_tiny_patch14_224", (32, 32), "14 x 14 do not divide them"),  # timm alone drops the last 4 pixels
+        ("vit_tiny_patch16_224", (24, 32), r"timm.create_model.*img_size=\(24, 32\), patch_size=4"),
+    ],
+)
+def test_timm_patches_that_do_not_divide_the_image_are_answered(name, size, words):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match=words):
+        build_model(f"timm/{name}", 5, size)
+
+
+def test_timm_left_out_is_answered(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="pip install timm"):
+        build_model("timm/resnet10t", 5, (32, 32))
