@@ -9,14 +9,22 @@ import torch
 from torch import nn
 
 from kd.errors import UserError, nearest, require
-from kd.models import cifar_resnet, torchvision_operators
+from kd.models import cifar_resnet, libraries, mobilenetv2, shufflenetv1, shufflenetv2, torchvision_operators, vgg, wrn
 
 torchvision_operators.define()  # before the first import of torchvision, timm's included
 
 from kd.models import resnet  # noqa: E402
 
-MODELS = {**resnet.MODELS, **cifar_resnet.MODELS}
+FAMILIES = (resnet, cifar_resnet, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2)
+
+MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 """Name -> f(num_classes, image_size); image_size is (height, width)."""
+
+STAGES = {name: family.STAGES for family in FAMILIES for name in family.MODELS}
+"""Name -> dotted names of the modules that give the stages' feature maps b x c x h x w, from early to late."""
+
+LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
+"""What stands before the slash -> f(the name behind it, num_classes, image_size)."""
 
 
 def is_users_own(name: str) -> bool:
@@ -28,9 +36,9 @@ def check_name(name: str) -> None:
     """Raises UserError, with the nearest names, where there is no such network; builds nothing."""
     family, _, short = name.partition("/")
     if family == "torchvision" and short:
-        names = _torchvision_names()
+        names = libraries.torchvision_names()
     elif family == "timm" and short:
-        names = _timm().list_models()
+        names = libraries.timm_names()
     elif name in MODELS or is_users_own(name):
         return
     else:
@@ -45,12 +53,12 @@ def build_model(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.
     Raises: UserError for an unknown name (with the nearest ones), or a network that cannot take these images.
     """
     check_name(name)
+    family, _, short = name.partition("/")
     if name in MODELS:
         network = MODELS[name](num_classes, image_size)
-    elif name.startswith("torchvision/"):
-        network = _from_torchvision(name.removeprefix("torchvision/"), num_classes)
-    elif name.startswith("timm/"):
-        network = _timm().create_model(name.removeprefix("timm/"), pretrained=False, num_classes=num_classes)
+    elif family in LIBRARIES:
+        with libraries.taking_images(name, image_size):
+            network = LIBRARIES[family](short, num_classes, image_size)
     else:
         network = _users_own(name, num_classes)
     logits = probe(network, image_size, name)
@@ -64,34 +72,10 @@ def probe(network: nn.Module, image_size: tuple[int, int], name: str):
     """What the network gives, in eval mode, for two grey images; its weights and buffers are untouched."""
     training = network.training
     try:
-        return network.eval()(torch.zeros(2, 3, *image_size, device=next(network.parameters()).device))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        height, width = image_size
-        raise UserError(f"model {name}: cannot take images of {width} x {height} pixels ({error})") from error
+        with libraries.taking_images(name, image_size):
+            return network.eval()(torch.zeros(2, 3, *image_size, device=next(network.parameters()).device))
     finally:
         network.train(training)
-
-
-def _torchvision_names() -> list[str]:
-    import torchvision
-
-    return torchvision.models.list_models(module=torchvision.models)
-
-
-def _from_torchvision(name: str, num_classes: int) -> nn.Module:
-    import torchvision
-
-    # These two return their training heads beside the logits unless told not to.
-    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
-
-
-def _timm():
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError("timm/NAME needs timm: pip install timm") from error
-    return timm
 
 
 def _users_own(name: str, num_classes: int) -> nn.Module:

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+STAGES = ("layer1", "layer2", "layer3")
+"""At full, half and quarter resolution."""
+
 
 class Block(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut."""

@@ -9,6 +9,9 @@ from functools import partial
 
 from torch import nn
 
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+"""At full, half, quarter and eighth resolution of the stem's output; with the small stem that is the image's."""
+
 SMALL = 64  # images up to this many pixels get the small stem
 
 

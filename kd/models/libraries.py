@@ -1,0 +1,86 @@
+"""Networks of torchvision and timm, told how large the images are where a network's shape depends on it.
+
+Both build transformers for 224 pixels unless told otherwise, in patches that may be larger than a small image.
+timm is an optional dependency; either is imported only when one of its networks is named.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from kd.errors import UserError
+
+
+@contextmanager
+def taking_images(name: str, image_size: tuple[int, int]) -> Iterator[None]:
+    """What a network answers to images that it cannot take becomes a UserError with its name and their size."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        height, width = image_size
+        raise UserError(f"model {name}: cannot take images of {width} x {height} pixels ({error})") from error
+
+
+def torchvision_names() -> list[str]:
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def from_torchvision(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    import torchvision
+
+    extra = {}
+    if name in ("googlenet", "inception_v3"):
+        extra = {"aux_logits": False, "init_weights": True}  # or they return training heads beside the logits
+    elif name.startswith("maxvit_"):
+        extra = {"input_size": image_size}
+    elif name.startswith("vit_"):
+        patch, side = int(name.rpartition("_")[2]), image_size[0]
+        recipe = f"torchvision.models.VisionTransformer(image_size={side}, patch_size={_patch_for(image_size)}, ...)"
+        _check_patches((patch, patch), image_size, recipe)
+        if image_size != (side, side):
+            raise ValueError("it takes square ones only; timm/vit_... takes any")
+        extra = {"image_size": side}
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+
+
+def timm_names() -> list[str]:
+    return _timm().list_models()
+
+
+def from_timm(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    timm = _timm()
+    # Only these constructors take the size; the others would refuse the argument.
+    extra = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
+    embeddings = (module for module in network.modules() if isinstance(module, timm.layers.PatchEmbed))
+    first = next(embeddings, None)  # the one that reads the image
+    if extra and first is not None:
+        # timm itself would silently cut off what no whole patch covers.
+        recipe = f"timm.create_model({name!r}, img_size={image_size}, patch_size={_patch_for(image_size)}, ...)"
+        _check_patches(first.patch_size, image_size, recipe)
+    return network
+
+
+def _timm():
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError("timm/NAME needs timm: pip install timm") from error
+    return timm
+
+
+def _check_patches(patch: tuple[int, int], image_size: tuple[int, int], recipe: str) -> None:
+    if image_size[0] % patch[0] or image_size[1] % patch[1]:
+        raise ValueError(
+            f"its patches of {patch[1]} x {patch[0]} do not divide them; name a network of smaller patches,"
+            f" or a module:function of your own that returns {recipe}"
+        )
+
+
+def _patch_for(image_size: tuple[int, int]) -> int:
+    """The customary 4 x 4 patch of small images, or less where 4 does not divide them."""
+    return math.gcd(*image_size, 4)
