@@ -100,6 +100,11 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
     content = read_json(checkpoint / "state.json")
     module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
     optimizer.load_state_dict(_join_optimizer(read_weights(checkpoint / "optimizer.safetensors"), content["optimizer"]))
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # Saved in plain order; fused optimizers want it to lie in memory as its parameter does.
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return State(**content["state"]), read_weights(checkpoint / "best.safetensors")
 
 

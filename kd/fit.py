@@ -1,6 +1,7 @@
 """The one training loop, and how a network is scored."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -8,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd import metrics, views
-from kd.batches import Batches, Pixels
+from kd.batches import Batches, Pixels, memory_layout
 from kd.checkpoint import broadcast_buffers
 from kd.config import FitConfig, Job
 from kd.data import Data, Split
@@ -22,8 +23,9 @@ from kd.teacher import Teacher
 from kd.tracking import Tracker
 
 
-def lr_at(step: int, steps: int, steps_per_epoch: int, config: FitConfig) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: a function of the step, so there is nothing to save."""
+def lr_at(step: int, steps_per_epoch: int, config: FitConfig) -> float:
+    """The learning rate of step `step` (from 0) of the run: a function of the step, so there is nothing to save."""
+    steps = steps_per_epoch * config.epochs
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -52,11 +54,12 @@ def fit(
     batches = Batches(data, job, accelerator)
     if config.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    sgd = make_optimizer(distiller.to(accelerator.device), config)
+    distiller.to(accelerator.device, memory_format=memory_layout(accelerator.device))
+    sgd = make_optimizer(distiller, config, accelerator.device)
     fresh_scaler(accelerator)
     ledger = Ledger(distiller, sgd, job, run, accelerator)
     model, optimizer = accelerator.prepare(distiller, sgd)
-    state, steps = ledger.state, batches.steps * config.epochs
+    state = ledger.state
     tracker.rewrite(state.history)
     display = Display(f"{job.role} {job.model}", config.epochs, batches.steps, state.step, accelerator.is_main_process)
     with StopRequests() as requests, display:
@@ -64,11 +67,7 @@ def fit(
             ledger.save()
         for epoch in range(len(state.history), config.epochs):
             distiller.train()
-            for batch in batches.epoch(epoch, state.step - epoch * batches.steps):
-                lr = lr_at(state.step, steps, batches.steps, config)
-                views.seed_step(config.seed, state.step, accelerator.process_index)
-                logits, terms = train_step(model, optimizer, lr, batch, teacher, accelerator, config.clip_norm)
-                ledger.step(terms, logits, batch.label, batch.step)
+            for _ in train_epoch(epoch, model, optimizer, batches, teacher, ledger, accelerator, config):
                 alone = requests.number and accelerator.num_processes == 1  # several agree where they meet
                 if state.step % log_every == 0 or alone:
                     numbers, stop = ledger.look(requests.number)
@@ -81,16 +80,37 @@ def fit(
             ledger.clock.pause()
             display.step(state.step, numbers)
             scores = validate(distiller.deployed, data, accelerator, config.batch_size)
-            line = ledger.end_epoch(numbers, lr_at(state.step - 1, steps, batches.steps, config), scores)
+            line = ledger.end_epoch(numbers, lr_at(state.step - 1, batches.steps, config), scores)
             tracker.log(line)
             display.epoch(line)
             ledger.save()
     return ledger
 
 
-def make_optimizer(module: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+def train_epoch(
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    teacher: Teacher | None,
+    ledger: Ledger,
+    accelerator: Accelerator,
+    config: FitConfig,
+) -> Iterator[None]:
+    """Train through what is left of an epoch, a step each time it is asked; the host never waits for the device."""
+    state = ledger.state
+    for batch in batches.epoch(epoch, state.step - epoch * batches.steps):
+        lr = lr_at(state.step, batches.steps, config)
+        views.seed_step(config.seed, state.step, accelerator.process_index)
+        logits, terms = train_step(model, optimizer, lr, batch, teacher, accelerator, config.clip_norm)
+        ledger.step(terms, logits, batch.label, batch.step)
+        yield
+
+
+def make_optimizer(module: nn.Module, config: FitConfig, device: torch.device) -> torch.optim.Optimizer:
     """SGD over everything trainable: the student, and what the method trains beside it."""
     options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
+    options |= {"fused": True} if device.type == "cuda" else {}  # one kernel for all parameters; on a CPU no faster
     return torch.optim.SGD((p for p in module.parameters() if p.requires_grad), config.lr, **options)
 
 

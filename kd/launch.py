@@ -21,13 +21,17 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True  # every batch has one shape: the fastest kernels are worth looking for
+        torch.set_float32_matmul_precision("high")  # TF32 where the precision is not half already
     precision = fit.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not has_accelerator()
+    on_cpu = asked_for_cpu() or not torch.accelerator.is_available()
     require(
         not (on_cpu and precision == "fp16"),
         "--mixed-precision fp16: a CPU would silently compute in fp32; use bf16, or no",
     )
-    accelerator = Accelerator(mixed_precision=fit.mixed_precision)
+    backend = "inductor" if compiles(fit, on_cpu) else None
+    accelerator = Accelerator(mixed_precision=fit.mixed_precision, dynamo_backend=backend)
     _check_processes(accelerator)
     require(
         not fit.sync_batchnorm or accelerator.device.type == "cuda",
@@ -46,8 +50,12 @@ def same_threads():
         torch.set_num_threads(threads)
 
 
-def has_accelerator() -> bool:
-    return torch.accelerator.is_available()
+def compiles(fit: FitConfig, on_cpu: bool) -> bool:
+    return fit.compile and not on_cpu and torch.cuda.is_available()
+
+
+def asked_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
 def default_threads() -> int:

@@ -1,12 +1,16 @@
 """The loop: learning rate, scoring, what the teacher and the student are allowed to do, and when it stops."""
 
 import hashlib
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd
 from kd import checkpoint
@@ -18,12 +22,13 @@ from kd.ledger import Ledger
 from kd.losses import Distiller
 from kd.models import build_model
 from kd.teacher import load_teacher
-from tests.runs import distil, metrics_of, teach
+from tests.conftest import ROOT
+from tests.runs import STUDENT, distil, metrics_of, teach
 
 
 def test_cosine_rises_linearly_and_falls_to_zero():
     config = FitConfig(lr=0.1, warmup_epochs=2.0, epochs=10)
-    rates = [lr_at(step, 100, 10, config) for step in range(100)]
+    rates = [lr_at(step, 10, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.1 / 20)
     assert rates[19] == rates[20] == pytest.approx(0.1)
     assert rates[60] == pytest.approx(0.05)
@@ -31,9 +36,9 @@ def test_cosine_rises_linearly_and_falls_to_zero():
 
 
 def test_step_and_constant():
-    config = FitConfig(lr=0.1, schedule="step", milestones=(0.5, 0.75))
-    assert [lr_at(step, 100, 10, config) for step in (0, 49, 50, 75)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
-    assert lr_at(99, 100, 10, FitConfig(lr=0.1, schedule="constant")) == 0.1
+    config = FitConfig(epochs=10, lr=0.1, schedule="step", milestones=(0.5, 0.75))
+    assert [lr_at(step, 10, config) for step in (0, 49, 50, 75)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    assert lr_at(99, 10, FitConfig(epochs=10, lr=0.1, schedule="constant")) == 0.1
 
 
 @pytest.mark.parametrize("rows", range(12, 17))
@@ -197,3 +202,67 @@ def test_bf16_and_clipping_train_and_fp16_is_refused_on_a_cpu(monkeypatch):
     teach("--out", "run", "--mixed-precision", "bf16", "--clip-norm", "0.5")
     with pytest.raises(UserError, match="--mixed-precision fp16: a CPU"):
         teach("--out", "other", "--mixed-precision", "fp16")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Counts operations whose result the host must wait for."""
+
+    waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--views", "2", "--cache-teacher"], ["--mixup", "1", "--cutmix", "1", "--erase", "0.5"]]
+)
+def test_the_host_does_not_wait_between_two_log_points(args, monkeypatch):
+    real, counts = Ledger.step, []
+    watch = NoWaiting()
+
+    def step(self, *arguments):
+        real(self, *arguments)
+        counts.append(watch.count)
+
+    monkeypatch.setattr(Ledger, "step", step)
+    with watch:
+        distil("--out", "run", "--log-every", "6", *args)
+    student = counts[-36:]
+    steps = [after - before for before, after in itertools.pairwise(student)]
+    read = {5, 11, 17, 23, 29}  # a log point, or the end of an epoch, lies between these steps and the next
+    assert [count for at, count in enumerate(steps) if at not in read] == [0] * 30
+    assert all(steps[at] > 0 for at in read), "and the counting works"
+
+
+COMPILED = f"""
+import runpy, sys, torch, kd.launch
+real, compiled = torch.compile, []
+def eagerly(model, **options):
+    compiled.append(model)
+    return real(model, backend="eager", fullgraph=True)
+torch.compile = eagerly
+kd.launch.compiles = lambda fit, on_cpu: True
+sys.argv = ["distill_student.py", *{STUDENT}, "--threads", "1", "--out", "compiled"]
+sys.path.insert(0, {str(ROOT)!r})
+try:
+    runpy.run_path({str(ROOT / "distill_student.py")!r}, run_name="__main__")
+finally:
+    assert compiled
+"""
+
+
+def test_a_compiled_step_trains_like_an_eager_one():
+    """What Accelerate and our forward make of a compiled module, without the compiler's own code and time.
+
+    In a process of its own: the shape checks of the tests are nothing that torch could trace.
+    """
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    distil("--out", "plain")
+    for line, other in zip(metrics_of(Path("compiled")), metrics_of(Path("plain")), strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
