@@ -22,11 +22,6 @@ def place(split: Split, device: torch.device) -> Split:
     return split.to(device)
 
 
-def memory_layout(device: torch.device) -> torch.memory_format:
-    """How images and convolutions lie in memory: channels last where tensor cores want it."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
 class Pixels:
     """Rows of a split as normalised images on the device."""
 
@@ -44,7 +39,7 @@ class Pixels:
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def normalized(self, images: Tensor) -> Tensor:
-        return views.normalize(images, self.mean, self.std).contiguous(memory_format=memory_layout(self.device))
+        return views.normalize(images, self.mean, self.std)
 
 
 def check_batch(size: int, rows: int, processes: int) -> None:

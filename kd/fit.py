@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd import metrics, views
-from kd.batches import Batches, Pixels, memory_layout
+from kd.batches import Batches, Pixels
 from kd.checkpoint import broadcast_buffers
 from kd.config import FitConfig, Job
 from kd.data import Data, Split
@@ -54,7 +54,7 @@ def fit(
     batches = Batches(data, job, accelerator)
     if config.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    distiller.to(accelerator.device, memory_format=memory_layout(accelerator.device))
+    distiller.to(accelerator.device, memory_format=layout(config))
     sgd = make_optimizer(distiller, config, accelerator.device)
     fresh_scaler(accelerator)
     ledger = Ledger(distiller, sgd, job, run, accelerator)
@@ -105,6 +105,11 @@ def train_epoch(
         logits, terms = train_step(model, optimizer, lr, batch, teacher, accelerator, config.clip_norm)
         ledger.step(terms, logits, batch.label, batch.step)
         yield
+
+
+def layout(config: FitConfig) -> torch.memory_format:
+    """How convolutions' weights lie in memory; the images that meet them follow."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def make_optimizer(module: nn.Module, config: FitConfig, device: torch.device) -> torch.optim.Optimizer:
