@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd.data import Data
 from kd.errors import require
-from kd.outputs import Batch, Outputs
+from kd.outputs import Batch, Outputs, Tap
 from kd.run_folder import load_network
 
 Teacher = Callable[[Batch], Outputs]
@@ -61,17 +61,20 @@ def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: boo
         f"teacher {folder} takes images of {info['image_size']} (height, width), the data has {list(data.size)}",
     )
     if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
-        network = nn.Sequential(Renormalize((data.mean, data.std), (info["mean"], info["std"])), network)
+        renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
+        network.register_forward_pre_hook(lambda _, images: renormalize(*images))  # its layers keep their names
     return Frozen(network.eval().requires_grad_(False).to(device), folder, sha256, summary)
 
 
-def live(network: nn.Module, accelerator: Accelerator) -> Teacher:
-    """Ask the network at every step."""
+def live(network: nn.Module, accelerator: Accelerator, layers: tuple[str, ...] = ()) -> Teacher:
+    """Ask the network at every step, for these layers' features too."""
+    tap = Tap(network, layers)
 
     # no_grad, not inference_mode: the latter's tensors cannot take part in a later backward pass.
     @torch.no_grad()
     def answer(batch: Batch) -> Outputs:
         with accelerator.autocast():
-            return Outputs(network(batch.image).float())
+            logits, features = tap(batch.image)
+        return Outputs(logits.float(), features)
 
     return answer

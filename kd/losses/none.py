@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.config import NoneConfig
 from kd.losses.base import DistillationLoss
+from kd.methods.logits import NoneConfig
 from kd.outputs import Batch, Outputs
 
 

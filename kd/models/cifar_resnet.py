@@ -71,3 +71,4 @@ MODELS: dict[str, Callable] = {
     **{f"resnet{depth}": partial(build, depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(build, depth, WIDE) for depth in (8, 32)},
 }
+STAGES = dict.fromkeys(MODELS, ("layer1", "layer2", "layer3"))

@@ -25,3 +25,8 @@ def build(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module
 
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 MODELS: dict[str, Callable] = {name: partial(build, name) for name in NAMES}
+STAGES = {
+    f"{library}{name}": ("layer1", "layer2", "layer3", "layer4")
+    for library in ("", "torchvision/", "timm/")
+    for name in NAMES
+}
