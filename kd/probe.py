@@ -42,3 +42,9 @@ def try_out(job: Job, data: Data, accelerator: Accelerator) -> None:
             Path(job.run.out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {job.run.out} ({error}); choose another --out") from error
+
+
+def try_method(job: Job, teacher: Frozen | None, data: Data) -> None:
+    """Raises UserError where the job's method cannot work on student and teacher; its folder is still untouched."""
+    student = build_model(job.model, len(data.classes), data.size)
+    LOSSES[job.method_name](job.method, probe_pair(job, student, teacher, data))

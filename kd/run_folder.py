@@ -188,7 +188,7 @@ def load_network(folder: Path, trust_code: bool) -> Trained:
     return Trained(network.eval(), info, sha256_file(folder / "model.safetensors"), summary)
 
 
-def _rebuilt(network: nn.Module, recipe: dict, folder: Path) -> nn.Module:
+def _rebuilt(network: nn.Module, recipe, folder: Path) -> nn.Module:
     from kd.losses import LOSSES
 
     try:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.errors import require
+from kd.errors import UserError, require
 from kd.losses.base import DistillationLoss
 from kd.losses.kd import kd_loss
 from kd.methods.flags import FeatureFlags
@@ -48,11 +48,11 @@ class FeatureLoss(DistillationLoss):
     @classmethod
     def _named(cls, given: tuple[str, ...], config: FeatureFlags, stages: Stages, whose: str) -> tuple[str, ...]:
         names = given or cls.wanted(config, stages)
-        require(
-            bool(names),
-            f"the {whose}'s model does not say where its features are; name some with --{whose}-layers:"
-            f" {there_are(stages.modules)}",
-        )
+        if not names:
+            raise UserError(
+                f"the {whose}'s model does not say where its features are; name some with --{whose}-layers:"
+                f" {there_are(stages.modules)}"
+            )
         return names
 
 
