@@ -27,7 +27,7 @@ def main(config: DistillConfig) -> None:
     from kd.launch import start
     from kd.losses import LOSSES
     from kd.models import check_name
-    from kd.probe import try_out
+    from kd.probe import try_method, try_out
     from kd.table import show_results
 
     job, needs_teacher = config.job(), LOSSES[config.job().method_name].needs_teacher
@@ -38,6 +38,7 @@ def main(config: DistillConfig) -> None:
     data = load_data(config.data)
     try_out(job, data, accelerator)
     teacher = find_teacher(config, data, accelerator) if needs_teacher else None
+    try_method(job, teacher, data)
     control = train(config.control_job(), data, accelerator) if config.control and needs_teacher else None
     folder = train(job, data, accelerator, teacher, control)
     if accelerator.is_main_process:

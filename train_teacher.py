@@ -36,10 +36,10 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
             seed_everything(job.fit.seed, "network")
             network = build_model(job.model, len(data.classes), data.size)
             seed_everything(job.fit.seed, "method")
-            loss = LOSSES[job.method_name](job.method, probe_pair(network, teacher, data))
+            loss = LOSSES[job.method_name](job.method, probe_pair(job, network, teacher, data))
             distiller = Distiller(network, loss)
             tracker = Tracker(job, run, accelerator)
-            answer = answers(teacher, data, job, accelerator) if teacher else None
+            answer = answers(teacher, data, job, accelerator, loss.teacher_layers) if teacher else None
             ledger = fit(distiller, data, job, accelerator, run, tracker, answer)
             tracker.finish(finish(distiller, ledger, data, job, accelerator, run, teacher, control))
             accelerator.free_memory()

@@ -3,8 +3,9 @@
     python -m kd.bench --data ../shared/cifar100 --model resnet8x4 --teacher-model resnet32x4
 
 Measures, interleaved and as medians over rounds: the bare arithmetic of the student's step on fixed tensors (the
-limit), our training epoch with a live and with a cached teacher, evaluation and the teacher alone; then the time to the first
-step from a cold and from a warm start, and the peak memory. Networks have fresh weights: speed does not depend on them.
+limit), our training epoch with a live and with a cached teacher, evaluation and the teacher alone; then the time to the
+first step from a cold and from a warm start, and the peak memory. Networks have fresh weights: speed does not depend on
+them.
 """
 
 import json
@@ -21,8 +22,9 @@ from pathlib import Path
 
 import tyro
 
-from kd.config import CacheConfig, DataConfig, FitConfig, Job, KDConfig, RunConfig, ViewConfig
+from kd.config import CacheConfig, DataConfig, FitConfig, Job, RunConfig, ViewConfig
 from kd.errors import exit_code, require
+from kd.methods import KDConfig
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _distiller(job: Job, data, device):
 
     seed_everything(0, "network")
     network = build_model(job.model, len(data.classes), data.size)
-    distiller = Distiller(network, LOSSES["kd"](job.method, probe_pair(network, None, data)))
+    distiller = Distiller(network, LOSSES["kd"](job.method, probe_pair(job, network, None, data)))
     return distiller.to(device, memory_format=layout(job.fit))
 
 

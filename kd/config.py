@@ -5,9 +5,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tyro.conf import arg, subcommand
+from tyro.conf import arg
 
 from kd.errors import require
+from kd.methods import METHODS, KDConfig, Method, NoneConfig, method_name
+
+__all__ = ["METHODS", "PRESETS", "KDConfig", "Method", "NoneConfig"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class FitConfig:
     compile: bool = True
     """Compile the training step on CUDA; on a CPU it would gain little and cost half a minute."""
     channels_last: bool = True
-    """Keep images channels-last in memory: faster on tensor cores and most CPUs; `python -m kd.bench` tells on yours."""
+    """Keep images channels-last in memory: faster on tensor cores and most CPUs; kd.bench tells on yours."""
 
     def check(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -152,46 +155,6 @@ class CacheConfig:
             "--cache-teacher: needs --views K above 0; with a new view every epoch no answer is ever used twice",
         )
         require(self.cache_top_k is None or self.cache_top_k >= 1, f"--cache-top-k {self.cache_top_k}: give 1 or more")
-
-
-# One dataclass a method; its field names must not repeat a common flag's (tyro refuses; a test checks).
-@dataclass(frozen=True)
-class NoneConfig:
-    """Cross-entropy alone: no teacher."""
-
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes (arXiv:1512.00567)."""
-
-    def check(self) -> None:
-        require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: give 0 or more, below 1")
-
-
-@dataclass(frozen=True)
-class KDConfig:
-    """Hinton et al. 2015: follow the teacher's softened predictions."""
-
-    temperature: float = 5.0
-    """Softens both distributions; larger reveals more of the wrong classes."""
-    alpha: float = 0.7
-    """Weight of the distillation term; cross-entropy has 1 - alpha."""
-    direction: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || student), the usual; reverse: KL(student || teacher), as the report's formula reads."""
-
-    def check(self) -> None:
-        require(
-            self.temperature > 0 and math.isfinite(self.temperature),
-            f"--temperature {self.temperature}: give a number above 0",
-        )
-        require(0 <= self.alpha <= 1, f"--alpha {self.alpha}: give a share from 0 to 1")
-
-
-METHODS = {"none": NoneConfig, "kd": KDConfig}
-# A tuple subscript is a union: tyro makes a subcommand of each.
-Method = Annotated[NoneConfig, subcommand("none")] | Annotated[KDConfig, subcommand("kd")]
-
-
-def method_name(method: object) -> str:
-    return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
 PresetName = Literal["report", "strong", "crd", "digits"]

@@ -53,7 +53,7 @@ def finish(
         write_weights(run.path / "model.safetensors", network.state_dict())
         if ledger.best:
             write_weights(run.path / "best.safetensors", ledger.best)
-        write_json(run.path / "model.json", _model_info(job, data))
+        write_json(run.path / "model.json", _model_info(job, data) | {"deployed": distiller.loss.recipe})
         draw_curves(ledger.state.history, f"{job.role} {job.model}", run.path / "curves.png")
         write_json(run.path / "summary.json", summary)
     accelerator.wait_for_everyone()

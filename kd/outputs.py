@@ -1,9 +1,16 @@
 """What flows between the parts: a batch into the networks, their outputs into the losses."""
 
+import difflib
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from kd.errors import UserError, require
+
+INPUT = ".input"  # "fc.input" names what enters the module fc: where pooling is no module of its own
 
 
 class Mix(NamedTuple):
@@ -32,8 +39,82 @@ class Outputs(NamedTuple):
     features: dict[str, Tensor] = {}  # noqa: RUF012  named intermediates, for methods that want them; never changed
 
 
-class Pair(NamedTuple):
-    """What a method may know of its two networks before training: their outputs on two probing images, no more."""
+class Stages(NamedTuple):
+    """Where a network's features are: dotted names, in order of depth."""
 
-    student: Outputs
+    maps: tuple[str, ...] = ()  # outputs of the stages, b x c x h x w; the last one is what is pooled
+    classifier: str | None = None  # the last linear layer over the classes; what enters it is the embedding
+    modules: tuple[str, ...] = ()  # all that could be tapped instead
+
+    @property
+    def embedding(self) -> tuple[str, ...]:
+        return (self.classifier + INPUT,) if self.classifier else ()
+
+
+class Pair(NamedTuple):
+    """What a method may know of its two networks and the data before training, and no more."""
+
+    student: Outputs  # for two probing images; its features are those that the method asked for
     teacher: Outputs | None
+    labels: Int[Tensor, "n"] | None = None  # of the training split, by Batch.index
+    student_stages: Stages = Stages()
+    teacher_stages: Stages = Stages()
+    head: nn.Module | None = None  # the teacher's classifier; never trained
+
+
+class Tap:
+    """A network that gives `layers` (dotted module names, or NAME.input) beside its logits.
+
+    Works by hooks, which do nothing while the network is called by others; without layers there are none. A layer that
+    runs several times gives its last output. Raises UserError for a name that is not there.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str] = ()):
+        self.network, self.layers = network, tuple(layers)
+        self._seen: dict[str, Tensor] | None = None  # not None while this tap is being asked
+        modules = {name: module for name, module in network.named_modules() if name}
+        # Bound methods rather than closures: a deep copy of the network then fills its own copy of the tap.
+        self._hooks = [self._hook(layer, modules) for layer in self.layers]
+
+    def _hook(self, layer: str, modules: dict[str, nn.Module]):
+        if layer in modules:
+            return modules[layer].register_forward_hook(partial(self._keep_output, layer))
+        module = layer.removesuffix(INPUT)
+        if layer == module or module not in modules:
+            raise UserError(f"no layer {layer!r}: {there_are(modules, layer)}")
+        return modules[module].register_forward_pre_hook(partial(self._keep_input, layer))
+
+    def _keep_output(self, layer: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        self._keep(layer, output)
+
+    def _keep_input(self, layer: str, module: nn.Module, inputs: tuple) -> None:
+        self._keep(layer, inputs[0])
+
+    def _keep(self, layer: str, value: object) -> None:
+        if self._seen is not None:
+            require(isinstance(value, Tensor), f"layer {layer!r} gives a {type(value).__name__}, not a tensor")
+            self._seen[layer] = value.clone()  # a ReLU that works in place would overwrite it
+
+    def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Outputs:
+        self._seen = {}
+        try:
+            logits = self.network(image)
+            missing = [layer for layer in self.layers if layer not in self._seen]
+            require(not missing, f"layer {missing and missing[0]!r} is there and does not run; tap another")
+            return Outputs(logits, {layer: self._seen[layer] for layer in self.layers})
+        finally:
+            self._seen = None
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def there_are(modules: Collection[str], wrong: str = "") -> str:
+    """Which layers a network has: those like a wrong name, else all that are not inside another one."""
+    close = difflib.get_close_matches(wrong, modules, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    top = [name for name in modules if "." not in name]
+    return f"there are {', '.join(top)}, what is inside them (as in {max(modules, key=len)}), and NAME{INPUT}"

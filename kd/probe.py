@@ -8,24 +8,47 @@ from torch import nn
 from kd.batches import check_batch
 from kd.config import Job
 from kd.data import Data
-from kd.errors import UserError
-from kd.models import build_model, probe
-from kd.outputs import Outputs, Pair
+from kd.errors import UserError, require
+from kd.losses import LOSSES
+from kd.models import build_model, probe, stages
+from kd.outputs import Pair
 from kd.teacher import Frozen
 
 
-def probe_pair(student: nn.Module, teacher: Frozen | None, data: Data) -> Pair:
-    """Both networks' outputs on two grey images of the data's size; neither is changed."""
-    theirs = Outputs(probe(teacher.network, data.size, str(teacher.folder))) if teacher else None
-    return Pair(Outputs(probe(student, data.size, "student")), theirs)
+def probe_pair(job: Job, student: nn.Module, teacher: Frozen | None, data: Data) -> Pair:
+    """What the job's method may know of its networks: both ones' outputs on two grey images, and where they come from.
+
+    Neither network is changed. Raises: UserError for layers that are not there, or that do not pair up.
+    """
+    layers, classes, labels = LOSSES[job.method_name].layers, len(data.classes), data.train.labels
+    ours = stages(job.model, student, classes)
+    if teacher is None:
+        return Pair(probe(student, data.size, "student", layers(job.method, ours, None)[0]), None, labels, ours)
+    theirs = stages(teacher.summary["model"], teacher.network, classes)
+    names = layers(job.method, ours, theirs)
+    outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
+    head = teacher.network.get_submodule(theirs.classifier) if theirs.classifier else None
+    return Pair(*outputs, labels, ours, theirs, head)
 
 
 def try_out(job: Job, data: Data, accelerator: Accelerator) -> None:
-    """Raises UserError where the job could not start later: its network, its batch, its folder. Trains nothing."""
-    build_model(job.model, len(data.classes), data.size)
+    """Raises UserError where the job could not start later: its network, layers, batch, folder. Trains nothing."""
+    require(
+        not (job.views.mixes and LOSSES[job.method_name].needs_hard_labels),
+        f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
+    )
+    network = build_model(job.model, len(data.classes), data.size)
+    layers, _ = LOSSES[job.method_name].layers(job.method, stages(job.model, network, len(data.classes)), None)
+    probe(network, data.size, "student", layers)
     check_batch(job.fit.batch_size, len(data.train.labels), accelerator.num_processes)
     if job.run.out:
         try:
             Path(job.run.out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {job.run.out} ({error}); choose another --out") from error
+
+
+def try_method(job: Job, teacher: Frozen | None, data: Data) -> None:
+    """Raises UserError where the job's method cannot work on student and teacher; its folder is still untouched."""
+    student = build_model(job.model, len(data.classes), data.size)
+    LOSSES[job.method_name](job.method, probe_pair(job, student, teacher, data))

@@ -160,7 +160,7 @@ class Trained(NamedTuple):
     """A finished run's network, in eval mode on the CPU, and what it expects."""
 
     network: nn.Module
-    info: dict  # model.json: model, num_classes, image_size, mean, std, classes
+    info: dict  # model.json: model, num_classes, image_size, mean, std, classes, deployed
     weights_sha256: str
     summary: dict
 
@@ -184,5 +184,16 @@ def load_network(folder: Path, trust_code: bool) -> Trained:
         " says that you trust it",
     )
     network = build_model(info["model"], info["num_classes"], tuple(info["image_size"]))
+    if recipe := info.get("deployed"):  # more than the student
+        network = _rebuilt(network, recipe, folder)
     load_weights(network, folder / "model.safetensors")
     return Trained(network.eval(), info, sha256_file(folder / "model.safetensors"), summary)
+
+
+def _rebuilt(network: nn.Module, recipe, folder: Path) -> nn.Module:
+    from kd.losses import LOSSES
+
+    try:
+        return LOSSES[recipe["method"]].rebuild(network, recipe)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'model.json'}: deployed {recipe} cannot be rebuilt ({error!r})") from error

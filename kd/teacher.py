@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kd.data import Data
 from kd.errors import require
-from kd.outputs import Batch, Outputs
+from kd.outputs import Batch, Outputs, Tap
 from kd.run_folder import load_network
 
 Teacher = Callable[[Batch], Outputs]
@@ -61,17 +62,50 @@ def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: boo
         f"teacher {folder} takes images of {info['image_size']} (height, width), the data has {list(data.size)}",
     )
     if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
-        network = nn.Sequential(Renormalize((data.mean, data.std), (info["mean"], info["std"])), network)
+        renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
+        network.register_forward_pre_hook(lambda _, images: renormalize(*images))  # its layers keep their names
     return Frozen(network.eval().requires_grad_(False).to(device), folder, sha256, summary)
 
 
-def live(network: nn.Module, accelerator: Accelerator) -> Teacher:
-    """Ask the network at every step."""
+def folded(network: nn.Module) -> nn.Module:
+    """A copy with each BatchNorm folded into the convolution before it; the network itself where it cannot be traced.
+
+    Logits differ in their last bits.
+    """
+    try:
+        # Inside another module, so that hooks of the network itself are traced too, or refuse to be.
+        traced = torch.fx.symbolic_trace(nn.Sequential(copy.deepcopy(network)))
+    except Exception:  # tracing fails in as many ways as there are networks
+        return network
+    modules, calls = dict(traced.named_modules()), Counter(node.target for node in traced.graph.nodes)
+    for node in list(traced.graph.nodes):
+        source = node.args[0] if node.args else None
+        pair = [modules.get(n.target) for n in (source, node) if isinstance(n, torch.fx.Node) and n.op == "call_module"]
+        if [type(module) for module in pair] != [nn.Conv2d, nn.BatchNorm2d] or len(source.users) > 1:
+            continue
+        if calls[source.target] == calls[node.target] == 1:  # one that runs twice would be folded for both
+            traced.set_submodule(source.target, fuse_conv_bn_eval(*pair))
+            node.replace_all_uses_with(source)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def live(
+    network: nn.Module, accelerator: Accelerator, layers: tuple[str, ...] = (), channels_last: bool = True
+) -> Teacher:
+    """Ask the network at every step, for these layers' features too."""
+    quick = network if layers else folded(network)
+    if channels_last:
+        quick = quick.to(memory_format=torch.channels_last)
+    tap = Tap(quick, layers)
 
     # no_grad, not inference_mode: the latter's tensors cannot take part in a later backward pass.
     @torch.no_grad()
     def answer(batch: Batch) -> Outputs:
         with accelerator.autocast():
-            return Outputs(network(batch.image).float())
+            logits, features = tap(batch.image)
+        return Outputs(logits.float(), features)
 
     return answer

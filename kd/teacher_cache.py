@@ -34,11 +34,13 @@ PROBES = 16  # rows recomputed at every start; 12 or more in a batch give a CPU'
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; halves keep 11 bits
 
 
-def answers(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator) -> Teacher:
-    """The teacher as the job asks for it: looked up, or asked at every step."""
-    if job.cache.cache_teacher:
+def answers(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, layers: tuple[str, ...] = ()) -> Teacher:
+    """The teacher as the job asks for it: looked up, or asked at every step, as where features of `layers` are due."""
+    if job.cache.cache_teacher and not layers:
         return cached(teacher, data, job, accelerator)
-    return live(teacher.network, accelerator)
+    if job.cache.cache_teacher and accelerator.is_main_process:
+        print(f"{job.role} follows features, which --cache-teacher does not keep: the teacher is asked at every step")
+    return live(teacher.network, accelerator, layers, job.fit.channels_last)
 
 
 def cached(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, root: Path = ROOT) -> Teacher:
@@ -50,7 +52,7 @@ def cached(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, root
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     store = Store(root / f"{teacher.folder.name}-{digest}", identity)
     images = TrainingImages(data, job.views, job.fit.seed, accelerator.device)
-    ask = live(teacher.network, accelerator)
+    ask = live(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder, accelerator)
     try:
         share = max(job.fit.batch_size // accelerator.num_processes, PROBES)

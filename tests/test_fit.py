@@ -21,7 +21,7 @@ from kd.fit import lr_at, predict
 from kd.ledger import Ledger
 from kd.losses import Distiller
 from kd.models import build_model
-from kd.teacher import load_teacher
+from kd.teacher import folded, load_teacher
 from tests.conftest import ROOT
 from tests.runs import STUDENT, distil, metrics_of, teach
 
@@ -266,3 +266,29 @@ def test_a_compiled_step_trains_like_an_eager_one():
     distil("--out", "plain")
     for line, other in zip(metrics_of(Path("compiled")), metrics_of(Path("plain")), strict=True):
         assert line == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn-16-1", "vgg8", "mobilenetv2", "shufflenetv1"])
+def test_folding_batchnorm_changes_the_last_bits_alone(name):
+    network = build_model(name, 10, (16, 16)).train()
+    images = torch.randn(32, 3, 16, 16)
+    with torch.no_grad():
+        network(images)  # running statistics that are not those of a fresh network
+        network.eval()
+        quick = folded(network)
+        assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in quick.modules()) == LEFT.get(name, 0)
+        torch.testing.assert_close(quick(images), network(images), rtol=1e-3, atol=1e-4)
+
+
+LEFT = {"wrn-16-1": 8}  # BatchNorm before the convolution has none to be folded into
+
+
+def test_folding_keeps_a_networks_own_hooks_and_shared_layers():
+    network = build_model("tests.networks:normalised", 10, (16, 16)).eval()
+    images = torch.randn(4, 3, 16, 16)
+    network.register_forward_pre_hook(lambda _, inputs: inputs[0] * 3)
+    torch.testing.assert_close(folded(network)(images), network(images))
+    conv, norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+    norm(torch.randn(50, 3, 4, 4))
+    twice = torch.nn.Sequential(conv, norm, conv).eval()
+    torch.testing.assert_close(folded(twice)(images), twice(images))

@@ -1,9 +1,67 @@
 """One paper a file: the pure function of tensors first, then the module that wires it."""
 
+from kd.losses.at import AttentionTransfer, attention_transfer_loss
 from kd.losses.base import DistillationLoss, Distiller, cross_entropy
+from kd.losses.cc import CC, correlation_congruence_loss, neighbour_product_loss
+from kd.losses.crd import CRD, contrastive_loss
+from kd.losses.dist import DIST, dist_loss
+from kd.losses.dkd import DKD, dkd_loss
+from kd.losses.fitnet import FitNet, hint_loss
 from kd.losses.kd import KD, kd_loss
+from kd.losses.mimic import Mimic, mimic_loss
 from kd.losses.none import CrossEntropy
+from kd.losses.nst import NeuronSelectivity, nst_loss
+from kd.losses.pkt import PKT, pkt_loss
+from kd.losses.reviewkd import ReviewKD, hierarchical_context_loss
+from kd.losses.rkd import RKD, rkd_loss
+from kd.losses.simkd import SimKD
+from kd.losses.sp import SimilarityPreserving, similarity_preserving_loss
+from kd.losses.standardize import standardize
+from kd.losses.tfkd import TFKD, tfkd_loss
+from kd.losses.vid import VID, vid_loss
 
-LOSSES = {"none": CrossEntropy, "kd": KD}
+LOSSES = {
+    "none": CrossEntropy,
+    "kd": KD,
+    "mimic": Mimic,
+    "dkd": DKD,
+    "dist": DIST,
+    "fitnet": FitNet,
+    "at": AttentionTransfer,
+    "sp": SimilarityPreserving,
+    "nst": NeuronSelectivity,
+    "pkt": PKT,
+    "rkd": RKD,
+    "vid": VID,
+    "cc": CC,
+    "crd": CRD,
+    "reviewkd": ReviewKD,
+    "simkd": SimKD,
+    "tfkd": TFKD,
+}
 
-__all__ = ["KD", "LOSSES", "CrossEntropy", "DistillationLoss", "Distiller", "cross_entropy", "kd_loss"]
+__all__ = [
+    "KD",
+    "LOSSES",
+    "CrossEntropy",
+    "DistillationLoss",
+    "Distiller",
+    "attention_transfer_loss",
+    "contrastive_loss",
+    "correlation_congruence_loss",
+    "cross_entropy",
+    "dist_loss",
+    "dkd_loss",
+    "hierarchical_context_loss",
+    "hint_loss",
+    "kd_loss",
+    "mimic_loss",
+    "neighbour_product_loss",
+    "nst_loss",
+    "pkt_loss",
+    "rkd_loss",
+    "similarity_preserving_loss",
+    "standardize",
+    "tfkd_loss",
+    "vid_loss",
+]

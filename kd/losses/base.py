@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kd.outputs import Batch, Outputs, Pair
+from kd.outputs import Batch, Outputs, Pair, Stages, Tap
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -19,13 +19,26 @@ class DistillationLoss(nn.Module, ABC):
     def __init__(self, config, pair: Pair):
         super().__init__()
         self.config = config
+        self.student_layers = tuple(pair.student.features)  # what forward finds in student.features
+        self.teacher_layers = tuple(pair.teacher.features) if pair.teacher else ()
+        self.recipe: dict = {}  # how `rebuild` makes the deployed network; JSON, empty where it is the student
+
+    @classmethod
+    def layers(cls, config, ours: Stages, theirs: Stages | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The features it wants of the student and of the teacher (who may not be there yet): here none."""
+        return (), ()
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Scalar terms, each averaged over the batch of this process; float32, with autocast off."""
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """The network that is scored, saved and exported."""
+        """The network that is trained, scored, saved and exported; called once."""
+        return student
+
+    @classmethod
+    def rebuild(cls, student: nn.Module, recipe: dict) -> nn.Module:
+        """The deployed network, weights aside, from a fresh student and a saved `recipe`."""
         return student
 
 
@@ -43,16 +56,17 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, loss: DistillationLoss):
         super().__init__()
-        self.student = student
+        self.student = loss.deployed(student)
         self.loss = loss
+        self.tap = Tap(self.student, loss.student_layers)
 
     @property
     def deployed(self) -> nn.Module:
-        return self.loss.deployed(self.student)
+        return self.student
 
     def forward(self, batch: Batch, teacher: Outputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits (b x k, float32) and the loss terms."""
-        student = Outputs(self.student(batch.image))
+        student = self.tap(batch.image)
         # Losses lose digits in half precision: a Gram matrix in bfloat16 is off by 2e-3.
         with torch.autocast(batch.image.device.type, enabled=False):
             student = _float(student)

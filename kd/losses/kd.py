@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.config import KDConfig
 from kd.errors import require
 from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.standardize import logits_of
+from kd.methods.logits import KDConfig
 from kd.outputs import Batch, Outputs
 
 
@@ -19,13 +20,17 @@ def kd_loss(
     with cross-entropy's. With the arguments exchanged it is the reverse divergence.
     Raises ValueError where the shapes differ (F.kl_div would broadcast).
     """
+    check_shapes(student_logits, teacher_logits)
+    log_student = F.log_softmax(student_logits / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
     require(
         student_logits.shape == teacher_logits.shape,
         f"logits of student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} differ in shape",
     )
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 class KD(DistillationLoss):
@@ -35,10 +40,10 @@ class KD(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         alpha, temperature = self.config.alpha, self.config.temperature
-        towards = (student.logits, teacher.logits)
+        towards = logits_of(self.config, student, teacher)
         if self.config.direction == "reverse":
             towards = towards[::-1]
         return {
             "ce": (1 - alpha) * cross_entropy(student.logits, batch),
-            "kd": alpha * kd_loss(*towards, temperature),
+            "kd": alpha * self.config.boost * kd_loss(*towards, temperature),
         }

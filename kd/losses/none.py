@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from kd.config import NoneConfig
 from kd.losses.base import DistillationLoss, cross_entropy
+from kd.methods.logits import NoneConfig
 from kd.outputs import Batch, Outputs
 
 

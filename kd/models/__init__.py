@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from kd.errors import UserError, nearest, require
 from kd.models import cifar_resnet, libraries, mobilenetv2, shufflenetv1, shufflenetv2, torchvision_operators, vgg, wrn
+from kd.outputs import Outputs, Stages, Tap
 
 torchvision_operators.define()  # before the first import of torchvision, timm's included
 
@@ -21,10 +23,22 @@ MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.it
 """Name -> f(num_classes, image_size); image_size is (height, width)."""
 
 STAGES = {name: family.STAGES for family in FAMILIES for name in family.MODELS}
-"""Name -> dotted names of the modules that give the stages' feature maps b x c x h x w, from early to late."""
+STAGES |= {f"{library}/{name}": resnet.STAGES for library in ("torchvision", "timm") for name in resnet.MODELS}
+"""Name -> dotted names of the modules that give the stages' feature maps b x c x h x w, from early to late.
+
+The last one is what is average-pooled into the classifier, the last linear layer over the classes (wrn: after BatchNorm
+and ReLU)."""
 
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
 """What stands before the slash -> f(the name behind it, num_classes, image_size)."""
+
+
+def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
+    """Where the network `name` has its features; for one that names no stages only the classifier is found."""
+    modules = {key: part for key, part in network.named_modules() if key}
+    linear = {key: part for key, part in modules.items() if isinstance(part, nn.Linear)}
+    heads = [key for key, part in linear.items() if part.out_features == num_classes]
+    return Stages(STAGES.get(name, ()), heads[-1] if heads else None, tuple(modules))
 
 
 def is_users_own(name: str) -> bool:
@@ -61,20 +75,26 @@ def build_model(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.
             network = LIBRARIES[family](short, num_classes, image_size)
     else:
         network = _users_own(name, num_classes)
-    logits = probe(network, image_size, name)
+    logits = probe(network, image_size, name).logits
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     require(shape == (2, num_classes), f"model {name}: gives {shape} for 2 images; logits of (2, {num_classes}) wanted")
     return network
 
 
 @torch.no_grad()
-def probe(network: nn.Module, image_size: tuple[int, int], name: str):
-    """What the network gives, in eval mode, for two grey images; its weights and buffers are untouched."""
+def probe(network: nn.Module, image_size: tuple[int, int], name: str, layers: Sequence[str] = ()) -> Outputs:
+    """What the network gives, in eval mode, for two grey images; its weights and buffers are untouched.
+
+    Raises: UserError for layers that it does not have, or images that it cannot take.
+    """
     training = network.training
+    tap = Tap(network, layers)
     try:
         with libraries.taking_images(name, image_size):
-            return network.eval()(torch.zeros(2, 3, *image_size, device=next(network.parameters()).device))
+            network.eval()
+            return tap(torch.zeros(2, 3, *image_size, device=next(network.parameters()).device))
     finally:
+        tap.remove()
         network.train(training)
 
 

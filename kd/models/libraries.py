@@ -18,6 +18,8 @@ def taking_images(name: str, image_size: tuple[int, int]) -> Iterator[None]:
     """What a network answers to images that it cannot take becomes a UserError with its name and their size."""
     try:
         yield
+    except UserError:
+        raise
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         height, width = image_size
         raise UserError(f"model {name}: cannot take images of {width} x {height} pixels ({error})") from error

@@ -1,0 +1,44 @@
+"""Attention transfer (Zagoruyko & Komodakis, "Paying More Attention to Attention", arXiv:1612.03928)."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.losses.features import FeatureLoss, paired, probed_maps, same_size, usual_terms
+from kd.methods.features import ATConfig
+from kd.outputs import Batch, Outputs, Pair, Stages
+
+
+def attention_transfer_loss(
+    student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]
+) -> Float[Tensor, ""]:
+    """Mean square of the difference of two attention maps (section 3.1, equation 2).
+
+    An attention map is the mean over channels of the squared activations, flattened and of length 1. Differs from the
+    paper: the mean square, as in the authors' code, where the paper has the norm. Sizes that differ are average-pooled
+    to the smaller.
+    """
+    student, teacher = (_attention(part) for part in same_size(student_map, teacher_map))
+    return (student - teacher).square().mean()
+
+
+def _attention(feature_map: Float[Tensor, "b c h w"]) -> Float[Tensor, "b hw"]:
+    return F.normalize(feature_map.square().mean(dim=1).flatten(1))
+
+
+class AttentionTransfer(FeatureLoss):
+    """Cross-entropy + weight * attention_transfer_loss, summed over stages."""
+
+    config: ATConfig
+
+    @classmethod
+    def wanted(cls, config: ATConfig, stages: Stages) -> tuple[str, ...]:
+        return stages.maps
+
+    def __init__(self, config: ATConfig, pair: Pair):
+        super().__init__(config, pair)
+        probed_maps(pair)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        term = sum(attention_transfer_loss(*maps) for maps in paired(student, teacher))
+        return usual_terms(self.config, student, teacher, batch) | {"at": self.config.weight * term}

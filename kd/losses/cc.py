@@ -1,0 +1,67 @@
+"""Correlation congruence (Peng et al., arXiv:1904.01802), in its two definitions."""
+
+import math
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.gather import global_batch
+from kd.methods.features import CCConfig
+from kd.outputs import Batch, Outputs, Pair, Stages
+
+
+def correlation_congruence_loss(
+    student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"], gamma: float = 0.4, order: int = 2
+) -> Float[Tensor, ""]:
+    """The paper's: mean square of the difference of two kernel matrices (sections 3.2 and 3.3, equations 5 to 9).
+
+    The kernel is the Gaussian exp(-gamma |x - y|^2) between embeddings of length 1, as a Taylor series of its inner
+    product up to `order`: exp(-2 gamma) * sum_p (2 gamma)^p / p! * (x . y)^p.
+    """
+    student, teacher = (_kernel(F.normalize(part), gamma, order) for part in (student_embedding, teacher_embedding))
+    return (student - teacher).square().mean()
+
+
+def _kernel(unit: Float[Tensor, "b d"], gamma: float, order: int) -> Float[Tensor, "b b"]:
+    gram = unit @ unit.T
+    series = sum((2 * gamma) ** power / math.factorial(power) * gram**power for power in range(order + 1))
+    return math.exp(-2 * gamma) * series
+
+
+def neighbour_product_loss(
+    student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b d"]
+) -> Float[Tensor, ""]:
+    """What the code behind the literature's tables computes (arXiv:1910.10699) under this name: another loss.
+
+    With |difference| of sample i as d_i: the mean over i of the sum over features of d_i * d_(i+1). It depends on the
+    order in the batch, and compares no correlations.
+    """
+    difference = (student_embedding - teacher_embedding).abs()
+    return (difference[:-1] * difference[1:]).sum(dim=1).mean()
+
+
+class CC(FeatureLoss):
+    """Cross-entropy + weight * the chosen definition, over the global batch.
+
+    For `neighbours` both embeddings pass a learned linear layer of `width` first, the teacher's too, as in that code.
+    """
+
+    config: CCConfig
+
+    @classmethod
+    def wanted(cls, config: CCConfig, stages: Stages) -> tuple[str, ...]:
+        return stages.embedding
+
+    def __init__(self, config: CCConfig, pair: Pair):
+        super().__init__(config, pair)
+        widths = probed_embeddings(pair)
+        learned = config.definition == "neighbours"
+        self.embed = nn.ModuleList(nn.Linear(width, config.width) if learned else nn.Identity() for width in widths)
+        self.distance = neighbour_product_loss if learned else correlation_congruence_loss
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        both = [embed(part) for embed, part in zip(self.embed, embeddings(student, teacher))]
+        term = self.distance(*(global_batch(part) for part in both))
+        return usual_terms(self.config, student, teacher, batch) | {"cc": self.config.weight * term}

@@ -1,0 +1,115 @@
+"""Contrastive representation distillation (Tian et al., arXiv:1910.10699)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kd.errors import require
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.gather import global_batch
+from kd.methods.features import CRDConfig
+from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.views import random_bits
+
+
+def contrastive_loss(scores: Float[Tensor, "b n"], normalizer: Float[Tensor, ""], samples: int) -> Float[Tensor, ""]:
+    """Noise-contrastive estimation (section 3.2, equations 10 to 15): summed over columns, averaged over the batch.
+
+    Column 0 holds the positive's product / temperature, the others the negatives'. exp(score) / normalizer estimates
+    the probability of a pair, against the noise's (n - 1) / samples. Stays in logarithms, so that nothing overflows.
+    Differs from the authors' code: without its eps of 1e-7 beside the noise's probability.
+    """
+    noise = math.log((scores.shape[1] - 1) / samples)
+    odds = scores - normalizer.log() - noise
+    return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(dim=1)).mean()
+
+
+class Negatives(nn.Module):
+    """Samples of other classes, drawn evenly, as a function of (seed, epoch, sample): there is no state to save."""
+
+    def __init__(self, labels: Int[Tensor, "n"], count: int, key: int):
+        super().__init__()
+        self.count, self.key = count, key
+        # Samples sorted by class: those of other classes are what is left without one run of them.
+        counts = torch.bincount(labels)
+        require(int((counts > 0).sum()) > 1, "crd contrasts samples of other classes, and the data has one class")
+        self.register_buffer("order", labels.argsort(stable=True), persistent=False)
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
+
+    def forward(self, batch: Batch) -> Int[Tensor, "b n"]:
+        own, start = self.counts[batch.label], self.starts[batch.label]
+        row = random_bits(batch.epoch * len(self.order) + batch.index, self.key, "row")
+        column = torch.arange(self.count, device=row.device)
+        bits = random_bits(row[:, None] ^ column, self.key, "negatives")
+        place = (bits * (len(self.order) - own)[:, None]) >> 32
+        return self.order[place + torch.where(place >= start[:, None], own[:, None], 0)]
+
+
+class Embed(nn.Module):
+    """A linear layer, brought to length 1."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width_in, width)
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        return F.normalize(self.linear(x))
+
+
+class CRD(FeatureLoss):
+    """Cross-entropy + weight * (student against the teacher's bank + teacher against the student's).
+
+    The banks hold both embeddings of every training sample, updated by the global batch: the same on every process, and
+    in the checkpoint with the normalisers, which the first batch sets. Memory: 2 * n * width numbers, 51 MB for
+    CIFAR-100, and 2 * b * (n + negatives) for scores, 34 MB at b = 64; the authors' code gathers b * negatives *
+    width of them. Negatives are drawn with replacement, where theirs are without as far as the classes last.
+    """
+
+    config: CRDConfig
+    needs_hard_labels = True
+
+    @classmethod
+    def wanted(cls, config: CRDConfig, stages: Stages) -> tuple[str, ...]:
+        return stages.embedding
+
+    def __init__(self, config: CRDConfig, pair: Pair):
+        super().__init__(config, pair)
+        self.embed = nn.ModuleList(Embed(width, config.width) for width in probed_embeddings(pair))
+        samples, bound = len(pair.labels), 1 / math.sqrt(config.width / 3)  # the authors' start
+        self.negatives = Negatives(pair.labels, config.negatives, int(torch.randint(2**62, ())))
+        self.register_buffer("banks", torch.empty(2, samples, config.width).uniform_(-bound, bound))
+        self.register_buffer("normalizers", torch.zeros(2))  # 0 until the first batch
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        ours, theirs = (embed(part) for embed, part in zip(self.embed, embeddings(student, teacher)))
+        chosen = torch.cat([batch.index[:, None], self.negatives(batch)], dim=1)
+        banks = self.banks.clone()  # backward needs them as they were
+        # All products with the bank, then those chosen: far less to move than the chosen embeddings.
+        scores = [(part @ bank.T).gather(1, chosen) for part, bank in zip((ours, theirs), banks.flip(0))]
+        scores = [score / self.config.contrast_temperature for score in scores]
+        normalizers = self._normalizers(scores)
+        samples = banks.shape[1]
+        term = sum(contrastive_loss(score, z, samples) for score, z in zip(scores, normalizers))
+        self._remember(ours, theirs, batch.index)
+        return usual_terms(self.config, student, teacher, batch) | {"crd": self.config.weight * term}
+
+    @torch.no_grad()
+    def _normalizers(self, scores: list[Float[Tensor, "b n"]]) -> Float[Tensor, "2"]:
+        """Of the student's scores and of the teacher's: the first batch's mean of exp(score), times the samples."""
+        means = torch.stack([global_batch(score.exp().mean(dim=1)).mean() for score in scores])
+        if self.training:
+            self.normalizers.copy_(torch.where(self.normalizers == 0, means * self.banks.shape[1], self.normalizers))
+        return self.normalizers.clone()
+
+    @torch.no_grad()
+    def _remember(self, ours: Float[Tensor, "b d"], theirs: Float[Tensor, "b d"], index: Int[Tensor, "b"]) -> None:
+        if not self.training:
+            return
+        index, keep = global_batch(index), self.config.bank_momentum
+        fresh = torch.stack([global_batch(part.detach()) for part in (ours, theirs)])
+        mixed = keep * self.banks[:, index] + (1 - keep) * fresh
+        self.banks[:, index] = F.normalize(mixed, dim=2)

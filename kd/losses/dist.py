@@ -1,0 +1,49 @@
+"""DIST (Huang et al., "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.gather import global_batch
+from kd.losses.kd import check_shapes
+from kd.losses.standardize import logits_of
+from kd.methods.logits import DISTConfig
+from kd.outputs import Batch, Outputs
+
+
+def dist_loss(
+    student_logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    beta: float,
+    gamma: float,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """T^2 * (beta * (1 - correlation of rows) + gamma * (1 - correlation of columns)) (section 4, equations 8 to 10).
+
+    Pearson's correlation of softened predictions: per sample over classes, and per class over the batch, each averaged.
+    Differs from the paper: the factor T^2, as in the authors' code. Raises ValueError where the shapes differ.
+    """
+    check_shapes(student_logits, teacher_logits)
+    student, teacher = ((z / temperature).softmax(dim=1) for z in (student_logits, teacher_logits))
+    rows, columns = _correlation(student, teacher).mean(), _correlation(student.T, teacher.T).mean()
+    return temperature**2 * (beta * (1 - rows) + gamma * (1 - columns))
+
+
+def _correlation(one: Float[Tensor, "n m"], other: Float[Tensor, "n m"]) -> Float[Tensor, "n"]:
+    """Of each row; eps where the authors have it (F.cosine_similarity's place for it is 2e-5 off)."""
+    one, other = (part - part.mean(dim=1, keepdim=True) for part in (one, other))
+    return (one * other).sum(dim=1) / (one.norm(dim=1) * other.norm(dim=1) + 1e-8)
+
+
+class DIST(DistillationLoss):
+    """Cross-entropy + weight * dist_loss over the global batch: the column term wants a decent one."""
+
+    config: DISTConfig
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        config = self.config
+        logits = (global_batch(part) for part in logits_of(config, student, teacher))
+        return {
+            "ce": cross_entropy(student.logits, batch),
+            "dist": config.weight * dist_loss(*logits, config.beta, config.gamma, config.temperature),
+        }

@@ -1,0 +1,65 @@
+"""Decoupled knowledge distillation (Zhao et al., arXiv:2203.08679)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.kd import check_shapes, kd_loss
+from kd.losses.standardize import logits_of
+from kd.methods.logits import DKDConfig
+from kd.outputs import Batch, Outputs
+
+
+def others(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
+    """Each row without its label's logit."""
+    column = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, column + (column >= labels[:, None]))
+
+
+def dkd_loss(
+    student_logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    labels: Int[Tensor, "b"],
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (equation 7).
+
+    TCKD is the divergence of (label, rest), NCKD that among the other classes alone; kd_loss is TCKD plus NCKD weighted
+    by the teacher's doubt, 1 - p(label) (equation 6). NCKD is 0 for two classes. Stays in logarithms: the authors'
+    log(softmax) and their mask of -1000 give inf and NaN for far logits.
+    Raises ValueError where the shapes differ.
+    """
+    check_shapes(student_logits, teacher_logits)
+    student_binary, teacher_binary = (_binary(z / temperature, labels) for z in (student_logits, teacher_logits))
+    target = kd_loss(student_binary, teacher_binary, 1.0)
+    rest = kd_loss(others(student_logits, labels), others(teacher_logits, labels), temperature)
+    return alpha * temperature**2 * target + beta * rest
+
+
+def _binary(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 2"]:
+    """Logits of the label against all other classes together."""
+    return torch.cat([logits.gather(1, labels[:, None]), others(logits, labels).logsumexp(dim=1, keepdim=True)], dim=1)
+
+
+class DKD(DistillationLoss):
+    """Cross-entropy + dkd_loss, which rises linearly over the first epochs (section 5 of the paper's supplement)."""
+
+    config: DKDConfig
+    needs_hard_labels = True
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        config = self.config
+        logits = logits_of(config, student, teacher)
+        term = dkd_loss(*logits, batch.label, config.alpha, config.beta, config.temperature)
+        return {
+            "ce": cross_entropy(student.logits, batch),
+            "dkd": ramp(batch.epoch, config.ramp_epochs) * term,
+        }
+
+
+def ramp(epoch: Int[Tensor, ""], epochs: float) -> Float[Tensor, ""]:
+    """min(epoch / epochs, 1), with epochs counted from 1 as in the authors' code; stays on the device."""
+    return ((epoch + 1) / max(epochs, 1e-9)).clamp(max=1)

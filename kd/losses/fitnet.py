@@ -1,0 +1,43 @@
+"""FitNets (Romero et al., "Hints for Thin Deep Nets", arXiv:1412.6550)."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kd.errors import require
+from kd.losses.features import FeatureLoss, paired, probed_maps, same_size, usual_terms
+from kd.methods.features import FitNetConfig
+from kd.outputs import Batch, Outputs, Pair, Stages
+
+
+def hint_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Mean square of the difference (section 2.2, equation 3, as a mean over all elements)."""
+    return F.mse_loss(student_map, teacher_map)
+
+
+class FitNet(FeatureLoss):
+    """Cross-entropy + weight * hint_loss of one middle stage, behind a regressor (1 x 1 convolution, BatchNorm, ReLU).
+
+    Differs from the paper: trained in one go rather than the hint first, as in the literature's comparisons
+    (arXiv:1910.10699). Maps of different sizes are average-pooled to the smaller, so that the regressor stays 1 x 1.
+    """
+
+    config: FitNetConfig
+
+    @classmethod
+    def wanted(cls, config: FitNetConfig, stages: Stages) -> tuple[str, ...]:
+        count = len(stages.maps)
+        require(config.hint_stage <= count or not count, f"--hint-stage {config.hint_stage}: there are {count} stages")
+        return stages.maps[config.hint_stage - 1 : config.hint_stage]
+
+    def __init__(self, config: FitNetConfig, pair: Pair):
+        super().__init__(config, pair)
+        ((student, teacher),) = probed_maps(pair, only_one=True)
+        channels = teacher.shape[1]
+        self.regressor = nn.Sequential(nn.Conv2d(student.shape[1], channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        ((student_map, teacher_map),) = paired(student, teacher)
+        student_map, teacher_map = same_size(student_map, teacher_map)
+        term = hint_loss(self.regressor(student_map), teacher_map)
+        return usual_terms(self.config, student, teacher, batch) | {"fitnet": self.config.weight * term}

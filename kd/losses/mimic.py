@@ -1,0 +1,34 @@
+"""Mimic learning (Ba & Caruana, "Do Deep Nets Really Need to be Deep?", arXiv:1312.6184)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.kd import check_shapes
+from kd.losses.standardize import logits_of
+from kd.methods.logits import MimicConfig
+from kd.outputs import Batch, Outputs
+
+
+def mimic_loss(student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """Mean square of the difference of the logits (section 2.2), over samples and classes.
+
+    Differs from the paper: each sample's logits are centred first. A softmax cannot see their mean, so that the student
+    need not either; kd's gradient tends to this one's at high temperature only where they are (arXiv:1503.02531, 2.1).
+    Raises ValueError where the shapes differ.
+    """
+    check_shapes(student_logits, teacher_logits)
+    difference = student_logits - teacher_logits
+    return (difference - difference.mean(dim=1, keepdim=True)).square().mean()
+
+
+class Mimic(DistillationLoss):
+    """Cross-entropy + weight * mimic_loss."""
+
+    config: MimicConfig
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "ce": cross_entropy(student.logits, batch),
+            "mimic": self.config.weight * mimic_loss(*logits_of(self.config, student, teacher)),
+        }

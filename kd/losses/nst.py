@@ -1,0 +1,41 @@
+"""Neuron selectivity transfer (Huang & Wang, "Like What You Like", arXiv:1707.01219)."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.losses.features import FeatureLoss, paired, probed_maps, same_size, usual_terms
+from kd.methods.features import NSTConfig
+from kd.outputs import Batch, Outputs, Pair, Stages
+
+
+def nst_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
+    """Squared maximum mean discrepancy between the channels' maps, with the kernel (x . y)^2 (section 4, equation 5).
+
+    Each channel's map is flattened and of length 1; the kernel's means are over pairs of channels and the batch. Sizes
+    that differ are average-pooled to the smaller. Memory: b * (c + c2)^2 numbers, 64 MB for 512 channels at b = 64.
+    """
+    student, teacher = (F.normalize(part.flatten(2), dim=2) for part in same_size(student_map, teacher_map))
+    return _kernel(teacher, teacher) + _kernel(student, student) - 2 * _kernel(student, teacher)
+
+
+def _kernel(one: Float[Tensor, "b c n"], other: Float[Tensor, "b c2 n"]) -> Float[Tensor, ""]:
+    return (one @ other.transpose(1, 2)).square().mean()
+
+
+class NeuronSelectivity(FeatureLoss):
+    """Cross-entropy + weight * nst_loss, summed over stages."""
+
+    config: NSTConfig
+
+    @classmethod
+    def wanted(cls, config: NSTConfig, stages: Stages) -> tuple[str, ...]:
+        return stages.maps
+
+    def __init__(self, config: NSTConfig, pair: Pair):
+        super().__init__(config, pair)
+        probed_maps(pair)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        term = sum(nst_loss(*maps) for maps in paired(student, teacher))
+        return usual_terms(self.config, student, teacher, batch) | {"nst": self.config.weight * term}

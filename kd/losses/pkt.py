@@ -1,0 +1,45 @@
+"""Probabilistic knowledge transfer (Passalis & Tefas, arXiv:1803.10837)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.gather import global_batch
+from kd.methods.features import PKTConfig
+from kd.outputs import Batch, Outputs, Pair, Stages
+
+EPS = 1e-7  # the authors'
+
+
+def pkt_loss(student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
+    """Divergence between the probabilities that samples are neighbours (section 3.2, equations 4, 6 and 9).
+
+    Cosine similarity as (s + 1) / 2, each row brought to sum 1; the mean over all b * b pairs of p_t * log(p_t / p_s),
+    as in the authors' code, where the paper has the sum.
+    """
+    student, teacher = (_neighbours(part) for part in (student_embedding, teacher_embedding))
+    return (teacher * ((teacher + EPS) / (student + EPS)).log()).mean()
+
+
+def _neighbours(embedding: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
+    unit = embedding / (embedding.norm(dim=1, keepdim=True) + EPS)
+    similarity = (unit @ unit.T + 1) / 2
+    return similarity / similarity.sum(dim=1, keepdim=True)
+
+
+class PKT(FeatureLoss):
+    """Cross-entropy + weight * pkt_loss of the pooled embeddings, over the global batch."""
+
+    config: PKTConfig
+
+    @classmethod
+    def wanted(cls, config: PKTConfig, stages: Stages) -> tuple[str, ...]:
+        return stages.embedding
+
+    def __init__(self, config: PKTConfig, pair: Pair):
+        super().__init__(config, pair)
+        probed_embeddings(pair)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        term = pkt_loss(*(global_batch(part) for part in embeddings(student, teacher)))
+        return usual_terms(self.config, student, teacher, batch) | {"pkt": self.config.weight * term}

@@ -1,0 +1,52 @@
+"""Relational knowledge distillation (Park et al., arXiv:1904.05068)."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.gather import global_batch
+from kd.methods.features import RKDConfig
+from kd.outputs import Batch, Outputs, Pair, Stages
+
+
+def rkd_loss(
+    student_embedding: Float[Tensor, "b d"],
+    teacher_embedding: Float[Tensor, "b e"],
+    distance_weight: float,
+    angle_weight: float,
+) -> Float[Tensor, ""]:
+    """Huber loss of distances between pairs, and of angles in triples (section 3.2, equations 6 to 10).
+
+    Distances are divided by their mean over pairs. Memory: b * b * d for the differences and b^3 for the angles, about
+    4 MB and 1 MB at b = 64, 256 MB and 512 MB at b = 512 (d = 256), for each network. Finite for equal embeddings.
+    """
+    distances, angles = zip(*(_relations(part) for part in (student_embedding, teacher_embedding)))
+    return distance_weight * F.smooth_l1_loss(*distances) + angle_weight * F.smooth_l1_loss(*angles)
+
+
+def _relations(embedding: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b b"], Float[Tensor, "b b b"]]:
+    differences = embedding[None] - embedding[:, None]
+    distances = differences.norm(dim=2)
+    pairs = max(len(embedding) * (len(embedding) - 1), 1)  # a sample has no distance to itself
+    units = F.normalize(differences, dim=2)
+    return distances / (distances.sum() / pairs).clamp_min(1e-12), units @ units.transpose(1, 2)
+
+
+class RKD(FeatureLoss):
+    """Cross-entropy + weight * rkd_loss of the pooled embeddings, over the global batch."""
+
+    config: RKDConfig
+
+    @classmethod
+    def wanted(cls, config: RKDConfig, stages: Stages) -> tuple[str, ...]:
+        return stages.embedding
+
+    def __init__(self, config: RKDConfig, pair: Pair):
+        super().__init__(config, pair)
+        probed_embeddings(pair)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        both = (global_batch(part) for part in embeddings(student, teacher))
+        term = rkd_loss(*both, self.config.distance_weight, self.config.angle_weight)
+        return usual_terms(self.config, student, teacher, batch) | {"rkd": self.config.weight * term}

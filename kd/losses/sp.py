@@ -1,0 +1,36 @@
+"""Similarity-preserving distillation (Tung & Mori, arXiv:1907.09682)."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kd.losses.features import FeatureLoss, paired, usual_terms
+from kd.losses.gather import global_batch
+from kd.methods.features import SPConfig
+from kd.outputs import Batch, Outputs, Stages
+
+
+def similarity_preserving_loss(
+    student_map: Float[Tensor, "b ..."], teacher_map: Float[Tensor, "b ..."]
+) -> Float[Tensor, ""]:
+    """|G_t - G_s|^2 / b^2 between the row-normalised Gram matrices of the flattened maps (section 3.1, equation 4)."""
+    student, teacher = (F.normalize(flat @ flat.T) for flat in (student_map.flatten(1), teacher_map.flatten(1)))
+    return (teacher - student).square().mean()
+
+
+class SimilarityPreserving(FeatureLoss):
+    """Cross-entropy + weight * similarity_preserving_loss of the last map, over the global batch.
+
+    Several processes hold the global batch's maps each: B * c * h * w numbers.
+    """
+
+    config: SPConfig
+
+    @classmethod
+    def wanted(cls, config: SPConfig, stages: Stages) -> tuple[str, ...]:
+        return stages.maps[-1:]
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        pairs = [(global_batch(ours), global_batch(theirs)) for ours, theirs in paired(student, teacher)]
+        term = sum(similarity_preserving_loss(*maps) for maps in pairs)
+        return usual_terms(self.config, student, teacher, batch) | {"sp": self.config.weight * term}

@@ -1,0 +1,51 @@
+"""Small networks with every method upon them, without the scripts."""
+
+import torch
+from torch import Tensor, nn
+
+from kd.config import METHODS
+from kd.losses import LOSSES, Distiller
+from kd.models import probe
+from kd.outputs import Batch, Outputs, Pair, Stages, Tap
+
+STAGES = Stages(("0", "2"), "6", ("0", "1", "2", "3", "4", "5", "6"))
+SIZE, CLASSES, SAMPLES = (12, 12), 5, 40
+SMALL = {"crd": {"negatives": 16, "width": 8}, "dkd": {"ramp_epochs": 2.0}, "cc": {"width": 8}}
+LABELS = torch.arange(SAMPLES) % CLASSES
+
+
+def network(width: int) -> nn.Module:
+    """Two maps and a linear layer, without normalisation; the ReLUs work in place, as is usual."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Identity(),
+        nn.Linear(2 * width, CLASSES),
+    )
+
+
+def build(method: str, seed: int = 0, **flags) -> tuple[Distiller, Tap]:
+    """A student with the method upon it, and the teacher it asks (None for a method without)."""
+    torch.manual_seed(seed)
+    student, teacher, kind = network(4), network(6).eval().requires_grad_(False), LOSSES[method]
+    config = METHODS[method](**SMALL.get(method, {}), **flags)
+    config.check()
+    names = kind.layers(config, STAGES, STAGES)
+    outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
+    loss = kind(config, Pair(*outputs, LABELS, STAGES, STAGES, teacher[6]))
+    return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
+
+
+def batch_of(index: Tensor, epoch: int = 0) -> Batch:
+    """Rows of a fixed random data set."""
+    images = torch.randn(SAMPLES, 3, *SIZE, generator=torch.Generator().manual_seed(7))
+    return Batch(images[index], LABELS[index], index, epoch, torch.tensor(epoch), torch.tensor(0))
+
+
+def terms_of(distiller: Distiller, teacher: Tap, batch: Batch) -> dict[str, Tensor]:
+    with torch.no_grad():
+        answer: Outputs = teacher(batch.image)
+    return distiller(batch, answer)[1]

@@ -1,0 +1,173 @@
+"""Taps, and every method as a module: what its gradients reach, what autocast does to it, what crd remembers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kd.config import METHODS
+from kd.errors import UserError
+from kd.losses import LOSSES
+from kd.losses.crd import Negatives
+from kd.models import MODELS, build_model, probe, stages
+from kd.outputs import Stages, Tap
+from tests.pairs import LABELS, SAMPLES, SIZE, STAGES, batch_of, build, network, terms_of
+
+FEATURES = [name for name, kind in METHODS.items() if "student_layers" in kind.__dataclass_fields__]
+LOGITS = [name for name, kind in METHODS.items() if "standardize" in kind.__dataclass_fields__]
+INDEX = torch.arange(12)
+
+
+def test_a_tap_gives_what_a_layer_gave_before_anything_overwrote_it():
+    net = network(4)
+    image = torch.randn(2, 3, *SIZE)
+    logits, features = Tap(net, ("0", "2", "6.input"))(image)
+    torch.testing.assert_close(features["0"], net[0](image))
+    assert (features["0"] < 0).any(), "the ReLU behind it works in place"
+    assert list(features) == ["0", "2", "6.input"]
+    torch.testing.assert_close(net[6](features["6.input"]), logits)
+
+
+def test_a_tap_costs_nothing_without_layers_keeps_nothing_and_is_taken_off():
+    net = network(4)
+    Tap(net)
+    assert not any(module._forward_hooks for module in net.modules())
+    tap = Tap(net, ("2",))
+    net(torch.randn(1, 3, *SIZE))
+    assert tap._seen is None
+    tap.remove()
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_deep_copy_of_a_tapped_network_fills_its_own_tap():
+    distiller, _ = build("simkd")
+    other = copy.deepcopy(distiller)
+    image = torch.randn(2, 3, *SIZE)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    assert other.deployed(image).abs().sum() == other.deployed.classifier.bias.abs().sum() == 0
+    assert distiller.tap(image).features["projector"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [("layer5", "did you mean layer"), ("nothing", "there are conv1, bn1, layer1"), ("layer1.input.input", "did you")],
+)
+def test_a_wrong_layer_is_answered_with_those_there_are(layer, words):
+    with pytest.raises(UserError, match=words):
+        Tap(build_model("resnet8", 5, (8, 8)), (layer,))
+
+
+def test_layers_that_give_no_tensor_or_never_run_are_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
+    net[1].unused = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"'1.unused' is there and does not run"):
+        Tap(net, ("1.unused",))(torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet101", "resnet152")])
+def test_every_model_names_its_maps_and_pools_the_last_into_its_classifier(name):
+    net = build_model(name, 7, (16, 16))
+    for parameter in net.parameters():
+        if parameter.ndim == 1:  # BatchNorm's too: grey images would leave nothing but zeros
+            parameter.data.add_(0.01)
+    found = stages(name, net, 7)
+    assert len(found.maps) >= 3
+    outputs = probe(net, (16, 16), name, (*found.maps, *found.embedding))
+    *maps, embedding = outputs.features.values()
+    assert all(feature.ndim == 4 for feature in maps)
+    sides = [feature.shape[2] for feature in maps]
+    assert sides == sorted(sides, reverse=True)
+    torch.testing.assert_close(maps[-1].mean((2, 3)), embedding.flatten(1))
+    torch.testing.assert_close(net.get_submodule(found.classifier)(embedding.flatten(1)), outputs.logits)
+
+
+def test_different_numbers_of_stages_are_paired_from_the_last():
+    config = METHODS["at"]()
+    four, three = Stages(("a", "b", "c", "d")), Stages(("x", "y", "z"))
+    assert LOSSES["at"].layers(config, three, four) == (("x", "y", "z"), ("b", "c", "d"))
+    assert LOSSES["fitnet"].layers(METHODS["fitnet"](), four, three) == (("c",), ("y",))
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "words"),
+    [
+        ("at", {"student_layers": ("0",)}, r"student layers \(0\) and teacher layers \(0, 2\) do not pair up"),
+        ("at", {"student_layers": ("6",), "teacher_layers": ("6",)}, "layer '6' gives .*maps, b x c x h x w"),
+        ("rkd", {"student_layers": ("0", "2"), "teacher_layers": ("0", "2")}, "compares one layer, 2 were given"),
+        ("fitnet", {"hint_stage": 3}, "--hint-stage 3: there are 2 stages"),
+        ("sp", {"student_layers": ("9",)}, "no layer '9'"),
+        ("simkd", {"teacher_layers": ("0",)}, "does not take the average of 0"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused_with_the_reason(method, flags, words):
+    with pytest.raises(UserError, match=words):
+        build(method, **flags)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_all_that_trains_and_never_the_teacher(method):
+    distiller, teacher = build(method, **({"kd_weight": 0.5} if method in FEATURES else {}))
+    batch = batch_of(INDEX)
+    answer = teacher(batch.image)
+    answer = answer._replace(features={name: part.requires_grad_() for name, part in answer.features.items()})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, terms = distiller(batch, answer)
+    assert logits.dtype == torch.float32
+    assert all(term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert ("kd" in terms) == (method in (*FEATURES, "kd"))
+    sum(terms.values()).backward()
+    for name, parameter in distiller.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+    assert all(parameter.grad is None for parameter in teacher.network.parameters())
+
+
+@pytest.mark.parametrize("method", LOGITS)
+def test_standardised_logits_forget_the_teachers_scale(method):
+    distiller, teacher = build(method, standardize=True)
+    batch = batch_of(INDEX)
+    answer = teacher(batch.image)
+    scaled = answer._replace(logits=3 * answer.logits + 2)
+    one, other = (distiller(batch, part)[1][method] for part in (answer, scaled))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dkd", "reviewkd"])
+def test_the_ramp_rises_with_the_epoch_and_is_then_over(method):
+    distiller, teacher = build(method, **({} if method == "dkd" else {"ramp_epochs": 2.0}))
+    first, second, third = (terms_of(distiller, teacher, batch_of(INDEX, epoch))[method].item() for epoch in (0, 1, 2))
+    assert second == pytest.approx(2 * first, rel=1e-5)
+    assert third == pytest.approx(second, rel=1e-5)
+
+
+def test_crd_draws_other_classes_evenly_and_anew_each_epoch():
+    negatives = Negatives(LABELS, 64, key=3)
+    batches = [batch_of(torch.arange(SAMPLES), epoch) for epoch in range(50)]
+    drawn = torch.stack([negatives(batch) for batch in batches])
+    assert not (LABELS[drawn] == LABELS[:, None]).any()
+    assert not torch.equal(drawn[0], drawn[1])
+    torch.testing.assert_close(negatives(batch_of(torch.tensor([5, 9]), 1)), drawn[1][[5, 9]])
+    counts = torch.bincount(drawn[:, 0].flatten(), minlength=SAMPLES)[LABELS[0] != LABELS]
+    assert (counts.double() / counts.double().mean() - 1).abs().max() < 0.35
+
+
+def test_crd_remembers_what_it_saw_and_sets_its_normalisers_once():
+    distiller, teacher = build("crd")
+    loss, before = distiller.loss, distiller.loss.banks.clone()
+    terms_of(distiller, teacher, batch_of(INDEX))
+    z = loss.normalizers.clone()
+    assert (z > 0).all()
+    changed = (loss.banks != before).any(dim=2)
+    assert torch.equal(changed[0], torch.arange(SAMPLES) < 12)
+    torch.testing.assert_close(loss.banks[:, :12].norm(dim=2), torch.ones(2, 12))
+    terms_of(distiller, teacher, batch_of(INDEX + 12))
+    assert torch.equal(loss.normalizers, z)
+    assert {"loss.banks", "loss.normalizers"} <= distiller.state_dict().keys()
+    assert not any("negatives" in name for name in distiller.state_dict())
+
+
+def test_the_stages_of_the_test_networks_fit_them():
+    assert stages("tests.pairs:network", network(4), 5) == Stages((), "6", STAGES.modules)

@@ -1,0 +1,159 @@
+"""What every loss function owes: its naive loop, an identity, finite numbers far out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd import losses
+from tests import naive
+
+
+class Case(NamedTuple):
+    function: Callable
+    naive: Callable
+    inputs: str  # what its two tensors are
+    extra: tuple = ()
+    at_equal: float | None = 0.0  # its value for equal networks
+    repeats: bool = True  # a batch twice over gives the same value
+
+
+B, K = 6, 7
+LABELS = torch.arange(B) % K
+CASES = {
+    "mimic": Case(losses.mimic_loss, naive.mimic, "logits"),
+    "dkd": Case(losses.dkd_loss, naive.dkd, "logits", (LABELS, 1.5, 8.0, 3.0)),
+    "dist": Case(losses.dist_loss, naive.dist, "logits", (1.0, 2.0, 4.0)),
+    "tfkd": Case(
+        lambda s, t, *rest: losses.tfkd_loss(s, *rest),
+        lambda s, t, *rest: naive.tfkd(s, *rest),
+        "logits",
+        (LABELS, 0.9, 20.0),
+        None,
+    ),
+    "at": Case(losses.attention_transfer_loss, naive.at, "maps"),
+    "sp": Case(losses.similarity_preserving_loss, naive.sp, "maps", repeats=False),
+    "nst": Case(losses.nst_loss, naive.nst, "maps"),
+    "hint": Case(losses.hint_loss, lambda s, t: ((s - t) ** 2).mean().item(), "same maps"),
+    "vid": Case(losses.vid_loss, naive.vid, "same maps", (torch.tensor([0.5, 1.0, 2.0]).double(),), None),
+    "hierarchical": Case(losses.hierarchical_context_loss, lambda s, t: naive_levels(s, t), "same maps"),
+    "pkt": Case(losses.pkt_loss, naive.pkt, "embeddings", repeats=False),
+    "rkd": Case(losses.rkd_loss, naive.rkd, "embeddings", (25.0, 50.0), repeats=False),
+    "cc": Case(losses.correlation_congruence_loss, naive.correlation_congruence, "embeddings"),
+    "neighbours": Case(
+        losses.neighbour_product_loss,
+        lambda s, t: (
+            sum(((s[i] - t[i]).abs() * (s[i + 1] - t[i + 1]).abs()).sum().item() for i in range(B - 1)) / (B - 1)
+        ),
+        "same embeddings",
+        repeats=False,
+    ),
+}
+SHAPES = {
+    "logits": ((K,), (K,)),
+    "maps": ((3, 5, 5), (4, 5, 5)),
+    "same maps": ((3, 5, 5), (3, 5, 5)),
+    "embeddings": ((4,), (9,)),
+    "same embeddings": ((4,), (4,)),
+}
+
+
+def naive_levels(student: Tensor, teacher: Tensor) -> float:
+    """Of 5 x 5 maps: the whole, 4 x 4, 2 x 2 and 1 x 1, with weights 1, 1/2, 1/4 and 1/8."""
+    total = ((student - teacher) ** 2).mean().item()
+    for side, weight in ((4, 0.5), (2, 0.25), (1, 0.125)):
+        edges = [(i * 5 // side, -(-(i + 1) * 5 // side)) for i in range(side)]
+        cells = [(student - teacher)[:, :, a:b, c:d].mean((2, 3)) for a, b in edges for c, d in edges]
+        total += weight * (torch.stack(cells) ** 2).mean().item()
+    return total / 1.875
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(B, *shape).double() for shape in SHAPES[case.inputs])
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]
+
+
+def test_agrees_with_a_naive_loop(case):
+    student, teacher = inputs(case)
+    wanted = case.naive(student, teacher, *case.extra)
+    assert case.function(student, teacher, *case.extra).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_equal_networks_give_the_identity(case):
+    if case.at_equal is not None:
+        student, _ = inputs(case)
+        assert case.function(student, student.clone(), *case.extra).item() == pytest.approx(
+            case.at_equal, abs=2e-4
+        )  # dist's eps
+
+
+def test_a_batch_twice_over_changes_nothing_where_samples_stand_alone(case):
+    if case.repeats:
+        student, teacher = inputs(case)
+        extra = [torch.cat([part, part]) if part is LABELS else part for part in case.extra]
+        twice = case.function(torch.cat([student, student]), torch.cat([teacher, teacher]), *extra)
+        torch.testing.assert_close(twice, case.function(student, teacher, *case.extra), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e4, 0.0])
+def test_finite_far_out_and_for_constant_outputs(case, scale):
+    student, teacher = (scale * part.float().sign() for part in inputs(case))
+    student.requires_grad_()
+    extra = [part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in case.extra]
+    value = case.function(student, teacher, *extra)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(student.grad).all()
+
+
+def test_dkds_two_terms_recombine_to_kd():
+    """Equation 6: kd is TCKD plus NCKD weighted by the teacher's doubt; with one label for all the weight is one."""
+    student, teacher = torch.randn(1, K).double(), torch.randn(1, K).double()
+    label = torch.tensor([3])
+    doubt = 1 - (teacher / 4).softmax(1)[0, 3].item()
+    whole = losses.dkd_loss(student, teacher, label, 1.0, doubt, 4.0)
+    torch.testing.assert_close(whole, losses.kd_loss(student, teacher, 4.0))
+
+
+def test_dkd_of_two_classes_is_kd():
+    student, teacher = torch.randn(5, 2), torch.randn(5, 2)
+    dkd = losses.dkd_loss(student, teacher, torch.arange(5) % 2, 1.0, 8.0, 4.0)
+    torch.testing.assert_close(dkd, losses.kd_loss(student, teacher, 4.0))
+
+
+def test_standardized_logits_have_mean_0_and_deviation_1_and_forget_scale_and_offset():
+    logits = torch.randn(4, 9).double()
+    z = losses.standardize(logits)
+    torch.testing.assert_close(z.mean(1), torch.zeros(4).double())
+    torch.testing.assert_close(z.std(1), torch.ones(4).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses.standardize(5 * logits - 3), z, rtol=1e-6, atol=1e-6)
+    flat = torch.zeros(2, 9, requires_grad=True)
+    losses.standardize(flat).square().sum().backward()
+    assert torch.isfinite(flat.grad).all()
+
+
+def test_the_contrastive_loss_agrees_with_a_naive_loop_and_does_not_overflow():
+    scores, normalizer = torch.randn(4, 6).double(), torch.tensor(2.5).double()
+    value = losses.contrastive_loss(scores, normalizer, 50)
+    assert value.item() == pytest.approx(naive.contrastive(scores, normalizer, 50), rel=1e-10)
+    assert torch.isfinite(losses.contrastive_loss(1e4 * scores.float(), normalizer.float(), 50))
+
+
+def test_the_papers_correlation_depends_on_no_order_and_the_codes_does():
+    student, teacher = inputs(CASES["neighbours"])
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    congruence, product = losses.correlation_congruence_loss, losses.neighbour_product_loss
+    torch.testing.assert_close(congruence(student[order], teacher[order]), congruence(student, teacher))
+    assert not torch.isclose(product(student[order], teacher[order]), product(student, teacher))
+
+
+def test_mimic_is_blind_to_offsets():
+    logits = torch.randn(4, 10)
+    assert losses.mimic_loss(logits + 3, logits).item() == pytest.approx(0, abs=1e-10)

@@ -1,0 +1,108 @@
+"""Every method through the real script: it trains, resumes to the same bytes, and its network can be loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import kd
+from kd.config import METHODS, DataConfig
+from kd.data import load_data
+from kd.errors import UserError
+from kd.fit import predict
+from tests.runs import differences, distil, metrics_of, teach
+from tests.test_resume import Killed, die_at
+
+FEW = [
+    "--classes",
+    "4",
+    "--val-fraction",
+    "0.8",
+    "--batch-size",
+    "40",
+    "--epochs",
+    "2",
+    "--lr",
+    "0.001",
+    "--save-every",
+    "1",
+]  # 80 images: 4 steps
+FLAGS = {"crd": ["--negatives", "64"], "dkd": ["--ramp-epochs", "2"]}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Neither curves nor power cuts are what these tests are about, and they take half of the time."""
+    monkeypatch.setattr("kd.finish.draw_curves", lambda *args: None)
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--model", "resnet14", *FEW, "--out", "resnet14")
+        teach("--model", "tests.networks:plain", *FEW, "--out", "plain")
+    return str(folder / "resnet14")
+
+
+def student(teacher: str, method: str, *args: str) -> None:
+    distil("--student", "resnet8", "--teacher", teacher, "--trust-code", *FEW, method, *FLAGS.get(method, []), *args)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_resumes_to_the_same_bytes(teacher, method, monkeypatch):
+    student(teacher, method, "--out", "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 3)
+        student(teacher, method, "--out", "run")
+    student(teacher, method, "--out", "run", "--resume")
+    assert differences(Path("whole"), Path("run")) == []
+
+
+def test_simkd_scores_saves_counts_and_gives_back_what_it_deploys(teacher):
+    student(teacher, "simkd", "--out", "run")
+    network, head = kd.load("run"), kd.load(teacher).fc
+    torch.testing.assert_close(network.classifier.weight, head.weight, rtol=0, atol=0)
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["params"] == sum(parameter.numel() for parameter in network.parameters())
+    alone = sum(parameter.numel() for parameter in kd.load(teacher).parameters())
+    assert not any(name.startswith("student.fc") for name, _ in network.named_parameters())
+    assert summary["params"] != alone
+    data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
+    logits = predict(network, data.test, data, Accelerator(cpu=True), 40)
+    assert 100 * (logits.argmax(1) == data.test.labels).double().mean().item() == summary["test_top1"]
+    assert metrics_of(Path("run"))[0].keys() >= {"train/simkd", "val/top1"}
+    assert "train/ce" not in metrics_of(Path("run"))[0]
+
+
+def test_a_recipe_that_cannot_be_rebuilt_is_named(teacher):
+    student(teacher, "simkd", "--out", "run")
+    info = json.loads(Path("run/model.json").read_text())
+    for recipe in ({"method": "nothing"}, {"method": "simkd"}, ["simkd"], info["deployed"] | {"layer": "layer9"}):
+        Path("run/model.json").write_text(json.dumps(info | {"deployed": recipe}))
+        with pytest.raises(UserError, match=r"model.json: deployed .* cannot be rebuilt"):
+            kd.load("run")
+
+
+def test_a_network_that_names_no_stages_needs_layers_and_is_told_which(teacher):
+    plain = str(Path(teacher).parent / "plain")
+    to = ["--student", "tests.networks:normalised", "--teacher", plain, "--trust-code", *FEW]
+    with pytest.raises(UserError, match=r"the student's model does not say .* --student-layers: there are 0, 1, 2"):
+        distil(*to, "at", "--out", "run")
+    with pytest.raises(UserError, match=r"no layer '00': "):
+        distil(*to, "at", "--student-layers", "00", "--out", "run")
+    with pytest.raises(UserError, match=r"the teacher's model does not say"):
+        distil(*to, "at", "--student-layers", "0", "--out", "run")
+    distil(*to, "at", "--student-layers", "0", "--teacher-layers", "0", "--out", "run")
+    distil(*to, "rkd", "--out", "embeddings")  # what enters the last linear layer is found without being named
+    assert metrics_of(Path("embeddings"))[-1]["train/rkd"] > 0
+
+
+def test_the_teacher_is_asked_for_features_under_its_own_normalisation(teacher):
+    """Other rows held out give another mean: the teacher's layers must still be found by their names."""
+    student(teacher, "sp", "--split-seed", "3", "--out", "run")
+    assert metrics_of(Path("run"))[-1]["train/sp"] > 0
