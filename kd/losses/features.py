@@ -34,8 +34,8 @@ class FeatureLoss(DistillationLoss):
         """
         if theirs is None:
             return cls._named(config.student_layers, config, ours, "student"), ()
-        count = min(len(ours.maps), len(theirs.maps))
-        ours, theirs = (part._replace(maps=part.maps[len(part.maps) - count :]) for part in (ours, theirs))
+        count = min((len(part.maps) for part in (ours, theirs) if part.maps), default=0)
+        ours, theirs = (part._replace(maps=part.maps[max(len(part.maps) - count, 0) :]) for part in (ours, theirs))
         students = cls._named(config.student_layers, config, ours, "student")
         teachers = cls._named(config.teacher_layers, config, theirs, "teacher")
         require(
