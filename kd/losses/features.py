@@ -104,4 +104,10 @@ def same_size(
 
 
 def pool_to(feature_map: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
-    return feature_map if feature_map.shape[2:] == size else F.adaptive_avg_pool2d(feature_map, size)
+    """Average-pooled to this height and width; by whole windows where they fit, whose gradient a GPU can repeat."""
+    height, width = feature_map.shape[2:]
+    if (height, width) == tuple(size):
+        return feature_map
+    if height % size[0] == 0 and width % size[1] == 0:
+        return F.avg_pool2d(feature_map, (height // size[0], width // size[1]))
+    return F.adaptive_avg_pool2d(feature_map, size)
