@@ -15,11 +15,11 @@ from train_teacher import train
 
 
 def find_teacher(config: DistillConfig, data, accelerator):
-    """The run named by --teacher; else the recipe's own, trained if need be."""
-    from kd.teacher import load_teacher
+    """The runs named by --teacher; else the recipe's own, trained if need be."""
+    from kd.teacher import load_teachers
 
-    folder = Path(config.teacher) if config.teacher else train(config.teacher_job(), data, accelerator)
-    return load_teacher(folder, data, accelerator.device, trust_code=config.trust_code or not config.teacher)
+    folders = [Path(folder) for folder in config.teacher] or [train(config.teacher_job(), data, accelerator)]
+    return load_teachers(folders, data, accelerator.device, trust_code=config.trust_code or not config.teacher)
 
 
 def main(config: DistillConfig) -> None:

@@ -189,8 +189,9 @@ class TrainConfig(_Common):
 class DistillConfig(_Common):
     student: str = "resnet18"
     """The network to train; names as for train_teacher.py's --model."""
-    teacher: str | None = None
-    """Run folder of the teacher; left out: the recipe's own is trained first, and reused afterwards."""
+    teacher: tuple[str, ...] = ()
+    """Run folder of the teacher, or of several, whose probabilities are averaged; left out: the recipe's own is trained
+    first, and reused afterwards."""
     teacher_model: str = "resnet34"
     """The recipe's teacher, where --teacher is left out."""
     teacher_seed: int = 0

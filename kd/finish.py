@@ -49,6 +49,8 @@ def finish(
         summary["teacher"] = str(teacher.folder)
         summary["teacher_test_top1"] = metrics.top_k(theirs, labels, 1)
         summary["agreement"] = metrics.agreement(logits, theirs)
+        if teacher.members:
+            summary["teachers"] = [_member(member, ask(member.network), logits, labels) for member in teacher.members]
     if accelerator.is_main_process:
         write_weights(run.path / "model.safetensors", network.state_dict())
         if ledger.best:
@@ -58,6 +60,12 @@ def finish(
         write_json(run.path / "summary.json", summary)
     accelerator.wait_for_everyone()
     return summary
+
+
+def _member(member: Frozen, theirs: Tensor, logits: Tensor, labels: Tensor) -> dict:
+    """One of several teachers: how good it is, and how far the student agrees with it (percent of test images)."""
+    top1, agreement = metrics.top_k(theirs, labels, 1), metrics.agreement(logits, theirs)
+    return {"folder": str(member.folder), "test_top1": top1, "agreement": agreement}
 
 
 def test_scores(logits: Tensor, labels: Tensor) -> dict[str, float]:

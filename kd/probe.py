@@ -11,7 +11,7 @@ from kd.data import Data
 from kd.errors import UserError, require
 from kd.losses import LOSSES
 from kd.models import build_model, probe, stages
-from kd.outputs import Pair
+from kd.outputs import Pair, Stages
 from kd.teacher import Frozen
 
 
@@ -25,6 +25,8 @@ def probe_pair(job: Job, student: nn.Module, teacher: Frozen | None, data: Data)
     if teacher is None:
         return Pair(probe(student, data.size, "student", layers(job.method, ours, None)[0]), None, labels, ours)
     theirs = stages(teacher.summary["model"], teacher.network, classes)
+    if teacher.members:  # whose features are meant, the flags must say: networks.0.layer3
+        theirs = Stages(modules=theirs.modules)
     names = layers(job.method, ours, theirs)
     outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
     head = teacher.network.get_submodule(theirs.classifier) if theirs.classifier else None

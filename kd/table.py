@@ -26,7 +26,9 @@ def show_results(student: Path) -> None:
     """Print a finished run's table: its teacher, the student alone and the student itself, as far as there are."""
     summary = read_json(student / "summary.json")
     rows = []
-    if summary.get("teacher"):
+    for one in summary.get("teachers", []):
+        rows.append(("teacher", _read(one["folder"]) | {"agreement": one["agreement"]}))
+    if summary.get("teacher") and "teachers" not in summary:
         rows.append(("teacher", _read(summary["teacher"])))
     control = _read(summary["control"]) if summary.get("control") else None
     if summary["method"] != "none":

@@ -1,6 +1,10 @@
 """Teachers: anything that answers a Batch with Outputs. The training loop cannot tell one from another."""
 
-from collections.abc import Callable
+import copy
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +42,33 @@ class Frozen(NamedTuple):
     folder: Path
     weights_sha256: str
     summary: dict
+    members: tuple["Frozen", ...] = ()  # of several teachers
+
+
+class Average(nn.Module):
+    """Several networks as one: the logarithm of their mean probabilities, which are logits again.
+
+    The mean is that of the probabilities as they are; a method's temperature softens it afterwards.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        each = torch.stack([network(image).float().log_softmax(dim=1) for network in self.networks])
+        return each.logsumexp(dim=0) - math.log(len(self.networks))
+
+
+def load_teachers(folders: Sequence[Path], data: Data, device: torch.device, trust_code: bool) -> Frozen:
+    """The teacher in the one folder, or the average of those in several. Raises UserError as load_teacher does."""
+    members = tuple(load_teacher(folder, data, device, trust_code) for folder in folders)
+    if len(members) == 1:
+        return members[0]
+    network = Average([member.network for member in members]).eval()
+    sha256 = hashlib.sha256("".join(member.weights_sha256 for member in members).encode()).hexdigest()
+    name = Path(" + ".join(str(member.folder) for member in members))
+    return Frozen(network, name, sha256, {"model": " + ".join(m.summary["model"] for m in members)}, members)
 
 
 def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> Frozen:
@@ -72,9 +103,9 @@ def folded(network: nn.Module) -> nn.Module:
 
     Logits differ in their last bits.
     """
+    inside = nn.Sequential(copy.deepcopy(network))  # so that hooks of the network itself are traced, or refuse to be
     try:
-        # Inside another module, so that hooks of the network itself are traced too, or refuse to be.
-        traced = torch.fx.symbolic_trace(nn.Sequential(copy.deepcopy(network)))
+        traced = torch.fx.symbolic_trace(inside)
     except Exception:  # tracing fails in as many ways as there are networks
         return network
     modules, calls = dict(traced.named_modules()), Counter(node.target for node in traced.graph.nodes)

@@ -88,6 +88,8 @@ def test_different_numbers_of_stages_are_paired_from_the_last():
     four, three = Stages(("a", "b", "c", "d")), Stages(("x", "y", "z"))
     assert LOSSES["at"].layers(config, three, four) == (("x", "y", "z"), ("b", "c", "d"))
     assert LOSSES["fitnet"].layers(METHODS["fitnet"](), four, three) == (("c",), ("y",))
+    unknown = METHODS["at"](teacher_layers=("p", "q", "r"))
+    assert LOSSES["at"].layers(unknown, three, Stages()) == (("x", "y", "z"), ("p", "q", "r"))
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_finite_far_out_and_for_constant_outputs(case, scale):
 
 
 def test_dkds_two_terms_recombine_to_kd():
-    """Equation 6: kd is TCKD plus NCKD weighted by the teacher's doubt; with one label for all the weight is one."""
+    """kd is TCKD plus NCKD weighted by the teacher's doubt; with one label for all the weight is one."""
     student, teacher = torch.randn(1, K).double(), torch.randn(1, K).double()
     label = torch.tensor([3])
     doubt = 1 - (teacher / 4).softmax(1)[0, 3].item()

@@ -12,6 +12,7 @@ from kd.config import METHODS, DataConfig
 from kd.data import load_data
 from kd.errors import UserError
 from kd.fit import predict
+from kd.teacher import load_teachers
 from tests.runs import differences, distil, metrics_of, teach
 from tests.test_resume import Killed, die_at
 
@@ -106,3 +107,21 @@ def test_the_teacher_is_asked_for_features_under_its_own_normalisation(teacher):
     """Other rows held out give another mean: the teacher's layers must still be found by their names."""
     student(teacher, "sp", "--split-seed", "3", "--out", "run")
     assert metrics_of(Path("run"))[-1]["train/sp"] > 0
+
+
+def test_several_teachers_are_averaged_in_their_probabilities_and_compared_one_by_one(teacher, capsys):
+    plain = str(Path(teacher).parent / "plain")
+    student(teacher, "kd", "--out", "one")
+    distil("--student", "resnet8", "--teacher", teacher, plain, "--trust-code", *FEW, "kd", "--out", "two")
+    assert capsys.readouterr().out.count("│ teacher ") == 1 + 2
+    summary = json.loads(Path("two/summary.json").read_text())
+    assert [member["folder"] for member in summary["teachers"]] == [teacher, plain]
+    assert all(0 <= member["agreement"] <= 100 for member in summary["teachers"])
+    data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
+    both = load_teachers([Path(teacher), Path(plain)], data, torch.device("cpu"), trust_code=True)
+    image = torch.randn(6, 3, *data.size)
+    wanted = sum(member.network(image).softmax(1) for member in both.members) / 2
+    torch.testing.assert_close(both.network(image).softmax(1), wanted)
+    with pytest.raises(UserError, match="--teacher-layers: there are networks"):
+        distil("--student", "resnet8", "--teacher", teacher, plain, "--trust-code", *FEW, "sp", "--out", "three")
+    assert not Path("three").exists() or not list(Path("three").glob("*.json"))

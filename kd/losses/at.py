@@ -12,7 +12,7 @@ from kd.outputs import Batch, Outputs, Pair, Stages
 def attention_transfer_loss(
     student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]
 ) -> Float[Tensor, ""]:
-    """Mean square of the difference of two attention maps (section 3.1, equation 2).
+    """Mean square of the difference of two attention maps (section 3.1).
 
     An attention map is the mean over channels of the squared activations, flattened and of length 1. Differs from the
     paper: the mean square, as in the authors' code, where the paper has the norm. Sizes that differ are average-pooled

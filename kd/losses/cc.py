@@ -15,7 +15,7 @@ from kd.outputs import Batch, Outputs, Pair, Stages
 def correlation_congruence_loss(
     student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"], gamma: float = 0.4, order: int = 2
 ) -> Float[Tensor, ""]:
-    """The paper's: mean square of the difference of two kernel matrices (sections 3.2 and 3.3, equations 5 to 9).
+    """The paper's: mean square of the difference of two kernel matrices.
 
     The kernel is the Gaussian exp(-gamma |x - y|^2) between embeddings of length 1, as a Taylor series of its inner
     product up to `order`: exp(-2 gamma) * sum_p (2 gamma)^p / p! * (x . y)^p.

@@ -16,7 +16,7 @@ from kd.views import random_bits
 
 
 def contrastive_loss(scores: Float[Tensor, "b n"], normalizer: Float[Tensor, ""], samples: int) -> Float[Tensor, ""]:
-    """Noise-contrastive estimation (section 3.2, equations 10 to 15): summed over columns, averaged over the batch.
+    """Noise-contrastive estimation (section 3): summed over columns, averaged over the batch.
 
     Column 0 holds the positive's product / temperature, the others the negatives'. exp(score) / normalizer estimates
     the probability of a pair, against the noise's (n - 1) / samples. Stays in logarithms, so that nothing overflows.

@@ -18,7 +18,7 @@ def dist_loss(
     gamma: float,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """T^2 * (beta * (1 - correlation of rows) + gamma * (1 - correlation of columns)) (section 4, equations 8 to 10).
+    """T^2 * (beta * (1 - correlation of rows) + gamma * (1 - correlation of columns)).
 
     Pearson's correlation of softened predictions: per sample over classes, and per class over the batch, each averaged.
     Differs from the paper: the factor T^2, as in the authors' code. Raises ValueError where the shapes differ.

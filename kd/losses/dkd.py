@@ -25,10 +25,10 @@ def dkd_loss(
     beta: float,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch (equation 7).
+    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
 
     TCKD is the divergence of (label, rest), NCKD that among the other classes alone; kd_loss is TCKD plus NCKD weighted
-    by the teacher's doubt, 1 - p(label) (equation 6). NCKD is 0 for two classes. Stays in logarithms: the authors'
+    by the teacher's doubt, 1 - p(label). NCKD is 0 for two classes. Stays in logarithms: the authors'
     log(softmax) and their mask of -1000 give inf and NaN for far logits.
     Raises ValueError where the shapes differ.
     """
@@ -45,7 +45,7 @@ def _binary(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Ten
 
 
 class DKD(DistillationLoss):
-    """Cross-entropy + dkd_loss, which rises linearly over the first epochs (section 5 of the paper's supplement)."""
+    """Cross-entropy + dkd_loss, which rises linearly over the first epochs, as in the authors' code."""
 
     config: DKDConfig
     needs_hard_labels = True

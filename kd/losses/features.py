@@ -34,8 +34,8 @@ class FeatureLoss(DistillationLoss):
         """
         if theirs is None:
             return cls._named(config.student_layers, config, ours, "student"), ()
-        count = min(len(ours.maps), len(theirs.maps))
-        ours, theirs = (part._replace(maps=part.maps[len(part.maps) - count :]) for part in (ours, theirs))
+        count = min((len(part.maps) for part in (ours, theirs) if part.maps), default=0)
+        ours, theirs = (part._replace(maps=part.maps[max(len(part.maps) - count, 0) :]) for part in (ours, theirs))
         students = cls._named(config.student_layers, config, ours, "student")
         teachers = cls._named(config.teacher_layers, config, theirs, "teacher")
         require(
@@ -104,4 +104,10 @@ def same_size(
 
 
 def pool_to(feature_map: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
-    return feature_map if feature_map.shape[2:] == size else F.adaptive_avg_pool2d(feature_map, size)
+    """Average-pooled to this height and width; by whole windows where they fit, whose gradient a GPU can repeat."""
+    height, width = feature_map.shape[2:]
+    if (height, width) == tuple(size):
+        return feature_map
+    if height % size[0] == 0 and width % size[1] == 0:
+        return F.avg_pool2d(feature_map, (height // size[0], width // size[1]))
+    return F.adaptive_avg_pool2d(feature_map, size)

@@ -11,7 +11,7 @@ from kd.outputs import Batch, Outputs, Pair, Stages
 
 
 def hint_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Mean square of the difference (section 2.2, equation 3, as a mean over all elements)."""
+    """Mean square of the difference (section 2.2), over all elements."""
     return F.mse_loss(student_map, teacher_map)
 
 

@@ -10,7 +10,7 @@ from kd.outputs import Batch, Outputs, Pair, Stages
 
 
 def nst_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
-    """Squared maximum mean discrepancy between the channels' maps, with the kernel (x . y)^2 (section 4, equation 5).
+    """Squared maximum mean discrepancy between the channels' maps, with the kernel (x . y)^2.
 
     Each channel's map is flattened and of length 1; the kernel's means are over pairs of channels and the batch. Sizes
     that differ are average-pooled to the smaller. Memory: b * (c + c2)^2 numbers, 64 MB for 512 channels at b = 64.

@@ -12,7 +12,7 @@ EPS = 1e-7  # the authors'
 
 
 def pkt_loss(student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
-    """Divergence between the probabilities that samples are neighbours (section 3.2, equations 4, 6 and 9).
+    """Divergence between the probabilities that samples are neighbours.
 
     Cosine similarity as (s + 1) / 2, each row brought to sum 1; the mean over all b * b pairs of p_t * log(p_t / p_s),
     as in the authors' code, where the paper has the sum.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd.errors import require
 from kd.losses.dkd import ramp
-from kd.losses.features import FeatureLoss, usual_terms
+from kd.losses.features import FeatureLoss, pool_to, usual_terms
 from kd.methods.features import ReviewKDConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
 
@@ -19,7 +19,7 @@ WIDEST = 512  # channels inside the fusion modules
 def hierarchical_context_loss(
     student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, ""]:
-    """Mean square of the maps and of their average pools to 4 x 4, 2 x 2 and 1 x 1 (section 3.3).
+    """Mean square of the maps and of their average pools to 4 x 4, 2 x 2 and 1 x 1 (the paper's "HCL").
 
     A weighted mean, each pool with half the weight of the one before; pools that are no smaller than the map are left
     out.
@@ -27,16 +27,16 @@ def hierarchical_context_loss(
     total, weights = F.mse_loss(student_map, teacher_map), 1.0
     weight = 1.0
     for side in (4, 2, 1):
-        if side < student_map.shape[2]:
+        if side < min(student_map.shape[2:]):
             weight /= 2
-            pooled = (F.adaptive_avg_pool2d(part, side) for part in (student_map, teacher_map))
+            pooled = (pool_to(part, (side, side)) for part in (student_map, teacher_map))
             total = total + weight * F.mse_loss(*pooled)
             weights += weight
     return total / weights
 
 
 class Fusion(nn.Module):
-    """A stage with what came from deeper ones, weighed by attention (section 3.3, "ABF")."""
+    """A stage with what came from deeper ones, weighed by attention (the paper's "ABF")."""
 
     def __init__(self, channels_in: int, channels: int, channels_out: int, fuses: bool):
         super().__init__()

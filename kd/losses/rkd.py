@@ -16,7 +16,7 @@ def rkd_loss(
     distance_weight: float,
     angle_weight: float,
 ) -> Float[Tensor, ""]:
-    """Huber loss of distances between pairs, and of angles in triples (section 3.2, equations 6 to 10).
+    """Huber loss of distances between pairs, and of angles in triples (section 3.2).
 
     Distances are divided by their mean over pairs. Memory: b * b * d for the differences and b^3 for the angles, about
     4 MB and 1 MB at b = 64, 256 MB and 512 MB at b = 512 (d = 256), for each network. Finite for equal embeddings.

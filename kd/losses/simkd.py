@@ -14,7 +14,7 @@ NARROWING = 2  # the projector is this much narrower than the teacher's map insi
 
 
 class Projector(nn.Sequential):
-    """From the student's map to the teacher's: 1 x 1, 3 x 3 and 1 x 1 convolutions (section 3.2)."""
+    """From the student's map to the teacher's: 1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
     def __init__(self, channels_in: int, channels: int):
         inside = max(channels // NARROWING, 1)
@@ -46,7 +46,7 @@ class Reused(nn.Module):
 
 
 class SimKD(FeatureLoss):
-    """weight * the mean square between the projected and the teacher's last map (section 3.2, equation 5).
+    """weight * the mean square between the projected and the teacher's last map.
 
     There is no cross-entropy: the teacher's classifier stays as it is. What is scored, saved and exported is student,
     projector and classifier, and their parameters are counted.

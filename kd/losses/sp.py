@@ -13,7 +13,7 @@ from kd.outputs import Batch, Outputs, Stages
 def similarity_preserving_loss(
     student_map: Float[Tensor, "b ..."], teacher_map: Float[Tensor, "b ..."]
 ) -> Float[Tensor, ""]:
-    """|G_t - G_s|^2 / b^2 between the row-normalised Gram matrices of the flattened maps (section 3.1, equation 4)."""
+    """|G_t - G_s|^2 / b^2 between the row-normalised Gram matrices of the flattened maps."""
     student, teacher = (F.normalize(flat @ flat.T) for flat in (student_map.flatten(1), teacher_map.flatten(1)))
     return (teacher - student).square().mean()
 

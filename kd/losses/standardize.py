@@ -8,7 +8,7 @@ from kd.outputs import Outputs
 
 
 def standardize(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-    """Each row to mean 0 and deviation 1 (section 4.2): only the order and the ratios of gaps are left to copy.
+    """Each row to mean 0 and deviation 1: only the order and the ratios of gaps are left to copy.
 
     (z - mean) / (1e-7 + std), with the unbiased deviation, as the authors' code computes it. Equal logits give 0, with
     a gradient of 0 in std (torch's own is not finite there).

@@ -14,7 +14,7 @@ from kd.outputs import Batch, Outputs
 def tfkd_loss(
     student_logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"], correct: float, temperature: float
 ) -> Float[Tensor, ""]:
-    """KL(virtual teacher || student), summed over classes, averaged over the batch (section 5.2, equation 10).
+    """KL(virtual teacher || student), summed over classes, averaged over the batch.
 
     The virtual teacher gives `correct` to the label and shares the rest. As in the authors' code it is softened by a
     softmax of probabilities / T, which at T = 20 leaves it nearly uniform (0.0105 on the label of 100 classes): the

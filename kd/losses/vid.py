@@ -17,7 +17,7 @@ EPS = 1e-5  # the smallest variance
 def vid_loss(
     predicted_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"], variance: Float[Tensor, "c"]
 ) -> Float[Tensor, ""]:
-    """Mean of ((predicted - teacher)^2 / variance + log variance) / 2 (section 2.1, equation 4, constants aside).
+    """Mean of ((predicted - teacher)^2 / variance + log variance) / 2, constants aside.
 
     The negative log-likelihood of the teacher's map under a Gaussian around the student's prediction of it, with one
     variance a channel. May be negative.

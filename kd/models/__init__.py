@@ -26,8 +26,7 @@ STAGES = {name: family.STAGES for family in FAMILIES for name in family.MODELS}
 STAGES |= {f"{library}/{name}": resnet.STAGES for library in ("torchvision", "timm") for name in resnet.MODELS}
 """Name -> dotted names of the modules that give the stages' feature maps b x c x h x w, from early to late.
 
-The last one is what is average-pooled into the classifier, the last linear layer over the classes (wrn: after BatchNorm
-and ReLU)."""
+The last one is what is average-pooled into the classifier, the last linear layer over the classes."""
 
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
 """What stands before the slash -> f(the name behind it, num_classes, image_size)."""

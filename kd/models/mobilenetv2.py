@@ -11,7 +11,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
+STAGES = ("layer1", "layer2", "layer3", "head")  # the last one is what is pooled
 """What happens at 1/2, 1/4, 1/8 and 1/16 of the resolution; the last output of each is linear, with no ReLU."""
 
 # Expansion, channels at full width, blocks, stride of the first block: table 2's rows, by resolution.

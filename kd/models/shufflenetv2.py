@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "layer3")
+STAGES = ("layer1", "layer2", "head")  # the last one is what is pooled
 """At 1/2, 1/4 and 1/8 of the resolution; the paper calls them stages 2, 3 and 4."""
 
 STEM, HEAD = 24, 1024

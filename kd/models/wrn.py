@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "layer3")
+STAGES = ("layer1", "layer2", "head")  # the last one is what is pooled: behind the last BatchNorm and ReLU
 """At full, half and quarter resolution."""
 
 
@@ -45,7 +45,7 @@ class WideResNet(nn.Module):
         self.layer1 = _stage(16, 16 * widen, blocks, stride=1)
         self.layer2 = _stage(16 * widen, 32 * widen, blocks, stride=2)
         self.layer3 = _stage(32 * widen, 64 * widen, blocks, stride=2)
-        self.bn = nn.BatchNorm2d(64 * widen)
+        self.head = nn.Sequential(nn.BatchNorm2d(64 * widen), nn.ReLU())
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64 * widen, num_classes)
         nn.init.zeros_(self.fc.bias)
@@ -55,7 +55,7 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.fc(self.pool(F.relu(self.bn(x))).flatten(1))
+        return self.fc(self.pool(self.head(x)).flatten(1))
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
