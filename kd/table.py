@@ -34,11 +34,13 @@ def show_results(student: Path) -> None:
     rows.append((_name(summary), summary))
     wide = console if console.is_terminal else Console(width=120)
     wide.print(_table(rows))
-    if control is None and summary["method"] != "none":
+    if any(run["test_top1"] is None for run in (summary, control) if run):
+        wide.print(Text("the test split was not read (--no-test)"))
+    elif control is None and summary["method"] != "none":
         wide.print(Text("student alone: not measured; the same command with --control measures it"))
     elif control is not None:
         wide.print(Text(verdict(summary, control)))
-    wide.print(Text(f"run folder: {student}"))
+    wide.print(Text(f"run folder: {student}"), soft_wrap=True)  # one line, for programs that read it
 
 
 def _name(summary: dict) -> str:
