@@ -26,9 +26,12 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--band); } tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child, .words { text-align: left; }
-td.words { white-space: normal; min-width: 12rem; overflow-wrap: break-word; }
+td.words { white-space: normal; overflow-wrap: break-word; }
+td.words:first-child { min-width: 9rem; } td.words:last-child { min-width: 12rem; }
 .note { color: var(--soft); font-size: .85rem; margin: .4rem 0 1.5rem; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; display: block; }
+figure { margin: 1.5rem 0; } picture { display: block; overflow-x: auto; }
+figure img { max-width: 100%; height: auto; display: block; }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
 figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
 """
 
@@ -132,6 +135,7 @@ class Figure(Block):
     caption: str
     light: bytes
     dark: bytes
+    wide: bool = False  # several panels side by side: on a narrow window they scroll rather than shrink
 
     def markdown(self) -> str:
         return f"![{plain(self.title)}]({self.file})\n\n**{plain(self.title)}** {plain(self.caption)}"
@@ -139,8 +143,10 @@ class Figure(Block):
     def html(self) -> str:
         light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (self.light, self.dark))
         title, caption = html.escape(self.title), html.escape(self.caption)
+        kind = "wide" if self.wide else "one"
         return (
-            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<figure class="{kind}"><picture>'
+            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
             f'<img src="{light}" alt="{title}"></picture>'
             f"<figcaption><strong>{title}</strong> {caption}</figcaption></figure>"
         )

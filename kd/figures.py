@@ -74,12 +74,15 @@ def _mean_curve(histories: list[list[dict]], key: str) -> list[tuple[int, float]
     return [(epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items())]
 
 
-def draw_pareto(points: list[tuple[str, float, float | None, float, float]]) -> Draw:
+def draw_pareto(points: list[tuple[str, int, float | None, float, float]]) -> Draw:
     """Accuracy against parameters and latency; points: name, parameters, milliseconds, mean accuracy, deviation."""
 
     def draw(figure) -> None:
         for place, (column, name) in enumerate(((1, "parameters"), (2, "CPU latency, one image (ms)")), start=1):
             axes = figure.add_subplot(1, 2, place, xlabel=name, ylabel="test top-1 (%)", xscale="log")
+            there = [point[column] for point in points if point[column] is not None]
+            if there:  # left to itself a logarithmic axis of a single value has no width
+                axes.set_xlim(min(there) / 1.5, max(there) * 1.5)
             for number, point in enumerate(points):
                 if point[column] is not None:
                     look = {"color": COLOURS[number % len(COLOURS)], "fmt": "os^Dv<>P"[number // len(COLOURS) % 8]}
@@ -144,7 +147,10 @@ def draw_reliability(answers: dict[str, tuple[Tensor, Tensor]]) -> Draw:
         axes.plot([0, 1], [0, 1], "--", color="#888888", linewidth=1)
         for colour, (title, (logits, labels)) in zip(COLOURS, answers.items()):
             points = reliability(logits, labels)
-            axes.plot(*zip(*((x, y) for x, y, _ in points)), "o-", color=colour, label=label(title), markersize=4)
+            confidence, accuracy, counts = zip(*points)
+            axes.plot(confidence, accuracy, color=colour, linewidth=0.8)
+            sizes = [8 + 120 * count / sum(counts) for count in counts]
+            axes.scatter(confidence, accuracy, sizes, color=colour, label=label(title))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
 

@@ -160,7 +160,7 @@ class Gallery:
 
     def _add(self, name: str, title: str, caption: str, size: tuple[float, float], draw: figures.Draw) -> None:
         light, dark = figures.render(size, draw)
-        self.figures.append(Figure(f"{self.prefix}{name}.png", title, caption, light, dark))
+        self.figures.append(Figure(f"{self.prefix}{name}.png", title, caption, light, dark, wide=size[0] >= 10))
 
     def _read(self, runs: list[Run], read) -> list:
         found = []
@@ -176,7 +176,7 @@ class Gallery:
         curves = {label: histories for label, histories in curves.items() if histories}
         if curves:
             caption = "Mean over seeds. The training loss is the method's own sum of terms, on augmented images."
-            self._add(name, title, caption, (10, 4), figures.draw_curves(curves))
+            self._add(name, title, caption, (10.0, 4.0), figures.draw_curves(curves))
 
     def _pareto(self) -> None:
         points = []
@@ -187,7 +187,7 @@ class Gallery:
             points.append((group.label, params, cost and cost.milliseconds, mean, deviation or 0.0))
         if points:
             caption = "Test accuracy of the last epoch, with the standard deviation over seeds. Up and left is better."
-            self._add("pareto", "Accuracy against cost.", caption, (10, 4.8), figures.draw_pareto(points))
+            self._add("pareto", "Accuracy against cost.", caption, (10.0, 4.8), figures.draw_pareto(points))
 
     def _predictions(self) -> None:
         """The figures that need the logits which runs keep; the test set itself is not read."""
@@ -206,12 +206,15 @@ class Gallery:
         if gains:
             caption = f"Test accuracy of each class, {method.label} minus student alone, mean over seeds."
             draw = figures.draw_class_gain(names, torch.stack(gains).mean(dim=0).nan_to_num(0.0))
-            self._add("class_gain", "Gain of each class.", caption, (8, 2 + 0.22 * min(count, figures.SHOWN)), draw)
+            self._add("class_gain", "Gain of each class.", caption, (8.0, 2 + 0.22 * min(count, figures.SHOWN)), draw)
         pooled = {label: tuple(map(torch.cat, zip(*found.values()))) for label, found in answers.items()}
         caption = f"Of {method.label}, all seeds: percent of each true class's test images."
         draw = figures.draw_confusion(names, *pooled[method.label])
-        self._add("confusion", "What the worst classes are taken for.", caption, (8, 6), draw)
-        caption = "Accuracy against confidence on the test set, 15 bins, all seeds. Below the diagonal: too sure."
+        self._add("confusion", "What the worst classes are taken for.", caption, (8.0, 6.0), draw)
+        caption = (
+            "Accuracy against confidence on the test set, 15 bins, all seeds; a larger dot holds more images. Below "
+        )
+        caption += "the diagonal: too sure."
         self._add("reliability", "Reliability.", caption, (5.5, 5.5), figures.draw_reliability(pooled))
 
     def _grid(self, members: list[Group], flags: list[str], number: int) -> None:
