@@ -166,15 +166,15 @@ def reliability(logits: Tensor, labels: Tensor) -> list[tuple[float, float, int]
     return [(confidence[i].mean().item(), right[i].mean().item(), int(i.sum())) for i in inside if i.any()]
 
 
-def draw_grid(groups: list[Group], rows: str, columns: str | None) -> Draw:
-    """Mean validation accuracy over two flags of a method (or one); settings that read the test set are framed."""
+def draw_grid(groups: list[Group], seeds: set[int], rows: str, columns: str | None) -> Draw:
+    """Mean validation accuracy of `seeds` over two flags of a method (or one); what read the test set is framed."""
     across = sorted({group.flags[columns] for group in groups}) if columns else [None]
     down = sorted({group.flags[rows] for group in groups})
     table = torch.full((len(down), len(across)), torch.nan, dtype=torch.double)
     tested = []
     for group in groups:
         place = down.index(group.flags[rows]), across.index(group.flags[columns] if columns else None)
-        table[place] = group.mean("val_top1_last")
+        table[place] = group.mean("val_top1_last", seeds)
         tested += [place] * bool(group.tested)
 
     def draw(figure) -> None:
@@ -183,7 +183,9 @@ def draw_grid(groups: list[Group], rows: str, columns: str | None) -> Draw:
         axes = figure.add_subplot(ylabel=rows.replace("_", " "), xlabel=(columns or "").replace("_", " "))
         _heat(axes, table, list(map(str, down)), [str(value) if columns else "" for value in across], "{:.2f}")
         for row, column in tested:
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS[4], linewidth=3))
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS[4], linewidth=3, clip_on=False)
+            )
 
     return draw
 

@@ -39,11 +39,13 @@ class Group:
     def label(self) -> str:
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
-    def values(self, key: str) -> list[float]:
-        return [run.summary[key] for run in self.runs if run.summary.get(key) is not None]
+    def values(self, key: str, seeds: set[int] | None = None) -> list[float]:
+        """Of all runs that have it, or of some seeds."""
+        runs = [run for run in self.runs if seeds is None or run.seed in seeds]
+        return [run.summary[key] for run in runs if run.summary.get(key) is not None]
 
-    def mean(self, key: str) -> float | None:
-        values = self.values(key)
+    def mean(self, key: str, seeds: set[int] | None = None) -> float | None:
+        values = self.values(key, seeds)
         return mean_and_deviation(values)[0] if values else None
 
     def gain(self, control: "Group", key: str) -> Difference | None:

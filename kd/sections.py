@@ -222,9 +222,15 @@ class Gallery:
         if len(flags) > 2 or not numeric:
             self.notes.append(f"{members[0].name}: no heat map of {', '.join(flags)}; it takes one or two numbers")
             return
+        # A picked setting has more seeds than the others: the picture compares what was compared.
+        seeds = set.intersection(*({run.seed for run in member.runs} for member in members))
+        if not seeds:
+            self.notes.append(f"{members[0].name}: no heat map of {', '.join(flags)}; its settings share no seed")
+            return
         rows, columns = flags[0], flags[1] if len(flags) == 2 else None
-        caption = f"{members[0].name}: validation accuracy, mean over seeds. Framed: settings that read the test set."
-        draw = figures.draw_grid(members, rows, columns)
+        shown = ", ".join(map(str, sorted(seeds)))
+        caption = f"{members[0].name}: validation accuracy (seeds {shown}). Framed: settings that read the test set."
+        draw = figures.draw_grid(members, seeds, rows, columns)
         self._add(f"grid{number}", "The grid.", caption, (6.5, 4.5), draw)
 
 

@@ -199,15 +199,15 @@ def carry_out(study: Study) -> list[Task]:
 
 def main(args: list[str] | None = None) -> list[Task]:
     """The study and its report; returns the runs that failed."""
-    from kd.report import show, write_report
-    from kd.results import Other
-
     study = read_command_line(args)
     config = parse(distill_defaults, "", ["--preset", study.preset, *study.rest])
     require(
         config.data.val_fraction > 0 or not any(len(study.settings(method)) > 1 for method in study.methods),
         "--grid: picks on validation, and there is none with --val-fraction 0; give a share",
     )
+    from kd.report import show, write_report  # they import torch, which --help need not wait for
+    from kd.results import Other
+
     tasks = carry_out(study)
     failed = [task for task in tasks if task.failure]
     given = config.teacher or []

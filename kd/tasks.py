@@ -17,6 +17,7 @@ from kd.display import console
 from kd.errors import Preempted
 from kd.signals import StopRequests
 
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 POLL = 0.2  # seconds
 FOLDER = re.compile(r"^run folder: (.+)$", re.MULTILINE)  # what a script prints last
 EPOCH = re.compile(r" epoch (\d+)/(\d+) ")
@@ -70,6 +71,7 @@ class Runner:
         self._progress.stop()
         for running in self._running:
             _stop(running.process)
+            running.output.close()
         self._requests.__exit__()
 
     def run(self, tasks: list[Task]) -> None:
@@ -93,7 +95,7 @@ class Runner:
     def _start(self, task: Task) -> None:
         slot = min(set(range(self.jobs)) - {running.slot for running in self._running})
         log = self.logs / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', task.label)}.log"
-        command = [sys.executable, "-m", "accelerate.commands.launch", *self.launch, str(task.script), *task.args]
+        command = [*LAUNCHER, *self.launch, str(task.script), *task.args]
         with open(log, "w", encoding="utf-8") as file:
             file.write(f"{shlex.join(command)}\n")
             file.flush()
