@@ -83,7 +83,7 @@ class Costs:
         if key not in self._kept:
             try:
                 self._kept[key] = measure(run.path, self.trust_code)
-            except UserError as error:
+            except Exception as error:  # the network may be anybody's code: whatever it raises, the report goes on
                 self.notes[str(run.path)] = str(error)
                 return None
             write_json(self.path, {"machine": self.where, "networks": self._kept})

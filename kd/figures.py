@@ -15,6 +15,7 @@ LIGHT = {"paper": "#ffffff", "ink": "#1c2128"}
 BINS = 15  # as kd.metrics.ece
 SHOWN = 30  # classes that a bar chart has room for
 WORST = 10  # classes in the confusion matrix
+POINTS = 40  # networks that the Pareto picture's legend has room for
 
 Draw = Callable[[object], None]
 

@@ -42,7 +42,7 @@ class Group:
     def values(self, key: str, seeds: set[int] | None = None) -> list[float]:
         """Of all runs that have it, or of some seeds."""
         runs = [run for run in self.runs if seeds is None or run.seed in seeds]
-        return [run.summary[key] for run in runs if run.summary.get(key) is not None]
+        return [float(run.summary[key]) for run in runs if run.summary.get(key) is not None]
 
     def mean(self, key: str, seeds: set[int] | None = None) -> float | None:
         values = self.values(key, seeds)
@@ -55,8 +55,8 @@ class Group:
         pairs = [(one, other) for one, other in pairs if None not in (one[key], other[key])]
         if not pairs:
             return None
-        gains = {one["seed"]: one[key] - other[key] for one, other in pairs}
-        tops = [mean_and_deviation([summary[key] for summary in side])[0] for side in zip(*pairs, strict=True)]
+        gains = {one["seed"]: float(one[key] - other[key]) for one, other in pairs}
+        tops = [mean_and_deviation([float(summary[key]) for summary in side])[0] for side in zip(*pairs, strict=True)]
         return paired(gains, images_noise(*tops, images=pairs[0][0]["test_images"]))
 
 

@@ -23,8 +23,10 @@ KEYS = {
     "epochs": (NUMBER, False),
     **dict.fromkeys(("val_top1_last", "val_top1_best", "best_epoch"), (NUMBER, True)),
     **dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images"), (NUMBER, True)),
-    "test_top1_best": (NUMBER, True),
+    **dict.fromkeys(("test_top1_best", "agreement"), (NUMBER, True)),
 }
+PERCENT = [key for key in KEYS if "top" in key or key in ("test_ece", "agreement")]
+TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them, or none
 
 
 class Other(NamedTuple):
@@ -93,10 +95,17 @@ def _search(path: Path) -> list[tuple[Path, str | None]]:
         return [(path, f"cannot be read ({error.strerror})")]
     if any(entry.name in MARKS for entry in entries):
         return [(path, None)]
-    below = [found for entry in entries if entry.is_dir() and not entry.is_symlink() for found in _search(entry)]
+    below = [found for entry in entries if entry.is_dir() for found in _follow(entry)]
     if any(why is None for _, why in below):
         return below
     return [(path, f"holds {', '.join(entry.name for entry in entries[:3])}" if entries else "empty")]
+
+
+def _follow(entry: Path) -> list[tuple[Path, str | None]]:
+    """Links are followed to run folders alone: others might lead round in a circle."""
+    if entry.is_symlink() and not any((entry / mark).exists() for mark in MARKS):
+        return [(entry, "a link; name the folder that it points to")]
+    return _search(entry)
 
 
 def _read(folder: Path) -> Run | Other:
@@ -105,18 +114,31 @@ def _read(folder: Path) -> Run | Other:
     summary, record = read_json(folder / "summary.json"), read_json(folder / "config.json")
     if summary.get("status") != "finished":
         return Other(str(folder), "unfinished", f"its summary's status is {summary.get('status')!r}")
-    for key, (kinds, may_be_null) in KEYS.items():
-        value = summary.get(key)
-        sound = isinstance(value, kinds) and not (kinds is NUMBER and not math.isfinite(value))
-        if not sound and not (value is None and may_be_null):
-            raise UserError(f"summary.json has {key} {value!r}")
+    _check(summary)
     identity, flags = record.get("identity"), record.get("flags")
-    if not isinstance(identity, dict) or not {"role", "model", "data", "seed"} <= set(identity):
+    texts = isinstance(identity, dict) and all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
+    if not texts or not isinstance(identity.get("classes"), int | None):
         raise UserError("config.json has no identity of a run")
     try:
         return Run(folder, summary, identity, dict(flags["method"]), str(flags["data"]["source"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json has no flags of a run ({error!r})") from error
+
+
+def _check(summary: dict) -> None:
+    """Raises UserError at the first value that is none which a run writes."""
+    for key, (kinds, may_be_null) in KEYS.items():
+        value = summary.get(key)
+        sound = isinstance(value, kinds) and not (kinds is NUMBER and not math.isfinite(value))
+        if not sound and not (value is None and may_be_null):
+            raise UserError(f"summary.json has {key} {value!r}")
+        if value is not None and key in PERCENT and not 0 <= value <= 100:
+            raise UserError(f"summary.json has {key} {value!r}, which is no percentage")
+    if summary["params"] < 1:
+        raise UserError(f"summary.json has params {summary['params']!r}")
+    there = [key for key in TESTED if summary.get(key) is not None]
+    if there and (len(there) < len(TESTED) or summary["test_images"] < 1):
+        raise UserError(f"summary.json has only {', '.join(there)} of a test result")
 
 
 def _position(folder: Path) -> str:
@@ -132,8 +154,10 @@ def history(run: Run) -> list[dict]:
     path = run.path / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        sound = lines and all(math.isfinite(line["epoch"] + line["train/loss"] + line["train/top1"]) for line in lines)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        needed = [line[key] for line in lines for key in ("epoch", "train/loss", "train/top1")]
+        optional = [line.get(key) or 0.0 for line in lines for key in ("val/loss", "val/top1")]
+        sound = lines and all(map(math.isfinite, needed + optional))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error!r})") from error
     if not sound:
         raise UserError(f"{path} holds no epochs, or numbers that are none")
@@ -151,11 +175,14 @@ def test_answers(run: Run) -> tuple:
     if not path.exists():
         raise UserError(f"{path} is not there: the run read no test split, or was made before these were kept")
     kept = read_weights(path)
-    if set(kept) != {"logits", "labels"} or len(kept["logits"]) != len(kept["labels"]):
+    logits, labels = kept.get("logits"), kept.get("labels")
+    if logits is None or labels is None or logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise UserError(f"{path} holds no logits and labels")
-    if abs(top_k(kept["logits"], kept["labels"], 1) - run.summary["test_top1"]) > 1e-6:
+    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise UserError(f"{path} holds labels that are none")
+    if abs(top_k(logits, labels, 1) - run.summary["test_top1"]) > 1e-6:
         raise UserError(f"{path} does not give the accuracy in the summary")
-    return kept["logits"], kept["labels"]
+    return logits, labels
 
 
 def class_names(run: Run, count: int) -> list[str]:
@@ -164,4 +191,8 @@ def class_names(run: Run, count: int) -> list[str]:
         names = read_json(run.path / "model.json").get("classes", [])
     except UserError:
         names = []
-    return [str(name) for name in names] if len(names) == count else [str(number) for number in range(count)]
+    return (
+        [str(name) for name in names]
+        if isinstance(names, list) and len(names) == count
+        else [str(number) for number in range(count)]
+    )

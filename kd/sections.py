@@ -185,9 +185,13 @@ class Gallery:
             cost = self.costs.of(group.runs[0])
             params = group.runs[0].summary["params"]
             points.append((group.label, params, cost and cost.milliseconds, mean, deviation or 0.0))
+        if len(points) > figures.POINTS:
+            self.notes.append(f"accuracy against cost: the first {figures.POINTS} of {len(points)} networks are drawn")
+            points = points[: figures.POINTS]
         if points:
+            size = (10.0, 4.3 + 0.12 * len(points))  # the legend below has two columns
             caption = "Test accuracy of the last epoch, with the standard deviation over seeds. Up and left is better."
-            self._add("pareto", "Accuracy against cost.", caption, (10.0, 4.8), figures.draw_pareto(points))
+            self._add("pareto", "Accuracy against cost.", caption, size, figures.draw_pareto(points))
 
     def _predictions(self) -> None:
         """The figures that need the logits which runs keep; the test set itself is not read."""
@@ -198,7 +202,10 @@ class Gallery:
         ours = answers.get(method.label)
         if not ours:
             return
-        count = next(iter(ours.values()))[0].shape[1]
+        shape = next(iter(ours.values()))[0].shape
+        same = lambda found: {seed: pair for seed, pair in found.items() if pair[0].shape == shape}  # noqa: E731
+        answers = {label: same(found) for label, found in answers.items() if same(found)}
+        ours, count = answers[method.label], shape[1]
         names = class_names(method.tested[0], count)
         theirs = answers.get(alone.label, {}) if alone else {}
         accuracy = lambda pair: figures.class_accuracy(*pair, count)  # noqa: E731

@@ -1,6 +1,7 @@
 """The report: its numbers are the summaries', nothing is dropped silently, and names cannot break it."""
 
 import html.parser
+import itertools
 import json
 import os
 import re
@@ -152,7 +153,7 @@ def test_every_number_is_the_summaries(no_figures):
     assert costs[1][2] == f"{json.loads(Path('runs/teacher/summary.json').read_text())['params']:,}"
 
 
-def test_figures_are_there_and_embedded():
+def test_figures_are_there_and_embedded(monkeypatch):
     study()
     for t in (2.0, 10.0):
         for a in (0.5, 0.9):
@@ -166,6 +167,7 @@ def test_figures_are_there_and_embedded():
     assert "What could not be shown" not in page
     costs = json.loads(Path("report/costs.json").read_text())["networks"]
     assert [cost[0] for cost in costs.values()] == [8 * 27 * 64 + 128 * len(CLASSES)]  # by hand: 3x3 conv, linear
+    monkeypatch.setattr(figures, "render", lambda size, draw: (b"light", b"dark"))
     report.main(["runs"])
     assert json.loads(Path("report/costs.json").read_text())["networks"] == costs, "measured once"
 
@@ -211,6 +213,36 @@ def test_a_damaged_file_costs_its_figures_only(no_figures, name):
     assert "7 finished runs" in page
     assert "What could not be shown" in page
     assert name in page[page.index("What could not be shown") :]
+
+
+ODD = (None, [], {"x": 1}, "x", -1, 0, True, 1e400, ["a"])
+
+
+def test_odd_values_end_in_no_traceback():
+    """Every value of every JSON file of a run, one run each, replaced by what should not be there."""
+    study(seeds=(0,))
+    source, count = Path("runs/kd0"), 100
+    records = {name: json.loads((source / f"{name}.json").read_text()) for name in ("summary", "config", "model")}
+    places = [(name, (key,)) for name, record in records.items() for key in record]
+    places += [("config", ("identity", key)) for key in records["config"]["identity"]]
+    places += [("config", ("flags", "method")), ("config", ("flags", "data"))]
+    for name, keys in places:
+        for odd in ODD:
+            folder = Path(f"runs/odd{count}")
+            folder.mkdir()
+            changed = json.loads(json.dumps(records))
+            changed["summary"]["seed"] = changed["config"]["identity"]["seed"] = count  # no copies of one another
+            (changed[name] if len(keys) == 1 else changed[name][keys[0]])[keys[-1]] = odd
+            for part, content in changed.items():
+                (folder / f"{part}.json").write_text(json.dumps(content))
+            count += 1
+    line = {"epoch": 1, "train/loss": 1.0, "train/top1": 1.0, "val/loss": 1.0, "val/top1": 1.0}
+    for number, (key, odd) in enumerate(itertools.product(line, ODD)):
+        Path(f"runs/odd{100 + number}/metrics.jsonl").write_text(json.dumps(line | {key: odd}))
+    report.main(["runs"])
+    page = Tables(Path("report/report.html").read_text())
+    everything = [row[0] for table in page.tables for row in table]
+    assert all(f"runs/odd{number}" in everything for number in range(100, count))
 
 
 def test_answers_of_another_run_are_refused(no_figures):
