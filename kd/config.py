@@ -126,6 +126,9 @@ class RunConfig:
     """Read losses from the device, and agree to stop, every so many steps."""
     threads: int | None = None
     """CPU threads of each process; left out: all the cores it may use."""
+    test: bool = True
+    """Read the test split at the end. --no-test leaves it unread and the summary's test keys null, for settings that
+    are compared on validation; the same command without it then only reads the test split."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a key is found, else offline."""
     wandb_project: str = "kd"

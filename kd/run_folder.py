@@ -77,7 +77,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
             write_json(run.path / "config.json", _record(job, run, data, accelerator))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        run.summary = _summary(run.path)
+        run.summary = _summary(run.path, job.run.test)
         run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
     accelerator.wait_for_everyone()  # nobody trains before all have looked
     return run
@@ -104,9 +104,11 @@ def _claim(run: RunFolder, job: Job) -> None:
         record = read_json(path / "config.json")
         _check_same(path, record.get("identity", {}), run.identity)
         run.wandb_id = record.get("wandb_id", "")
-    run.summary = _summary(path)
+    run.summary = _summary(path, job.run.test)
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
-    if run.summary is None:
+    if run.summary is None and _summary(path) is not None:  # trained, and only the test split is unread
+        require(run.resuming, f"{path} never read the test split and has no checkpoint left to do it from; remove it")
+    elif run.summary is None:
         require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
         require(
             not run.resuming or job.run.resume or job.run.auto_resume,
@@ -125,11 +127,13 @@ def _check_same(path: Path, theirs: dict, ours: dict) -> None:
     require(not differ, f"{path} holds another run ({'; '.join(differ)}); choose another --out, or the same flags")
 
 
-def _summary(path: Path) -> dict | None:
+def _summary(path: Path, tested: bool = False) -> dict | None:
+    """A finished run's summary; with `tested`, of one that has read the test split as well."""
     if not (path / "summary.json").exists():
         return None
     summary = read_json(path / "summary.json")
-    return summary if summary.get("status") == "finished" else None
+    finished = summary.get("status") == "finished" and not (tested and summary.get("test_top1") is None)
+    return summary if finished else None
 
 
 def _record(job: Job, run: RunFolder, data: Data, accelerator: Accelerator) -> dict:

@@ -1,6 +1,5 @@
 """The report's Table I with true numbers, and what may be concluded from it."""
 
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +8,7 @@ from rich.text import Text
 
 from kd.display import console
 from kd.files import read_json
+from kd.statistics import images_noise
 
 COLUMNS = (
     ("val_top1_last", "val", ".2f"),
@@ -36,11 +36,13 @@ def show_results(student: Path) -> None:
     rows.append((_name(summary), summary))
     wide = console if console.is_terminal else Console(width=120)
     wide.print(_table(rows))
-    if control is None and summary["method"] != "none":
+    if any(run["test_top1"] is None for run in (summary, control) if run):
+        wide.print(Text("the test split was not read (--no-test)"))
+    elif control is None and summary["method"] != "none":
         wide.print(Text("student alone: not measured; the same command with --control measures it"))
     elif control is not None:
         wide.print(Text(verdict(summary, control)))
-    wide.print(Text(f"run folder: {student}"))
+    wide.print(Text(f"run folder: {student}"), soft_wrap=True)  # one line, for programs that read it
 
 
 def _name(summary: dict) -> str:
@@ -81,11 +83,9 @@ def _count(params: int) -> str:
 def verdict(student: dict, control: dict) -> str:
     """What one seed's difference in test accuracy says, beside the noise of a test set of that size."""
     gain, images = student["test_top1"] - control["test_top1"], student["test_images"]
-    shares = [summary["test_top1"] / 100 for summary in (student, control)]
-    # Two independent samples of that many images; both networks see the same ones, so this is on the careful side.
-    error = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / images)
+    noise = images_noise(student["test_top1"], control["test_top1"], images)
     counted = f"{gain:+.2f} points ({round(gain * images / 100):+d} of {images} test images)"
-    words = f"distilled against alone: {counted}, one seed; the test set's own noise is ±{1.96 * error:.2f}."
-    if abs(gain) <= 1.96 * error:
+    words = f"distilled against alone: {counted}, one seed; the test set's own noise is ±{noise:.2f}."
+    if abs(gain) <= noise:
         return f"{words} Smaller than that noise: no gain or loss was shown."
     return f"{words} Distillation {'helped' if gain > 0 else 'hurt'} here; how much seeds vary is not in this number."

@@ -1,0 +1,90 @@
+"""What a network costs to run: multiplications, bytes on the disk, time for one image on this machine's CPU."""
+
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kd.errors import UserError
+from kd.files import read_json, write_json
+from kd.launch import same_threads
+from kd.results import Run
+from kd.run_folder import Trained, load_network
+
+WARMUP, REPEATS, PATIENCE = 5, 100, 3.0  # passes, passes, seconds at most
+THREADS = 1  # of one image there is little to share out, and one thread's time is the steadier
+
+
+class Cost(NamedTuple):
+    macs: int  # multiply-accumulates of convolutions and matrix products, one image
+    bytes: int
+    milliseconds: float
+
+
+def measure(folder: Path, trust_code: bool) -> Cost:
+    """Load the run's network and time it. Raises UserError where it cannot be loaded."""
+    trained = load_network(folder, trust_code)
+    with same_threads():
+        torch.set_num_threads(THREADS)
+        macs, milliseconds = _run(trained)
+    return Cost(macs, (folder / "model.safetensors").stat().st_size, milliseconds)
+
+
+@torch.no_grad()
+def _run(trained: Trained) -> tuple[int, float]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image = torch.zeros(1, 3, *trained.info["image_size"])
+    with FlopCounterMode(display=False) as counter:
+        trained.network(image)
+    macs = counter.get_total_flops() // 2  # the library counts a multiply-accumulate as two
+    for _ in range(WARMUP):
+        trained.network(image)
+    times, started = [], time.perf_counter()
+    while len(times) < REPEATS and time.perf_counter() - started < PATIENCE:
+        before = time.perf_counter()
+        trained.network(image)
+        times.append(time.perf_counter() - before)
+    return macs, 1000 * statistics.median(times)
+
+
+def machine() -> str:
+    """The CPU's name as far as the system tells it, and the threads used: what a latency belongs to."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {THREADS} thread, torch {torch.__version__}"
+
+
+class Costs:
+    """Measured once a network and kept beside the report, so that the same report twice has the same numbers."""
+
+    def __init__(self, path: Path, trust_code: bool, afresh: bool):
+        self.path, self.trust_code = path, trust_code
+        self.where, self.notes = machine(), {}
+        self._kept: dict[str, Cost] = {}
+        if not afresh and path.exists():
+            try:
+                kept = read_json(path)
+                networks = {key: Cost(*values) for key, values in kept["networks"].items()}
+                self._kept = networks if kept["machine"] == self.where else {}
+            except (UserError, KeyError, TypeError, AttributeError):
+                self._kept = {}  # measured again
+
+    def of(self, run: Run) -> Cost | None:
+        """None where the network cannot be built; `notes` says why, by folder."""
+        key = f"{run.summary['model']} {run.summary['params']} {run.identity['data']} {run.identity.get('classes')}"
+        if key not in self._kept:
+            try:
+                self._kept[key] = measure(run.path, self.trust_code)
+            except Exception as error:  # the network may be anybody's code: whatever it raises, the report goes on
+                self.notes[str(run.path)] = str(error)
+                return None
+            write_json(self.path, {"machine": self.where, "networks": self._kept})
+        return self._kept[key]

@@ -1,0 +1,172 @@
+"""A report as blocks, each of which can be Markdown, HTML, or print itself on the terminal."""
+
+import base64
+import html
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2128; --soft: #57606a; --paper: #ffffff; --line: #d0d7de; --band: #f6f8fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #30363d; --band: #161b22; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h3 { margin: 2rem 0 .5rem; } p, li { max-width: 46rem; }
+.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { background: var(--band); } tr:last-child td { border-bottom: 0; }
+th:first-child, td:first-child, .words { text-align: left; }
+td.words { white-space: normal; overflow-wrap: break-word; }
+td.words:first-child { min-width: 9rem; } td.words:last-child { min-width: 12rem; }
+.note { color: var(--soft); font-size: .85rem; margin: .4rem 0 1.5rem; }
+figure { margin: 1.5rem 0; } picture { display: block; overflow-x: auto; }
+figure img { max-width: 100%; height: auto; display: block; }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
+figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
+"""
+
+
+class Block(ABC):
+    @abstractmethod
+    def markdown(self) -> str: ...
+
+    @abstractmethod
+    def html(self) -> str: ...
+
+    def show(self, console: Console) -> None:  # noqa: B027  a figure keeps it
+        """On the terminal; figures have nothing to show there."""
+
+
+@dataclass(frozen=True)
+class Heading(Block):
+    level: int
+    text: str
+    quiet: bool = False
+
+    def markdown(self) -> str:
+        return f"{'#' * self.level} {plain(self.text)}"
+
+    def html(self) -> str:
+        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+
+    def show(self, console: Console) -> None:
+        if not self.quiet:
+            console.print(Text(f"\n{self.text}", style="bold"))
+
+
+@dataclass(frozen=True)
+class Lines(Block):
+    """Sentences, one a point."""
+
+    lines: tuple[str, ...]
+
+    def markdown(self) -> str:
+        return "\n".join(f"- {plain(line)}" for line in self.lines)
+
+    def html(self) -> str:
+        return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in self.lines)}</ul>"
+
+    def show(self, console: Console) -> None:
+        for line in self.lines:
+            console.print(Text(f"- {line}"))
+
+
+@dataclass(frozen=True)
+class Table(Block):
+    """`words` counts the columns from the left that hold text; so does the last one with `remark`."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+    words: int = 1
+    remark: bool = False
+    quiet: bool = False  # too long for the terminal
+
+    def _is_text(self, column: int) -> bool:
+        return column < self.words or (self.remark and column == len(self.head) - 1)
+
+    def markdown(self) -> str:
+        rule = [":--" if self._is_text(column) else "--:" for column in range(len(self.head))]
+        lines = [self.head, rule, *([plain(cell) for cell in row] for row in self.rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{table}\n\n{plain(self.note)}" if self.note else table
+
+    def html(self) -> str:
+        marks = [' class="words"' if self._is_text(column) else "" for column in range(len(self.head))]
+
+        def row(cells, tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for c, m in zip(cells, marks)) + "</tr>"
+
+        body = "\n".join(row(cells, "td") for cells in self.rows)
+        table = (
+            f'<div class="table"><table><thead>{row(self.head, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
+        )
+        return f'{table}\n<p class="note">{html.escape(self.note)}</p>' if self.note else table
+
+    def show(self, console: Console) -> None:
+        if self.quiet:
+            return
+        grid = Grid(box=box.SIMPLE, pad_edge=False)
+        for column, title in enumerate(self.head):
+            grid.add_column(title, justify="left" if self._is_text(column) else "right")
+        for cells in self.rows:
+            grid.add_row(*(Text(cell) for cell in cells))
+        console.print(grid)
+        if self.note:
+            console.print(Text(self.note, style="dim"))
+
+
+@dataclass(frozen=True)
+class Figure(Block):
+    """A PNG file beside the report, and the same for a dark page."""
+
+    file: str
+    title: str
+    caption: str
+    light: bytes
+    dark: bytes
+    wide: bool = False  # several panels side by side: on a narrow window they scroll rather than shrink
+
+    def markdown(self) -> str:
+        return f"![{plain(self.title)}]({self.file})\n\n**{plain(self.title)}** {plain(self.caption)}"
+
+    def html(self) -> str:
+        light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (self.light, self.dark))
+        title, caption = html.escape(self.title), html.escape(self.caption)
+        kind = "wide" if self.wide else "one"
+        return (
+            f'<figure class="{kind}"><picture>'
+            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<img src="{light}" alt="{title}"></picture>'
+            f"<figcaption><strong>{title}</strong> {caption}</figcaption></figure>"
+        )
+
+
+def plain(text: str) -> str:
+    """Markdown that reads as `text`, whatever a folder or a class is called."""
+    text = " ".join(html.escape(text, quote=False).split())
+    return re.sub(r"([\\`*_\[\]|#$~])", r"\\\1", text)
+
+
+def markdown(blocks: list[Block]) -> str:
+    return "\n\n".join(block.markdown() for block in blocks) + "\n"
+
+
+def page(title: str, blocks: list[Block]) -> str:
+    """One file that needs nothing else, for narrow and wide windows, light and dark."""
+    body = "\n".join(block.html() for block in blocks)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )

@@ -1,0 +1,105 @@
+"""What distillation gained, with its noise: tables and figures from finished runs.
+
+    python -m kd.report runs/*                       run folders, folders of them, or globs
+    python -m kd.report runs/digits --out report
+
+Prints the tables and writes report.md, report.html (one self-contained file) and the figures into --out. Everything
+comes from the runs' own files; the test set is never read again. Only the cost of a network is measured here.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kd.display import console
+from kd.document import Block, Heading, Lines, Table, markdown, page
+from kd.errors import UserError, exit_code, require
+from kd.files import write_atomically
+from kd.results import Other, collect
+
+TITLE = "What was gained, with its noise"
+
+
+def write_report(
+    patterns: list[str], out: Path, failures: tuple[Other, ...] = (), trust_code: bool = False, afresh: bool = False
+) -> list[Block]:
+    """Read the runs, write the report into `out`, and return its blocks.
+
+    `failures` are listed with what else is no finished run. Raises UserError where `out` cannot be written.
+    """
+    from kd.costs import Costs
+    from kd.groups import by_data
+    from kd.sections import section
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        runs, others = collect(patterns)
+        nothing = not runs and not failures and all(other.state == "missing" for other in others)
+        require(not nothing, f"{' '.join(patterns)}: no such folder, and no folder matches; a study makes some")
+        costs = Costs(out / "costs.json", trust_code, afresh)
+        blocks: list[Block] = [Heading(1, TITLE), Lines((_count(len(runs), len(others) + len(failures)),))]
+        notes = []
+        for number, (name, groups) in enumerate(by_data(runs).items(), start=1):
+            added, lacking = section(name, groups, costs, f"data{number}_" if number > 1 else "")
+            blocks += added
+            notes += lacking
+        blocks += _left_out([*failures, *others])
+        notes += [f"{folder}: cost not measured: {why}" for folder, why in costs.notes.items()]
+        if notes:
+            blocks += [Heading(2, "What could not be shown"), Lines(tuple(dict.fromkeys(notes)))]
+        _write(out, blocks)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error}); choose another") from error
+    return blocks
+
+
+def _count(finished: int, others: int) -> str:
+    words = f"{finished} finished run{'s' * (finished != 1)}"
+    return f"{words}; {others} more listed below that count for nothing." if others else f"{words}."
+
+
+def _left_out(others: list[Other]) -> list[Block]:
+    if not others:
+        return []
+    table = Table(("folder", "state", "why"), [tuple(other) for other in others], words=2, remark=True)
+    return [Heading(2, "Not counted"), table]
+
+
+def _write(out: Path, blocks: list[Block]) -> None:
+    from kd.document import Figure
+
+    for block in blocks:
+        if isinstance(block, Figure):
+            write_atomically(out / block.file, lambda partial, png=block.light: partial.write_bytes(png))
+    texts = {"report.md": markdown(blocks), "report.html": page(TITLE, blocks)}
+    for name, text in texts.items():
+        write_atomically(out / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+
+
+def show(blocks: list[Block], out: Path) -> None:
+    """The same on the terminal, without the figures and the list of every run."""
+    from rich.console import Console
+
+    wide = console if console.is_terminal else Console(width=160)
+    for block in blocks:
+        block.show(wide)
+    wide.print(
+        f"\nreport: {out / 'report.md'} and {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m kd.report", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, folders of them, or globs")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes (default: report)")
+    parser.add_argument("--trust-code", action="store_true", help="time networks that are a module:function, too")
+    parser.add_argument("--measure-again", action="store_true", help="time all networks anew; else costs.json is kept")
+    given = parser.parse_args(args)
+    require(not given.out.exists() or given.out.is_dir(), f"--out {given.out}: is a file; name a folder")
+    blocks = write_report(given.runs, given.out, trust_code=given.trust_code, afresh=given.measure_again)
+    show(blocks, given.out)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,198 @@
+"""Run folders as they lie on the disk: finished runs, and whatever else was found instead of one."""
+
+import glob
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kd import checkpoint
+from kd.errors import UserError
+from kd.files import read_json, read_weights
+
+MARKS = ("config.json", "summary.json", "model.json", "checkpoint")  # any of them makes a folder a run's
+TEXT, NUMBER = (str,), (int, float)
+# What the report reads of a summary: the kind, and whether null is allowed (no validation split, or --no-test).
+KEYS = {
+    "script": (TEXT, False),
+    "method": (TEXT, False),
+    "model": (TEXT, False),
+    "params": (NUMBER, False),
+    "seed": (NUMBER, False),
+    "epochs": (NUMBER, False),
+    **dict.fromkeys(("val_top1_last", "val_top1_best", "best_epoch"), (NUMBER, True)),
+    **dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images"), (NUMBER, True)),
+    **dict.fromkeys(("test_top1_best", "agreement"), (NUMBER, True)),
+}
+PERCENT = [key for key in KEYS if "top" in key or key in ("test_ece", "agreement")]
+TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them, or none
+
+
+class Other(NamedTuple):
+    """Something that was asked for and is no finished run."""
+
+    path: str
+    state: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    summary: dict
+    identity: dict
+    method_flags: dict
+    source: str  # --data as it was given
+
+    @property
+    def seed(self) -> int:
+        return self.summary["seed"]
+
+    @property
+    def role(self) -> str:
+        return self.identity["role"]
+
+    @property
+    def tested(self) -> bool:
+        return self.summary["test_top1"] is not None
+
+
+def collect(patterns: list[str]) -> tuple[list[Run], list[Other]]:
+    """Every run that the folders or globs name, those in folders of runs included; nothing is left out silently."""
+    runs, others, seen = {}, [], set()
+    for pattern in patterns:
+        paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        if not paths:
+            others.append(Other(pattern, "missing", "no such folder, and no folder matches"))
+        for path in paths:
+            for folder, state in _search(path):
+                if folder.resolve() in seen:
+                    continue
+                seen.add(folder.resolve())
+                try:
+                    run = _read(folder) if state is None else Other(str(folder), "no run", state)
+                except UserError as error:
+                    run = Other(str(folder), "broken", str(error))
+                if isinstance(run, Run):
+                    twin = runs.setdefault(json.dumps(run.identity, sort_keys=True), run)
+                    if twin is not run:
+                        others.append(Other(str(folder), "a copy", f"the same run as {twin.path}; counted once"))
+                else:
+                    others.append(run)
+    return list(runs.values()), others
+
+
+def _search(path: Path) -> list[tuple[Path, str | None]]:
+    """Run folders at or below `path`, with None; what is none, with the reason. A tree without runs is one entry."""
+    if not path.is_dir():
+        return [(path, "a file")]
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        return [(path, f"cannot be read ({error.strerror})")]
+    if any(entry.name in MARKS for entry in entries):
+        return [(path, None)]
+    below = [found for entry in entries if entry.is_dir() for found in _follow(entry)]
+    if any(why is None for _, why in below):
+        return below
+    return [(path, f"holds {', '.join(entry.name for entry in entries[:3])}" if entries else "empty")]
+
+
+def _follow(entry: Path) -> list[tuple[Path, str | None]]:
+    """Links are followed to run folders alone: others might lead round in a circle."""
+    if entry.is_symlink() and not any((entry / mark).exists() for mark in MARKS):
+        return [(entry, "a link; name the folder that it points to")]
+    return _search(entry)
+
+
+def _read(folder: Path) -> Run | Other:
+    if not (folder / "summary.json").exists():
+        return Other(str(folder), "unfinished", _position(folder))
+    summary, record = read_json(folder / "summary.json"), read_json(folder / "config.json")
+    if summary.get("status") != "finished":
+        return Other(str(folder), "unfinished", f"its summary's status is {summary.get('status')!r}")
+    _check(summary)
+    identity, flags = record.get("identity"), record.get("flags")
+    texts = isinstance(identity, dict) and all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
+    if not texts or not isinstance(identity.get("classes"), int | None):
+        raise UserError("config.json has no identity of a run")
+    try:
+        return Run(folder, summary, identity, dict(flags["method"]), str(flags["data"]["source"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json has no flags of a run ({error!r})") from error
+
+
+def _check(summary: dict) -> None:
+    """Raises UserError at the first value that is none which a run writes."""
+    for key, (kinds, may_be_null) in KEYS.items():
+        value = summary.get(key)
+        sound = isinstance(value, kinds) and not (kinds is NUMBER and not math.isfinite(value))
+        if not sound and not (value is None and may_be_null):
+            raise UserError(f"summary.json has {key} {value!r}")
+        if value is not None and key in PERCENT and not 0 <= value <= 100:
+            raise UserError(f"summary.json has {key} {value!r}, which is no percentage")
+    if summary["params"] < 1:
+        raise UserError(f"summary.json has params {summary['params']!r}")
+    there = [key for key in TESTED if summary.get(key) is not None]
+    if there and (len(there) < len(TESTED) or summary["test_images"] < 1):
+        raise UserError(f"summary.json has only {', '.join(there)} of a test result")
+
+
+def _position(folder: Path) -> str:
+    """How far an unfinished run has come."""
+    steps = checkpoint.steps(folder / "checkpoint")
+    if not steps:
+        return "no checkpoint yet"
+    return f"step {steps[0]} is saved; continue it with --resume"
+
+
+def history(run: Run) -> list[dict]:
+    """The epochs' lines of metrics.jsonl. Raises UserError where they cannot be read."""
+    path = run.path / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        needed = [line[key] for line in lines for key in ("epoch", "train/loss", "train/top1")]
+        optional = [line.get(key) or 0.0 for line in lines for key in ("val/loss", "val/top1")]
+        sound = lines and all(map(math.isfinite, needed + optional))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r})") from error
+    if not sound:
+        raise UserError(f"{path} holds no epochs, or numbers that are none")
+    return lines
+
+
+def test_answers(run: Run) -> tuple:
+    """Logits (n x k) and labels (n) of the test split as they were scored. Raises UserError where they are not there.
+
+    What does not give the summary's accuracy is another run's, and refused.
+    """
+    from kd.metrics import top_k
+
+    path = run.path / "test_logits.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} is not there: the run read no test split, or was made before these were kept")
+    kept = read_weights(path)
+    logits, labels = kept.get("logits"), kept.get("labels")
+    if logits is None or labels is None or logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise UserError(f"{path} holds no logits and labels")
+    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise UserError(f"{path} holds labels that are none")
+    if abs(top_k(logits, labels, 1) - run.summary["test_top1"]) > 1e-6:
+        raise UserError(f"{path} does not give the accuracy in the summary")
+    return logits, labels
+
+
+def class_names(run: Run, count: int) -> list[str]:
+    """Of model.json; numbers where it is not readable or does not fit."""
+    try:
+        names = read_json(run.path / "model.json").get("classes", [])
+    except UserError:
+        names = []
+    return (
+        [str(name) for name in names]
+        if isinstance(names, list) and len(names) == count
+        else [str(number) for number in range(count)]
+    )

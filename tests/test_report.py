@@ -1,0 +1,340 @@
+"""The report: its numbers are the summaries', nothing is dropped silently, and names cannot break it."""
+
+import html.parser
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd import figures, metrics, report
+from kd.document import plain
+from kd.errors import UserError
+from kd.files import write_json, write_weights
+from kd.results import collect
+from kd.sections import EACH, NOT_READ
+from tests import networks
+from tests.runs import distil
+
+CLASSES = ["plain", "a|b", "<script>alert(1)</script>", "$\\frac$", "../up"]
+RECIPE = {"epochs": 2, "lr": 0.05, "data": "f" * 64, "classes": None}
+
+
+def fake_run(folder: str, role: str, seed: int, model: str = "tests.networks:plain", **method) -> Path:
+    """A finished run as the scripts leave it, with made-up answers of 200 test images."""
+    path = Path(folder)
+    path.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{role} {seed} {method}".encode()))
+    labels = torch.arange(200) % len(CLASSES)
+    logits = torch.randn(200, len(CLASSES), generator=generator)
+    logits[torch.arange(200), labels] += 2
+    network = networks.plain(len(CLASSES))
+    summary = {
+        "status": "finished",
+        "script": "distill_student.py",
+        "method": role,
+        "model": model,
+        "seed": seed,
+        "params": sum(p.numel() for p in network.parameters()),
+        "epochs": 2,
+        "test_images": 200,
+        "val_top1_last": 80.0 + seed,
+        "val_top1_best": 81.5 + seed,
+        "best_epoch": 1,
+        "test_top1_best": 70.25,
+        "test_top1": metrics.top_k(logits, labels, 1),
+        "test_top5": metrics.top_k(logits, labels, 5),
+        "test_nll": metrics.nll(logits, labels),
+        "test_ece": metrics.ece(logits, labels),
+        "agreement": None,
+    }
+    summary["agreement"] = 91.0625 if role not in ("teacher", "none") else None
+    identity = {**RECIPE, "seed": seed, "role": role, "model": model, "teacher": None, **method}
+    flags = {"method": method, "data": {"source": "pictures"}}
+    lines = [
+        {"epoch": e, "train/loss": 1 / e, "train/top1": 40.0 * e, "val/loss": 1 / e, "val/top1": 41.0 * e}
+        for e in (1, 2)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    info = {"model": model, "num_classes": len(CLASSES), "image_size": [8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
+    write_weights(path / "model.safetensors", network.state_dict())
+    write_weights(path / "test_logits.safetensors", {"logits": logits, "labels": labels})
+    for name, content in (("model", info | {"classes": CLASSES}), ("config", {"identity": identity, "flags": flags})):
+        write_json(path / f"{name}.json", content)
+    write_json(path / "summary.json", summary)
+    return path
+
+
+def edit(path: Path, **changes) -> None:
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def study(seeds=(0, 1, 2)) -> None:
+    fake_run("runs/teacher", "teacher", 0, label_smoothing=0.0)
+    for seed in seeds:
+        fake_run(f"runs/alone{seed}", "none", seed, label_smoothing=0.0)
+        fake_run(f"runs/smooth{seed}", "none", seed, label_smoothing=0.1)
+        fake_run(f"runs/kd{seed}", "kd", seed, temperature=4.0, alpha=0.9)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests that look at the tables: drawing is what takes the time."""
+    monkeypatch.setattr(figures, "render", lambda size, draw: (b"light", b"dark"))
+
+
+class Tables(html.parser.HTMLParser):
+    """The cells of every table, and the text outside."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables, self.tags, self.text, self._cell = [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._cell = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self._cell:
+            self.tables[-1][-1][-1] += data
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    tables = []
+    for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()]
+        tables.append([[cell.strip() for cell in row] for number, row in enumerate(rows) if number != 1])
+    return tables
+
+
+def test_every_number_is_the_summaries(no_figures):
+    study()
+    edit(Path("runs/kd2/summary.json"), test_top1_best=None)
+    report.main(["runs/*"])
+    page, text = Tables(Path("report/report.html").read_text()), Path("report/report.md").read_text()
+    unescaped = [[[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in rows] for rows in markdown_tables(text)]
+    assert unescaped == page.tables
+    accuracy, gains, costs, each = page.tables
+    assert len(each) == 1 + 10
+    for row in each[1:]:
+        summary = json.loads((Path(row[0]) / "summary.json").read_text())
+        shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, _, style in EACH]
+        assert row[4:] == shown
+    for row, names in zip(accuracy[1:], (["teacher"], ["alone"], ["smooth"], ["kd"])):
+        runs = [json.loads(path.read_text()) for path in sorted(Path("runs").glob(f"{names[0]}*/summary.json"))]
+        values = [run["test_top1"] for run in runs]
+        assert row[5] == (
+            f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+        )
+        assert row[2] == str(len(runs))
+    last = lambda name: [json.loads(Path(f"runs/{name}{s}/summary.json").read_text())["test_top1"] for s in range(3)]  # noqa: E731
+    for row, control in zip(gains[1:], ("alone", "smooth"), strict=True):
+        assert row[2:4] == ["0 1 2", f"{np.mean(last('kd')) - np.mean(last(control)):+.2f}"]
+        assert "noise" in row[6]
+    assert costs[1][2] == f"{json.loads(Path('runs/teacher/summary.json').read_text())['params']:,}"
+
+
+def test_figures_are_there_and_embedded(monkeypatch):
+    study()
+    for t in (2.0, 10.0):
+        for a in (0.5, 0.9):
+            fake_run(f"runs/grid {t} {a}", "kd", 0, temperature=t, alpha=a)
+    report.main(["runs", "--trust-code"])
+    names = ["class_gain", "confusion", "fig1_student", "fig2_teacher", "grid1", "pareto", "reliability"]
+    assert sorted(path.stem for path in Path("report").glob("*.png")) == names
+    page = Path("report/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * len(names), "for a light and for a dark page"
+    assert not re.search(r"(?:src|href|srcset)=\"(?!data:)", page), "nothing is fetched from elsewhere"
+    assert "What could not be shown" not in page
+    costs = json.loads(Path("report/costs.json").read_text())["networks"]
+    assert [cost[0] for cost in costs.values()] == [8 * 27 * 64 + 128 * len(CLASSES)]  # by hand: 3x3 conv, linear
+    monkeypatch.setattr(figures, "render", lambda size, draw: (b"light", b"dark"))
+    report.main(["runs"])
+    assert json.loads(Path("report/costs.json").read_text())["networks"] == costs, "measured once"
+
+
+def test_whatever_is_no_finished_run_is_listed(no_figures, capsys):
+    study(seeds=(0,))
+    shutil.copytree("runs/kd0", "runs/copy")
+    unfinished = Path("runs/unfinished/checkpoint/step-70")
+    unfinished.mkdir(parents=True)
+    Path("runs/unfinished/config.json").write_text("{}")
+    Path("runs/notes.txt").write_text("mine")
+    Path("runs/thesis/chapter").mkdir(parents=True)
+    Path("runs/empty").mkdir()
+    broken = {"garbled": "{", "list": "[]", "lacking": '{"status": "finished"}', "binary": "\x00\xff"}
+    for name, content in broken.items():
+        shutil.copytree("runs/alone0", f"runs/{name}")
+        Path(f"runs/{name}/summary.json").write_text(content)
+    for name, changes in {"nan": {"test_top1": float("nan")}, "text": {"test_ece": "low"}}.items():
+        edit(shutil.copytree("runs/alone0", Path(f"runs/{name}")) / "summary.json", **changes)
+    edit(shutil.copytree("runs/alone0", Path("runs/nobody")) / "config.json", identity=None)
+    edit(shutil.copytree("runs/alone0", Path("runs/flagless")) / "config.json", flags=[])
+    report.main(["runs/*", "runs/gone*"])
+    listed = {row[0]: row[1] for row in Tables(Path("report/report.html").read_text()).tables[-1][1:]}
+    kept = ("garbled", "list", "lacking", "binary", "nan", "text", "nobody", "flagless")
+    expected = dict.fromkeys([f"runs/{name}" for name in kept], "broken")
+    expected |= {"runs/unfinished": "unfinished", "runs/notes.txt": "no run", "runs/thesis": "no run"}
+    expected |= {"runs/empty": "no run", "runs/gone*": "missing", "runs/kd0": "a copy"}
+    assert listed == expected
+    said = capsys.readouterr().out
+    assert "4 finished runs; 14 more" in said
+    assert "step 70 is saved" in said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "test_logits.safetensors", "model.safetensors", "model.json"])
+def test_a_damaged_file_costs_its_figures_only(no_figures, name):
+    study(seeds=(0, 1))
+    first, *others = sorted(Path("runs").glob(f"*/{name}"))
+    first.unlink()
+    for path in others:
+        path.write_bytes(b"\x00{")
+    report.main(["runs", "--trust-code"])
+    page = Path("report/report.html").read_text()
+    assert "7 finished runs" in page
+    assert "What could not be shown" in page
+    assert name in page[page.index("What could not be shown") :]
+
+
+ODD = (None, [], {"x": 1}, "x", -1, 0, True, 1e400, ["a"])
+
+
+def test_odd_values_end_in_no_traceback():
+    """Every value of every JSON file of a run, one run each, replaced by what should not be there."""
+    study(seeds=(0,))
+    source, count = Path("runs/kd0"), 100
+    records = {name: json.loads((source / f"{name}.json").read_text()) for name in ("summary", "config", "model")}
+    places = [(name, (key,)) for name, record in records.items() for key in record]
+    places += [("config", ("identity", key)) for key in records["config"]["identity"]]
+    places += [("config", ("flags", "method")), ("config", ("flags", "data"))]
+    for name, keys in places:
+        for odd in ODD:
+            folder = Path(f"runs/odd{count}")
+            folder.mkdir()
+            changed = json.loads(json.dumps(records))
+            changed["summary"]["seed"] = changed["config"]["identity"]["seed"] = count  # no copies of one another
+            (changed[name] if len(keys) == 1 else changed[name][keys[0]])[keys[-1]] = odd
+            for part, content in changed.items():
+                (folder / f"{part}.json").write_text(json.dumps(content))
+            count += 1
+    line = {"epoch": 1, "train/loss": 1.0, "train/top1": 1.0, "val/loss": 1.0, "val/top1": 1.0}
+    for number, (key, odd) in enumerate(itertools.product(line, ODD)):
+        Path(f"runs/odd{100 + number}/metrics.jsonl").write_text(json.dumps(line | {key: odd}))
+    report.main(["runs"])
+    page = Tables(Path("report/report.html").read_text())
+    everything = [row[0] for table in page.tables for row in table]
+    assert all(f"runs/odd{number}" in everything for number in range(100, count))
+
+
+def test_answers_of_another_run_are_refused(no_figures):
+    study(seeds=(0,))
+    shutil.copy("runs/teacher/test_logits.safetensors", "runs/kd0/test_logits.safetensors")
+    report.main(["runs"])
+    assert "does not give the accuracy in the summary" in Path("report/report.md").read_text()
+    assert not Path("report/confusion.png").exists()
+
+
+def test_names_cannot_break_the_page():
+    evil = "runs/<img src=x onerror=alert(1)> & [bold] `|$x$"
+    study(seeds=(0,))
+    os.rename("runs/kd0", evil)
+    Path("runs/</td><script>").mkdir(parents=True)
+    report.main(["runs"])
+    page = Tables(Path("report/report.html").read_text())
+    assert set(page.tags) & {"script", "svg"} == set()
+    assert page.tags.count("img") == 6, "the figures alone"
+    assert evil in [row[0] for row in page.tables[-2]]
+    text = Path("report/report.md").read_text()
+    assert plain(evil) in text
+    assert {len(row) for row in markdown_tables(text)[-2]} == {len(page.tables[-2][0])}
+    assert "<script" not in text
+
+
+def test_without_a_test_result_there_is_no_gain(no_figures):
+    study(seeds=(0, 1))
+    keys = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best", "agreement")
+    for path in Path("runs").glob("kd*/summary.json"):
+        edit(path, **dict.fromkeys(keys))
+    report.main(["runs"])
+    page = Tables(Path("report/report.html").read_text())
+    assert page.tables[0][-1][5:] == [NOT_READ] * 3
+    assert "No distilled student with a test result" in page.text
+
+
+def test_controls_share_the_recipe(no_figures):
+    study(seeds=(0, 1))
+    for path in Path("runs").glob("alone*/config.json"):
+        record = json.loads(path.read_text())
+        edit(path, identity=record["identity"] | {"epochs": 200})
+    report.main(["runs"])
+    text = Path("report/report.md").read_text()
+    assert "no student alone by the same recipe among these runs" in text
+    assert "student (kd) against student alone, label smoothing 0.1:" in text
+
+
+def test_other_images_stand_apart(no_figures):
+    study(seeds=(0,))
+    record = json.loads(Path("runs/alone0/config.json").read_text())
+    edit(Path("runs/alone0/config.json"), identity=record["identity"] | {"data": "0" * 64})
+    report.main(["runs"])
+    assert Path("report/report.md").read_text().count("\n## On pictures") == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"), [(["nothing*"], "no folder matches"), (["x", "--out", "file"], "is a file")]
+)
+def test_what_the_user_did_wrong(args, words):
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=words):
+        report.main(args)
+
+
+def test_real_runs_are_read_without_the_test_set(no_figures, monkeypatch):
+    distil("--out", "runs/report/student", "--control")
+    monkeypatch.setattr("kd.data.load_data", None)
+    report.main(["runs", "--trust-code"])
+    finished, others = collect(["runs"])
+    assert (len(finished), others) == (3, [])
+    text = Path("report/report.md").read_text()
+    assert "student (kd) against student alone:" in text
+    assert "one seed says nothing about the seeds' noise" in text
+    assert "What could not be shown" not in text
+
+
+CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page with")
+def test_a_real_browser_shows_the_page():
+    """Laid out within the window, figures decoded; a script that is added here reports what the browser made of it."""
+    study()
+    report.main(["runs", "--trust-code"])
+    probe = """<script>addEventListener("load", () => { const d = document, e = d.documentElement;
+      const figures = [...d.images].filter(i => i.complete && i.naturalWidth > 0).length;
+      d.title = [e.scrollWidth <= e.clientWidth, figures, d.querySelectorAll("table").length].join(" "); })</script>"""
+    Path("probe.html").write_text(Path("report/report.html").read_text().replace("</body>", probe + "</body>"))
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--user-data-dir=profile"]
+    for width in (500, 1400):
+        shown = [f"--window-size={width},900", "--dump-dom", Path("probe.html").resolve().as_uri()]
+        done = subprocess.run([*command, *shown], capture_output=True, text=True, timeout=60)
+        assert "<title>true 6 4</title>" in done.stdout, f"{width} pixels wide"

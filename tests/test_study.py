@@ -1,0 +1,198 @@
+"""The study: what it runs, in which order, and that a failure or a kill costs nothing but itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from kd import study, tasks
+from kd.cli import parse
+from kd.config import distill_defaults, train_defaults
+from kd.errors import Preempted, UserError
+from kd.tasks import Runner, Task
+from tests.conftest import ROOT
+from tests.test_report import fake_run
+
+# Stands in for both scripts: notes what it was asked, and leaves the little that the study reads.
+FAKE = """
+import json, os, pathlib, sys
+name, *args = sys.argv[0], *sys.argv[1:]
+log = pathlib.Path("calls.jsonl")
+with open(log, "a") as file:
+    file.write(json.dumps([pathlib.Path(name).name, *args]) + "\\n")
+print("something epoch 1/2  val/top1 3", flush=True)
+text = " ".join(args)
+if os.environ.get("BREAKS", "nothing") in text:
+    print("error: it broke", file=sys.stderr)
+    sys.exit(2)
+folder = pathlib.Path("runs") / "".join(c if c.isalnum() else "_" for c in text.replace(" --no-test", ""))
+folder.mkdir(parents=True, exist_ok=True)
+top1 = 90 - abs(float(args[args.index("--temperature") + 1]) - 5) if "--temperature" in args else 80
+(folder / "summary.json").write_text(json.dumps({"val_top1_last": top1}))
+(folder / "metrics.jsonl").write_text(json.dumps({"val/loss": 1.0 if "0.9" in args else 2.0}))
+print("run folder:", folder)
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Run the stand-in directly instead of the scripts through the launcher."""
+    for name in ("distill_student.py", "train_teacher.py"):
+        Path(name).write_text(FAKE)
+    monkeypatch.setattr(study, "_script", lambda name: Path(name))
+    monkeypatch.setattr(tasks, "LAUNCHER", (sys.executable,))
+    monkeypatch.setattr(tasks, "POLL", 0.01)
+
+
+def asked(*args: str) -> study.Study:
+    return study.read_command_line(["--preset", "digits", *args])
+
+
+def calls() -> list[str]:
+    lines = [json.loads(line) for line in Path("calls.jsonl").read_text().splitlines()]
+    return [" ".join(words).replace("--preset digits ", "") for words in lines]
+
+
+def test_everything_runs_once_with_equal_budgets(fake):
+    done = study.carry_out(asked("--seeds", "0", "1", "--epochs", "3", "--threads", "1"))
+    assert not any(task.failure for task in done)
+    common = "--epochs 3 --threads 1"
+    assert calls() == [
+        f"train_teacher.py --model resnet20 {common} --auto-resume",
+        *(f"distill_student.py none {common} --seed {seed} --auto-resume --no-control" for seed in (0, 1)),
+        *(
+            f"distill_student.py none {common} --seed {seed} --auto-resume --no-control --label-smoothing 0.1"
+            for seed in (0, 1)
+        ),
+        *(f"distill_student.py kd {common} --seed {seed} --auto-resume --no-control" for seed in (0, 1)),
+    ]
+
+
+def test_a_grid_picks_on_validation_and_only_the_picked_setting_is_tested(fake, capsys):
+    grid = ["--grid", "temperature=2,5,10", "alpha=0.5,0.9"]
+    done = study.carry_out(asked("--seeds", "4", "7", "--jobs", "2", *grid))
+    assert not any(task.failure for task in done)
+    swept = [call for call in calls() if "--temperature" in call]
+    assert len(swept) == 6 + 2
+    assert all("--seed 4" in call and call.endswith("--no-test") for call in swept[:6])
+    assert all("--temperature 5 --alpha 0.9" in call and "--no-test" not in call for call in swept[6:])
+    assert "picked --temperature 5 --alpha 0.9 on validation" in capsys.readouterr().out
+
+
+def test_a_failure_loses_only_itself(fake, monkeypatch):
+    monkeypatch.setenv("BREAKS", "--seed 1 ")
+    done = study.carry_out(asked("--seeds", "0", "1", "2"))
+    failed = [task for task in done if task.failure]
+    assert [task.label for task in failed] == ["none seed 1", "none --label-smoothing 0.1 seed 1", "kd seed 1"]
+    assert all(task.failure.startswith("error: it broke (log: report/logs/") for task in failed)
+    assert len(done) == 10
+
+
+def test_without_its_teacher_no_student_is_tried(fake, monkeypatch):
+    monkeypatch.setenv("BREAKS", "--model")
+    done = study.carry_out(asked("--seeds", "0", "--grid", "alpha=0.1,0.2"))
+    assert [task.failure.split(" (")[0] for task in done if task.failure] == [
+        "error: it broke",
+        *["its teacher failed"] * 3,
+    ]
+    assert len(calls()) == 3, "the teacher and the controls"
+
+
+def test_a_failed_run_is_in_the_report_and_the_exit_code(monkeypatch, capsys):
+    fake_run("runs/alone", "none", 0, label_smoothing=0.0)
+    ended = [Task("none seed 0", Path(), [], Path("runs/alone")), Task("kd <b> seed 0", Path(), [], None, "it broke")]
+    monkeypatch.setattr(study, "carry_out", lambda asked: ended)
+    assert study.main(["--preset", "digits"]) == ended[1:]
+    assert "| kd &lt;b&gt; seed 0 | failed | it broke |" in Path("report/report.md").read_text()
+    assert "1 finished run; 1 more listed below" in capsys.readouterr().out
+
+
+def test_asked_to_stop_it_stops_what_it_runs():
+    Path("slow.py").write_text(
+        "import os, signal, time, pathlib\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), os._exit(3)))\n"
+        "pathlib.Path('started').touch()\ntime.sleep(60)\n"
+    )
+
+    def interrupt():
+        while not Path("started").exists():
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "LAUNCHER", (sys.executable,))
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(Preempted, match="the same command goes on"), Runner(1, "", Path("logs"), 1) as runner:
+            runner.run([Task("slow", Path("slow.py"), [])])
+    assert Path("saved").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset", "digits"],
+        ["--preset", "crd", "--data", "synthetic", "--classes", "5", "--teacher-seed", "3", "--lr", "0.1"],
+        ["--preset", "strong", "--no-flip", "--milestones", "0.3", "0.6", "--clip-norm", "1", "--no-nesterov"],
+        ["--teacher-model", "resnet56", "--mixed-precision", "bf16", "--wandb", "disabled", "--threads", "2"],
+    ],
+    ids=" ".join,
+)
+def test_the_teacher_is_the_one_that_the_students_look_for(flags):
+    wanted = parse(distill_defaults, "", flags)
+    args = ["--preset", wanted.preset, *study.teacher_flags(wanted), "--auto-resume"]
+    assert parse(train_defaults, "", args).job() == wanted.teacher_job()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--methods", "kdd"], "no such method; did you mean kd"),
+        (["--methods", "none"], "always run"),
+        (["--seed", "3"], "--seeds chooses"),
+        (["--no-control"], "the study sets it itself"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--grid", "temperature"], "write FLAG=VALUE,VALUE"),
+        (["--grid", "beta=1,2"], "none of kd has these"),
+        (["--grid", "temperature=0,1"], "--temperature 0"),
+        (["--grid", "temperature=1,2", "--val-fraction", "0"], "picks on validation"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--out", "file"], "is a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_user_did_wrong_is_said_before_anything_runs(args, words, fake):
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=words):
+        study.main(["--preset", "digits", *args])
+    assert not Path("calls.jsonl").exists()
+
+
+def test_a_real_study():
+    """Through accelerate launch, tiny networks; the report at its end has all four rows and the verdicts."""
+    args = ["--data", "synthetic", "--batch-size", "50", "--epochs", "1", "--lr", "0.05", "--seeds", "0", "--jobs", "2"]
+    models = ["--student", "tests.networks:normalised", "--teacher-model", "tests.networks:plain"]
+    command = [sys.executable, "-m", "kd.study", *args, *models]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=os.getcwd())
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = Path("report/report.md").read_text()
+    assert "4 finished runs." in text
+    assert all(row in text for row in ("| teacher |", "| student alone |", "student (kd) against student alone:"))
+    assert text.count("one seed says nothing about the seeds' noise") == 4, "two controls, in words and in the table"
+    teacher = next(Path("runs/report").glob("teacher-*"))
+    assert json.loads(next(Path("runs/report").glob("kd-*/summary.json")).read_text())["teacher"] == str(teacher)
+    assert len(list(Path("runs/report").iterdir())) == 4, "the students found the study's teacher"
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['study', '--help']\nfrom kd import study\ntry: study.main()\nexcept SystemExit: pass\n"
+    )
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--grid" in done.stdout
