@@ -241,9 +241,10 @@ def test_two_builders_at_once_build_once():
 
 def test_two_processes_build_what_one_builds():
     opened()
-    whole = (cache_folder() / "logits.npy").read_bytes()
+    whole = np.load(cache_folder() / "logits.npy")
     shutil.rmtree(ROOT)
     args = [*STUDENT, *CACHED, "--out", "run", "--epochs", "1"]
     done = script("distill_student.py", *args, env={"ACCELERATE_USE_CPU": "true"}, launcher=torchrun(2))
     assert done.returncode == 0, done.stderr
-    assert (cache_folder() / "logits.npy").read_bytes() == whole
+    # Batches of 25 rather than 50 may round differently in the last bit of a half.
+    np.testing.assert_allclose(np.load(cache_folder() / "logits.npy"), whole, rtol=1e-3, atol=1e-3)
