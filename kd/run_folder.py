@@ -51,7 +51,7 @@ def identity_of(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str
     del parts["data"]["source"]  # where it lies does not matter; what it holds does
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     flat = {key: value for part in parts.values() for key, value in part.items()}
-    if job.cache.cache_teacher:
+    if job.cache.cache_teacher and teacher_sha:
         flat |= dataclasses.asdict(job.cache)
     flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha}
     return json.loads(json.dumps(flat))  # tuples as lists, as they are read back

@@ -23,8 +23,7 @@ from kd.config import METHODS, PRESETS, DistillConfig, distill_defaults, train_d
 from kd.errors import UserError, exit_code, nearest, require
 from kd.tasks import Runner, Task
 
-# What every run of a grid gets on top. The picked setting gets it too: it is one of the grid's runs, tested.
-GRID_FLAGS: tuple[str, ...] = ()
+GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views says otherwise: what one cache holds
 SMOOTHING = "0.1"  # of the second control; the share that its paper uses (arXiv:1512.00567, section 7)
 OURS = ("--seed", "--resume", "--auto-resume", "--control", "--no-control", "--test", "--no-test")
 
@@ -88,7 +87,7 @@ def teacher_flags(config: DistillConfig) -> list[str]:
         for entry in dataclasses.fields(ours):
             value = getattr(ours, entry.name)
             if value != getattr(usual, entry.name) and entry.name != "auto_resume":
-                flags += _flag("data" if entry.name == "source" else entry.name, value)
+                flags += _flag({"source": "data", "count": "views"}.get(entry.name, entry.name), value)
     return flags
 
 
@@ -132,7 +131,16 @@ def read_command_line(args: list[str] | None) -> Study:
         rest += ["--threads", str(max(_cores() // given.jobs, 1))]
     methods, seeds = tuple(dict.fromkeys(given.methods)), tuple(dict.fromkeys(given.seeds))
     grid = read_grid(given.grid, methods)
+    if grid:
+        rest += cache_flags(given.preset, rest)
     return Study(given.preset, methods, seeds, given.jobs, grid, given.launch, given.out, tuple(rest))
+
+
+def cache_flags(preset: str, rest: list[str]) -> list[str]:
+    """What makes one teacher's cache serve a whole grid; the controls see the same views, so that they compare."""
+    config = parse(distill_defaults, "", ["--preset", preset, *rest])
+    views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, config.fit.epochs))]
+    return views + ([] if config.cache.cache_teacher else ["--cache-teacher"])
 
 
 def _cores() -> int:
@@ -173,7 +181,7 @@ def carry_out(study: Study) -> list[Task]:
     sweeps = {method: study.settings(method) for method in study.methods}
     swept = {method: settings for method, settings in sweeps.items() if len(settings) > 1}
     trials = {
-        method: [study.student(method, study.seeds[0], *setting, *GRID_FLAGS, "--no-test") for setting in settings]
+        method: [study.student(method, study.seeds[0], *setting, "--no-test") for setting in settings]
         for method, settings in swept.items()
     }
     grid = [task for tasks in trials.values() for task in tasks]
@@ -191,8 +199,7 @@ def carry_out(study: Study) -> list[Task]:
                 except UserError as error:
                     why = str(error)
             # A picked setting's first seed is a trial that has finished: it only reads the test set.
-            extra = GRID_FLAGS if method in swept else ()
-            tasks = [study.student(method, seed, *flags, *extra) for seed in study.seeds]
+            tasks = [study.student(method, seed, *flags) for seed in study.seeds]
             runner.skip(tasks, why) if why else runner.run(tasks)
         return runner.done
 

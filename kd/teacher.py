@@ -72,29 +72,30 @@ def load_teachers(folders: Sequence[Path], data: Data, device: torch.device, tru
 
 
 def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> Frozen:
-    """A finished run as teacher for students on `data`; its own normalisation is kept.
+    """A finished run as teacher for students on `data`; its normalisation is kept, its classes are matched by name.
 
-    Raises: UserError where its classes or image size are not those of `data`, or its network is a `module:function`
+    Raises: UserError where it lacks a class of `data`, takes another image size, or its network is a `module:function`
     and not trusted.
     """
     network, info, sha256, summary = load_network(folder, trust_code)
     theirs, ours = info["classes"], list(data.classes)
+    missing = [name for name in ours if name not in theirs]
     require(
-        len(theirs) == len(ours),
-        f"teacher {folder} knows {len(theirs)} classes, the data has {len(ours)}: train one on this data",
-    )
-    wrong = next((pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]), None)
-    require(
-        wrong is None,
-        f"teacher {folder} has its classes in another order or other ones ({wrong} differ): train one on this data",
+        not missing and len(set(theirs)) == len(theirs),
+        f"teacher {folder} knows {len(theirs)} classes and not {', '.join(map(repr, missing[:3]))} of the data's"
+        f" {len(ours)}: train one on this data",
     )
     require(
         tuple(info["image_size"]) == data.size,
         f"teacher {folder} takes images of {info['image_size']} (height, width), the data has {list(data.size)}",
     )
+    # As hooks, so that its layers keep their names.
     if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
         renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
-        network.register_forward_pre_hook(lambda _, images: renormalize(*images))  # its layers keep their names
+        network.register_forward_pre_hook(lambda _, images: renormalize(*images))
+    if theirs != ours:  # by name: ours may come in another order, or be some of theirs
+        columns = torch.tensor([theirs.index(name) for name in ours], device=device)
+        network.register_forward_hook(lambda _, images, logits: logits[:, columns])
     return Frozen(network.eval().requires_grad_(False).to(device), folder, sha256, summary)
 
 
