@@ -3,7 +3,7 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console()
 
@@ -18,9 +18,8 @@ class Display:
         self.bars = shown and console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=console,
@@ -41,19 +40,23 @@ class Display:
         done = (step - 1) % self.steps + 1
         self._progress.update(self._run, completed=step)
         name = f"epoch {(step - 1) // self.steps + 1}/{self.epochs}"
-        self._progress.update(self._epoch, description=name, completed=done, numbers=_words(numbers))
+        short = f"loss {numbers['train/loss']:.3f}  top1 {numbers['train/top1']:.1f}"
+        if (speed := numbers.get("images_per_second")) is not None:
+            short += f"  {speed:.0f} images/s"
+        self._progress.update(self._epoch, description=name, completed=done, numbers=short)
 
     def epoch(self, line: dict) -> None:
         """After an epoch, validation included."""
-        self._progress.update(self._run, numbers=_words(line, ("val/loss", "val/top1")))
+        if "val/loss" in line:
+            self._progress.update(self._run, numbers=f"val loss {line['val/loss']:.3f}  top1 {line['val/top1']:.1f}")
         if self.shown and not self.bars:
             done, whole = line["step"] - self._first, self.epochs * self.steps - self._first
             left = (time.monotonic() - self._started) * (whole - done) / max(done, 1)
             print(f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_words(line)}  {_clock(left)} left", flush=True)
 
 
-def _words(numbers: dict, keys: tuple[str, ...] = ()) -> str:
-    keys = keys or ("train/loss", "train/top1", "val/loss", "val/top1", "images_per_second")
+def _words(numbers: dict) -> str:
+    keys = ("train/loss", "train/top1", "val/loss", "val/top1", "images_per_second")
     units = {"top1": ".2f", "loss": ".4f", "images_per_second": ".0f"}
     shown = [key for key in keys if numbers.get(key) is not None]
     return "  ".join(f"{key} {numbers[key]:{units[key.rsplit('/', 1)[-1]]}}" for key in shown)

@@ -71,7 +71,7 @@ def fit(
                 alone = requests.number and accelerator.num_processes == 1  # several agree where they meet
                 if state.step % log_every == 0 or alone:
                     numbers, stop = ledger.look(requests.number)
-                    display.step(state.step, numbers)
+                    display.step(state.step, numbers | {"images_per_second": ledger.clock.rate()})
                     if stop:
                         ledger.preempt(stop)
                 if save_every and state.step % save_every == 0:

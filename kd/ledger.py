@@ -37,6 +37,12 @@ class Clock:
         elif self._since is not None:
             self.timing["images"] += images
 
+    def rate(self) -> float | None:
+        """Images per second of this run so far; None before there is anything to tell."""
+        running = time.monotonic() - self._since if self._since is not None else 0.0
+        seconds = self.timing["seconds"] + running
+        return self.timing["images"] / seconds if self.timing["images"] and seconds else None
+
     def pause(self) -> None:
         """Before anything else than training, once the device's numbers have been read."""
         if self._since is not None:
@@ -86,7 +92,7 @@ class Ledger:
 
         Raises UserError naming the first step whose loss was not finite; nothing from it on has been saved.
         """
-        numbers, bad, stop = self.meter.read(self.accelerator, stop)
+        numbers, bad, stop = self.meter.read(self.accelerator, stop)  # waits for the device
         if bad is not None:
             kept = max(checkpoint.steps(self.run.path / "checkpoint"), default=0)
             raise UserError(

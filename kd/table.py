@@ -21,13 +21,16 @@ COLUMNS = (
     ("agreement", "agreement", ".2f"),
 )
 
+NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # what a terminal of 80 columns has room for
+
 
 def show_results(student: Path) -> None:
     """Print a finished run's table: its teacher, the student alone and the student itself, as far as there are."""
     summary = read_json(student / "summary.json")
     rows = []
     for one in summary.get("teachers", []):
-        rows.append(("teacher", _read(one["folder"]) | {"agreement": one["agreement"]}))
+        read = _read(one["folder"])
+        rows.append(("teacher", read and read | {"agreement": one["agreement"]}))
     if summary.get("teacher") and "teachers" not in summary:
         rows.append(("teacher", _read(summary["teacher"])))
     control = _read(summary["control"]) if summary.get("control") else None
@@ -35,7 +38,7 @@ def show_results(student: Path) -> None:
         rows.append(("student alone", control))
     rows.append((_name(summary), summary))
     wide = console if console.is_terminal else Console(width=120)
-    wide.print(_table(rows))
+    wide.print(_table(rows, [column for column in COLUMNS if wide.width >= 110 or column[0] in NARROW]))
     if any(run["test_top1"] is None for run in (summary, control) if run):
         wide.print(Text("the test split was not read (--no-test)"))
     elif control is None and summary["method"] != "none":
@@ -56,18 +59,18 @@ def _read(folder: str) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
-def _table(rows: list[tuple[str, dict | None]]) -> Table:
+def _table(rows: list[tuple[str, dict | None]], columns: list[tuple[str, str, str]]) -> Table:
     table = Table(title="percent, NLL aside; of the last epoch's weights, but for best val and test@best")
     table.add_column("network", no_wrap=True)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     table.add_column("params", justify="right")
-    for _, title, _ in COLUMNS:
+    for _, title, _ in columns:
         table.add_column(title, justify="right")
     for name, summary in rows:
         if summary is None:
-            table.add_row(name, "not measured", *[""] * (len(COLUMNS) + 1))
+            table.add_row(name, "not measured", *[""] * (len(columns) + 1))
             continue
-        cells = [_cell(summary.get(key), style) for key, _, style in COLUMNS]
+        cells = [_cell(summary.get(key), style) for key, _, style in columns]
         table.add_row(Text(name), Text(summary["model"]), _count(summary["params"]), *cells)
     return table
 
