@@ -39,7 +39,7 @@ def main(config: DistillConfig) -> None:
     try_out(job, data, accelerator)
     teacher = find_teacher(config, data, accelerator) if needs_teacher else None
     try_method(job, teacher, data)
-    control = train(config.control_job(), data, accelerator) if config.control and needs_teacher else None
+    control = train(config.control_job(), data, accelerator) if config.control and job.method_name != "none" else None
     folder = train(job, data, accelerator, teacher, control)
     if accelerator.is_main_process:
         show_results(folder)

@@ -30,7 +30,7 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
     from kd.tracking import Tracker
     from kd.views import seed_everything
 
-    run = open_run(job, data, accelerator, teacher and teacher.weights_sha256)
+    run = open_run(job, data, accelerator, teacher and teacher.sha256)
     with run, same_threads():
         if run.summary is None:
             seed_everything(job.fit.seed, "network")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -45,7 +46,7 @@ class BenchConfig:
     """Compile the student's step on CUDA."""
     channels_last: bool = True
     """Keep images channels-last in memory."""
-    mixed_precision: str | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; left out: as launched."""
     threads: int | None = None
     """CPU threads; left out: all the cores it may use."""
@@ -71,6 +72,8 @@ def main(config: BenchConfig) -> None:
     accelerator = start(job.fit, job.run)
     require(accelerator.num_processes == 1, "kd.bench measures one process; start it with plain python")
     data = load_data(job.data)
+    steps = len(data.train.labels) // config.batch_size
+    require(config.steps <= steps, f"--steps {config.steps}: an epoch has {steps}; give fewer, or a smaller batch")
     with tempfile.TemporaryDirectory() as folder:
         times = measure(config, job, data, accelerator, Path(folder))
         numbers = summarise(config, times, data) | describe(config, data, accelerator)
@@ -139,7 +142,7 @@ def bare(job: Job, data, accelerator, steps: int) -> Callable[[], None]:
     from kd.outputs import Outputs
 
     distiller = _distiller(job, data, accelerator.device)
-    model, optimizer = accelerator.prepare(distiller, make_optimizer(distiller, job.fit, accelerator.device))
+    model, optimizer = accelerator.prepare(distiller, make_optimizer(distiller, job.fit, accelerator))
     batch = _batch(job, data, accelerator)
     answer = Outputs(torch.randn(len(batch.label), len(data.classes), device=accelerator.device))
 
@@ -161,7 +164,7 @@ def epoch(job: Job, data, accelerator, folder: Path, config: BenchConfig, cached
     from kd.run_folder import RunFolder
 
     distiller = _distiller(job, data, accelerator.device)
-    sgd = make_optimizer(distiller, job.fit, accelerator.device)
+    sgd = make_optimizer(distiller, job.fit, accelerator)
     ledger = Ledger(distiller, sgd, job, RunFolder(folder, {}), accelerator)
     model, optimizer = accelerator.prepare(distiller, sgd)
     teacher = _kept(job, data, accelerator, folder) if cached else _live(config, data, accelerator)
@@ -181,7 +184,7 @@ def epoch(job: Job, data, accelerator, folder: Path, config: BenchConfig, cached
 def _live(config: BenchConfig, data, accelerator):
     from kd.teacher import live
 
-    return live(_teacher(config, data, accelerator.device), accelerator)
+    return live(_teacher(config, data, accelerator.device), accelerator, channels_last=config.channels_last)
 
 
 def _teacher(config: BenchConfig, data, device):

@@ -31,6 +31,7 @@ class DataConfig:
     def check(self) -> None:
         require(self.classes is None or self.classes >= 2, f"--classes {self.classes}: give 2 or more")
         require(self.image_size is None or self.image_size >= 4, f"--image-size {self.image_size}: give 4 or more")
+        require(self.split_seed >= 0, f"--split-seed {self.split_seed}: give 0 or more")
         require(0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: give a share from 0 up to 1")
 
 
@@ -281,7 +282,7 @@ PRESETS: dict[str, dict] = {
         "data": DataConfig(source="digits", val_fraction=0.2),
         "views": ViewConfig(crop_padding=1, flip=False),
         "fit": FitConfig(epochs=30, lr=0.05, nesterov=True, warmup_epochs=2.0),
-        "method": KDConfig(temperature=4.0, alpha=0.9),
+        "method": KDConfig(temperature=4.0, alpha=0.5),
         "teacher": "resnet20",
         "student": "resnet8",
         "control": True,

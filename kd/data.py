@@ -64,8 +64,8 @@ def load_data(config: DataConfig) -> Data:
     require(test is not None, f"--data {config.source}: only a train split; a test (or validation) split is needed")
     if val is None:
         train, val = hold_out(train, config.val_fraction, config.split_seed)
-    for name, split in (("train", train), ("test", test)):
-        require(len(split.labels) > 0, f"--data {config.source}: the {name} split is empty")
+    for name, split in (("train", train), ("validation", val), ("test", test)):
+        require(split is None or len(split.labels) > 0, f"--data {config.source}: the {name} split is empty")
     mean, std = channel_statistics(train.images)
     as_split = lambda arrays: arrays and Split(torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels))  # noqa: E731
     return Data(as_split(train), as_split(val), as_split(test), classes, mean, std, fingerprint)
@@ -158,9 +158,9 @@ def _open_hub(name: str, revision: str | None, source: str):
         return datasets.load_dataset(name, revision=revision)
     except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"--data {source}: {name} could not be loaded from the Hub ({type(error).__name__}); check the name and the"
-            " network, name a local folder with --data, set HF_HUB_OFFLINE=1 if it was downloaded before, or try"
-            " --preset digits, which needs no download"
+            f"--data {source}: {name} could not be loaded from the Hub ({type(error).__name__}: {str(error)[:150]});"
+            " check the name and the network, name a local folder with --data, set HF_HUB_OFFLINE=1 if it was downloaded"
+            " before, or try --preset digits, which needs no download"
         ) from error
 
 

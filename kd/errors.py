@@ -38,9 +38,24 @@ def exit_code(work: Callable[[], None]) -> int:
         return _say(f"error: {error}", 2)
     except Preempted as stop:
         return _say(f"preempted: {stop}", 128 + stop.signal_number)
+    except (RuntimeError, MemoryError) as error:
+        remedy = remedy_for(error)
+        if remedy is None:
+            raise
+        return _say(f"error: {remedy}", 2)
     except KeyboardInterrupt:
         return _say("interrupted: the last checkpoint stands; continue with --resume", 130)
     return 0
+
+
+def remedy_for(error: BaseException) -> str | None:
+    """What to do about an error of torch's own that the user can mend; None for any other."""
+    text = f"{type(error).__name__}: {error}"
+    if "OutOfMemory" in text or "MemoryError" in text or "can't allocate memory" in text:
+        return f"out of memory: give a smaller --batch-size, which changes the recipe ({text[:200]})"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"the step could not be compiled: add --no-compile ({text[:200]})"
+    return None
 
 
 def _say(message: str, code: int) -> int:

@@ -60,7 +60,14 @@ def read_json(path: Path) -> dict:
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     # Copies, because safetensors refuses tensors that share memory (tied weights) or are not contiguous.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    write_atomically(path, lambda partial: save_file(copies, partial))
+
+    def save(partial: Path) -> None:
+        try:
+            save_file(copies, partial)
+        except SafetensorError as error:  # a full disk, by its own name
+            raise OSError(str(error)) from error
+
+    write_atomically(path, save)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -69,7 +76,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
-    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in weights.items()}
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+    wrapped = all(name.startswith("module.") for name in weights)  # else a network's own part may be called module
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in weights.items()}
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:

@@ -37,7 +37,8 @@ def finish(
     network = distiller.deployed
     summary = _training_summary(ledger, job, sum(p.numel() for p in network.parameters())) | UNREAD
     if job.role != "teacher":
-        summary |= {"teacher": teacher and str(teacher.folder), "control": control and str(control)}
+        folders = [str(one.folder) for one in teacher.members or (teacher,)] if teacher else [None]
+        summary |= {"teacher": folders[0] if len(folders) == 1 else folders, "control": control and str(control)}
         summary |= {"teacher_test_top1": None, "agreement": None}
     answers = {}
     if job.run.test:

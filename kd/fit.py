@@ -55,7 +55,7 @@ def fit(
     if config.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
     distiller.to(accelerator.device, memory_format=layout(config))
-    sgd = make_optimizer(distiller, config, accelerator.device)
+    sgd = make_optimizer(distiller, config, accelerator)
     fresh_scaler(accelerator)
     ledger = Ledger(distiller, sgd, job, run, accelerator)
     model, optimizer = accelerator.prepare(distiller, sgd)
@@ -84,6 +84,9 @@ def fit(
             tracker.log(line)
             display.epoch(line)
             ledger.save()
+            _, stop = ledger.look(requests.number)  # asked to stop while the epoch was scored and saved
+            if stop:
+                ledger.stopped(stop)
     return ledger
 
 
@@ -112,10 +115,13 @@ def layout(config: FitConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def make_optimizer(module: nn.Module, config: FitConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, config: FitConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
     """SGD over everything trainable: the student, and what the method trains beside it."""
     options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
-    options |= {"fused": True} if device.type == "cuda" else {}  # one kernel for all parameters; on a CPU no faster
+    # One kernel for all parameters; on a CPU no faster. Not under fp16: where the first step overflows, the fused
+    # kernel returns early and leaves the momentum as uninitialised memory.
+    if accelerator.device.type == "cuda" and accelerator.scaler is None:
+        options["fused"] = True
     return torch.optim.SGD((p for p in module.parameters() if p.requires_grad), config.lr, **options)
 
 
@@ -167,7 +173,8 @@ def predict(
         with accelerator.autocast():
             logits[start : start + share] = network(pixels.normalized(pixels.raw(index)[0])).float()
     network.train(training)
-    return accelerator.reduce(logits, "sum")
+    total = accelerator.reduce(logits, "sum")
+    return total.cpu() if total.device.type == "mps" else total  # which has no float64 to score them in
 
 
 def validate(network: nn.Module, data: Data, accelerator: Accelerator, batch_size: int) -> dict[str, float]:

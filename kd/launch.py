@@ -1,6 +1,7 @@
 """Starting: processes, threads and precision, as the launcher promised them."""
 
 import os
+import time
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +10,7 @@ from accelerate.utils import DistributedType
 
 from kd.config import FitConfig, RunConfig
 from kd.errors import require
+from kd.lock import Lock
 
 
 def start(fit: FitConfig, run: RunConfig) -> Accelerator:
@@ -30,7 +32,7 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         not (on_cpu and precision == "fp16"),
         "--mixed-precision fp16: a CPU would silently compute in fp32; use bf16, or no",
     )
-    backend = "inductor" if compiles(fit, on_cpu) else None
+    backend = "inductor" if compiles(fit, on_cpu) else "no"
     accelerator = Accelerator(mixed_precision=fit.mixed_precision, dynamo_backend=backend)
     _check_processes(accelerator)
     require(
@@ -48,6 +50,22 @@ def same_threads():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def wait_for(lock: Lock | None, message: str, accelerator: Accelerator) -> None:
+    """Return on all processes once the main process has its lock; the others pass None.
+
+    In short waits: a collective must not time out while somebody else's long work goes on.
+    """
+    said = False
+    while True:
+        mine = torch.tensor(float(lock.acquire()) if lock else 0.0, device=accelerator.device)
+        if accelerator.reduce(mine, "sum").item() > 0:
+            return
+        if accelerator.is_main_process and not said:
+            print(message, flush=True)
+        said = True
+        time.sleep(1)
 
 
 def compiles(fit: FitConfig, on_cpu: bool) -> bool:

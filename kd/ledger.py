@@ -118,6 +118,10 @@ class Ledger:
 
     def preempt(self, signal_number: int) -> None:
         self.save()
+        self.stopped(signal_number)
+
+    def stopped(self, signal_number: int) -> None:
+        """Raises Preempted, where all is saved."""
         raise Preempted(signal_number, f"saved step {self.state.step} in {self.run.path}; continue with --resume")
 
     def end_epoch(self, numbers: dict[str, float], lr: float, scores: dict[str, float]) -> dict:

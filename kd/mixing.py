@@ -37,9 +37,15 @@ def beta_quantiles(alpha: float) -> tuple[float, ...]:
     return tuple(1 / (1 + np.exp(-at)))
 
 
+@cache
+def _table(alpha: float, device: torch.device) -> Float[Tensor, "n"]:
+    """The quantiles on the device, copied there once: a copy in the step would make the host wait."""
+    return torch.tensor(beta_quantiles(alpha), dtype=torch.float32, device=device)
+
+
 def beta_share(alpha: float, index: Int[Tensor, "b"], *words: int | str) -> Float[Tensor, "b"]:
     """A draw from Beta(alpha, alpha) for each index."""
-    table = torch.tensor(beta_quantiles(alpha), dtype=torch.float32, device=index.device)
+    table = _table(alpha, index.device)
     place = random_share(index, *words) * TABLE
     low = place.long()
     return torch.lerp(table[low], table[low + 1], place - low)

@@ -24,7 +24,7 @@ def probe_pair(job: Job, student: nn.Module, teacher: Frozen | None, data: Data)
     ours = stages(job.model, student, classes)
     if teacher is None:
         return Pair(probe(student, data.size, "student", layers(job.method, ours, None)[0]), None, labels, ours)
-    theirs = stages(teacher.summary["model"], teacher.network, classes)
+    theirs = stages(teacher.summary["model"], teacher.network, teacher.classes)
     if teacher.members:  # whose features are meant, the flags must say: networks.0.layer3
         theirs = Stages(modules=theirs.modules)
     names = layers(job.method, ours, theirs)

@@ -20,6 +20,7 @@ from kd.config import Job
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.files import load_weights, read_json, sha256_file, write_json
+from kd.launch import wait_for
 from kd.lock import Lock
 
 
@@ -66,15 +67,24 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
     run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
-    if accelerator.is_main_process:
-        try:
-            _claim(run, job)
-        except BaseException:
-            run.release()
-            raise
-        if run.summary is None and not run.resuming:
-            run.wandb_id = uuid.uuid4().hex[:8]
-            write_json(run.path / "config.json", _record(job, run, data, accelerator))
+    main = accelerator.is_main_process
+    try:
+        if main:
+            run.lock = _enter(run.path)
+        if job.run.auto_resume:  # a teacher or control on the way may be in the making for another student: share it
+            wait_for(run.lock, f"waiting for another process to finish {run.path}", accelerator)
+        elif main:
+            require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
+        if main:
+            _look(run, job)
+            if run.summary is None and not run.resuming:
+                run.wandb_id = uuid.uuid4().hex[:8]
+                write_json(run.path / "config.json", _record(job, run, data, accelerator))
+    except BaseException as error:
+        run.release()
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write to {run.path} ({error}); choose another --out") from error
+        raise
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         run.summary = _summary(run.path, job.run.test)
@@ -83,23 +93,21 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
     return run
 
 
-def _claim(run: RunFolder, job: Job) -> None:
+def _enter(path: Path) -> Lock:
+    """Make the folder, or see that it is a run's."""
+    path.mkdir(parents=True, exist_ok=True)
+    # What a kill in the middle of the very first write leaves is nothing of value.
+    holds = sorted(entry.name for entry in path.iterdir() if entry.name not in ("lock", ".config.json.partial"))
+    require(
+        not holds or "config.json" in holds,
+        f"{path} holds something that is no run ({', '.join(holds[:3])}); choose another --out",
+    )
+    return Lock(path / "lock")
+
+
+def _look(run: RunFolder, job: Job) -> None:
+    """Whether the folder's run is this one, new, to be resumed, or finished; raises UserError where it is none."""
     path = run.path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        holds = sorted(entry.name for entry in path.iterdir() if entry.name != "lock")
-        require(
-            not holds or "config.json" in holds,
-            f"{path} holds something that is no run ({', '.join(holds[:3])}); choose another --out",
-        )
-        run.lock = Lock(path / "lock")
-        # A teacher or control on the way may be in the making for another student: wait and share it.
-        if not run.lock.acquire():
-            require(job.run.auto_resume, f"{path} is in use by another process; wait for it or choose another --out")
-            print(f"waiting for another process to finish {path}", flush=True)
-            run.lock.acquire(wait=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {path} ({error}); choose another --out") from error
     if (path / "config.json").exists():
         record = read_json(path / "config.json")
         _check_same(path, record.get("identity", {}), run.identity)

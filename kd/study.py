@@ -217,8 +217,7 @@ def main(args: list[str] | None = None) -> list[Task]:
 
     tasks = carry_out(study)
     failed = [task for task in tasks if task.failure]
-    given = config.teacher or []
-    folders = [str(task.folder) for task in tasks if task.folder] + ([given] if isinstance(given, str) else list(given))
+    folders = [str(task.folder) for task in tasks if task.folder] + list(config.teacher)
     failures = tuple(Other(task.label, "failed", task.failure) for task in failed)
     blocks = write_report(folders, study.out, failures, trust_code=True)  # this command has just run that code
     show(blocks, study.out)

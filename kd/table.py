@@ -32,7 +32,8 @@ def show_results(student: Path) -> None:
         read = _read(one["folder"])
         rows.append(("teacher", read and read | {"agreement": one["agreement"]}))
     if summary.get("teacher") and "teachers" not in summary:
-        rows.append(("teacher", _read(summary["teacher"])))
+        named = summary["teacher"]
+        rows += [("teacher", _read(folder)) for folder in (named if isinstance(named, list) else [named])]
     control = _read(summary["control"]) if summary.get("control") else None
     if summary["method"] != "none":
         rows.append(("student alone", control))

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,8 +41,9 @@ class Frozen(NamedTuple):
 
     network: nn.Module
     folder: Path
-    weights_sha256: str
+    sha256: str  # of its weights and of what it expects
     summary: dict
+    classes: int  # of its own classifier, before they are matched with the data's
     members: tuple["Frozen", ...] = ()  # of several teachers
 
 
@@ -66,9 +68,10 @@ def load_teachers(folders: Sequence[Path], data: Data, device: torch.device, tru
     if len(members) == 1:
         return members[0]
     network = Average([member.network for member in members]).eval()
-    sha256 = hashlib.sha256("".join(member.weights_sha256 for member in members).encode()).hexdigest()
+    sha256 = hashlib.sha256("".join(member.sha256 for member in members).encode()).hexdigest()
     name = Path(" + ".join(str(member.folder) for member in members))
-    return Frozen(network, name, sha256, {"model": " + ".join(m.summary["model"] for m in members)}, members)
+    model = " + ".join(member.summary["model"] for member in members)
+    return Frozen(network, name, sha256, {"model": model}, len(data.classes), members)
 
 
 def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> Frozen:
@@ -96,7 +99,9 @@ def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: boo
     if theirs != ours:  # by name: ours may come in another order, or be some of theirs
         columns = torch.tensor([theirs.index(name) for name in ours], device=device)
         network.register_forward_hook(lambda _, images, logits: logits[:, columns])
-    return Frozen(network.eval().requires_grad_(False).to(device), folder, sha256, summary)
+    # What it says follows from its normalisation and classes as well.
+    identity = hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()
+    return Frozen(network.eval().requires_grad_(False).to(device), folder, identity, summary, len(theirs))
 
 
 def folded(network: nn.Module) -> nn.Module:

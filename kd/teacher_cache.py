@@ -9,7 +9,6 @@ Beyer et al., arXiv:2106.05237.
 import hashlib
 import json
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,12 +24,13 @@ from kd.data import Data
 from kd.display import console
 from kd.errors import UserError, require
 from kd.files import read_json, sync_file, write_json
+from kd.launch import wait_for
 from kd.lock import Lock
 from kd.outputs import Batch, Outputs
 from kd.teacher import Frozen, Teacher, live
 
 ROOT = Path("runs/cache")
-PROBES = 16  # rows recomputed at every start; 12 or more in a batch give a CPU's bits whatever the batch
+PROBES = 16  # the fewest rows asked at once: 12 or more in a batch give a CPU's bits whatever the batch
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; halves keep 11 bits
 
 
@@ -58,7 +58,7 @@ def cached(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, root
         share = max(job.fit.batch_size // accelerator.num_processes, PROBES)
         _build(store, images, ask, accelerator, share)
         store.check()
-        _compare(store, images, ask, accelerator)
+        _compare(store, images, ask, accelerator, share)
     finally:
         if lock is not None:
             lock.close()
@@ -72,9 +72,10 @@ def identity_of(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator)
     for part in data.train:
         digest.update(part.numpy())
     spec = {"rows": len(data.train.labels), "classes": len(data.classes), "rows_sha256": digest.hexdigest()}
-    spec |= {"teacher_sha256": teacher.weights_sha256, "normalisation": [data.mean, data.std]}
+    spec |= {"teacher_sha256": teacher.sha256, "normalisation": [data.mean, data.std]}
     spec |= {"views": asdict(job.views), "precision": accelerator.mixed_precision}
-    spec |= {"dtype": job.cache.cache_dtype, "top_k": job.cache.cache_top_k}
+    spec |= {"device": accelerator.device.type, "deterministic": job.fit.deterministic}
+    spec |= {"dtype": job.cache.cache_dtype, "top_k": job.cache.cache_top_k, "class_names": data.classes}
     return json.loads(json.dumps(spec))
 
 
@@ -163,8 +164,8 @@ class Store:
 
         def answer(batch: Batch) -> Outputs:
             # One flat index: a tensor as first of two indices would make the host wait for its value.
-            row = (batch.view * self.rows + batch.index).to(placed["logits"].device)
-            kept = {name: part[row].to(device, non_blocking=True) for name, part in placed.items()}
+            row = batch.view * self.rows + batch.index
+            kept = {name: part[row.to(part.device)].to(device, non_blocking=True) for name, part in placed.items()}
             return Outputs(self.full(kept["logits"].float(), kept.get("classes")))
 
         return answer
@@ -178,21 +179,15 @@ class Store:
 
 def _claim(folder: Path, accelerator: Accelerator) -> Lock | None:
     """The lock of a cache, held by the main process; whoever comes second waits and then finds it built."""
-    lock, said = None, False
+    lock = None
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error})") from error
         lock = Lock(folder / "lock")
-    while True:  # in short waits: the others' collective must not time out while a long build goes on elsewhere
-        mine = torch.tensor(float(lock.acquire()) if lock else 0.0, device=accelerator.device)
-        if accelerator.reduce(mine, "sum").item() > 0:
-            return lock
-        if accelerator.is_main_process and not said:
-            print(f"waiting for another process to finish {folder}", flush=True)
-        said = True
-        time.sleep(1)
+    wait_for(lock, f"waiting for another process to finish {folder}", accelerator)
+    return lock
 
 
 def _build(store: Store, images: TrainingImages, ask: Teacher, accelerator: Accelerator, share: int) -> None:
@@ -227,10 +222,12 @@ def _ask(ask: Teacher, images: TrainingImages, index: Tensor, view: int) -> Outp
     return ask(Batch(image, label, index.to(image.device), *numbers, mixed))
 
 
-def _compare(store: Store, images: TrainingImages, ask: Teacher, accelerator: Accelerator) -> None:
+def _compare(store: Store, images: TrainingImages, ask: Teacher, accelerator: Accelerator, share: int) -> None:
     """Ask the teacher about a few rows again: what is kept must be what it says today, of what the student will see."""
-    index = torch.linspace(0, store.rows - 1, PROBES).long()
+    index = torch.linspace(0, store.rows - 1, share).long()
     tolerance = TOLERANCE[store.identity["dtype"]]
+    if accelerator.device.type != "cpu":
+        tolerance = max(tolerance, 2**-8)  # TF32, and kernels chosen anew in each process
     if accelerator.mixed_precision != "no":
         tolerance = max(tolerance, 2**-5)  # half-precision arithmetic depends on the batch it runs in
     for view in {0, store.views - 1}:

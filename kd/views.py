@@ -15,6 +15,7 @@ from kd.config import ViewConfig
 _MASK = 0xFFFFFFFF
 
 
+@torch.compiler.assume_constant_result
 def derive(*words: int | str) -> int:
     """A seed of 63 bits from a purpose: derive(seed, "network")."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()

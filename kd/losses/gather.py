@@ -22,6 +22,7 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
+@torch.compiler.disable  # the compiler would rewrite the collectives; called as they are they cost one graph break
 def global_batch(share: Tensor) -> Tensor:
     """All processes' equal shares of a batch, in order, with gradients to each; alone, the tensor itself."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
