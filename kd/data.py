@@ -159,7 +159,7 @@ def _open_hub(name: str, revision: str | None, source: str):
     except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"--data {source}: {name} could not be loaded from the Hub ({type(error).__name__}: {str(error)[:150]});"
-            " check the name and the network, name a local folder with --data, set HF_HUB_OFFLINE=1 if it was downloaded"
+            " check the name and the network, name a local folder with --data, set HF_HUB_OFFLINE=1 if it was fetched"
             " before, or try --preset digits, which needs no download"
         ) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import checkpoint
+from kd import checkpoint, files
 from kd.errors import Preempted, UserError
 from kd.ledger import Ledger
 from tests import runs
@@ -273,3 +273,49 @@ def test_a_folder_in_use_is_refused(tmp_path):
         process.wait()
         process.stdout.close()
     teach("--out", "run")  # the lock died with its process
+
+
+def test_asked_to_stop_while_the_last_epoch_is_scored(beside, monkeypatch):
+    """Else the stop would be lost, and a teacher on the way would go on into its student's training."""
+    from kd import fit
+
+    real, count = fit.validate, 0
+
+    def validate(*args):
+        nonlocal count
+        count += 1
+        if count == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=f"saved step {STEPS}"):
+        patch.setattr(fit, "validate", validate)
+        distil("--out", "run")
+    distil("--out", "run", "--resume")
+    assert differences(beside, Path("run")) == []
+
+
+def test_a_kill_in_the_very_first_write_leaves_the_folder_usable():
+    Path("run").mkdir()
+    Path("run/.config.json.partial").write_text("{")
+    teach("--out", "run")
+
+
+def test_a_weights_file_that_cannot_be_written_is_an_os_error(tmp_path, monkeypatch):
+    """safetensors has an error of its own for a full disk; a checkpoint must not die of it unprepared."""
+
+    def full(tensors, path):
+        raise files.SafetensorError("I/O error: no space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        files.write_weights(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    assert not list(tmp_path.glob("*safetensors*"))
+
+
+def test_prefixes_of_wrappers_are_stripped_and_a_part_called_module_is_not(tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.write_weights(path, {"module._orig_mod.a": torch.zeros(2), "module.b": torch.ones(1)})
+    assert files.read_weights(path).keys() == {"a", "b"}
+    files.write_weights(path, {"module.a": torch.zeros(2), "fc": torch.ones(1)})
+    assert files.read_weights(path).keys() == {"module.a", "fc"}

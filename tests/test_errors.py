@@ -1,0 +1,43 @@
+"""How a script ends: one line and a code for what the user can mend, a traceback for what is ours."""
+
+import signal
+
+import pytest
+import torch
+
+from kd.errors import Preempted, UserError, exit_code, nearest
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("--lr 0:\n give more"), 2, "error: --lr 0: give more\n"),
+        (Preempted(signal.SIGTERM, "saved"), 143, "preempted: saved\n"),
+        (KeyboardInterrupt(), 130, "--resume"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "give a smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "give a smaller --batch-size"),
+        (torch._dynamo.exc.Unsupported("no"), 2, "add --no-compile"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_user_can_mend_is_one_line(error, code, words, capsys):
+    def work():
+        raise error
+
+    assert exit_code(work) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_our_own_errors_keep_their_traceback():
+    def work():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_code(work)
+
+
+def test_nearest_names_what_is_there():
+    assert nearest("resnet19", ["resnet18", "vgg8"]) == "did you mean resnet18?"
+    assert nearest("qqq", ["b", "a"]) == "there are a, b"
