@@ -10,7 +10,8 @@ Accuracies: see the README; CIFAR-100 at full length is not measured yet.
 from pathlib import Path
 
 from kd.cli import script
-from kd.config import DistillConfig, distill_defaults
+from kd.config import DistillConfig
+from kd.presets import distill_defaults
 from train_teacher import train
 
 

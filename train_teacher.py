@@ -10,7 +10,8 @@ Accuracies: see the README; CIFAR-100 at full length is not measured yet.
 from pathlib import Path
 
 from kd.cli import script
-from kd.config import Job, TrainConfig, train_defaults
+from kd.config import Job, TrainConfig
+from kd.presets import train_defaults
 
 
 def train(job: Job, data, accelerator, teacher=None, control: Path | None = None) -> Path:

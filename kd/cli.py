@@ -7,8 +7,8 @@ from collections.abc import Callable
 import tyro
 from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes
 
-from kd.config import PRESETS
 from kd.errors import exit_code
+from kd.presets import PRESETS
 
 
 def parse(defaults: Callable, description: str, args: list[str] | None = None):

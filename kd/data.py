@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from kd.builtin_data import BUILT_IN
 from kd.config import DataConfig
-from kd.decode import Arrays, cached, decode_split, find_columns, write_arrays
+from kd.decode import Arrays, cached, decode_split, find_columns
 from kd.errors import UserError, nearest, require
+from kd.splits import hold_out, keep
 
 # Built-in names of Hub data: id and the revision whose content we know.
 HUB = {"cifar100": ("uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5")}
@@ -57,7 +59,7 @@ def load_data(config: DataConfig) -> Data:
     if config.classes is not None:
         require(config.classes <= len(classes), f"--classes {config.classes}: {config.source} has {len(classes)}")
         classes = classes[: config.classes]
-        splits = {name: _keep(split, split.labels < config.classes) for name, split in splits.items()}
+        splits = {name: keep(split, split.labels < config.classes) for name, split in splits.items()}
     train, val, test = splits["train"], splits.get("validation"), splits.get("test")
     if test is None:  # a set with train and validation only: its validation is what others report on
         val, test = None, val
@@ -69,18 +71,6 @@ def load_data(config: DataConfig) -> Data:
     mean, std = channel_statistics(train.images)
     as_split = lambda arrays: arrays and Split(torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels))  # noqa: E731
     return Data(as_split(train), as_split(val), as_split(test), classes, mean, std, fingerprint)
-
-
-def hold_out(train: Arrays, fraction: float, seed: int) -> tuple[Arrays, Arrays | None]:
-    """Split `fraction` of every class off for validation (at least one of a class with two or more)."""
-    if fraction == 0:
-        return train, None
-    held = np.zeros(len(train.labels), bool)
-    for label in np.unique(train.labels):
-        rows = np.flatnonzero(train.labels == label)
-        count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
-        held[np.random.default_rng([seed, int(label)]).permutation(rows)[:count]] = True
-    return _keep(train, ~held), _keep(train, held)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -98,11 +88,6 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 def _blocks(images: np.ndarray):
     return (images[start : start + 4096] for start in range(0, len(images), 4096))
-
-
-def _keep(split: Arrays, mask: np.ndarray) -> Arrays:
-    # Boolean indexing of a memory map gives a plain array; the map itself is never written.
-    return split if mask.all() else Arrays(np.asarray(split.images[mask]), split.labels[mask])
 
 
 def _arrays(config: DataConfig) -> tuple[dict[str, Arrays], tuple[str, ...], str]:
@@ -191,34 +176,3 @@ def _decode(dataset, config: DataConfig, folder: Path) -> tuple[str, ...]:
             require(not missing, f"--data {config.source}: its {name} split has no column {', '.join(missing)}")
             shape = decode_split(splits[name], columns, config.image_size, folder, name, shape)
     return columns.classes
-
-
-def _digits(folder: Path) -> tuple[str, ...]:
-    """scikit-learn's digits: 1,797 images of 8 x 8 in 17 greys; every fifth of a class, in a fixed shuffle, tests."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("--data digits needs scikit-learn: pip install -e '.[demo]'") from error
-    digits = load_digits()
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    rows = Arrays(np.repeat(grey[:, None], 3, axis=1), digits.target.astype(np.int64))
-    train, test = hold_out(rows, 0.2, seed=0)
-    write_arrays(folder, {"train": train, "test": test})
-    return tuple(str(name) for name in digits.target_names)
-
-
-def _synthetic(folder: Path, classes: int = 10) -> tuple[str, ...]:
-    """Noisy copies of ten smooth random pictures, 16 x 16: learnt in a few epochs, for trying things out."""
-    rng = np.random.default_rng(0)
-    coarse = rng.uniform(0, 255, (classes, 3, 4, 4))
-    pictures = np.kron(coarse, np.ones((1, 1, 4, 4)))
-    splits = {}
-    for name, count in (("train", 1000), ("test", 250)):
-        labels = np.arange(count) % classes
-        noisy = pictures[labels] + rng.normal(0, 60, (count, 3, 16, 16))
-        splits[name] = Arrays(noisy.clip(0, 255).astype(np.uint8), labels.astype(np.int64))
-    write_arrays(folder, splits)
-    return tuple(f"picture {number}" for number in range(classes))
-
-
-BUILT_IN = {"digits": _digits, "synthetic": _synthetic}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd import metrics, views
 from kd.batches import Batches, Pixels
 from kd.checkpoint import broadcast_buffers
-from kd.config import FitConfig, Job
+from kd.config import FitConfig, Job, RunConfig
 from kd.data import Data, Split
 from kd.display import Display
 from kd.ledger import Ledger
@@ -50,7 +50,7 @@ def fit(
     Returns the ledger: final state, history, best weights. The run's metrics.jsonl and W&B run get a line an epoch.
     Raises: UserError where the loss is no longer finite; Preempted once a requested stop is saved.
     """
-    config, log_every, save_every = job.fit, job.run.log_every, job.run.save_every
+    config = job.fit
     batches = Batches(data, job, accelerator)
     if config.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
@@ -68,14 +68,7 @@ def fit(
         for epoch in range(len(state.history), config.epochs):
             distiller.train()
             for _ in train_epoch(epoch, model, optimizer, batches, teacher, ledger, accelerator, config):
-                alone = requests.number and accelerator.num_processes == 1  # several agree where they meet
-                if state.step % log_every == 0 or alone:
-                    numbers, stop = ledger.look(requests.number)
-                    display.step(state.step, numbers | {"images_per_second": ledger.clock.rate()})
-                    if stop:
-                        ledger.preempt(stop)
-                if save_every and state.step % save_every == 0:
-                    ledger.save()
+                between_steps(ledger, display, requests, job.run)
             numbers, _ = ledger.look()
             ledger.clock.pause()
             display.step(state.step, numbers)
@@ -88,6 +81,19 @@ def fit(
             if stop:
                 ledger.stopped(stop)
     return ledger
+
+
+def between_steps(ledger: Ledger, display: Display, requests: StopRequests, config: RunConfig) -> None:
+    """Read, show, save and stop, where it is time to."""
+    step = ledger.state.step
+    alone = requests.number and ledger.accelerator.num_processes == 1  # several agree where they meet
+    if step % config.log_every == 0 or alone:
+        numbers, stop = ledger.look(requests.number)
+        display.step(step, numbers | {"images_per_second": ledger.clock.rate()})
+        if stop:
+            ledger.preempt(stop)
+    if config.save_every and step % config.save_every == 0:
+        ledger.save()
 
 
 def train_epoch(

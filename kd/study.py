@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 
 from kd.cli import parse
-from kd.config import METHODS, PRESETS, DistillConfig, distill_defaults, train_defaults
+from kd.config import METHODS, DistillConfig
 from kd.errors import UserError, exit_code, nearest, require
+from kd.presets import PRESETS, distill_defaults, train_defaults
 from kd.tasks import Runner, Task
 
 GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views says otherwise: what one cache holds

@@ -8,8 +8,9 @@ import pytest
 
 from kd import config
 from kd.cli import parse
-from kd.config import METHODS, PRESETS, KDConfig, NoneConfig, distill_defaults, train_defaults
+from kd.config import METHODS, KDConfig, NoneConfig
 from kd.errors import UserError
+from kd.presets import PRESETS, distill_defaults, train_defaults
 from tests.conftest import ROOT
 
 

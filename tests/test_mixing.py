@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from kd import mixing
 from kd.batches import Batches
 from kd.cli import parse
-from kd.config import DataConfig, ViewConfig, train_defaults
+from kd.config import DataConfig, ViewConfig
 from kd.data import load_data
 from kd.losses import cross_entropy
 from kd.outputs import Mix
+from kd.presets import train_defaults
 from tests.test_losses import batch_of
 
 INDEX = torch.arange(20_000)

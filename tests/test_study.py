@@ -12,8 +12,8 @@ import pytest
 
 from kd import study, tasks
 from kd.cli import parse
-from kd.config import distill_defaults, train_defaults
 from kd.errors import Preempted, UserError
+from kd.presets import distill_defaults, train_defaults
 from kd.tasks import Runner, Task
 from tests.conftest import ROOT
 from tests.test_report import fake_run

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 
 from kd import batches, teacher_cache
 from kd.cli import parse
-from kd.config import DataConfig, distill_defaults
+from kd.config import DataConfig
 from kd.data import load_data
 from kd.errors import UserError
+from kd.presets import distill_defaults
 from kd.teacher import live, load_teacher
 from kd.teacher_cache import ROOT, Store, cached
 from tests.conftest import ROOT as PROJECT
