@@ -43,7 +43,7 @@ def main(config: DistillConfig) -> None:
     control = train(config.control_job(), data, accelerator) if config.control and job.method_name != "none" else None
     folder = train(job, data, accelerator, teacher, control)
     if accelerator.is_main_process:
-        show_results(folder)
+        show_results(folder, control)
 
 
 if __name__ == "__main__":

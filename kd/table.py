@@ -24,8 +24,11 @@ COLUMNS = (
 NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # what a terminal of 80 columns has room for
 
 
-def show_results(student: Path) -> None:
-    """Print a finished run's table: its teacher, the student alone and the student itself, as far as there are."""
+def show_results(student: Path, control: Path | None = None) -> None:
+    """Print a finished run's table: its teacher, the student alone and the student itself, as far as there are.
+
+    `control`: the student alone, for a run that was finished before there was one.
+    """
     summary = read_json(student / "summary.json")
     rows = []
     for one in summary.get("teachers", []):
@@ -34,7 +37,8 @@ def show_results(student: Path) -> None:
     if summary.get("teacher") and "teachers" not in summary:
         named = summary["teacher"]
         rows += [("teacher", _read(folder)) for folder in (named if isinstance(named, list) else [named])]
-    control = _read(summary["control"]) if summary.get("control") else None
+    alone = summary.get("control") or control
+    control = _read(str(alone)) if alone else None
     if summary["method"] != "none":
         rows.append(("student alone", control))
     rows.append((_name(summary), summary))

@@ -190,6 +190,15 @@ def test_a_finished_run_is_shown_and_not_trained_again(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
 
 
+def test_a_control_asked_for_later_stands_in_the_table(capsys):
+    distil("--out", "run")
+    assert "not measured" in capsys.readouterr().out
+    distil("--out", "run", "--control")
+    said = capsys.readouterr().out
+    assert "not measured" not in said
+    assert "distilled against alone" in said
+
+
 def test_two_runs_of_one_command_are_equal_and_another_seed_is_not():
     teach("--out", "one")
     teach("--out", "two")
