@@ -30,7 +30,7 @@ def distil(*args: str) -> None:
     distill_student.main(parse(distill_defaults, "", [*STUDENT, "--wandb", "disabled", *args]))
 
 
-def script(name: str, *args: str, env: dict | None = None, launcher: list[str] | None = None, timeout: int = 120):
+def script(name: str, *args: str, env: dict | None = None, launcher: list[str] | None = None, timeout: int = 300):
     """A script as its user runs it; the completed process with its output as text."""
     command = [*(launcher or [sys.executable]), str(ROOT / name), *args]
     settings = {**os.environ, **(env or {})}

@@ -271,7 +271,7 @@ def test_a_compiled_step_trains_like_an_eager_one():
 
     In a process of its own: the shape checks of the tests are nothing that torch could trace.
     """
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     distil("--out", "plain")
     for line, other in zip(metrics_of(Path("compiled")), metrics_of(Path("plain")), strict=True):

@@ -235,7 +235,7 @@ def test_two_builders_at_once_build_once():
         subprocess.Popen([*command, "--seed", seed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for seed in "01"
     ]
-    said = [process.communicate(timeout=120)[0] for process in both]
+    said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sorted(text.count("of 2 kept") for text in said) == [0, 2]
 
