@@ -1,5 +1,6 @@
 """Networks by name: the published sizes, and clear answers to names that do not exist."""
 
+import subprocess
 import sys
 from itertools import pairwise
 
@@ -195,3 +196,12 @@ def test_timm_left_out_is_answered(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
         build_model("timm/resnet10t", 5, (32, 32))
+
+
+@pytest.mark.parametrize(
+    "code", ["import kd.models, torchvision", "from kd.models.torchvision_operators import define; define()"]
+)
+def test_torchvision_is_importable_once_ours_is(code):
+    """In a fresh process: where its operators load they may not be declared again, which would abort it."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

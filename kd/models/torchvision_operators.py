@@ -5,12 +5,13 @@ same version they do not load, and `import torchvision` fails with "operator tor
 No classifier uses these operators; declaring the two that are looked up at import is enough.
 """
 
-import importlib.machinery
 import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 
+SUFFIXES = {".so", ".pyd", ".dll", ".dylib"}
 _libraries = []  # a library's definitions live as long as the object
 
 
@@ -25,14 +26,17 @@ def define() -> None:
 
 
 def _operators_load() -> bool:
+    """Whether a library of torchvision's own loads; it then stays loaded, and its import finds it there."""
     package = importlib.util.find_spec("torchvision")
-    if package is None or not package.submodule_search_locations:
-        return False
-    compiled = importlib.machinery.PathFinder.find_spec("torchvision._C", package.submodule_search_locations)
-    if compiled is None or compiled.origin is None:
-        return False
+    folders = package.submodule_search_locations or () if package else ()
+    # _C.so once, _C_stable.so since torchvision 0.29
+    libraries = [path for folder in folders for path in sorted(Path(folder).glob("_C*")) if path.suffix in SUFFIXES]
+    return any(_loads(path) for path in libraries)
+
+
+def _loads(path: Path) -> bool:
     try:
-        torch.ops.load_library(compiled.origin)
-    except OSError:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError):
         return False
     return True
