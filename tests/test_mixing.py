@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from scipy.stats import beta
 
 from kd import mixing
 from kd.batches import Batches
@@ -20,10 +21,10 @@ INDEX = torch.arange(20_000)
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_shares_follow_the_beta_distribution(alpha):
+    """Against scipy's distribution function: the draws are fixed, so there is nothing random here."""
     drawn = mixing.beta_share(alpha, INDEX, 0, "mixup", 0).double().sort().values
-    wanted = torch.distributions.Beta(torch.tensor(alpha).double(), torch.tensor(alpha).double())
-    reference = wanted.sample((20_000,)).sort().values
-    assert (drawn - reference)[200:-200].abs().max() < 0.02  # but for the thin tails
+    below = (torch.arange(len(INDEX)) + 0.5) / len(INDEX)
+    assert abs(torch.from_numpy(beta(alpha, alpha).cdf(drawn.numpy())) - below).max() < 0.015
     assert abs(drawn.var() - 1 / (4 * (2 * alpha + 1))) < 0.005
 
 
