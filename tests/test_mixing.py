@@ -21,10 +21,15 @@ INDEX = torch.arange(20_000)
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_shares_follow_the_beta_distribution(alpha):
-    """Against scipy's distribution function: the draws are fixed, so there is nothing random here."""
+    """Against scipy's distribution function: the draws are fixed, so there is nothing random here.
+
+    Below one half, where float32 has digits to spare; a Beta(0.2, 0.2) puts 2% so close to 1 that they round to it.
+    """
     drawn = mixing.beta_share(alpha, INDEX, 0, "mixup", 0).double().sort().values
     below = (torch.arange(len(INDEX)) + 0.5) / len(INDEX)
-    assert abs(torch.from_numpy(beta(alpha, alpha).cdf(drawn.numpy())) - below).max() < 0.015
+    gap = abs(torch.from_numpy(beta(alpha, alpha).cdf(drawn.numpy())) - below)
+    assert gap[drawn < 0.5].max() < 0.015
+    assert abs((drawn < 0.5).double().mean() - 0.5) < 0.01
     assert abs(drawn.var() - 1 / (4 * (2 * alpha + 1))) < 0.005
 
 

@@ -16,8 +16,8 @@ _libraries = []  # a library's definitions live as long as the object
 
 
 def define() -> None:
-    """Declare the missing operators; does nothing where torchvision brought its own or is imported already."""
-    if "torchvision" in sys.modules or _operators_load():
+    """Declare the missing operators; does nothing where torchvision brought its own, or after the first time."""
+    if _libraries or "torchvision" in sys.modules or _operators_load():
         return
     library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
