@@ -299,6 +299,7 @@ def test_a_kill_in_the_very_first_write_leaves_the_folder_usable():
     Path("run").mkdir()
     Path("run/.config.json.partial").write_text("{")
     teach("--out", "run")
+    assert Path("run/summary.json").exists()
 
 
 def test_a_weights_file_that_cannot_be_written_is_an_os_error(tmp_path, monkeypatch):
