@@ -54,6 +54,11 @@ class Display:
             left = (time.monotonic() - self._started) * (whole - done) / max(done, 1)
             print(f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_words(line)}  {_clock(left)} left", flush=True)
 
+    def warn(self, words: str) -> None:
+        """A line above the bars."""
+        if self.shown:
+            console.print(f"warning: {self.title}: {words}", markup=False, highlight=False, soft_wrap=True)
+
 
 def _words(numbers: dict) -> str:
     keys = ("train/loss", "train/top1", "val/loss", "val/top1", "images_per_second")

@@ -1,9 +1,14 @@
 """What goes wrong through no fault of the program, and how a script ends then."""
 
 import difflib
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
+
+# What a disk says that takes no more: full, the user's share of it, read-only, a file's largest size, broken.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 class UserError(ValueError):
@@ -32,13 +37,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def exit_code(work: Callable[[], None]) -> int:
     """Run `work`; what the user can mend becomes one line on stderr and a code instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names on a disk are bytes, and not always text
     try:
         work()
     except UserError as error:
         return _say(f"error: {error}", 2)
     except Preempted as stop:
         return _say(f"preempted: {stop}", 128 + stop.signal_number)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         remedy = remedy_for(error)
         if remedy is None:
             raise
@@ -49,10 +57,19 @@ def exit_code(work: Callable[[], None]) -> int:
 
 
 def remedy_for(error: BaseException) -> str | None:
-    """What to do about an error of torch's own that the user can mend; None for any other."""
+    """What to do about an error of torch's or the system's that the user can mend; None for any other."""
     text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"the disk takes no more ({text[:200]}): free some space; what is saved stands, --resume continues it"
+    if "Expected to have finished reduction" in text:
+        return (
+            "some parameters got no gradient, which several processes cannot train together: freeze them"
+            f" (requires_grad_(False)) or train on one process ({text[-120:]})"
+        )
     if "OutOfMemory" in text or "MemoryError" in text or "can't allocate memory" in text:
         return f"out of memory: give a smaller --batch-size, which changes the recipe ({text[:200]})"
+    if "DataLoader worker" in text:  # torch's word for a process that decodes images
+        return f"a worker that decodes images died: give fewer --workers, or 0, and --resume ({text[:200]})"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"the step could not be compiled: add --no-compile ({text[:200]})"
     return None

@@ -1,12 +1,15 @@
 """Files that are either whole or not there."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,15 +33,43 @@ def sync_file(path: Path) -> None:
 
 
 def write_atomically(path: Path, write) -> None:
-    """Let `write(temporary path)` make the file, then put it in place; a failure leaves the old one."""
+    """Let `write(temporary path)` make the file, then put it in place; a failure leaves the old one.
+
+    Raises OSError, which names the file.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
         sync_file(partial)
         os.replace(partial, path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write) -> None:
+    """Let `write(temporary folder)` fill it, then put it in the place of `folder`; a failure leaves the old one."""
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    for left in (partial, old):  # by a process that was killed
+        remove_tree(left)
+    partial.mkdir()
+    try:
+        write(partial)
+        for path in partial.iterdir():
+            sync_file(path)
+        sync_folder(partial)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        sync_folder(folder.parent)
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        remove_tree(partial)
+        remove_tree(old)
 
 
 def write_json(path: Path, content) -> None:
@@ -50,7 +81,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError naming the file if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -65,7 +96,8 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         try:
             save_file(copies, partial)
         except SafetensorError as error:  # a full disk, by its own name
-            raise OSError(str(error)) from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
     write_atomically(path, save)
 
@@ -76,18 +108,55 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
-    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
-    wrapped = all(name.startswith("module.") for name in weights)  # else a network's own part may be called module
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in weights.items()}
+    return without_prefixes(weights, path)
+
+
+def without_prefixes(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Without what data parallelism and torch.compile put before the names. Raises UserError for one held twice."""
+    names = {name: name.replace("_orig_mod.", "") for name in weights}
+    if all(name.startswith("module.") for name in names.values()):  # else a network's own part may be called module
+        names = {name: short.removeprefix("module.") for name, short in names.items()}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{path} holds a weight twice, with a wrapper's prefix and without")
+    return {names[name]: tensor for name, tensor in weights.items()}
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:
-    """Strictly: every weight must be there and fit. Raises UserError with the first misfits."""
+    """Strictly: every weight must be there, fit and be finite. Raises UserError with the first misfits."""
+    weights = read_weights(path)
+    for name, _ in network.named_parameters():
+        if name in weights and not torch.isfinite(weights[name].float()).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; no network was ever scored with that")
     try:
-        network.load_state_dict(read_weights(path))
+        network.load_state_dict(weights)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
         raise UserError(f"{path} does not fit the network: {' '.join(lines)[:300]}") from error
+
+
+def create_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy file as a memory map, its room on the disk taken already.
+
+    Without that a disk that fills up later ends the process with SIGBUS, and no word. Raises OSError naming the file.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot promise room
+                    del array
+                    path.unlink()
+                    raise OSError(error.errno, error.strerror, str(path)) from error
+    return array
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """As np.save, whose error for a full disk says neither that nor which file."""
+    kept = create_map(path, array.dtype, array.shape)
+    kept[...] = array
+    kept.flush()
 
 
 def sha256_file(path: Path) -> str:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from kd.config import FitConfig, RunConfig
+from kd.cores import share_of_cores
 from kd.errors import require
 from kd.lock import Lock
 
@@ -81,8 +82,7 @@ def default_threads() -> int:
     between the local processes; under plain python what torch chose, which honours OMP_NUM_THREADS."""
     if not any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return share_of_cores()
 
 
 def _check_processes(accelerator: Accelerator) -> None:

@@ -14,6 +14,14 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
+def cell(values: list[float], style: str, empty: str = "") -> str:
+    """Mean ± sample standard deviation; a single value alone."""
+    if not values:
+        return empty
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:{style}}" if deviation is None else f"{mean:{style}} ± {deviation:{style}}"
+
+
 def t_within(t: float, freedom: int) -> float:
     """P(|T| <= t) of Student's t: exact for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     angle = math.atan(t / math.sqrt(freedom))
