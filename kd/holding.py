@@ -1,0 +1,140 @@
+"""The three ways of holding data: decoded in memory, decoded by workers from where it lies, or streamed."""
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from kd.columns import Columns, check_columns, find_columns, numbers_of
+from kd.config import DataConfig
+from kd.cores import share_of_cores
+from kd.decode import Arrays, cache_root, cached, decode_split, undecoded
+from kd.errors import require
+from kd.pictures import decode
+from kd.rows import Rows, Split
+from kd.survey import Facts, channel_statistics
+from kd.workers import Encoded, StoredRows, survey
+
+SHARE = 0.5  # of the memory and of the disk's free space that decoded images may take
+NAMES = {"val": "validation", "valid": "validation"}
+
+
+class Source(ABC):
+    """Splits by name, to select from, and what is made of the selected ones."""
+
+    splits: dict[str, Arrays]
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def facts(self, train: Arrays) -> Facts:
+        """Of the data, with the training rows that were kept."""
+
+    @abstractmethod
+    def rows(self, split: Arrays) -> Rows: ...
+
+
+class Kept(Source):
+    """Decoded images, in memory maps."""
+
+    def __init__(self, splits: dict[str, Arrays], classes: tuple[str, ...], fingerprint: str):
+        self.splits, self.classes, self.fingerprint = splits, classes, fingerprint
+
+    def facts(self, train: Arrays) -> Facts:
+        blocks = (train.images[start : start + 4096] for start in range(0, len(train.images), 4096))
+        return Facts(*channel_statistics(blocks), self.fingerprint)
+
+    def rows(self, split: Arrays) -> Rows:
+        return Split(torch.from_numpy(split.images), torch.from_numpy(split.labels))
+
+
+class Stored(Source):
+    """Images as they are stored, for workers to decode."""
+
+    def __init__(self, opened: "Opened", config: DataConfig, key: str):
+        self.key, self.classes = key, opened.columns.classes
+        workers = share_of_cores() if config.workers is None else config.workers
+        sides, column = opened.sides, opened.columns.image
+        self.splits = {}
+        for name, rows in opened.splits.items():
+            labels = numbers_of(rows[opened.columns.label], self.classes, name)
+            numbers = np.arange(len(rows))
+            cells = undecoded(rows, column).select_columns(column)
+            self.splits[name] = Arrays(Encoded(cells, column, name, opened.size, sides, workers, numbers), labels)
+        self._train_sha256 = ""
+
+    def facts(self, train: Arrays) -> Facts:
+        found, self._train_sha256 = survey(self.key, self.splits, self.classes, train)
+        return found
+
+    def rows(self, split: Arrays) -> Rows:
+        return StoredRows(split.images, torch.from_numpy(split.labels), self._train_sha256)
+
+
+class Opened:
+    """A `datasets` set with its columns found, and the size that its images have or get."""
+
+    def __init__(self, dataset, config: DataConfig):
+        splits = {NAMES.get(name, name): rows for name, rows in dataset.items()}
+        require("train" in splits, f"--data {config.source}: no train split; it has {', '.join(splits)}")
+        train = splits["train"]
+        self.columns: Columns = find_columns(train.features, train.unique, config.label, config.source)
+        self.splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+        for name, rows in self.splits.items():
+            check_columns(self.columns, rows.column_names, name, config.source)
+            require(len(rows) > 0, f"the {name} split is empty")
+        self.size = config.stored_size or config.image_size
+        first = undecoded(train, self.columns.image)[0][self.columns.image]
+        self.sides = (self.size, self.size) if self.size else decode(first, None, "train", 0).shape[1:]
+
+    @property
+    def decoded_bytes(self) -> int:
+        return sum(map(len, self.splits.values())) * 3 * self.sides[0] * self.sides[1]
+
+    def decode(self, folder: Path) -> tuple[str, ...]:
+        for name, rows in self.splits.items():
+            decode_split(rows, self.columns, self.size, folder, name, self.sides)
+        return self.columns.classes
+
+
+def hold(config: DataConfig, key: str, load: Callable) -> Source:
+    """The data that `load` opens (`datasets` sets by split), held as the flags say or as it fits, said in a line."""
+    opened, why = None, ""
+
+    def produce(folder: Path) -> tuple[str, ...] | None:
+        nonlocal opened, why
+        opened = Opened(load(), config)
+        keep, why = fits(opened.decoded_bytes, config)
+        return opened.decode(folder) if keep else None
+
+    found = None if config.decode == "workers" else cached(key, produce)
+    if found is not None:
+        size = sum(split.images.nbytes for split in found[0].values())
+        say(f"data: in memory, decoded once ({_gigabytes(size)}{why})")
+        return Kept(*found)
+    say(f"data: decoded by workers in every epoch ({why or 'as --decode says'})")
+    return Stored(opened or Opened(load(), config), config, key)
+
+
+def fits(size: int, config: DataConfig) -> tuple[bool, str]:
+    """Whether `size` bytes of decoded images are to be kept, and why."""
+    if config.decode == "memory":
+        return True, ", as --decode says"
+    memory, disk = psutil.virtual_memory().total, shutil.disk_usage(cache_root()).free
+    room = f"half of {_gigabytes(memory)} of memory and of {_gigabytes(disk)} free in {cache_root()}"
+    if size <= SHARE * min(memory, disk):
+        return True, f", which fit {room}"
+    return False, f"their {_gigabytes(size)} do not fit {room}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)

@@ -1,0 +1,64 @@
+"""What a run needs to know of all its pixels before it starts: their sha256, and the channels' mean and deviation."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Facts(NamedTuple):
+    """What normalisation and the run's identity follow from."""
+
+    mean: tuple[float, ...]  # of the training split, per channel, as shares of 255
+    std: tuple[float, ...]
+    fingerprint: str  # of all splits and class names
+
+
+class Levels:
+    """How often each channel has each of its 256 levels: exact, in any order, in one pass."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((3, 256), np.int64)
+
+    def add(self, images: np.ndarray) -> None:
+        """Count uint8 images b x 3 x h x w."""
+        for channel, counts in enumerate(self.counts):
+            counts += np.bincount(images[:, channel].ravel(), minlength=256)
+
+    def mean_and_deviation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of each channel, as shares of 255."""
+        levels = np.arange(256)
+        means, deviations = [], []
+        for counts in self.counts:
+            mean = (counts * levels).sum() / counts.sum()
+            deviation = ((counts * (levels - mean) ** 2).sum() / counts.sum()) ** 0.5
+            means.append(float(mean / 255))
+            deviations.append(float(max(deviation, 1) / 255))  # a channel that never changes stays finite
+        return tuple(means), tuple(deviations)
+
+
+def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel as shares of 255, from exact integer counts."""
+    levels = Levels()
+    for images in blocks:
+        levels.add(images)
+    return levels.mean_and_deviation()
+
+
+class Digest:
+    """The sha256 of splits and class names, fed in the order of the splits' names, a block of images at a time."""
+
+    def __init__(self, splits: Iterable[str], classes: Iterable[str]):
+        self._sha256 = hashlib.sha256(json.dumps([sorted(splits), list(classes)]).encode())
+
+    def begin(self, shape: tuple[int, ...]) -> None:
+        """A split whose images N x 3 x H x W come next, and its labels last."""
+        self._sha256.update(str(shape).encode())
+
+    def update(self, block: np.ndarray) -> None:
+        self._sha256.update(block)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
