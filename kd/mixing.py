@@ -51,11 +51,16 @@ def beta_share(alpha: float, index: Int[Tensor, "b"], *words: int | str) -> Floa
     return torch.lerp(table[low], table[low + 1], place - low)
 
 
+def partners(rows: int, index: Int[Tensor, "b"], seed: int, number: int) -> Int[Tensor, "b"]:
+    """The row, of `rows`, that each of the samples `index` is mixed with in view `number`."""
+    return random_below(rows, index, seed, "partner", number)
+
+
 def blend(
     config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], rows: int, size: tuple[int, int]
 ) -> Blend:
     """The mixing of the samples `index` of `rows`, for images of `size` (height, width), in view `number`."""
-    partner = random_below(rows, index, seed, "partner", number)
+    partner = partners(rows, index, seed, number)
     paste = torch.full_like(index, config.cutmix > 0).bool()
     if config.mixup and config.cutmix:
         paste = random_below(2, index, seed, "paste", number).bool()

@@ -70,18 +70,30 @@ class View(NamedTuple):
     flip: Bool[Tensor, "b"]
 
 
-def view(config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"]) -> View:
-    """The view `number` (the epoch, where every epoch has its own) of the samples `index`."""
-    steps = 2 * config.crop_padding + 1
+def view(config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], spare: int = 0) -> View:
+    """The view `number` (the epoch, where every epoch has its own) of the samples `index`.
+
+    `spare`: pixels by which the images are held larger than they are seen, in height and in width.
+    """
+    steps = 2 * config.padding + spare + 1
     top = random_below(steps, index, seed, "top", number)
     left = random_below(steps, index, seed, "left", number)
     flip = random_below(2, index, seed, "flip", number).bool() if config.flip else torch.zeros_like(index).bool()
     return View(top, left, flip)
 
 
-def apply(images: UInt8[Tensor, "b c h w"], view: View, padding: int) -> UInt8[Tensor, "b c h w"]:
-    """Pad with black, crop and flip, each image by its own view, in one gather."""
-    b, c, h, w = images.shape
+def centre(images: UInt8[Tensor, "b c m n"], size: tuple[int, int]) -> UInt8[Tensor, "b c h w"]:
+    """What is seen of images where nothing is random: their middle, of `size` (height, width)."""
+    top, left = ((have - want) // 2 for have, want in zip(images.shape[2:], size))
+    return images[:, :, top : top + size[0], left : left + size[1]]
+
+
+def apply(
+    images: UInt8[Tensor, "b c m n"], view: View, padding: int, size: tuple[int, int] | None = None
+) -> UInt8[Tensor, "b c h w"]:
+    """Pad with black, crop to `size` (that of the images if left out) and flip, each by its own view, in one gather."""
+    b, c = images.shape[:2]
+    h, w = size or images.shape[2:]
     device = images.device
     padded = F.pad(images, (padding, padding, padding, padding))
     rows = view.top[:, None] + torch.arange(h, device=device)
