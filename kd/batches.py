@@ -1,44 +1,38 @@
 """Training batches: which samples, seen how, on this process's device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kd import mixing, views
+from kd import augment, mixing, views
+from kd.balance import epoch_order
 from kd.config import Job, ViewConfig
-from kd.data import Data, Split
+from kd.data import Data
 from kd.errors import require
 from kd.outputs import Batch, Mix
-
-ROOM = 0.5  # share of a GPU's free memory that the data may take; the rest is for the networks
-
-
-def place(split: Split, device: torch.device) -> Split:
-    """The split on the device if it fits there, else in host memory."""
-    if device.type == "cuda" and split.images.nbytes > ROOM * torch.cuda.mem_get_info(device)[0]:
-        return split
-    return split.to(device)
+from kd.rows import Rows, gather
 
 
 class Pixels:
     """Rows of a split as normalised images on the device."""
 
-    def __init__(self, split: Split, data: Data, device: torch.device):
-        self.split, self.device = place(split, device), device
+    def __init__(self, split: Rows, data: Data, device: torch.device):
+        self.split, self.device, self.size = split.on(device), device, data.size
         self.mean = torch.tensor(data.mean, device=device)
         self.std = torch.tensor(data.std, device=device)
 
-    def raw(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images and labels of the rows `index` (anywhere), on the device."""
-        index = index.to(self.split.labels.device)
-        images, labels = self.split.images[index], self.split.labels[index]
-        if images.device.type != self.device.type:  # from pinned memory the copy runs beside the arithmetic
-            images, labels = images.pin_memory(), labels.pin_memory()
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def centred(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The images (b x c x h x w) of each of `indices` (b) in turn, as networks are scored on them."""
+        for images in self.split.batches(indices, self.device):
+            yield self.normalized(views.centre(images, self.size))
 
-    def normalized(self, images: Tensor) -> Tensor:
+    def labels(self, index: Tensor) -> Tensor:
+        return gather(self.split.labels, index, self.device)
+
+    def normalized(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return views.normalize(images, self.mean, self.std)
 
 
@@ -53,25 +47,36 @@ class TrainingImages(Pixels):
 
     def __init__(self, data: Data, config: ViewConfig, seed: int, device: torch.device):
         super().__init__(data.train, data, device)
-        self.config, self.seed, self.rows, self.size = config, seed, len(data.train.labels), data.size
+        self.config, self.seed, self.rows = config, seed, len(data.train.labels)
 
-    def seen(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Mix | None]:
-        """Normalised images of the rows `index` as `epoch` sees them, their labels, and how they were mixed."""
+    def seen(self, indices: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, Mix | None]]:
+        """Of each of `indices` in turn, as `epoch` sees them: normalised images, labels, and how they were mixed."""
         seed, number = views.which(self.config, self.seed, epoch)
-        image, label = self._cropped(index, seed, number)
-        index, mixed = index.to(self.device, non_blocking=True), None
-        if self.config.mixes:
-            how = mixing.blend(self.config, seed, number, index, self.rows, self.size)
-            other, other_label = self._cropped(how.partner, seed, number)
-            image, mixed = mixing.mix(image, other, how), Mix(other_label, how.weight)
-        if self.config.erase:
-            image = mixing.erase(image, self.config.erase, seed, number, index)
-        return image, label, mixed
+        asked = list(indices)
+        if self.config.mixes:  # each batch's partners are fetched right behind it
+            asked = [rows for index in indices for rows in (index, mixing.partners(self.rows, index, seed, number))]
+        images = self.split.batches(asked, self.device)
+        for index in indices:
+            label, here, mixed = self.labels(index), index.to(self.device, non_blocking=True), None
+            image = self._view(next(images), here, seed, number)
+            if self.config.mixes:
+                how = mixing.blend(self.config, seed, number, here, self.rows, self.size)
+                other = self._view(next(images), how.partner, seed, number)
+                image, mixed = mixing.mix(image, other, how), Mix(self.labels(how.partner), how.weight)
+            if self.config.erase:
+                image = mixing.erase(image, self.config.erase, seed, number, here)
+            yield image, label, mixed
 
-    def _cropped(self, index: Tensor, seed: int, number: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.raw(index)
-        view = views.view(self.config, seed, number, index.to(self.device, non_blocking=True))
-        return self.normalized(views.apply(images, view, self.config.crop_padding)), labels
+    def _view(self, images: UInt8[Tensor, "b c m n"], index: Tensor, seed: int, number: int) -> Tensor:
+        config = self.config
+        if config.resized_crop:
+            box = augment.boxes(config.resized_crop, tuple(images.shape[2:]), index, seed, number)
+            images = augment.resized_crop(images, box, self.size)
+        view = views.view(config, seed, number, index, spare=images.shape[2] - self.size[0])
+        images = views.apply(images, view, config.padding, self.size)
+        if config.colour_jitter:
+            images = augment.jitter(images, augment.factors(config.colour_jitter, index, seed, number))
+        return self.normalized(images)
 
 
 class Batches:
@@ -83,17 +88,17 @@ class Batches:
         check_batch(self.size, self.rows, self.processes)
         self.steps = self.rows // self.size  # an epoch; the incomplete batch at its end is dropped
         self.seed, self.views = job.fit.seed, job.views
+        self.balance = job.fit.balance
         self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from its step `first` on."""
         # The whole order goes where the images are at once: a slice of it costs no copy in the step.
-        order = views.order(self.seed, epoch, self.rows).to(self.images.split.labels.device)
+        order = epoch_order(self.balance, self.seed, epoch, self.images.split).to(self.images.split.labels.device)
         device, share = self.images.device, self.size // self.processes
         number = views.which(self.views, self.seed, epoch)[1]
-        for step in range(first, self.steps):
-            start = step * self.size + self.process * share
-            index = order[start : start + share]
-            image, label, mixed = self.images.seen(index, epoch)
+        starts = range(first * self.size + self.process * share, self.steps * self.size, self.size)
+        indices = [order[start : start + share] for start in starts]
+        for step, (image, label, mixed) in enumerate(self.images.seen(indices, epoch), first):
             whens = (torch.full((), when, device=device) for when in (number, epoch, epoch * self.steps + step))
-            yield Batch(image, label, index.to(device, non_blocking=True), *whens, mixed)
+            yield Batch(image, label, indices[step - first].to(device, non_blocking=True), *whens, mixed)

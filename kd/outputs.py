@@ -39,6 +39,14 @@ class Outputs(NamedTuple):
     features: dict[str, Tensor] = {}  # noqa: RUF012  named intermediates, for methods that want them; never changed
 
 
+class Step(NamedTuple):
+    """What one forward pass of training gives."""
+
+    logits: Float[Tensor, "b k"]  # the student's
+    terms: dict[str, Tensor]  # weighted losses, whose sum is minimised
+    measures: dict[str, Tensor] = {}  # noqa: RUF012  means over the batch, to be looked at only; never changed
+
+
 class Stages(NamedTuple):
     """Where a network's features are: dotted names, in order of depth."""
 
@@ -60,6 +68,8 @@ class Pair(NamedTuple):
     student_stages: Stages = Stages()
     teacher_stages: Stages = Stages()
     head: nn.Module | None = None  # the teacher's classifier; never trained
+    balance: str = "none"  # how cross-entropy meets classes that differ in size (--balance)
+    partner: nn.Module | None = None  # a fresh network, for a method that trains it beside the student
 
 
 class Tap:

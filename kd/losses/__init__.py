@@ -1,7 +1,9 @@
 """One paper a file: the pure function of tensors first, then the module that wires it."""
 
+from kd.losses.apprentice import Apprentice, soft_cross_entropy
 from kd.losses.at import AttentionTransfer, attention_transfer_loss
-from kd.losses.base import DistillationLoss, Distiller, cross_entropy
+from kd.losses.balance import class_weights, cross_entropy, log_prior
+from kd.losses.base import DistillationLoss, Distiller
 from kd.losses.cc import CC, correlation_congruence_loss, neighbour_product_loss
 from kd.losses.crd import CRD, contrastive_loss
 from kd.losses.dist import DIST, dist_loss
@@ -38,15 +40,18 @@ LOSSES = {
     "reviewkd": ReviewKD,
     "simkd": SimKD,
     "tfkd": TFKD,
+    "apprentice": Apprentice,
 }
 
 __all__ = [
     "KD",
     "LOSSES",
+    "Apprentice",
     "CrossEntropy",
     "DistillationLoss",
     "Distiller",
     "attention_transfer_loss",
+    "class_weights",
     "contrastive_loss",
     "correlation_congruence_loss",
     "cross_entropy",
@@ -55,12 +60,14 @@ __all__ = [
     "hierarchical_context_loss",
     "hint_loss",
     "kd_loss",
+    "log_prior",
     "mimic_loss",
     "neighbour_product_loss",
     "nst_loss",
     "pkt_loss",
     "rkd_loss",
     "similarity_preserving_loss",
+    "soft_cross_entropy",
     "standardize",
     "tfkd_loss",
     "vid_loss",

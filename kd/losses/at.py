@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.features import FeatureLoss, paired, probed_maps, same_size, usual_terms
+from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
 from kd.methods.features import ATConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
 
@@ -41,4 +41,4 @@ class AttentionTransfer(FeatureLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term = sum(attention_transfer_loss(*maps) for maps in paired(student, teacher))
-        return usual_terms(self.config, student, teacher, batch) | {"at": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"at": self.config.weight * term}

@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kd.outputs import Batch, Outputs, Pair, Stages, Tap
+from kd.losses.balance import BalancedCrossEntropy
+from kd.metrics import closeness
+from kd.outputs import Batch, Outputs, Pair, Stages, Step, Tap
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -15,12 +16,14 @@ class DistillationLoss(nn.Module, ABC):
 
     needs_teacher = True
     needs_hard_labels = False  # refuses mixup and cutmix, whose images have two
+    has_cross_entropy = True  # a term that --balance can change
 
     def __init__(self, config, pair: Pair):
         super().__init__()
         self.config = config
         self.student_layers = tuple(pair.student.features)  # what forward finds in student.features
         self.teacher_layers = tuple(pair.teacher.features) if pair.teacher else ()
+        self.cross_entropy = BalancedCrossEntropy(pair.balance, pair.labels, pair.student.logits.shape[1])
         self.recipe: dict = {}  # how `rebuild` makes the deployed network; JSON, empty where it is the student
 
     @classmethod
@@ -28,9 +31,18 @@ class DistillationLoss(nn.Module, ABC):
         """The features it wants of the student and of the teacher (who may not be there yet): here none."""
         return (), ()
 
+    @classmethod
+    def partner(cls, config, model: str) -> str | None:
+        """The network that it trains from scratch beside a student called `model`: here none."""
+        return None
+
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Scalar terms, each averaged over the batch of this process; float32, with autocast off."""
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"] | None:
+        """The logits whose softmax the student follows; None for a method that follows no distribution."""
+        return None
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """The network that is trained, scored, saved and exported; called once."""
@@ -40,15 +52,6 @@ class DistillationLoss(nn.Module, ABC):
     def rebuild(cls, student: nn.Module, recipe: dict) -> nn.Module:
         """The deployed network, weights aside, from a fresh student and a saved `recipe`."""
         return student
-
-
-def cross_entropy(logits: Float[Tensor, "b k"], batch: Batch, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
-    """Cross-entropy with the label; of a mixed image with both of its labels, each by its share (arXiv:1710.09412)."""
-    if batch.mix is None:
-        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
-    options = {"label_smoothing": label_smoothing, "reduction": "none"}
-    own, other = (F.cross_entropy(logits, label, **options) for label in (batch.label, batch.mix.label))
-    return (batch.mix.weight * own + (1 - batch.mix.weight) * other).mean()
 
 
 class Distiller(nn.Module):
@@ -64,13 +67,26 @@ class Distiller(nn.Module):
     def deployed(self) -> nn.Module:
         return self.student
 
-    def forward(self, batch: Batch, teacher: Outputs | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits (b x k, float32) and the loss terms."""
+    def train(self, mode: bool = True) -> "Distiller":
+        """What does not learn stays as it scores: a frozen BatchNorm keeps its statistics, and nothing frozen drops."""
+        super().train(mode)
+        for part in self.modules():
+            parameters = list(part.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
+        return self
+
+    def forward(self, batch: Batch, teacher: Outputs | None) -> Step:
+        """The student's logits (float32), the loss terms, and how close student and teacher are."""
         student = self.tap(batch.image)
         # Losses lose digits in half precision: a Gram matrix in bfloat16 is off by 2e-3.
         with torch.autocast(batch.image.device.type, enabled=False):
-            student = _float(student)
-            return student.logits, self.loss(student, teacher and _float(teacher), batch)
+            student, teacher = _float(student), teacher and _float(teacher)
+            terms = self.loss(student, teacher, batch)
+            if teacher is None:
+                return Step(student.logits, terms)
+            soft_labels = self.loss.soft_labels(teacher)
+            return Step(student.logits, terms, closeness(student.logits, teacher.logits, batch.label, soft_labels))
 
 
 def _float(outputs: Outputs) -> Outputs:

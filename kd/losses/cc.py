@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
 from kd.losses.gather import global_batch
 from kd.methods.features import CCConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
@@ -64,4 +64,4 @@ class CC(FeatureLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         both = [embed(part) for embed, part in zip(self.embed, embeddings(student, teacher))]
         term = self.distance(*(global_batch(part) for part in both))
-        return usual_terms(self.config, student, teacher, batch) | {"cc": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"cc": self.config.weight * term}

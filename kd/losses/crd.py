@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kd.errors import require
-from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
 from kd.losses.gather import global_batch
 from kd.methods.features import CRDConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
@@ -95,7 +95,7 @@ class CRD(FeatureLoss):
         samples = banks.shape[1]
         term = sum(contrastive_loss(score, z, samples) for score, z in zip(scores, normalizers))
         self._remember(ours, theirs, batch.index)
-        return usual_terms(self.config, student, teacher, batch) | {"crd": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"crd": self.config.weight * term}
 
     @torch.no_grad()
     def _normalizers(self, scores: list[Float[Tensor, "b n"]]) -> Float[Tensor, "2"]:

@@ -3,10 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.base import DistillationLoss
 from kd.losses.gather import global_batch
 from kd.losses.kd import check_shapes
-from kd.losses.standardize import logits_of
+from kd.losses.standardize import logits_of, softened
 from kd.methods.logits import DISTConfig
 from kd.outputs import Batch, Outputs
 
@@ -44,6 +44,9 @@ class DIST(DistillationLoss):
         config = self.config
         logits = (global_batch(part) for part in logits_of(config, student, teacher))
         return {
-            "ce": cross_entropy(student.logits, batch),
+            "ce": self.cross_entropy(student.logits, batch),
             "dist": config.weight * dist_loss(*logits, config.beta, config.gamma, config.temperature),
         }
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
+        return softened(self.config, teacher, self.config.temperature)

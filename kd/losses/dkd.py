@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.base import DistillationLoss
 from kd.losses.kd import check_shapes, kd_loss
-from kd.losses.standardize import logits_of
+from kd.losses.standardize import logits_of, softened
 from kd.methods.logits import DKDConfig
 from kd.outputs import Batch, Outputs
 
@@ -55,9 +55,12 @@ class DKD(DistillationLoss):
         logits = logits_of(config, student, teacher)
         term = dkd_loss(*logits, batch.label, config.alpha, config.beta, config.temperature)
         return {
-            "ce": cross_entropy(student.logits, batch),
+            "ce": self.cross_entropy(student.logits, batch),
             "dkd": ramp(batch.epoch, config.ramp_epochs) * term,
         }
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
+        return softened(self.config, teacher, self.config.temperature)
 
 
 def ramp(epoch: Int[Tensor, ""], epochs: float) -> Float[Tensor, ""]:

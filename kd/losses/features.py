@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd.errors import UserError, require
-from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.base import DistillationLoss
 from kd.losses.kd import kd_loss
 from kd.methods.flags import FeatureFlags
 from kd.outputs import Batch, Outputs, Pair, Stages, there_are
@@ -18,6 +18,9 @@ class FeatureLoss(DistillationLoss):
     """A method of features: of the stages that the networks name, or of the layers that the flags name."""
 
     config: FeatureFlags
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"] | None:
+        return teacher.logits / self.config.kd_temperature if self.config.kd_weight else None
 
     @classmethod
     @abstractmethod
@@ -55,13 +58,12 @@ class FeatureLoss(DistillationLoss):
             )
         return names
 
-
-def usual_terms(config: FeatureFlags, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """Cross-entropy, and plain kd where --kd-weight asks for it."""
-    terms = {"ce": cross_entropy(student.logits, batch)}
-    if config.kd_weight:
-        terms["kd"] = config.kd_weight * kd_loss(student.logits, teacher.logits, config.kd_temperature)
-    return terms
+    def usual_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy, and plain kd where --kd-weight asks for it."""
+        terms, config = {"ce": self.cross_entropy(student.logits, batch)}, self.config
+        if config.kd_weight:
+            terms["kd"] = config.kd_weight * kd_loss(student.logits, teacher.logits, config.kd_temperature)
+        return terms
 
 
 def paired(student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:

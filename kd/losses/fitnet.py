@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd.errors import require
-from kd.losses.features import FeatureLoss, paired, probed_maps, same_size, usual_terms
+from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
 from kd.methods.features import FitNetConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
 
@@ -40,4 +40,4 @@ class FitNet(FeatureLoss):
         ((student_map, teacher_map),) = paired(student, teacher)
         student_map, teacher_map = same_size(student_map, teacher_map)
         term = hint_loss(self.regressor(student_map), teacher_map)
-        return usual_terms(self.config, student, teacher, batch) | {"fitnet": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"fitnet": self.config.weight * term}

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd.errors import require
-from kd.losses.base import DistillationLoss, cross_entropy
-from kd.losses.standardize import logits_of
+from kd.losses.base import DistillationLoss
+from kd.losses.standardize import logits_of, softened
 from kd.methods.logits import KDConfig
 from kd.outputs import Batch, Outputs
 
@@ -44,6 +44,9 @@ class KD(DistillationLoss):
         if self.config.direction == "reverse":
             towards = towards[::-1]
         return {
-            "ce": (1 - alpha) * cross_entropy(student.logits, batch),
+            "ce": (1 - alpha) * self.cross_entropy(student.logits, batch),
             "kd": alpha * self.config.boost * kd_loss(*towards, temperature),
         }
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
+        return softened(self.config, teacher, self.config.temperature)

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.base import DistillationLoss
 from kd.losses.kd import check_shapes
 from kd.losses.standardize import logits_of
 from kd.methods.logits import MimicConfig
@@ -29,6 +29,6 @@ class Mimic(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {
-            "ce": cross_entropy(student.logits, batch),
+            "ce": self.cross_entropy(student.logits, batch),
             "mimic": self.config.weight * mimic_loss(*logits_of(self.config, student, teacher)),
         }

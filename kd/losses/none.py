@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.base import DistillationLoss
 from kd.methods.logits import NoneConfig
 from kd.outputs import Batch, Outputs
 
@@ -14,4 +14,4 @@ class CrossEntropy(DistillationLoss):
     needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(student.logits, batch, self.config.label_smoothing)}
+        return {"ce": self.cross_entropy(student.logits, batch, self.config.label_smoothing)}

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.features import FeatureLoss, paired, probed_maps, same_size, usual_terms
+from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
 from kd.methods.features import NSTConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
 
@@ -38,4 +38,4 @@ class NeuronSelectivity(FeatureLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term = sum(nst_loss(*maps) for maps in paired(student, teacher))
-        return usual_terms(self.config, student, teacher, batch) | {"nst": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"nst": self.config.weight * term}

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
 from kd.losses.gather import global_batch
 from kd.methods.features import PKTConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
@@ -42,4 +42,4 @@ class PKT(FeatureLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term = pkt_loss(*(global_batch(part) for part in embeddings(student, teacher)))
-        return usual_terms(self.config, student, teacher, batch) | {"pkt": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"pkt": self.config.weight * term}

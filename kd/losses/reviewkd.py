@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd.errors import require
 from kd.losses.dkd import ramp
-from kd.losses.features import FeatureLoss, pool_to, usual_terms
+from kd.losses.features import FeatureLoss, pool_to
 from kd.methods.features import ReviewKDConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
 
@@ -89,7 +89,7 @@ class ReviewKD(FeatureLoss):
             predicted, carried = fusion(ours, carried, theirs.shape[2:])
             term = term + hierarchical_context_loss(predicted, theirs)
         weight = self.config.weight * ramp(batch.epoch, self.config.ramp_epochs)
-        return usual_terms(self.config, student, teacher, batch) | {"reviewkd": weight * term}
+        return self.usual_terms(student, teacher, batch) | {"reviewkd": weight * term}
 
 
 def deepest_first(outputs: Outputs) -> list[Float[Tensor, "b c h w"]]:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.features import FeatureLoss, embeddings, probed_embeddings, usual_terms
+from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
 from kd.losses.gather import global_batch
 from kd.methods.features import RKDConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
@@ -49,4 +49,4 @@ class RKD(FeatureLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         both = (global_batch(part) for part in embeddings(student, teacher))
         term = rkd_loss(*both, self.config.distance_weight, self.config.angle_weight)
-        return usual_terms(self.config, student, teacher, batch) | {"rkd": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"rkd": self.config.weight * term}

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd.errors import require
-from kd.losses.features import FeatureLoss, paired, pool_to, probed_maps, usual_terms
+from kd.losses.features import FeatureLoss, paired, pool_to, probed_maps
 from kd.losses.fitnet import hint_loss
 from kd.methods.features import SimKDConfig
 from kd.outputs import Batch, Outputs, Pair, Stages, Tap
@@ -53,6 +53,7 @@ class SimKD(FeatureLoss):
     """
 
     config: SimKDConfig
+    has_cross_entropy = False
 
     @classmethod
     def wanted(cls, config: SimKDConfig, stages: Stages) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ class SimKD(FeatureLoss):
         ((ours, theirs),) = probed_maps(pair, only_one=True)
         known = pair.head is not None and pair.student_stages.classifier is not None
         require(known, "simkd reuses the classifier, and a network here ends in no linear layer over the classes")
+        _check_classes(pair, theirs)
         _check_pooled(pair, theirs)
         self._head = {name: tensor.clone() for name, tensor in pair.head.state_dict().items()}
         self.recipe = {
@@ -79,7 +81,7 @@ class SimKD(FeatureLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ((ours, theirs),) = paired(student, teacher)
         term = hint_loss(ours, pool_to(theirs, ours.shape[2:]))
-        terms = usual_terms(self.config, student, teacher, batch) | {"simkd": self.config.weight * term}
+        terms = self.usual_terms(student, teacher, batch) | {"simkd": self.config.weight * term}
         del terms["ce"]
         return terms
 
@@ -91,6 +93,23 @@ class SimKD(FeatureLoss):
     @classmethod
     def rebuild(cls, student: nn.Module, recipe: dict) -> nn.Module:
         return Reused(student, recipe)
+
+
+def _check_classes(pair: Pair, teacher_map: Float[Tensor, "b c h w"]) -> None:
+    """The reused classifier has the teacher's classes, which are matched with the data's only behind it."""
+    known, wanted = pair.head.out_features, pair.teacher.logits.shape[1]
+    require(
+        known == wanted, f"simkd reuses the teacher's classifier over its {known} classes, and the data has {wanted}"
+    )
+    pooled = teacher_map.mean(dim=(2, 3))
+    if pooled.shape[1] != pair.head.in_features:
+        return  # not what it takes, which _check_pooled says
+    raw = pair.head(pooled)
+    moved = torch.allclose(raw.sort(dim=1).values, pair.teacher.logits.sort(dim=1).values, rtol=1e-3, atol=1e-3)
+    same = torch.allclose(raw, pair.teacher.logits, rtol=1e-3, atol=1e-3)
+    require(
+        same or not moved, "simkd reuses the teacher's classifier, whose classes are in another order than the data's"
+    )
 
 
 def _check_pooled(pair: Pair, teacher_map: Float[Tensor, "b c h w"]) -> None:

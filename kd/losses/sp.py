@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.features import FeatureLoss, paired, usual_terms
+from kd.losses.features import FeatureLoss, paired
 from kd.losses.gather import global_batch
 from kd.methods.features import SPConfig
 from kd.outputs import Batch, Outputs, Stages
@@ -33,4 +33,4 @@ class SimilarityPreserving(FeatureLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         pairs = [(global_batch(ours), global_batch(theirs)) for ours, theirs in paired(student, teacher)]
         term = sum(similarity_preserving_loss(*maps) for maps in pairs)
-        return usual_terms(self.config, student, teacher, batch) | {"sp": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"sp": self.config.weight * term}

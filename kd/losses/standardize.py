@@ -24,3 +24,8 @@ def logits_of(
     if config.standardize:
         return standardize(student.logits), standardize(teacher.logits)
     return student.logits, teacher.logits
+
+
+def softened(config: LogitFlags, teacher: Outputs, temperature: float) -> Float[Tensor, "b k"]:
+    """The teacher's logits as a method compares them."""
+    return (standardize(teacher.logits) if config.standardize else teacher.logits) / temperature

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kd.losses.base import DistillationLoss, cross_entropy
+from kd.losses.base import DistillationLoss
 from kd.losses.kd import kd_loss
 from kd.methods.logits import TFKDConfig
 from kd.outputs import Batch, Outputs
@@ -37,4 +37,4 @@ class TFKD(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         alpha = self.config.alpha
         term = tfkd_loss(student.logits, batch.label, self.config.correct, self.config.temperature)
-        return {"ce": (1 - alpha) * cross_entropy(student.logits, batch), "tfkd": alpha * term}
+        return {"ce": (1 - alpha) * self.cross_entropy(student.logits, batch), "tfkd": alpha * term}

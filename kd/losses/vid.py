@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kd.losses.features import FeatureLoss, paired, probed_maps, same_size, usual_terms
+from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
 from kd.methods.features import VIDConfig
 from kd.outputs import Batch, Outputs, Pair, Stages
 
@@ -62,4 +62,4 @@ class VID(FeatureLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term = sum(predictor(*maps) for predictor, maps in zip(self.predictors, paired(student, teacher)))
-        return usual_terms(self.config, student, teacher, batch) | {"vid": self.config.weight * term}
+        return self.usual_terms(student, teacher, batch) | {"vid": self.config.weight * term}

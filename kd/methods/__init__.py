@@ -21,7 +21,15 @@ from kd.methods.features import (
     SPConfig,
     VIDConfig,
 )
-from kd.methods.logits import DISTConfig, DKDConfig, KDConfig, MimicConfig, NoneConfig, TFKDConfig
+from kd.methods.logits import (
+    ApprenticeConfig,
+    DISTConfig,
+    DKDConfig,
+    KDConfig,
+    MimicConfig,
+    NoneConfig,
+    TFKDConfig,
+)
 
 METHODS = {
     "none": NoneConfig,
@@ -41,6 +49,7 @@ METHODS = {
     "reviewkd": ReviewKDConfig,
     "simkd": SimKDConfig,
     "tfkd": TFKDConfig,
+    "apprentice": ApprenticeConfig,
 }
 # tyro makes a subcommand of each member of a union.
 Method = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in METHODS.items())]  # noqa: UP007

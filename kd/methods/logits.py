@@ -98,3 +98,20 @@ class TFKDConfig:
         positive(self, "temperature")
         share(self, "alpha")
         require(0 < self.correct < 1, f"--correct {self.correct}: give a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ApprenticeConfig:
+    """Mishra & Marr 2017, scheme A: a teacher that is trained together with the student, from scratch."""
+
+    partner: str | None = None
+    """That teacher, always in full precision: names as for --student; left out: the student's own network."""
+    alpha: float = 1.0
+    """Weight of the teacher's cross-entropy with the labels."""
+    beta: float = 0.5
+    """Weight of the student's."""
+    gamma: float = 0.5
+    """Weight of the student's cross-entropy with the teacher's probabilities."""
+
+    def check(self) -> None:
+        not_negative(self, "alpha", "beta", "gamma")
