@@ -1,6 +1,7 @@
 """Teachers: anything that answers a Batch with Outputs. The training loop cannot tell one from another."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,32 +16,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kd.adapt import adapt, resized
+from kd.config import DistillConfig, Job
 from kd.data import Data
-from kd.errors import require
+from kd.foreign import NEW_HEAD, build, is_foreign, origin_of, read, with_fresh_head
+from kd.hub import local_folder
+from kd.models import build_model
 from kd.outputs import Batch, Outputs, Tap
 from kd.run_folder import load_network
 
 Teacher = Callable[[Batch], Outputs]
 
 
-class Renormalize(nn.Module):
-    """From the student's normalisation to the teacher's own."""
-
-    def __init__(self, ours: tuple, theirs: tuple):
-        super().__init__()
-        mean, std, their_mean, their_std = (torch.tensor(part)[:, None, None] for part in (*ours, *theirs))
-        self.register_buffer("scale", std / their_std, persistent=False)
-        self.register_buffer("shift", (mean - their_mean) / their_std, persistent=False)
-
-    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return image * self.scale + self.shift
-
-
 class Frozen(NamedTuple):
     """A teacher's network, ready to be asked: on the device, in eval mode, without gradients."""
 
     network: nn.Module
-    folder: Path
+    folder: Path  # or the name of a network from elsewhere
     sha256: str  # of its weights and of what it expects
     summary: dict
     classes: int  # of its own classifier, before they are matched with the data's
@@ -62,9 +54,19 @@ class Average(nn.Module):
         return each.logsumexp(dim=0) - math.log(len(self.networks))
 
 
-def load_teachers(folders: Sequence[Path], data: Data, device: torch.device, trust_code: bool) -> Frozen:
-    """The teacher in the one folder, or the average of those in several. Raises UserError as load_teacher does."""
-    members = tuple(load_teacher(folder, data, device, trust_code) for folder in folders)
+def load_teachers(
+    names: Sequence[str | Path], data: Data, device: torch.device, trust_code: bool, model: str = ""
+) -> Frozen:
+    """The one teacher named, or the average of several; `model` is the network of those that are files of weights.
+
+    Raises UserError as load_teacher and kd.foreign do.
+    """
+    load = lambda name: (  # noqa: E731
+        _load_foreign(str(name), model, data, device)
+        if is_foreign(str(name))
+        else load_teacher(local_folder(name), data, device, trust_code)
+    )
+    members = tuple(load(name) for name in names)
     if len(members) == 1:
         return members[0]
     network = Average([member.network for member in members]).eval()
@@ -75,33 +77,44 @@ def load_teachers(folders: Sequence[Path], data: Data, device: torch.device, tru
 
 
 def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> Frozen:
-    """A finished run as teacher for students on `data`; its normalisation is kept, its classes are matched by name.
+    """A finished run as teacher for students on `data`.
 
-    Raises: UserError where it lacks a class of `data`, takes another image size, or its network is a `module:function`
-    and not trusted.
+    Its normalisation and image size are kept, its classes are matched by name. Raises: UserError where it lacks a class
+    of `data`, or its network is a `module:function` and not trusted.
     """
     network, info, sha256, summary = load_network(folder, trust_code)
-    theirs, ours = info["classes"], list(data.classes)
-    missing = [name for name in ours if name not in theirs]
-    require(
-        not missing and len(set(theirs)) == len(theirs),
-        f"teacher {folder} knows {len(theirs)} classes and not {', '.join(map(repr, missing[:3]))} of the data's"
-        f" {len(ours)}: train one on this data",
-    )
-    require(
-        tuple(info["image_size"]) == data.size,
-        f"teacher {folder} takes images of {info['image_size']} (height, width), the data has {list(data.size)}",
-    )
-    # As hooks, so that its layers keep their names.
-    if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
-        renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
-        network.register_forward_pre_hook(lambda _, images: renormalize(*images))
-    if theirs != ours:  # by name: ours may come in another order, or be some of theirs
-        columns = torch.tensor([theirs.index(name) for name in ours], device=device)
-        network.register_forward_hook(lambda _, images, logits: logits[:, columns])
+    adapt(network, info, data, device, f"teacher {folder}", "train one on this data")
     # What it says follows from its normalisation and classes as well.
     identity = hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()
-    return Frozen(network.eval().requires_grad_(False).to(device), folder, identity, summary, len(theirs))
+    return Frozen(network, folder, identity, summary, len(info["classes"]))
+
+
+def _load_foreign(name: str, model: str, data: Data, device: torch.device) -> Frozen:
+    found = read(name, model)
+    network = build(found, name)
+    adapt(network, found._asdict(), data, device, f"--teacher {name}", NEW_HEAD)
+    return Frozen(network, Path(name), found.sha256, {"model": found.model}, len(found.classes))
+
+
+def head_task(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, Data] | None:
+    """What trains a new last layer upon a teacher from elsewhere: the job, and the data normalised as that one expects.
+
+    None where that is not asked, or for a run, which has learned its last layer.
+    """
+    if not (config.fine_tune_teacher and is_foreign(str(name))):
+        return None
+    found = read(str(name), config.teacher_model)
+    job = config.head_job(found.model, origin_of(found, str(name)))
+    return job, dataclasses.replace(data, mean=found.mean, std=found.std)
+
+
+def start_network(job: Job, data: Data) -> nn.Module:
+    """The job's network as its training begins: fresh, or from elsewhere and fresh in its last layer alone."""
+    if job.origin is None:
+        return build_model(job.model, len(data.classes), data.size)
+    network = with_fresh_head(job, len(data.classes))
+    resized(network, job.origin.image_size, data)
+    return network
 
 
 def folded(network: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ Beyer et al., arXiv:2106.05237.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from kd.batches import TrainingImages
 from kd.config import Job
 from kd.data import Data
 from kd.display import console
-from kd.errors import UserError, require
-from kd.files import sync_file
+from kd.errors import Preempted, UserError, require
+from kd.files import create_map, sync_file
 from kd.launch import wait_for
 from kd.lock import Lock
 from kd.outputs import Batch, Outputs
+from kd.run_folder import without_younger
+from kd.signals import StopRequests
 from kd.teacher import Frozen, Teacher, live
 from kd.teacher_store import Store
 
@@ -68,14 +71,13 @@ def cached(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, root
 
 def identity_of(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator) -> dict:
     """Everything that the answers depend on."""
-    digest = hashlib.sha256()
-    for part in data.train:
-        digest.update(part.numpy())
-    spec = {"rows": len(data.train.labels), "classes": len(data.classes), "rows_sha256": digest.hexdigest()}
+    spec = {"rows": len(data.train.labels), "classes": len(data.classes), "rows_sha256": data.train.sha256}
     spec |= {"teacher_sha256": teacher.sha256, "normalisation": [data.mean, data.std]}
-    spec |= {"views": asdict(job.views), "precision": accelerator.mixed_precision}
+    spec |= {"views": without_younger(asdict(job.views)), "precision": accelerator.mixed_precision}
     spec |= {"device": accelerator.device.type, "deterministic": job.fit.deterministic}
     spec |= {"dtype": job.cache.cache_dtype, "top_k": job.cache.cache_top_k, "class_names": data.classes}
+    if job.data.stored_size:  # rows_sha256 is of the images as they are stored
+        spec |= {"image_size": data.size}
     return json.loads(json.dumps(spec))
 
 
@@ -98,42 +100,56 @@ def _build(store: Store, images: TrainingImages, ask: Teacher, accelerator: Acce
     main = accelerator.is_main_process
     if main and not blocks:
         for name, shape in store.shapes.items():
-            np.lib.format.open_memmap(store.path(name), "w+", store.dtype(name), shape).flush()
+            create_map(store.path(name), store.dtype(name), shape).flush()
     accelerator.wait_for_everyone()
     chunks = range(accelerator.process_index * share, store.rows, accelerator.num_processes * share)
-    for view in range(len(blocks), store.views):
-        title = f"teacher's answers, view {view + 1} of {store.views}"
-        for start in track(chunks, title, console=console, disable=not (main and console.is_terminal), transient=True):
+    with StopRequests() as requests:
+        for view in range(len(blocks), store.views):
+            title = f"teacher's answers, view {view + 1} of {store.views}"
+            hidden = not (main and console.is_terminal)
             # The last batch is padded: a small one would be computed in another order and differ in its last bits.
-            index = torch.arange(start, start + share).clamp(max=store.rows - 1)
-            rows = slice(start, min(start + share, store.rows))
-            store.write(view, rows, _ask(ask, images, index, view).logits[: rows.stop - start])
-        accelerator.wait_for_everyone()
-        if main:
-            for name in store.shapes:
-                sync_file(store.path(name))
-            blocks = [*blocks, store.block(view)]
-            store.seal(blocks)
-            print(f"{store.folder}: view {view + 1} of {store.views} kept", flush=True)
+            indices = [torch.arange(start, start + share).clamp(max=store.rows - 1) for start in chunks]
+            said = _ask(ask, images, indices, view)
+            for start, answer in zip(track(chunks, title, console=console, disable=hidden, transient=True), said):
+                if requests.number and accelerator.num_processes == 1:
+                    _stop(requests.number, store, view)
+                rows = slice(start, min(start + share, store.rows))
+                store.write(view, rows, answer.logits[: rows.stop - start])
+            asked = torch.tensor([requests.number], device=accelerator.device)
+            stop = int(accelerator.gather(asked).max())  # also the moment when all have written their rows
+            if main:
+                for name in store.shapes:
+                    sync_file(store.path(name))
+                blocks = [*blocks, store.block(view)]
+                store.seal(blocks)
+                print(f"{store.folder}: view {view + 1} of {store.views} kept", flush=True)
+            if stop:
+                _stop(stop, store, view + 1)
     accelerator.wait_for_everyone()
 
 
-def _ask(ask: Teacher, images: TrainingImages, index: Tensor, view: int) -> Outputs:
-    image, label, mixed = images.seen(index, view)
-    numbers = (torch.full((), number, device=image.device) for number in (view, view, 0))
-    return ask(Batch(image, label, index.to(image.device), *numbers, mixed))
+def _stop(signal_number: int, store: Store, kept: int) -> None:
+    """Raises Preempted between two batches; several processes between two views, where they agree."""
+    done = f"{kept} of {store.views} views of the teacher's answers are kept in {store.folder}"
+    raise Preempted(signal_number, f"{done}; the same command goes on")
+
+
+def _ask(ask: Teacher, images: TrainingImages, indices: list[Tensor], view: int) -> Iterator[Outputs]:
+    numbers = [torch.full((), number, device=images.device) for number in (view, view, 0)]
+    for index, (image, label, mixed) in zip(indices, images.seen(indices, view)):
+        yield ask(Batch(image, label, index.to(images.device), *numbers, mixed))
 
 
 def _compare(store: Store, images: TrainingImages, ask: Teacher, accelerator: Accelerator, share: int) -> None:
     """Ask the teacher about a few rows again: what is kept must be what it says today, of what the student will see."""
-    index = torch.linspace(0, store.rows - 1, share).long()
+    index = images.split.sample(share)
     tolerance = TOLERANCE[store.identity["dtype"]]
     if accelerator.device.type != "cpu":
         tolerance = max(tolerance, 2**-8)  # TF32, and kernels chosen anew in each process
     if accelerator.mixed_precision != "no":
         tolerance = max(tolerance, 2**-5)  # half-precision arithmetic depends on the batch it runs in
     for view in {0, store.views - 1}:
-        now = _ask(ask, images, index, view).logits.float().cpu()
+        now = next(_ask(ask, images, [index], view)).logits.float().cpu()
         kept = torch.from_numpy(np.asarray(store.open("logits", "r")[view, index.numpy()])).float()
         if store.top_k is not None:
             kept, now = kept[:, :-1], now.topk(store.top_k, dim=1).values

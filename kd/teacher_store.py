@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.batches import Split, place
 from kd.errors import UserError, require
 from kd.files import read_json, write_json
 from kd.outputs import Batch, Outputs
+from kd.rows import place
 from kd.teacher import Teacher
 
 
@@ -37,8 +37,9 @@ class Store:
         """One file as a memory map; raises UserError where its size is not what its shape needs."""
         try:
             array = np.load(self.path(name), mmap_mode=mode)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{self.path(name)} cannot be read ({error}); remove {self.folder} to build it") from error
+        require(isinstance(array, np.ndarray), f"{self.path(name)} is no array; remove {self.folder} to build it anew")
         found, wanted = (array.shape, array.dtype), (self.shapes[name], self.dtype(name))
         require(found == wanted, f"{self.path(name)} holds {found}, wanted is {wanted}; remove {self.folder}")
         return array
@@ -48,14 +49,19 @@ class Store:
         if not (self.folder / "manifest.json").exists():
             return []
         manifest = read_json(self.folder / "manifest.json")
-        theirs = manifest.get("identity", {})
+        theirs, blocks = manifest.get("identity"), manifest.get("blocks")
+        sound = isinstance(theirs, dict) and isinstance(blocks, list) and len(blocks) <= self.views
+        sound = sound and all(isinstance(block, dict) for block in blocks)
+        require(
+            sound, f"{self.folder / 'manifest.json'} is none that a cache has; remove {self.folder} to build it anew"
+        )
         differ = [
             f"{key}: {theirs.get(key)} there, {value} here"
             for key, value in self.identity.items()
             if theirs.get(key) != value
         ]
         require(not differ, f"{self.folder} holds other answers ({'; '.join(differ)}); remove it to build it anew")
-        return manifest.get("blocks", [])
+        return blocks
 
     def seal(self, blocks: list[dict[str, str]]) -> None:
         write_json(self.folder / "manifest.json", {"identity": self.identity, "blocks": blocks})
@@ -96,7 +102,7 @@ class Store:
     def teacher(self, device: torch.device) -> Teacher:
         """Look rows up by (view, index); from the device's memory if they fit there."""
         parts = {name: torch.from_numpy(self.open(name, "c")).flatten(0, 1) for name in self.shapes}
-        placed = {name: place(Split(part, part[:0, 0]), device).images for name, part in parts.items()}
+        placed = {name: place(part, device) for name, part in parts.items()}
 
         def answer(batch: Batch) -> Outputs:
             # One flat index: a tensor as first of two indices would make the host wait for its value.

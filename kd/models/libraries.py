@@ -50,11 +50,13 @@ def from_torchvision(name: str, num_classes: int, image_size: tuple[int, int]) -
 
 
 def timm_names() -> list[str]:
-    return _timm().list_models()
+    """Plain names, and those with the tag of their pretrained weights."""
+    timm = timm_library()
+    return [*timm.list_models(), *timm.list_pretrained()]
 
 
 def from_timm(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    timm = _timm()
+    timm = timm_library()
     # Only these constructors take the size; the others would refuse the argument.
     extra = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
@@ -67,7 +69,7 @@ def from_timm(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Mo
     return network
 
 
-def _timm():
+def timm_library():
     try:
         import timm
     except ImportError as error:
