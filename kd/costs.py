@@ -1,5 +1,7 @@
 """What a network costs to run: multiplications, bytes on the disk, time for one image on this machine's CPU."""
 
+import dataclasses
+import json
 import platform
 import statistics
 import time
@@ -7,7 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from kd.config import CompressConfig
 from kd.errors import UserError
 from kd.files import read_json, write_json
 from kd.launch import same_threads
@@ -15,6 +19,8 @@ from kd.results import Run
 from kd.run_folder import Trained, load_network
 
 WARMUP, REPEATS, PATIENCE = 5, 100, 3.0  # passes, passes, seconds at most
+SHAPING = tuple(entry.name for entry in dataclasses.fields(CompressConfig))  # what else tells networks apart
+SHAPING += ("image_size", "origin")
 THREADS = 1  # of one image there is little to share out, and one thread's time is the steadier
 
 
@@ -35,12 +41,8 @@ def measure(folder: Path, trust_code: bool) -> Cost:
 
 @torch.no_grad()
 def _run(trained: Trained) -> tuple[int, float]:
-    from torch.utils.flop_counter import FlopCounterMode
-
+    macs = count_macs(trained.network, tuple(trained.info["image_size"]))
     image = torch.zeros(1, 3, *trained.info["image_size"])
-    with FlopCounterMode(display=False) as counter:
-        trained.network(image)
-    macs = counter.get_total_flops() // 2  # the library counts a multiply-accumulate as two
     for _ in range(WARMUP):
         trained.network(image)
     times, started = [], time.perf_counter()
@@ -51,7 +53,20 @@ def _run(trained: Trained) -> tuple[int, float]:
     return macs, 1000 * statistics.median(times)
 
 
-def machine() -> str:
+@torch.no_grad()
+def count_macs(network: nn.Module, image_size: tuple[int, int]) -> int:
+    """Multiply-accumulates of the network's convolutions and matrix products for one image; it is left as it was."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training, device = network.training, next(network.parameters()).device
+    network.eval()
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, *image_size, device=device))
+    network.train(training)
+    return counter.get_total_flops() // 2  # the library counts a multiply-accumulate as two
+
+
+def machine(threads: int = THREADS) -> str:
     """The CPU's name as far as the system tells it, and the threads used: what a latency belongs to."""
     name = platform.processor() or platform.machine()
     try:
@@ -59,7 +74,7 @@ def machine() -> str:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {THREADS} thread, torch {torch.__version__}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
 
 
 class Costs:
@@ -80,6 +95,8 @@ class Costs:
     def of(self, run: Run) -> Cost | None:
         """None where the network cannot be built; `notes` says why, by folder."""
         key = f"{run.summary['model']} {run.summary['params']} {run.identity['data']} {run.identity.get('classes')}"
+        asked = {flag: run.identity[flag] for flag in SHAPING if run.identity.get(flag) is not None}
+        key += f" {json.dumps(asked, sort_keys=True)}" if asked else ""
         if key not in self._kept:
             try:
                 self._kept[key] = measure(run.path, self.trust_code)

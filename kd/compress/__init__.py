@@ -1,0 +1,130 @@
+"""Smaller students: pruned channels, zeros for good, few bits; and how such a network is built again."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
+
+from kd.compress.layers import inner_layers
+from kd.compress.prune import prune_channels, resize, sizes
+from kd.compress.quantize import Quantized, quantize_activations, quantize_weights
+from kd.compress.sparse import Masked, sparsify
+from kd.config import Job
+from kd.costs import count_macs
+from kd.data import Data
+from kd.errors import UserError, require
+from kd.files import load_weights
+from kd.run_folder import read_model
+
+__all__ = ["compress", "compression_summary", "plain_weights", "rebuild"]
+
+SCALE_BYTES = 4  # of one channel's scale
+
+
+def compress(network: nn.Module, job: Job, data: Data) -> dict:
+    """Make the freshly built `network` the one that `job` asks for, in place: initial weights, channels, zeros, bits.
+
+    Returns its recipe for model.json, empty where nothing is asked. A pure function of the job and of --init's weights,
+    so that a resumed run rebuilds what its checkpoint fits.
+    Raises: UserError where --init is no finished run of this network, or the network cannot be compressed so.
+    """
+    config, fresh = job.compress, sizes(network)
+    if not config.asked:
+        return {}
+    if config.init is not None:
+        _start_from(network, Path(config.init), job, data)
+    macs_before = count_macs(network, data.size)
+    if config.prune:
+        prune_channels(network, config.prune, data.size, job.model, len(data.classes))
+    changed = {name: values for name, values in sizes(network).items() if values != fresh[name]}
+    recipe = {"shapes": changed, "macs_before": macs_before, "layers": []}
+    recipe |= {key: getattr(config, key) for key in ("weight_bits", "activation_bits", "sparsity")}
+    if config.sparsity or config.weight_bits < 32 or config.activation_bits < 32:
+        layers = inner_layers(network, data.size, job.model)
+        recipe["layers"] = list(layers)
+        if config.sparsity:
+            sparsify(network, layers, config.sparsity)
+        if config.weight_bits < 32:  # of what is left: zero is one of the levels
+            quantize_weights(network, layers, config.weight_bits)
+        if config.activation_bits < 32:
+            quantize_activations(network, layers, config.activation_bits)
+    return recipe
+
+
+def rebuild(network: nn.Module, recipe: dict) -> nn.Module:
+    """The compressed network, weights aside, from a fresh one: the saved ones have their zeros and levels already."""
+    resize(network, recipe["shapes"])
+    if recipe["activation_bits"] < 32:
+        quantize_activations(network, tuple(recipe["layers"]), recipe["activation_bits"])
+    return network
+
+
+def _start_from(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
+    """Load a finished run's weights; of a pruned one also its shapes."""
+    info, _ = read_model(folder)
+    model, recipe = info["model"], info.get("compression") or {}
+    require(model == job.model, f"--init {folder}: is a {model}, here is a {job.model}; name a run of the same model")
+    deployed = info.get("deployed") or {}
+    require(not deployed, f"--init {folder}: {deployed.get('method')} added to its network; name another run")
+    ours = (list(data.classes), list(data.size))
+    require(
+        (info["classes"], list(info["image_size"])) == ours,
+        f"--init {folder}: was trained on {len(info['classes'])} classes in images of {info['image_size']},"
+        f" here are {len(ours[0])} in {ours[1]}, or others; name a run on the same data",
+    )
+    try:
+        sparsity = float(recipe.get("sparsity", 0.0))
+        resize(network, recipe.get("shapes", {}))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder / 'model.json'}: compression {recipe} cannot be rebuilt ({error!r})") from error
+    require(
+        job.compress.sparsity >= sparsity,
+        f"--init {folder}: has a sparsity of {sparsity}, which training would fill again; add --sparsity {sparsity}",
+    )
+    load_weights(network, folder / "model.safetensors")
+
+
+@torch.no_grad()
+def plain_weights(network: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A state of the network (its own if None) with rounded and masked weights in place of what they are made from."""
+    weights = dict(network.state_dict() if state is None else state)
+    for name, module in network.named_modules():
+        for tensor, chain in module.parametrizations.items() if is_parametrized(module) else ():
+            prefix = f"{name}.parametrizations.{tensor}."
+            parts = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+            weights[f"{name}.{tensor}"] = functional_call(chain, parts, ())
+    return weights
+
+
+@torch.no_grad()
+def compression_summary(network: nn.Module, job: Job, recipe: dict, image_size: tuple[int, int]) -> dict:
+    """The summary's keys of a compressed network; none of any other.
+
+    `sparsity` is the share of zeros that came out, over the compressed layers; `macs` counts them as if they were
+    multiplied. `packed_bytes`: parameters and buffers with each weight in its bits, one scale a channel.
+    """
+    if not recipe:
+        return {}
+    weights = plain_weights(network)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    zeros = counted = 0
+    for name, module in network.named_modules():
+        if not is_parametrized(module, "weight"):
+            continue
+        weight, chain = weights[f"{name}.weight"], list(module.parametrizations["weight"])
+        bits = next((part.bits for part in chain if isinstance(part, Quantized)), 32)
+        if bits < 32:
+            total += weight.numel() * bits // 8 + len(weight) * SCALE_BYTES - weight.numel() * weight.element_size()
+        if any(isinstance(part, Masked | Quantized) for part in chain):
+            zeros, counted = zeros + int((weight == 0).sum()), counted + weight.numel()
+    return {
+        "init": job.compress.init,
+        "weight_bits": recipe["weight_bits"],
+        "activation_bits": recipe["activation_bits"],
+        "sparsity": zeros / counted if counted else 0.0,
+        "macs": count_macs(network, image_size),
+        "macs_before": recipe["macs_before"],
+        "packed_bytes": total,
+    }
