@@ -149,7 +149,7 @@ def bare(job: Job, data, accelerator, steps: int) -> Callable[[], None]:
     def piece() -> None:
         distiller.train()
         for _ in range(steps):
-            accelerator.backward(sum(model(batch, answer)[1].values()))
+            accelerator.backward(sum(model(batch, answer).terms.values()))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -220,12 +220,15 @@ def forward_only(config: BenchConfig, data, accelerator) -> Callable[[], None]:
 
 
 def evaluation(job: Job, data, accelerator, config: BenchConfig) -> Callable[[], None]:
-    from kd.data import Split
+    import torch
+
     from kd.fit import predict
+    from kd.rows import Split, centred
 
     network = _distiller(job, data, accelerator.device).deployed
     rows = _scored(config, data)
-    split = Split(data.test.images[:rows], data.test.labels[:rows])
+    images = torch.cat(list(centred(data.test, data.size, torch.arange(rows), config.batch_size)))
+    split = Split(images, data.test.labels[:rows])
     return lambda: predict(network, split, data, accelerator, job.fit.batch_size)
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from kd.errors import UserError
 from kd.files import read_json, read_weights, remove_tree, sha256_file, sync_folder, write_json, write_weights
+from kd.metrics import UNNAMED
 
 KEEP = 2  # the newest and, should it turn out bad, the one before
 
@@ -30,6 +31,7 @@ class State:
     sums: dict = field(default_factory=dict)  # of the unfinished epoch: Meter.save
     threads: int = 0
     processes: int = 1
+    processes_before: list[int] = field(default_factory=list)  # of --resume-inexact: each number it was trained by
     scaler: dict = field(default_factory=dict)  # of fp16 gradients
     timing: dict = field(default_factory=dict)  # images and seconds that images_per_second is made of
 
@@ -40,7 +42,8 @@ def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, be
     target = folder / f"step-{state.step}"
     try:
         folder.mkdir(exist_ok=True)
-        remove_tree(partial)
+        for killed in folder.glob(".partial-*"):  # in the middle of its save
+            remove_tree(killed)
         partial.mkdir()
         write_weights(partial / "model.safetensors", module.state_dict())
         tensors, rest = _split_optimizer(optimizer.state_dict())
@@ -90,7 +93,7 @@ def _fault(checkpoint: Path) -> str | None:
         if missing := wanted - set(manifest):
             return f"its manifest lacks {', '.join(sorted(missing))}"
         wrong = [name for name in sorted(wanted) if sha256_file(checkpoint / name) != manifest[name]]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return str(error)
     return f"{', '.join(wrong)} changed since it was saved" if wrong else None
 
@@ -98,14 +101,37 @@ def _fault(checkpoint: Path) -> str | None:
 def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[State, dict[str, Tensor]]:
     """Load weights and optimizer in place; returns the position and the best weights so far."""
     content = read_json(checkpoint / "state.json")
-    module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
-    optimizer.load_state_dict(_join_optimizer(read_weights(checkpoint / "optimizer.safetensors"), content["optimizer"]))
+    try:
+        state = _sound(State(**content["state"]))
+        module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
+        tensors = read_weights(checkpoint / "optimizer.safetensors")
+        optimizer.load_state_dict(_join_optimizer(tensors, content["optimizer"]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{checkpoint} is none that this version can continue ({error!r:.200}); to start again, remove the run"
+        ) from error
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 # Saved in plain order; fused optimizers want it to lie in memory as its parameter does.
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    return State(**content["state"]), read_weights(checkpoint / "best.safetensors")
+    return state, read_weights(checkpoint / "best.safetensors")
+
+
+def _sound(state: State) -> State:
+    """The state, seen to be one that `save` writes. Raises ValueError naming the first entry that is not."""
+    counts = {"step": 0, "threads": 1, "processes": 1}
+    for name, least in counts.items():
+        value = getattr(state, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"state.json has {name} {value!r}")
+    lines = isinstance(state.history, list) and all(isinstance(line, dict) for line in state.history)
+    rows, names = state.sums["rows"], [*state.sums["terms"], *state.sums["measures"]]
+    if not lines or len(rows) != state.processes or any(len(row) != len(names) + UNNAMED for row in rows):
+        raise ValueError("state.json has no history, or no sums")
+    return state
 
 
 def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:

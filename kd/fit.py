@@ -12,11 +12,13 @@ from kd import metrics, views
 from kd.batches import Batches, Pixels
 from kd.checkpoint import broadcast_buffers
 from kd.config import FitConfig, Job, RunConfig
-from kd.data import Data, Split
+from kd.data import Data
+from kd.diagnostics import warnings
 from kd.display import Display
 from kd.ledger import Ledger
 from kd.losses import Distiller
-from kd.outputs import Batch
+from kd.outputs import Batch, Outputs, Step
+from kd.rows import Rows
 from kd.run_folder import RunFolder
 from kd.signals import StopRequests
 from kd.teacher import Teacher
@@ -76,6 +78,8 @@ def fit(
             line = ledger.end_epoch(numbers, lr_at(state.step - 1, batches.steps, config), scores)
             tracker.log(line)
             display.epoch(line)
+            for words in warnings(state.history, len(data.classes)):
+                display.warn(words)
             ledger.save()
             _, stop = ledger.look(requests.number)  # asked to stop while the epoch was scored and saved
             if stop:
@@ -111,8 +115,10 @@ def train_epoch(
     for batch in batches.epoch(epoch, state.step - epoch * batches.steps):
         lr = lr_at(state.step, batches.steps, config)
         views.seed_step(config.seed, state.step, accelerator.process_index)
-        logits, terms = train_step(model, optimizer, lr, batch, teacher, accelerator, config.clip_norm)
-        ledger.step(terms, logits, batch.label, batch.step)
+        answer = teacher and teacher(batch)
+        result = train_step(model, optimizer, lr, batch, answer, accelerator, config.clip_norm)
+        ledger.step(result, batch)
+        ledger.weigh(result, batch, answer)
         yield
 
 
@@ -142,25 +148,25 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     lr: float,
     batch: Batch,
-    teacher: Teacher | None,
+    answer: Outputs | None,
     accelerator: Accelerator,
     clip_norm: float | None,
-) -> tuple[Float[Tensor, "b k"], dict[str, Tensor]]:
-    """One update of the weights; the student's logits before it, and the loss terms."""
+) -> Step:
+    """One update of the weights; what the forward pass before it gave."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    logits, terms = model(batch, teacher and teacher(batch))
-    accelerator.backward(sum(terms.values()))
+    result = model(batch, answer)
+    accelerator.backward(sum(result.terms.values()))
     if clip_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return logits, terms
+    return result
 
 
 @torch.no_grad()
 def predict(
-    network: nn.Module, split: Split, data: Data, accelerator: Accelerator, batch_size: int
+    network: nn.Module, split: Rows, data: Data, accelerator: Accelerator, batch_size: int
 ) -> Float[Tensor, "n k"]:
     """The network's logits for every row of the split, in eval mode; all processes share the work and get all rows.
 
@@ -174,10 +180,11 @@ def predict(
     rows = len(split.labels)
     logits = torch.zeros(rows, len(data.classes), device=accelerator.device)
     share = max(batch_size // accelerator.num_processes, 1)
-    for start in range(accelerator.process_index * share, rows, accelerator.num_processes * share):
-        index = torch.arange(start, min(start + share, rows))
+    starts = range(accelerator.process_index * share, rows, accelerator.num_processes * share)
+    indices = [torch.arange(start, min(start + share, rows)) for start in starts]
+    for start, images in zip(starts, pixels.centred(indices)):
         with accelerator.autocast():
-            logits[start : start + share] = network(pixels.normalized(pixels.raw(index)[0])).float()
+            logits[start : start + share] = network(images).float()
     network.train(training)
     total = accelerator.reduce(logits, "sum")
     return total.cpu() if total.device.type == "mps" else total  # which has no float64 to score them in

@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 from kd import checkpoint
 from kd.checkpoint import State
 from kd.config import Job
+from kd.diagnostics import gradient_norms
 from kd.errors import Preempted, UserError
 from kd.losses import Distiller
 from kd.metrics import Meter
+from kd.outputs import Batch, Outputs, Step
 from kd.run_folder import RunFolder
 
 SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels are chosen
@@ -55,7 +57,7 @@ class Ledger:
 
     def __init__(self, distiller: Distiller, optimizer: Optimizer, job: Job, run: RunFolder, accelerator: Accelerator):
         self.distiller, self.optimizer, self.run, self.accelerator = distiller, optimizer, run, accelerator
-        self.batch_size = job.fit.batch_size
+        self.batch_size, self.diagnose_every = job.fit.batch_size, job.run.diagnose_every
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}
         self.meter = Meter(accelerator.device)
@@ -68,12 +70,8 @@ class Ledger:
     def _restore(self, job: Job) -> None:
         folder = checkpoint.newest(self.run.path / "checkpoint")
         self.state, self.best = checkpoint.restore(folder, self.distiller, self.optimizer)
-        processes = self.accelerator.num_processes
-        if self.state.processes != processes:
-            raise UserError(
-                f"{self.run.path} was trained by {self.state.processes} processes, here are {processes}:"
-                f" resume it with {self.state.processes}"
-            )
+        if self.state.processes != self.accelerator.num_processes:
+            self._change_processes(job.run.resume_inexact)
         if job.run.threads is not None:
             self.state.threads = job.run.threads
         torch.set_num_threads(self.state.threads)
@@ -81,11 +79,33 @@ class Ledger:
         if self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
 
-    def step(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor, step: Tensor) -> None:
+    def _change_processes(self, allowed: bool) -> None:
+        """Go on with another number of processes than the run had, if that is `allowed`, and say what it costs."""
+        theirs, ours = self.state.processes, self.accelerator.num_processes
+        if not allowed:
+            raise UserError(
+                f"{self.run.path} was trained by {theirs} processes, here are {ours}: resume it with {theirs}; or add"
+                " --resume-inexact, which keeps the global batch and gives up the same bytes"
+            )
+        if self.accelerator.is_main_process:
+            said = f"{self.run.path}: from step {self.state.step} on {ours} processes, {theirs} before: not bit-exact"
+            print(f"{said}; the global batch stays {self.batch_size}", flush=True)
+        self.state.processes_before.append(theirs)
+        self.state.processes = ours
+        sums = [sum(column) for column in zip(*self.state.sums["rows"], strict=True)]
+        self.state.sums["rows"] = [sums] + [[0.0] * len(sums)] * (ours - 1)  # of the epoch so far; only totals are read
+
+    def step(self, result: Step, batch: Batch) -> None:
         """Count one training step; the host does not wait."""
-        self.meter.update(terms, logits, labels, step)
+        self.meter.update(result, batch.label, batch.step)
         self.state.step += 1
         self.clock.step(self.batch_size)
+
+    def weigh(self, result: Step, batch: Batch, answer: Outputs | None) -> None:
+        """Every so many steps: which pulls harder, distillation or cross-entropy? At the weights after the step."""
+        due = self.diagnose_every and (self.state.step - 1) % self.diagnose_every == 0
+        if due and answer is not None and "ce" in result.terms and len(result.terms) > 1:
+            self.meter.add_gradients(gradient_norms(self.distiller, batch, answer, self.accelerator))
 
     def look(self, stop: int = 0) -> tuple[dict[str, float], int]:
         """Read the means of this epoch so far, and whether any process was asked to stop (a signal's number).
@@ -93,6 +113,9 @@ class Ledger:
         Raises UserError naming the first step whose loss was not finite; nothing from it on has been saved.
         """
         numbers, bad, stop = self.meter.read(self.accelerator, stop)  # waits for the device
+        if self.meter.spike is not None and self.accelerator.is_main_process:
+            step, loss, usual = self.meter.spike
+            print(f"step {step:.0f}: the loss rose to {loss:.4g}, lately {usual:.4g}; nothing was skipped", flush=True)
         if bad is not None:
             kept = max(checkpoint.steps(self.run.path / "checkpoint"), default=0)
             raise UserError(

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from kd.batches import check_batch
+from kd.compress import compress
 from kd.config import Job
 from kd.data import Data
 from kd.errors import UserError, require
@@ -23,23 +24,36 @@ def probe_pair(job: Job, student: nn.Module, teacher: Frozen | None, data: Data)
     layers, classes, labels = LOSSES[job.method_name].layers, len(data.classes), data.train.labels
     ours = stages(job.model, student, classes)
     if teacher is None:
-        return Pair(probe(student, data.size, "student", layers(job.method, ours, None)[0]), None, labels, ours)
+        name = LOSSES[job.method_name].partner(job.method, job.model)
+        partner = build_model(name, classes, data.size) if name else None
+        outputs = probe(student, data.size, "student", layers(job.method, ours, None)[0])
+        return Pair(outputs, None, labels, ours, balance=job.fit.balance, partner=partner)
     theirs = stages(teacher.summary["model"], teacher.network, teacher.classes)
     if teacher.members:  # whose features are meant, the flags must say: networks.0.layer3
         theirs = Stages(modules=theirs.modules)
     names = layers(job.method, ours, theirs)
     outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
     head = teacher.network.get_submodule(theirs.classifier) if theirs.classifier else None
-    return Pair(*outputs, labels, ours, theirs, head)
+    return Pair(*outputs, labels, ours, theirs, head, job.fit.balance)
 
 
-def try_out(job: Job, data: Data, accelerator: Accelerator) -> None:
-    """Raises UserError where the job could not start later: its network, layers, batch, folder. Trains nothing."""
+def try_out(job: Job, data: Data, accelerator: Accelerator) -> nn.Module:
+    """Raises UserError where the job could not start later: its network, layers, batch, folder. Trains nothing.
+
+    Returns such a network as will be trained, for `try_method`.
+    """
     require(
         not (job.views.mixes and LOSSES[job.method_name].needs_hard_labels),
         f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
     )
+    if job.cache.cache_teacher and not LOSSES[job.method_name].needs_teacher and accelerator.is_main_process:
+        print(f"{job.role} asks no teacher: --cache-teacher has nothing to keep", flush=True)
+    require(
+        LOSSES[job.method_name].has_cross_entropy or job.fit.balance in ("none", "sampler"),
+        f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",
+    )
     network = build_model(job.model, len(data.classes), data.size)
+    compress(network, job, data)
     layers, _ = LOSSES[job.method_name].layers(job.method, stages(job.model, network, len(data.classes)), None)
     probe(network, data.size, "student", layers)
     check_batch(job.fit.batch_size, len(data.train.labels), accelerator.num_processes)
@@ -48,9 +62,9 @@ def try_out(job: Job, data: Data, accelerator: Accelerator) -> None:
             Path(job.run.out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {job.run.out} ({error}); choose another --out") from error
+    return network
 
 
-def try_method(job: Job, teacher: Frozen | None, data: Data) -> None:
+def try_method(job: Job, student: nn.Module, teacher: Frozen | None, data: Data) -> None:
     """Raises UserError where the job's method cannot work on student and teacher; its folder is still untouched."""
-    student = build_model(job.model, len(data.classes), data.size)
     LOSSES[job.method_name](job.method, probe_pair(job, student, teacher, data))
