@@ -7,8 +7,6 @@
 Accuracies: see the README; CIFAR-100 at full length is not measured yet.
 """
 
-from pathlib import Path
-
 from kd.cli import script
 from kd.config import DistillConfig
 from kd.presets import distill_defaults
@@ -16,11 +14,15 @@ from train_teacher import train
 
 
 def find_teacher(config: DistillConfig, data, accelerator):
-    """The runs named by --teacher; else the recipe's own, trained if need be."""
-    from kd.teacher import load_teachers
+    """Those named by --teacher, with a new last layer if asked; else a pruned network's own; else the recipe's, trained
+    if need be."""
+    from kd.teacher import head_task, load_teachers
 
-    folders = [Path(folder) for folder in config.teacher] or [train(config.teacher_job(), data, accelerator)]
-    return load_teachers(folders, data, accelerator.device, trust_code=config.trust_code or not config.teacher)
+    names = list(config.teachers) or [train(config.teacher_job(), data, accelerator)]
+    tasks = [head_task(config, name, data) for name in names]
+    names = [train(*task, accelerator) if task else name for name, task in zip(names, tasks, strict=True)]
+    trusted = config.trust_code or not config.teacher or all(tasks)  # what was trained here runs the user's own code
+    return load_teachers(names, data, accelerator.device, trusted, config.teacher_model)
 
 
 def main(config: DistillConfig) -> None:
@@ -33,13 +35,13 @@ def main(config: DistillConfig) -> None:
 
     job, needs_teacher = config.job(), LOSSES[config.job().method_name].needs_teacher
     check_name(config.student)
-    if needs_teacher and not config.teacher:
+    if needs_teacher and not config.teachers:
         check_name(config.teacher_model)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
-    try_out(job, data, accelerator)
+    student = try_out(job, data, accelerator)
     teacher = find_teacher(config, data, accelerator) if needs_teacher else None
-    try_method(job, teacher, data)
+    try_method(job, student, teacher, data)
     control = train(config.control_job(), data, accelerator) if config.control and job.method_name != "none" else None
     folder = train(job, data, accelerator, teacher, control)
     if accelerator.is_main_process:

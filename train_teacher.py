@@ -20,13 +20,14 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
     `teacher` (kd.teacher.Frozen) is asked live or through its cache; `control` is the run of the student alone, for
     the summary.
     """
+    from kd.compress import compress
     from kd.finish import finish
     from kd.fit import fit
     from kd.launch import same_threads
     from kd.losses import LOSSES, Distiller
-    from kd.models import build_model
     from kd.probe import probe_pair
     from kd.run_folder import open_run
+    from kd.teacher import start_network
     from kd.teacher_cache import answers
     from kd.tracking import Tracker
     from kd.views import seed_everything
@@ -35,14 +36,15 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
     with run, same_threads():
         if run.summary is None:
             seed_everything(job.fit.seed, "network")
-            network = build_model(job.model, len(data.classes), data.size)
+            network = start_network(job, data)
+            compression = compress(network, job, data)
             seed_everything(job.fit.seed, "method")
             loss = LOSSES[job.method_name](job.method, probe_pair(job, network, teacher, data))
             distiller = Distiller(network, loss)
             tracker = Tracker(job, run, accelerator)
             answer = answers(teacher, data, job, accelerator, loss.teacher_layers) if teacher else None
             ledger = fit(distiller, data, job, accelerator, run, tracker, answer)
-            tracker.finish(finish(distiller, ledger, data, job, accelerator, run, teacher, control))
+            tracker.finish(finish(distiller, ledger, data, job, accelerator, run, teacher, control, compression))
             accelerator.free_memory()
     return run.path
 
@@ -51,11 +53,13 @@ def main(config: TrainConfig) -> None:
     from kd.data import load_data
     from kd.launch import start
     from kd.models import check_name
+    from kd.probe import try_out
     from kd.table import show_results
 
     check_name(config.model)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
+    try_out(config.job(), data, accelerator)
     folder = train(config.job(), data, accelerator)
     if accelerator.is_main_process:
         show_results(folder)

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd import metrics
+from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.curves import draw_curves
 from kd.data import Data
@@ -14,6 +16,8 @@ from kd.fit import predict
 from kd.ledger import Ledger
 from kd.losses import Distiller
 from kd.run_folder import RunFolder
+from kd.shots import shot_scores
+from kd.splits import is_imbalanced
 from kd.teacher import Frozen
 
 # The summary's test keys of a run with --no-test.
@@ -29,6 +33,7 @@ def finish(
     run: RunFolder,
     teacher: Frozen | None,
     control: Path | None,
+    compression: dict,
 ) -> dict:
     """Score the last and the best-on-validation weights on the test split, and write the run's results.
 
@@ -36,6 +41,7 @@ def finish(
     """
     network = distiller.deployed
     summary = _training_summary(ledger, job, sum(p.numel() for p in network.parameters())) | UNREAD
+    summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         folders = [str(one.folder) for one in teacher.members or (teacher,)] if teacher else [None]
         summary |= {"teacher": folders[0] if len(folders) == 1 else folders, "control": control and str(control)}
@@ -47,10 +53,11 @@ def finish(
     if accelerator.is_main_process:
         if answers:
             write_weights(run.path / "test_logits.safetensors", answers)
-        write_weights(run.path / "model.safetensors", network.state_dict())
+        write_weights(run.path / "model.safetensors", plain_weights(network))
         if ledger.best:
-            write_weights(run.path / "best.safetensors", ledger.best)
-        write_json(run.path / "model.json", _model_info(job, data) | {"deployed": distiller.loss.recipe})
+            write_weights(run.path / "best.safetensors", plain_weights(network, ledger.best))
+        info = _model_info(job, data) | {"deployed": distiller.loss.recipe}
+        write_json(run.path / "model.json", info | ({"compression": compression} if compression else {}))
         draw_curves(ledger.state.history, f"{job.role} {job.model}", run.path / "curves.png")
         write_json(run.path / "summary.json", summary)
     accelerator.wait_for_everyone()
@@ -64,10 +71,12 @@ def _read_test(
 
     ImageNet's 50,000 x 1,000 logits take 200 MB, what two sets of ResNet-50's weights take; CIFAR-100's take 4 MB.
     """
-    labels = data.test.labels.to(accelerator.device)
     ask = lambda net: predict(net, data.test, data, accelerator, job.fit.batch_size)  # noqa: E731
     logits = ask(network)
+    labels = data.test.labels.to(logits.device)
     scores = test_scores(logits, labels)
+    if is_imbalanced(data.train.labels.numpy(), len(data.classes)):
+        scores |= shot_scores(logits, labels, torch.bincount(data.train.labels, minlength=len(data.classes)))
     if best:
         last = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         network.load_state_dict(best)
@@ -113,6 +122,7 @@ def _training_summary(ledger: Ledger, job: Job, params: int) -> dict:
         "seed": job.fit.seed,
         "epochs": job.fit.epochs,
         "steps": state.step,
+        "processes": [*state.processes_before, state.processes],  # more than one entry: not bit-exact
         "seconds": state.seconds,
         "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None,
         "val_top1_last": validated[-1]["val/top1"] if validated else None,
@@ -129,4 +139,6 @@ def _model_info(job: Job, data: Data) -> dict:
         "mean": data.mean,
         "std": data.std,
         "classes": data.classes,
+        "stored_size": job.data.stored_size,
+        "resized": job.origin and job.origin.image_size,  # what a network from elsewhere takes them at, inside
     }

@@ -3,15 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import platform
-import subprocess
 import uuid
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -22,6 +18,16 @@ from kd.errors import UserError, require
 from kd.files import load_weights, read_json, sha256_file, write_json
 from kd.launch import wait_for
 from kd.lock import Lock
+from kd.model_info import check_info
+from kd.record import record
+
+# Flags younger than the first runs: at these values they say nothing, and those runs keep their identity and folder.
+YOUNGER = {"imbalance": 1.0, "balance": "none", "stored_size": None, "stream": False, "shuffle_rows": 4096}
+YOUNGER |= {"resized_crop": 0.0, "colour_jitter": 0.0}
+
+
+def without_younger(flags: dict) -> dict:
+    return {key: value for key, value in flags.items() if key not in YOUNGER or value != YOUNGER[key]}
 
 
 @dataclass
@@ -49,11 +55,18 @@ class RunFolder:
 def identity_of(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None) -> dict:
     """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
     parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
-    del parts["data"]["source"]  # where it lies does not matter; what it holds does
+    for name in ("source", "decode", "workers"):  # where and how it lies does not matter; what it holds does
+        del parts["data"][name]
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     flat = {key: value for part in parts.values() for key, value in part.items()}
+    flat = without_younger(flat)
     if job.cache.cache_teacher and teacher_sha:
         flat |= dataclasses.asdict(job.cache)
+    if job.compress.asked:
+        init = job.compress.init  # its weights matter, not where it lies
+        flat |= job.compress.asked | ({"init": weights_of(Path(init))} if init else {})
+    if job.origin:
+        flat["origin"] = job.origin.sha256
     flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha}
     return json.loads(json.dumps(flat))  # tuples as lists, as they are read back
 
@@ -79,7 +92,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
             _look(run, job)
             if run.summary is None and not run.resuming:
                 run.wandb_id = uuid.uuid4().hex[:8]
-                write_json(run.path / "config.json", _record(job, run, data, accelerator))
+                write_json(run.path / "config.json", record(job, run.identity, run.wandb_id, data, accelerator))
     except BaseException as error:
         run.release()
         if isinstance(error, OSError):
@@ -110,8 +123,10 @@ def _look(run: RunFolder, job: Job) -> None:
     path = run.path
     if (path / "config.json").exists():
         record = read_json(path / "config.json")
-        _check_same(path, record.get("identity", {}), run.identity)
-        run.wandb_id = record.get("wandb_id", "")
+        theirs = record.get("identity")
+        require(isinstance(theirs, dict), f"{path / 'config.json'} is no run's; choose another --out")
+        _check_same(path, theirs, run.identity)
+        run.wandb_id = str(record.get("wandb_id", ""))
     run.summary = _summary(path, job.run.test)
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
     if run.summary is None and _summary(path) is not None:  # trained, and only the test split is unread
@@ -144,30 +159,6 @@ def _summary(path: Path, tested: bool = False) -> dict | None:
     return summary if finished else None
 
 
-def _record(job: Job, run: RunFolder, data: Data, accelerator: Accelerator) -> dict:
-    packages = ("torch", "torchvision", "accelerate", "datasets", "numpy")
-    return {
-        "identity": run.identity,
-        "flags": dataclasses.asdict(job),
-        "data": {"rows": len(data.train.labels), "mean": data.mean, "std": data.std, "classes": len(data.classes)},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "git_commit": _git_commit(),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "device": str(accelerator.device),
-        "wandb_id": run.wandb_id,
-    }
-
-
-def _git_commit() -> str | None:
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 class Trained(NamedTuple):
     """A finished run's network, in eval mode on the CPU, and what it expects."""
 
@@ -177,35 +168,61 @@ class Trained(NamedTuple):
     summary: dict
 
 
+def read_model(folder: Path) -> tuple[dict, dict]:
+    """A finished run's model.json and summary.json. Raises UserError where the folder holds none."""
+    require(folder.is_dir(), f"{folder}: no such run folder")
+    summary = _summary(folder)
+    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
+    require(isinstance(summary.get("model"), str), f"{folder / 'summary.json'} names no model")
+    info = read_json(folder / "model.json")
+    check_info(folder / "model.json", info)
+    return info, summary
+
+
+def weights_of(folder: Path) -> str:
+    """The sha256 of a finished run's weights. Raises UserError where the folder holds none."""
+    read_model(folder)
+    path = folder / "model.safetensors"
+    require(path.is_file(), f"{path} is not there: copy the whole run folder")
+    return sha256_file(path)
+
+
 def load_network(folder: Path, trust_code: bool) -> Trained:
     """Read a finished run's network from safetensors and JSON; nothing is unpickled.
 
     Raises: UserError where the folder is no finished run, or its network is code of the user's own and not trusted.
     """
+    from kd.adapt import take
     from kd.models import build_model, is_users_own
 
-    require(folder.is_dir(), f"{folder}: no such run folder")
-    summary = _summary(folder)
-    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
-    info = read_json(folder / "model.json")
-    missing = {"model", "num_classes", "image_size", "mean", "std", "classes"} - set(info)
-    require(not missing, f"{folder / 'model.json'} lacks {', '.join(sorted(missing))}")
+    info, summary = read_model(folder)
     require(
         trust_code or not is_users_own(info["model"]),
         f"{folder}: building {info['model']} runs its author's code; --trust-code (kd.load: trust_code=True)"
         " says that you trust it",
     )
-    network = build_model(info["model"], info["num_classes"], tuple(info["image_size"]))
-    if recipe := info.get("deployed"):  # more than the student
-        network = _rebuilt(network, recipe, folder)
+    try:
+        size = tuple(info.get("resized") or info["image_size"])
+        network = build_model(info["model"], info["num_classes"], size)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"{folder / 'model.json'}: its network cannot be built ({str(error)[:200]})") from error
+    network = _rebuilt(network, info, folder)
     load_weights(network, folder / "model.safetensors")
+    if size != tuple(info["image_size"]):
+        take(network, size)
     return Trained(network.eval(), info, sha256_file(folder / "model.safetensors"), summary)
 
 
-def _rebuilt(network: nn.Module, recipe, folder: Path) -> nn.Module:
+def _rebuilt(network: nn.Module, info: dict, folder: Path) -> nn.Module:
+    """What became of the fresh network: compressed, or a part of what a method deploys."""
+    from kd.compress import rebuild
     from kd.losses import LOSSES
 
-    try:
-        return LOSSES[recipe["method"]].rebuild(network, recipe)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'model.json'}: deployed {recipe} cannot be rebuilt ({error!r})") from error
+    steps = {"compression": rebuild, "deployed": lambda part, recipe: LOSSES[recipe["method"]].rebuild(part, recipe)}
+    for key, step in steps.items():
+        if recipe := info.get(key):
+            try:
+                network = step(network, recipe)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise UserError(f"{folder / 'model.json'}: {key} {recipe} cannot be rebuilt ({error!r})") from error
+    return network
