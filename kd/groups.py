@@ -90,7 +90,7 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
 def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     first = runs[0]
     recipe = _recipe(first, by_path)
-    beside = {"role", "teacher", *first.method_flags}
+    beside = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", *first.method_flags}
     budget = _dump({key: value for key, value in recipe.items() if key not in beside})
     kind = {"teacher": TEACHER, "none": ALONE}.get(first.role, METHOD)
     smoothing = first.method_flags.get("label_smoothing")

@@ -73,7 +73,11 @@ def _write(out: Path, blocks: list[Block]) -> None:
             write_atomically(out / block.file, lambda partial, png=block.light: partial.write_bytes(png))
     texts = {"report.md": markdown(blocks), "report.html": page(TITLE, blocks)}
     for name, text in texts.items():
-        write_atomically(out / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+        write_atomically(out / name, lambda partial, text=text: _write_text(partial, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # folders' names are not always text
 
 
 def show(blocks: list[Block], out: Path) -> None:

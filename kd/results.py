@@ -24,6 +24,8 @@ KEYS = {
     **dict.fromkeys(("val_top1_last", "val_top1_best", "best_epoch"), (NUMBER, True)),
     **dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images"), (NUMBER, True)),
     **dict.fromkeys(("test_top1_best", "agreement"), (NUMBER, True)),
+    # Only of a run whose training classes differ in size (kd/shots.py).
+    **dict.fromkeys(("test_balanced_top1", "test_top1_many", "test_top1_medium", "test_top1_few"), (NUMBER, True)),
 }
 PERCENT = [key for key in KEYS if "top" in key or key in ("test_ece", "agreement")]
 TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them, or none
@@ -125,11 +127,21 @@ def _read(folder: Path) -> Run | Other:
         raise UserError(f"config.json has no flags of a run ({error!r})") from error
 
 
+def checked_summary(path: Path) -> dict:
+    """A summary.json. Raises UserError where it is none that a run writes."""
+    summary = read_json(path)
+    try:
+        _check(summary)
+    except UserError as error:
+        raise UserError(f"{path.parent}: {error}") from error
+    return summary
+
+
 def _check(summary: dict) -> None:
     """Raises UserError at the first value that is none which a run writes."""
     for key, (kinds, may_be_null) in KEYS.items():
         value = summary.get(key)
-        sound = isinstance(value, kinds) and not (kinds is NUMBER and not math.isfinite(value))
+        sound = isinstance(value, kinds) and not (kinds is NUMBER and not abs(value) < math.inf)
         if not sound and not (value is None and may_be_null):
             raise UserError(f"summary.json has {key} {value!r}")
         if value is not None and key in PERCENT and not 0 <= value <= 100:

@@ -7,8 +7,9 @@ from kd.costs import Costs
 from kd.document import Block, Figure, Heading, Lines, Table
 from kd.errors import UserError
 from kd.groups import ALONE, TEACHER, Group
+from kd.rare import rare_table
 from kd.results import Run, class_names, history, test_answers
-from kd.statistics import mean_and_deviation
+from kd.statistics import cell, mean_and_deviation
 
 NOT_READ = "not read"
 SCORES = (
@@ -20,14 +21,6 @@ SCORES = (
 )
 CALIBRATION = (("test_nll", "NLL", ".4f"), ("test_ece", "ECE", ".2f"), ("agreement", "agreement", ".2f"))
 EACH = (*SCORES, *CALIBRATION)
-
-
-def cell(values: list[float], style: str, empty: str = "") -> str:
-    """Mean ± sample standard deviation; a single value alone."""
-    if not values:
-        return empty
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:{style}}" if deviation is None else f"{mean:{style}} ± {deviation:{style}}"
 
 
 def accuracy_table(groups: list[Group]) -> Table:
@@ -245,6 +238,9 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     """All blocks on one set of images, and what could not be shown."""
     gallery = Gallery(groups, costs, prefix)
     blocks: list[Block] = [Heading(2, f"On {name}"), verdicts(groups), Heading(3, "Accuracy"), accuracy_table(groups)]
+    rare = rare_table(groups)
+    if rare:
+        blocks += [Heading(3, "Common and rare classes"), rare]
     gains = gain_table(groups)
     if gains:
         blocks += [Heading(3, "Gain over the controls"), gains]

@@ -14,19 +14,19 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
 from kd.cli import parse
 from kd.config import METHODS, DistillConfig
+from kd.cores import cores
 from kd.errors import UserError, exit_code, nearest, require
 from kd.presets import PRESETS, distill_defaults, train_defaults
 from kd.tasks import Runner, Task
 
 GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views says otherwise: what one cache holds
 SMOOTHING = "0.1"  # of the second control; the share that its paper uses (arXiv:1512.00567, section 7)
-OURS = ("--seed", "--resume", "--auto-resume", "--control", "--no-control", "--test", "--no-test")
+OURS = ("--seed", "--resume", "--auto-resume", "--resume-inexact", "--control", "--no-control", "--test", "--no-test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Study:
     def teacher(self) -> list[Task]:
         """The recipe's teacher, in the very folder where the students look for it; none where --teacher names one."""
         config = parse(distill_defaults, "", ["--preset", self.preset, *self.rest])
-        if config.teacher:
+        if config.teachers:
             return []
         args = ["--preset", self.preset, *teacher_flags(config), "--auto-resume"]
         return [Task(f"teacher seed {config.teacher_seed}", _script("train_teacher.py"), args)]
@@ -129,12 +129,21 @@ def read_command_line(args: list[str] | None) -> Study:
     require(given.jobs >= 1, f"--jobs {given.jobs}: give 1 or more")
     require(not given.out.exists() or given.out.is_dir(), f"--out {given.out}: is a file; name a folder")
     if given.jobs > 1 and not any(word.startswith("--threads") for word in rest):
-        rest += ["--threads", str(max(_cores() // given.jobs, 1))]
+        rest += ["--threads", str(max(cores() // given.jobs, 1))]
     methods, seeds = tuple(dict.fromkeys(given.methods)), tuple(dict.fromkeys(given.seeds))
     grid = read_grid(given.grid, methods)
+    if not any(word.startswith("--wandb-group") for word in rest):
+        rest += ["--wandb-group", group_name(given.preset, rest)]
     if grid:
         rest += cache_flags(given.preset, rest)
     return Study(given.preset, methods, seeds, given.jobs, grid, given.launch, given.out, tuple(rest))
+
+
+def group_name(preset: str, rest: list[str]) -> str:
+    """What W&B groups the study's runs under."""
+    config = parse(distill_defaults, "", ["--preset", preset, *rest])
+    teacher = "+".join(Path(folder).name for folder in config.teacher) or config.teacher_model
+    return f"study-{preset}-{teacher}-{config.student}"[:128]
 
 
 def cache_flags(preset: str, rest: list[str]) -> list[str]:
@@ -142,10 +151,6 @@ def cache_flags(preset: str, rest: list[str]) -> list[str]:
     config = parse(distill_defaults, "", ["--preset", preset, *rest])
     views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, config.fit.epochs))]
     return views + ([] if config.cache.cache_teacher else ["--cache-teacher"])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_grid(words: list[str], methods: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -165,13 +170,18 @@ def pick(tasks: list[Task]) -> int:
 
     Raises UserError where none has finished, or there is no validation split.
     """
+    from kd.files import read_json  # which imports torch
+
     scores = {}
     for number, task in enumerate(tasks):
         if task.folder is not None:
-            summary = json.loads((task.folder / "summary.json").read_text())
-            last = json.loads((task.folder / "metrics.jsonl").read_text().splitlines()[-1])
-            if summary["val_top1_last"] is not None:
-                scores[number] = (-summary["val_top1_last"], last["val/loss"], number)
+            try:
+                summary = read_json(task.folder / "summary.json")
+                last = json.loads((task.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+                if summary["val_top1_last"] is not None:
+                    scores[number] = (-float(summary["val_top1_last"]), float(last["val/loss"]), number)
+            except (UserError, OSError, ValueError, KeyError, IndexError, TypeError):
+                continue  # somebody has touched it since: no setting to pick
     require(bool(scores), "no setting of the grid has a validation score to pick by")
     return min(scores, key=scores.get)
 
@@ -215,13 +225,16 @@ def main(args: list[str] | None = None) -> list[Task]:
     )
     from kd.report import show, write_report  # they import torch, which --help need not wait for
     from kd.results import Other
+    from kd.tracking import track_report
 
     tasks = carry_out(study)
     failed = [task for task in tasks if task.failure]
-    folders = [str(task.folder) for task in tasks if task.folder] + list(config.teacher)
+    folders = [str(task.folder) for task in tasks if task.folder]
+    folders += [name for name in config.teachers if Path(name).is_dir()]
     failures = tuple(Other(task.label, "failed", task.failure) for task in failed)
     blocks = write_report(folders, study.out, failures, trust_code=True)  # this command has just run that code
     show(blocks, study.out)
+    track_report(blocks, study.out, config.run)
     return failed
 
 

@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kd.display import console
-from kd.files import read_json
+from kd.errors import UserError
+from kd.results import checked_summary
 from kd.statistics import images_noise
 
 COLUMNS = (
@@ -29,19 +30,9 @@ def show_results(student: Path, control: Path | None = None) -> None:
 
     `control`: the student alone, for a run that was finished before there was one.
     """
-    summary = read_json(student / "summary.json")
-    rows = []
-    for one in summary.get("teachers", []):
-        read = _read(one["folder"])
-        rows.append(("teacher", read and read | {"agreement": one["agreement"]}))
-    if summary.get("teacher") and "teachers" not in summary:
-        named = summary["teacher"]
-        rows += [("teacher", _read(folder)) for folder in (named if isinstance(named, list) else [named])]
-    alone = summary.get("control") or control
-    control = _read(str(alone)) if alone else None
-    if summary["method"] != "none":
-        rows.append(("student alone", control))
-    rows.append((_name(summary), summary))
+    summary = checked_summary(student / "summary.json")
+    rows = _rows(summary, control)
+    control = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
     wide.print(_table(rows, [column for column in COLUMNS if wide.width >= 110 or column[0] in NARROW]))
     if any(run["test_top1"] is None for run in (summary, control) if run):
@@ -53,15 +44,48 @@ def show_results(student: Path, control: Path | None = None) -> None:
     wide.print(Text(f"run folder: {student}"), soft_wrap=True)  # one line, for programs that read it
 
 
+def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
+    """Every network that belongs to the result, by what it is called; None for one that was not measured."""
+    rows = []
+    for one in summary.get("teachers", []):
+        read = _read(one["folder"])
+        rows.append(("teacher", read and read | {"agreement": one["agreement"]}))
+    if summary.get("teacher") and "teachers" not in summary:
+        named = summary["teacher"]
+        read = [_read(folder) for folder in (named if isinstance(named, list) else [named])]
+        rows += [("teacher", one) for one in (read if any(read) else [_elsewhere(summary)])]
+    alone = summary.get("control") or control
+    if summary["method"] != "none":
+        rows.append(("student alone", _read(str(alone)) if alone else None))
+    return [*rows, (_name(summary), summary)]
+
+
+def plain_table(summary: dict) -> tuple[list[str], list[list]]:
+    """The same table as titles and rows of unrounded values, for programs."""
+    keys = ("model", "params", *(key for key, _, _ in COLUMNS))
+    rows = [[name, *(network.get(key) for key in keys)] for name, network in _rows(summary) if network is not None]
+    return ["network", *keys], rows
+
+
 def _name(summary: dict) -> str:
     if summary["script"] == "train_teacher.py":
         return "teacher"
     return "student alone" if summary["method"] == "none" else f"student ({summary['method']})"
 
 
+def _elsewhere(summary: dict) -> dict | None:
+    """A teacher that is no run here: its name, and what the student's own run measured of it."""
+    known = summary.get("teacher_test_top1")
+    return {"model": str(summary["teacher"]), "params": None, "test_top1": known} if known is not None else None
+
+
 def _read(folder: str) -> dict | None:
+    """A run's summary; None where there is none, or what is there is none that a run writes."""
     path = Path(folder) / "summary.json"
-    return read_json(path) if path.exists() else None
+    try:
+        return checked_summary(path) if path.exists() else None
+    except (UserError, OSError):
+        return None
 
 
 def _table(rows: list[tuple[str, dict | None]], columns: list[tuple[str, str, str]]) -> Table:
@@ -84,7 +108,9 @@ def _cell(value: float | None, style: str) -> str:
     return "" if value is None else f"{value:{style}}"
 
 
-def _count(params: int) -> str:
+def _count(params: int | None) -> str:
+    if params is None:
+        return ""
     return f"{params / 1e6:.2f}M" if params >= 1e6 else f"{params / 1e3:.1f}k"
 
 

@@ -1,16 +1,19 @@
 """Where a run's numbers go: metrics.jsonl always, Weights & Biases beside it. Neither can stop the training."""
 
 import dataclasses
+import hashlib
 import json
 import netrc
 import os
+from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.tracking import WandBTracker
 
-from kd.config import Job
+from kd.config import Job, RunConfig
+from kd.document import Block, Figure, Heading, Table
 from kd.files import write_atomically
 from kd.run_folder import RunFolder
+from kd.table import plain_table
 
 
 class Tracker:
@@ -24,34 +27,21 @@ class Tracker:
             self._guard("start", lambda: self._start(job, run, mode))
 
     def _start(self, job: Job, run: RunFolder, mode: str) -> None:
-        import wandb
-
-        config = dataclasses.asdict(job)
+        flags = dataclasses.asdict(job) | {"method_name": job.method_name}
+        flags |= {f"origin_{key}": value for key, value in (flags.pop("origin") or {}).items()}
+        parts = [flags.pop(name) for name in [*flags] if isinstance(flags[name], dict)]
         options = {
             "name": run.path.name,
             "group": job.run.wandb_group or job.preset,
             "job_type": job.role,
-            "config": {**config.pop("data"), **config.pop("views"), **config.pop("fit"), **config.pop("run"), **config},
+            "config": {key: value for part in (*parts, flags) for key, value in part.items()},
+            "tags": [word[:64] for word in (job.preset, job.model, job.method_name, Path(job.data.source).name)],
             "dir": str(run.path),
             "id": run.wandb_id,
-            "resume": "allow",
-            "settings": wandb.Settings(silent=True, init_timeout=30),
         }
-        # Where the service cannot be reached the run is kept on disk; `wandb sync` sends it later.
-        for attempt in dict.fromkeys((mode, "offline")):
-            tracker = WandBTracker(job.run.wandb_project, mode=attempt, **options)
-            try:
-                tracker.start()
-                break
-            except Exception as error:
-                if attempt == "offline":
-                    raise
-                print(f"W&B: {_line(error)}; keeping the run offline", flush=True)
-        self._wandb = tracker
-        self._wandb.run.define_metric("epoch")
-        self._wandb.run.define_metric("*", step_metric="epoch")
-        where = self._wandb.run.dir if self._wandb.run.offline else self._wandb.run.url
-        print(f"W&B: {where}", flush=True)
+        self._wandb = start_wandb(job.run.wandb_project, mode, options)
+        self._wandb.define_metric("epoch")
+        self._wandb.define_metric("*", step_metric="epoch")
 
     def rewrite(self, history: list[dict]) -> None:
         """Bring metrics.jsonl to what a checkpoint knows: no gap, no epoch twice."""
@@ -67,10 +57,15 @@ class Tracker:
             self._guard("log", lambda: self._wandb.log(line))
 
     def finish(self, summary: dict) -> None:
-        """The run's last word, under the same keys as summary.json."""
+        """The run's last word: summary.json under its own keys, the curves, and the table that the terminal gets."""
 
         def close() -> None:
-            self._wandb.run.summary.update(summary)
+            import wandb
+
+            head, rows = plain_table(summary)
+            table = wandb.Table(columns=head, data=rows)
+            self._wandb.log({"curves": wandb.Image(str(self.path.parent / "curves.png")), "results": table})
+            self._wandb.summary.update(summary)
             self._wandb.finish()
 
         self._guard("finish", close)
@@ -84,6 +79,54 @@ class Tracker:
         except Exception as error:  # theirs to raise, ours to survive
             self._wandb = None
             print(f"W&B failed to {what} ({_line(error)}); the run goes on without it", flush=True)
+
+
+def start_wandb(project: str, mode: str, options: dict):
+    """W&B's run. Where the service cannot be reached it is kept on disk; `wandb sync` sends it later."""
+    import wandb
+
+    settings = wandb.Settings(silent=True, init_timeout=30)
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            run = wandb.init(project=project, mode=attempt, resume="allow", settings=settings, **options)
+            break
+        except Exception as error:
+            if attempt == "offline":
+                raise
+            print(f"W&B: {_line(error)}; keeping the run offline", flush=True)
+    print(f"W&B: {run.dir if run.offline else run.url}", flush=True)
+    return run
+
+
+def track_report(blocks: list[Block], out: Path, config: RunConfig) -> None:
+    """A study's tables, figures and page as one more run of its group, job type `study`."""
+    import wandb
+
+    if (mode := wandb_mode(config.wandb)) == "disabled":
+        return
+    # The same study written again is the same run.
+    name = hashlib.sha256(f"{out.resolve()} {config.wandb_group}".encode()).hexdigest()[:8]
+    options = {
+        "name": config.wandb_group,
+        "group": config.wandb_group,
+        "job_type": "study",
+        "dir": str(out),
+        "id": name,
+    }
+    try:
+        run = start_wandb(config.wandb_project, mode, options)
+        media, title = {"report": wandb.Html(str(out / "report.html"), inject=False)}, ""
+        for block in blocks:
+            if isinstance(block, Heading):
+                title = block.text
+            elif isinstance(block, Table):
+                media[title] = wandb.Table(columns=list(block.head), data=[list(row) for row in block.rows])
+            elif isinstance(block, Figure):
+                media[Path(block.file).stem] = wandb.Image(str(out / block.file), caption=block.caption)
+        run.log(media)
+        run.finish()
+    except Exception as error:  # theirs to raise, ours to survive
+        print(f"W&B failed to keep the report ({_line(error)}); it stands in {out}", flush=True)
 
 
 def _line(error: Exception) -> str:
