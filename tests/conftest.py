@@ -38,3 +38,26 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def resnet8_run(tmp_path_factory):
+    """A finished run of a network that needs no trust: resnet8 on the synthetic pictures, read by several tests."""
+    from tests.runs import teach
+
+    folder = tmp_path_factory.mktemp("shared") / "resnet8"
+    teach("--model", "resnet8", "--out", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+    """A finished run of a network with a layer that is neither the first nor the last."""
+    from tests.runs import teach
+    from tests.test_methods import FEW
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--model", "tests.networks:deep", *FEW, "--out", "run")
+    return str(folder / "run")

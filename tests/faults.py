@@ -23,7 +23,7 @@ def main() -> None:
     count, real = 0, Ledger.step
     mine = not rest or os.environ.get("RANK", "0") == rest[0]
 
-    def step(self, terms, logits, labels, number):
+    def step(self, result, batch):
         nonlocal count
         count += 1
         if count == int(at):
@@ -34,8 +34,8 @@ def main() -> None:
             if kind == "raise" and mine:
                 raise RuntimeError("the injected fault")
             if kind == "nan" and mine:
-                terms = {name: term * torch.nan for name, term in terms.items()}
-        real(self, terms, logits, labels, number)
+                result = result._replace(terms={name: term * torch.nan for name, term in result.terms.items()})
+        real(self, result, batch)
 
     Ledger.step = step
     sys.argv = [script, *args]

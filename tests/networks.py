@@ -1,5 +1,7 @@
 """Small networks for the tests, named as `module:function` on the command line."""
 
+import os
+
 from torch import nn
 
 
@@ -23,6 +25,27 @@ def normalised(num_classes: int) -> nn.Module:
     )
 
 
+def counted(num_classes: int) -> nn.Module:
+    """`plain`, which notes how many images it was asked about in eval mode, a line each time, in the file KD_COUNT."""
+
+    def note(module, inputs):
+        if not module.training:
+            with open(os.environ.get("KD_COUNT", os.devnull), "a") as file:
+                file.write(f"{len(inputs[0])}\n")  # what traces it has no length, and asks the network itself
+
+    network = plain(num_classes)
+    network.register_forward_pre_hook(note)
+    return network
+
+
+def deep(num_classes: int) -> nn.Module:
+    """Three convolutions, so that one of them is neither the first layer nor the last."""
+    layers: list[nn.Module] = []
+    for channels_in, channels in ((3, 8), (8, 8), (8, 8)):
+        layers += [nn.Conv2d(channels_in, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, num_classes))
+
+
 def vit(num_classes: int) -> nn.Module:
     """A transformer for images of 8 x 8, as the answer to a patch that is too large advises."""
     from torchvision.models import VisionTransformer  # kd.models has made it importable by now
@@ -36,3 +59,39 @@ def wrong_width(num_classes: int) -> nn.Module:
 
 def no_module(num_classes: int) -> str:
     return "not a network"
+
+
+class _Idle(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.used, self.idle = plain(num_classes), nn.Linear(2, 2)
+
+    def forward(self, image):
+        return self.used(image)
+
+
+def idle(num_classes: int) -> nn.Module:
+    """A part of it gets no gradient."""
+    return _Idle(num_classes)
+
+
+def by_value(num_classes: int) -> nn.Module:
+    """Which way it goes depends on the image: no graph says what it does."""
+
+    class ByValue(nn.Sequential):
+        def forward(self, image):
+            return super().forward(image if image.mean() > 0 else -image)
+
+    return ByValue(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def rounding(num_classes: int) -> nn.Module:
+    """Few levels: a parametrized weight, and activations rounded by a hook, each image by its own range."""
+    network = plain(num_classes)
+
+    def enter(module, inputs):
+        step = inputs[0].abs().amax(dim=(1, 2, 3), keepdim=True) / 7
+        return ((inputs[0] / step.clamp(min=1e-6)).round() * step,)
+
+    network[2].register_forward_pre_hook(enter)
+    return network

@@ -1,5 +1,7 @@
 """Small networks with every method upon them, without the scripts."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ def network(width: int) -> nn.Module:
     )
 
 
-def build(method: str, seed: int = 0, **flags) -> tuple[Distiller, Tap]:
+def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LABELS, **flags) -> tuple[Distiller, Tap]:
     """A student with the method upon it, and the teacher it asks (None for a method without)."""
     torch.manual_seed(seed)
     student, teacher, kind = network(4), network(6).eval().requires_grad_(False), LOSSES[method]
@@ -35,7 +37,8 @@ def build(method: str, seed: int = 0, **flags) -> tuple[Distiller, Tap]:
     config.check()
     names = kind.layers(config, STAGES, STAGES)
     outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
-    loss = kind(config, Pair(*outputs, LABELS, STAGES, STAGES, teacher[6]))
+    partner = copy.deepcopy(teacher).requires_grad_()
+    loss = kind(config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner))
     return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
 
 
@@ -48,4 +51,4 @@ def batch_of(index: Tensor, epoch: int = 0) -> Batch:
 def terms_of(distiller: Distiller, teacher: Tap, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         answer: Outputs = teacher(batch.image)
-    return distiller(batch, answer)[1]
+    return distiller(batch, answer).terms
