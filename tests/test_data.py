@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from kd import data as data_module
+from kd import holding
 from kd.config import DataConfig
 from kd.data import load_data
 from kd.decode import cache_root
@@ -84,7 +84,7 @@ def test_classes_keeps_the_first_n():
 
 def test_the_second_start_decodes_nothing(folder, monkeypatch):
     first = load_data(DataConfig(source=str(folder)))
-    monkeypatch.setattr(data_module, "decode_split", None)  # would raise if called
+    monkeypatch.setattr(holding, "decode_split", None)  # would raise if called
     second = load_data(DataConfig(source=str(folder)))
     assert first.fingerprint == second.fingerprint
     assert torch.equal(first.train.images, second.train.images)

@@ -1,0 +1,279 @@
+"""Teachers from elsewhere: what they expect is kept, what they know is matched by name, nothing is unpickled."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from kd.config import DataConfig
+from kd.data import load_data
+from kd.errors import UserError
+from kd.foreign import match_classes, read
+from kd.models import build_model
+from kd.presets import distill_defaults
+from kd.run_folder import load_network
+from kd.teacher import load_teacher, load_teachers
+from kd.views import normalize
+from tests import networks
+from tests.runs import differences, distil, metrics_of, teach
+from tests.test_resume import Killed, die_at
+
+CPU = torch.device("cpu")
+EXPECTS = {"image_size": [24, 20], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+MODEL = "tests.networks:normalised"
+
+
+@pytest.fixture
+def data():
+    return load_data(DataConfig("synthetic"))
+
+
+def weights_of(classes: int, seed: int = 0) -> dict:
+    torch.manual_seed(seed)
+    network = networks.normalised(classes)
+    network(torch.randn(64, 3, 24, 20))  # BatchNorm has seen something
+    return network.state_dict()
+
+
+def beside(path: str, **changes) -> str:
+    """What a file's weights expect, next to the file."""
+    Path(path).with_suffix(".json").write_text(json.dumps({**EXPECTS, **changes}))
+    return path
+
+
+def file_of(path: str, classes, weights: dict | None = None) -> str:
+    save_file(weights or weights_of(len(classes)), path)
+    return beside(path, classes=list(classes))
+
+
+def raw_of(data) -> tuple:
+    images = data.test.images[:20]
+    ours = normalize(images, torch.tensor(data.mean), torch.tensor(data.std))
+    theirs = normalize(images, torch.tensor(EXPECTS["mean"]), torch.tensor(EXPECTS["std"]))
+    return ours, F.interpolate(theirs, (24, 20), mode="bilinear", antialias=True)
+
+
+def test_a_file_sees_its_own_size_and_normalisation_and_answers_in_our_order(data):
+    names = ["heron", *reversed(data.classes)]  # one more than the data has, in another order
+    teacher = load_teachers([file_of("big.safetensors", names)], data, CPU, False, MODEL)
+    own = networks.normalised(11).eval()
+    own.load_state_dict(load_file("big.safetensors"))
+    ours, theirs = raw_of(data)
+    torch.testing.assert_close(teacher.network(ours), own(theirs)[:, list(range(10, 0, -1))], rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
+    again = load_teachers([beside("big.safetensors", classes=names, mean=[0.5, 0.5, 0.5])], data, CPU, False, MODEL)
+    assert again.sha256 != teacher.sha256, "what it expects is part of what it is"
+
+
+def test_a_student_follows_it_and_the_table_names_it(data, capsys):
+    file_of("big.safetensors", data.classes)
+    distil("--teacher", "big.safetensors", "--teacher-model", MODEL, "--epochs", "1", "--out", "student")
+    measured = json.loads(Path("student/summary.json").read_text())["teacher_test_top1"]
+    row = next(line for line in capsys.readouterr().out.splitlines() if "teacher" in line and "│" in line)
+    assert f"{measured:.2f}" in row
+
+
+def test_prefixes_are_stripped_and_checkpoints_opened(data):
+    plain = weights_of(10)
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module._orig_mod.{key}": value for key, value in plain.items()}}, "big.pth"
+    )
+    found = read(beside("big.pth", classes=data.classes), MODEL)
+    assert found.weights.keys() == plain.keys()
+    assert all(torch.equal(found.weights[key], plain[key]) for key in plain)
+    torch.save(plain, "bare.pt")
+    assert read(beside("bare.pt", classes=data.classes), MODEL).sha256 == found.sha256
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: None, "--teacher big.pth: no such file"),
+        (lambda: torch.save(weights_of(10), "big.pth"), "write big.json"),
+        (lambda: torch.save({"state_dict": Bomb()}, beside("big.pth")), "more than tensors, which is not executed"),
+        (lambda: torch.save([1, 2], beside("big.pth")), "holds no state dict"),
+        (lambda: torch.save(weights_of(10), beside("big.pth", std=[0.2])), "big.json: wanted is"),
+        (lambda: torch.save(weights_of(10), beside("big.pth")), "its classes have no names"),
+        (lambda: torch.save(weights_of(9), beside("big.pth", classes=list("abcdefghij"))), "do not fit the network"),
+        (
+            lambda: torch.save(weights_of(10), beside("big.pth", classes=list("abcdefghij"))),
+            "--fine-tune-teacher trains",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused(make, words, data):
+    make()
+    with pytest.raises(UserError, match=words.replace("(", r"\(")) as caught:
+        load_teachers(["big.pth"], data, CPU, False, MODEL)
+    assert "\n" not in str(caught.value)
+    assert not Path("executed").exists()
+
+
+def test_names_match_in_other_spellings_and_never_by_luck():
+    assert match_classes(("dog", "cat"), ("cat", "dog")) == [1, 0]
+    assert match_classes(("tench, Tinca tinca", "French horn"), ("french_horn", "Tench")) == [1, 0]
+    assert match_classes(("Cat", "cat"), ("cat",)) == [1], "the very name first"
+    assert match_classes(("Cat", "CAT"), ("cat",)) is None
+    assert match_classes(("dog", "cat"), ("dog", "heron")) is None
+    thousand = tuple(f"class {number}" for number in range(1000))
+    respelt = ("another word", *thousand[1:])
+    assert match_classes(thousand, respelt) == list(range(1000))
+    assert match_classes(thousand, tuple(f"x{name}" for name in thousand)) is None
+
+
+NAME = "torchvision/shufflenet_v2_x0_5"
+
+
+@pytest.fixture
+def hub_folder(monkeypatch, tmp_path):
+    """torchvision's cache of pretrained weights, empty; and no network behind it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def unreachable(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def test_a_pretrained_network_of_torchvision(hub_folder, data):
+    from torchvision.models import ShuffleNet_V2_X0_5_Weights
+
+    published = ShuffleNet_V2_X0_5_Weights.DEFAULT
+    torch.manual_seed(0)
+    network = build_model(NAME, 1000, (224, 224)).eval()
+    hub_folder.mkdir(parents=True)
+    torch.save(network.state_dict(), hub_folder / Path(published.url).name)
+    names = ("tench", "french_horn", "Golf ball")
+    three = dataclasses.replace(data, classes=names)
+    teacher = load_teachers([NAME], three, CPU, False)
+    expects = published.transforms()
+    images = data.test.images[:2]
+    theirs = normalize(images, torch.tensor(expects.mean), torch.tensor(expects.std))
+    theirs = F.interpolate(theirs, (224, 224), mode="bilinear", antialias=True)
+    columns = [published.meta["categories"].index(name) for name in ("tench", "French horn", "golf ball")]
+    ours = normalize(images, torch.tensor(data.mean), torch.tensor(data.std))
+    torch.testing.assert_close(teacher.network(ours), network(theirs)[:, columns], rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match=r"knows 1000 classes and not 'blob'.*--fine-tune-teacher"):
+        load_teachers([NAME], dataclasses.replace(data, classes=("tench", "blob")), CPU, False)
+
+
+def test_pretrained_weights_out_of_reach_end_in_one_line(hub_folder, data):
+    with pytest.raises(
+        UserError, match=r"could not be had \(OSError: Network is unreachable\).*shufflenet.*pth"
+    ) as caught:
+        load_teachers([NAME], data, CPU, False)
+    assert str(hub_folder) in str(caught.value)
+    with pytest.raises(UserError, match="unknown model 'torchvision/resnet19': did you mean resnet1"):
+        load_teachers(["torchvision/resnet19"], data, CPU, False)
+    with pytest.raises(UserError, match="rescales its images inside"):
+        load_teachers(["torchvision/googlenet"], data, CPU, False)
+
+
+def test_a_pretrained_network_of_timm(monkeypatch, data):
+    timm = pytest.importorskip("timm")
+    real = timm.create_model
+    torch.manual_seed(0)
+    network = real("resnet10t", num_classes=1000).eval()
+    create = lambda name, pretrained=False, **how: network if pretrained else real(name, **how)  # noqa: E731
+    monkeypatch.setattr(timm, "create_model", create)
+    two = dataclasses.replace(data, classes=("tench", "goldfish"))
+    teacher = load_teachers(["timm/resnet10t.c3_in1k"], two, CPU, False)
+    expects = timm.data.resolve_model_data_config(network)
+    images = data.test.images[:2]
+    ours = normalize(images, torch.tensor(data.mean), torch.tensor(data.std))
+    theirs = normalize(images, torch.tensor(expects["mean"]), torch.tensor(expects["std"]))
+    theirs = F.interpolate(theirs, tuple(expects["input_size"][1:]), mode="bilinear", antialias=True)
+    torch.testing.assert_close(teacher.network(ours), network(theirs)[:, :2], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_another_image_size_teaches_live_as_cached(data):
+    teach("--out", "teacher", "--epochs", "1")
+    path = Path("teacher/model.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": [24, 24]}))
+    frozen = load_teacher(Path("teacher"), data, CPU, True)
+    own = networks.normalised(10).eval()
+    own.load_state_dict(load_file("teacher/model.safetensors"))
+    images = torch.randn(12, 3, 16, 16)
+    larger = F.interpolate(images, (24, 24), mode="bilinear", antialias=True)
+    torch.testing.assert_close(frozen.network(images), own(larger))
+    flags = ["--teacher", "teacher", "--trust-code", "--views", "1", "--epochs", "1"]
+    distil(*flags, "--out", "live")
+    distil(*flags, "--out", "cached", "--cache-teacher", "--cache-dtype", "float32")
+    assert (Path("live/model.safetensors").read_bytes()) == Path("cached/model.safetensors").read_bytes()
+
+
+def test_a_hub_id_is_fetched(monkeypatch, data):
+    teach("--out", "pushed", "--epochs", "1")
+    asked = []
+
+    def fetch(repository, revision=None, allow_patterns=None):
+        asked.append((repository, revision, sorted(allow_patterns)))
+        shutil.copytree("pushed", "fetched", ignore=lambda _, names: [n for n in names if n not in allow_patterns])
+        return "fetched"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert load_teachers(["someone/net@v1"], data, CPU, True).summary["model"] == MODEL
+    assert asked[0][:2] == ("someone/net", "v1")
+    assert {"model.json", "model.safetensors"} <= set(asked[0][2])
+
+
+FINE = ["--teacher", "big.safetensors", "--teacher-model", MODEL, "--fine-tune-teacher", "--epochs", "2"]
+
+
+def test_a_new_last_layer_is_trained_upon_a_frozen_network(data):
+    before = weights_of(7)
+    file_of("big.safetensors", ["other"] * 7, before)
+    distil(*FINE, "--out", "student")
+    (folder,) = Path("runs/report").glob("teacher-*")
+    after = load_file(folder / "model.safetensors")
+    same = lambda name: before[name].shape == after[name].shape and torch.equal(before[name], after[name])  # noqa: E731
+    changed = {name for name in before if not same(name)}
+    assert changed == {"6.weight", "6.bias"}, "the backbone's weights and BatchNorm's statistics stay"
+    info = json.loads((folder / "model.json").read_text())
+    assert {key: info[key] for key in ("mean", "std")} == {key: EXPECTS[key] for key in ("mean", "std")}
+    assert (info["image_size"], info["resized"]) == (list(data.size), EXPECTS["image_size"])
+    assert info["classes"] == list(data.classes)
+    network = load_network(folder, trust_code=True).network
+    mean, std = (torch.tensor(info[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        found = network((data.test.images / 255 - mean) / std)
+    torch.testing.assert_close(found, load_file(folder / "test_logits.safetensors")["logits"], rtol=1e-4, atol=1e-4)
+    summary = json.loads(Path("student/summary.json").read_text())
+    assert summary["teacher"] == str(folder)
+    own = json.loads((folder / "summary.json").read_text())
+    first, last = (line["train/loss"] for line in metrics_of(folder))
+    assert last < first - 0.02, "the layer learns"
+    assert summary["teacher_test_top1"] == pytest.approx(own["test_top1"], abs=0.5), "seen through the student's data"
+    written = (folder / "summary.json").stat().st_mtime_ns
+    distil(*FINE, "--seed", "1", "--out", "second")
+    assert (folder / "summary.json").stat().st_mtime_ns == written, "students of several seeds share it"
+
+
+def test_training_the_last_layer_resumes_to_the_same_bytes(monkeypatch):
+    file_of("big.safetensors", ["other"] * 7)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 25)
+        distil(*FINE)
+    (folder,) = Path("runs/report").glob("teacher-*")
+    assert not (folder / "summary.json").exists()
+    distil(*FINE)
+    shutil.move(folder, "resumed")
+    shutil.rmtree("runs")
+    distil(*FINE)
+    assert differences(folder, Path("resumed")) == []
+
+
+def test_the_flag_needs_a_teacher():
+    with pytest.raises(UserError, match="--fine-tune-teacher: needs a --teacher"):
+        dataclasses.replace(distill_defaults("report"), fine_tune_teacher=True).check()

@@ -1,0 +1,108 @@
+"""Sets by name: each is asked for where it lies, with its own label column, split and image size."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from kd.config import DataConfig
+from kd.data import load_data
+from kd.errors import UserError
+from kd.hub_sets import HUB_SETS
+from kd.presets import train_defaults
+
+SHA = "c" * 40
+COARSE = [f"coarse {number}" for number in range(2)]
+
+
+def pictures(rows: int, size: tuple[int, int] | None) -> list[Image.Image]:
+    """Noise; of many sizes where the set's images differ."""
+    draw = np.random.default_rng(rows)
+    sizes = [size or (int(draw.integers(150, 400)), int(draw.integers(150, 400))) for _ in range(rows)]
+    return [Image.fromarray(draw.integers(0, 255, (high, wide, 3), dtype=np.uint8)) for wide, high in sizes]
+
+
+def stored(splits: dict[str, int], labels: list[str], image: str, size, unlabelled: str = "") -> datasets.DatasetDict:
+    """A set of these splits, image column and label columns, as `datasets` would load it."""
+    names = {label: COARSE if "coarse" in label else [f"{label} {number}" for number in range(4)] for label in labels}
+    features = {image: datasets.Image()} | {label: datasets.ClassLabel(names=names[label]) for label in labels}
+    made = {}
+    for split, rows in splits.items():
+        value = lambda label, row, split=split: -1 if split == unlabelled else row % len(names[label])  # noqa: E731
+        columns = {label: [value(label, row) for row in range(rows)] for label in labels}
+        table = datasets.Features(features)
+        made[split] = datasets.Dataset.from_dict({image: pictures(rows, size), **columns}, features=table)
+    return datasets.DatasetDict(made)
+
+
+# As the sets' own pages describe them, a few rows each.
+CIFAR = {"train": 40, "test": 8}
+PAGES = {
+    "cifar10": (CIFAR, ["label"], "img", (32, 32)),
+    "cifar100": (CIFAR, ["fine_label", "coarse_label"], "img", (32, 32)),
+    "tiny-imagenet": ({"train": 40, "valid": 8}, ["label"], "image", (64, 64)),
+    "imagenette": ({"train": 12, "validation": 8}, ["label"], "image", None),
+    "food101": ({"train": 12, "validation": 8}, ["label"], "image", None),
+    "oxford-pets": ({"train": 12, "test": 8}, ["label", "label_cat_dog"], "image", None),
+    "imagenet-1k": ({"train": 12, "validation": 8, "test": 6}, ["label"], "image", None, "test"),
+}
+SIZES = dict(zip(PAGES, (32, 32, 64, 160, 224, 224, 224), strict=True))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that holds PAGES and records what it was asked for."""
+    asked = []
+
+    def load(address, revision=None, **how):
+        asked.append((address, revision, how))
+        name = next(name for name, known in HUB_SETS.items() if known.address == address)
+        return stored(*PAGES[name])
+
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("kd.data._newest_revision", lambda name, branch: SHA)
+    return asked
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_a_set_runs_by_name(name, hub):
+    data = load_data(DataConfig(name))
+    (address, revision, how), known = hub[0], HUB_SETS[name]
+    assert address == known.address
+    assert revision == (known.revision if name == "cifar100" else SHA)
+    assert how == ({"data_dir": "160px"} if name == "imagenette" else {})
+    assert data.size == (SIZES[name],) * 2
+    assert data.classes == tuple(f"{known.label} {number}" for number in range(4))
+    reported = 8  # the test split, or the validation split where that has no labels or is not there
+    assert len(data.test.labels) == reported
+    assert len(data.val.labels) > 0, "held out of the training split"
+    assert len(data.train.labels) + len(data.val.labels) == PAGES[name][0]["train"]
+
+
+def test_the_flags_stand_above_the_table(hub):
+    assert load_data(DataConfig("cifar100", label="coarse_label")).classes == tuple(COARSE)
+    assert load_data(DataConfig("food101", image_size=48)).size == (48, 48)
+
+
+def test_a_gated_set_says_how_to_get_in(monkeypatch, hub):
+    def refused(*args, **how):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'ILSVRC/imagenet-1k' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr("datasets.load_dataset", refused)
+    with pytest.raises(UserError, match=r"accept its terms at \S+/ILSVRC/imagenet-1k and log in with `hf auth login`"):
+        load_data(DataConfig("imagenet-1k"))
+    with pytest.raises(UserError) as caught:
+        load_data(DataConfig("food101"))
+    assert "terms" not in str(caught.value)
+    with pytest.raises(UserError, match=r"did you mean .*imagenette"):
+        load_data(DataConfig("imagenete"))
+
+
+def test_help_lists_every_name(capsys):
+    from kd.cli import parse
+
+    with pytest.raises(SystemExit):
+        parse(train_defaults, "", ["--help"])
+    words = capsys.readouterr().out
+    assert [name for name in HUB_SETS if name not in words.replace("\n", " ")] == []

@@ -1,0 +1,198 @@
+"""Odd files, sizes and views: every mode becomes RGB the right way up; resized crops and jitter are torchvision's."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kd import augment, views
+from kd.batches import TrainingImages
+from kd.config import DataConfig, ViewConfig
+from kd.data import load_data
+from kd.errors import UserError
+from kd.models import build_model
+from kd.pictures import decode
+from tests.runs import teach
+from tests.test_workers import images
+
+v2 = importlib.import_module("torchvision.transforms.v2")  # kd.models has made it importable
+
+WIDE, HIGH = 24, 16
+ORIENTATION = 0x0112  # EXIF's
+
+
+def scene() -> np.ndarray:
+    """A smooth picture whose left half is red and whose upper half is blue: its position can be told."""
+    pixels = np.zeros((HIGH, WIDE, 3), np.uint8)
+    pixels[:, : WIDE // 2, 0] = 200
+    pixels[: HIGH // 2, :, 2] = 220
+    return pixels
+
+
+def odd_files(folder) -> str:
+    """An imagefolder of every kind of file there is, three classes that colour tells apart."""
+    source = images(folder, counts=(("train", 12), ("test", 6)))
+    picture, grey = Image.fromarray(scene()), Image.fromarray(scene()).convert("L")
+    rotated = Image.Exif()
+    rotated[ORIENTATION] = 6
+    see_through = picture.quantize(8)
+    see_through.info["transparency"] = bytes([0, 128, *[255] * 6])
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    odd = {
+        "grey.png": (grey, {}),
+        "one_bit.png": (grey.convert("1"), {}),
+        "palette.gif": (picture.quantize(16), {}),
+        "see_through_palette.png": (see_through, {"transparency": see_through.info["transparency"]}),
+        "grey_and_alpha.png": (grey.convert("LA"), {}),
+        "rgba.png": (picture.convert("RGBA"), {}),
+        "cmyk.jpg": (picture.convert("CMYK"), {}),
+        "deep.png": (deep, {}),
+        "rotated.jpg": (picture, {"exif": rotated, "quality": 100, "subsampling": 0}),
+        "large.webp": (picture.resize((240, 160)), {}),
+        "thin.bmp": (picture.resize((40, 9)), {}),
+    }
+    for name, (image, how) in odd.items():
+        image.save(folder / "train" / "class 0" / name, **how)
+    return source
+
+
+def stored(path) -> dict:
+    return {"bytes": path.read_bytes(), "path": path.name}
+
+
+def test_a_folder_of_odd_files_trains(tmp_path):
+    source = odd_files(tmp_path / "pictures")
+    flags = ["--data", source, "--image-size", "12", "--batch-size", "10", "--epochs", "1", "--resized-crop", "0.5"]
+    teach(*flags, "--stored-size", "16", "--colour-jitter", "0.2", "--out", "run")
+    data = load_data(DataConfig(source=source, image_size=12, stored_size=16, val_fraction=0.0))
+    assert data.train.images.shape == (23, 3, 16, 16)
+    assert data.size == (12, 12)
+
+
+def test_the_one_broken_file_among_them_is_named(tmp_path):
+    source = odd_files(tmp_path / "pictures")
+    (tmp_path / "pictures" / "train" / "class 0" / "see_through_palette.png").write_bytes(b"\x89PNG and no more")
+    with pytest.raises(UserError, match=r"^train row \d+ \(.*see_through_palette.png\) is no readable image: mend or"):
+        load_data(DataConfig(source=source, image_size=12))
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey_and_alpha.png", "deep.png", "rgba.png", "rotated.jpg"])
+def test_odd_files_have_the_pixels_that_they_show(tmp_path, name):
+    odd_files(tmp_path / "pictures")
+    seen = decode(stored(tmp_path / "pictures" / "train" / "class 0" / name), None, "train", 0)
+    colour = scene().transpose(2, 0, 1)
+    if name == "rotated.jpg":  # orientation 6: stored lying on its left side, turned clockwise to be seen
+        assert np.abs(seen.astype(int) - np.rot90(colour, -1, axes=(1, 2))).max() < 12  # JPEG
+    else:
+        grey = np.asarray(Image.fromarray(scene()).convert("L"))
+        wanted = colour if name == "rgba.png" else np.stack([grey] * 3)
+        assert np.array_equal(seen, wanted)
+
+
+@pytest.mark.parametrize("form", ["png", "jpg"])
+def test_the_central_square_is_brought_to_size(tmp_path, form):
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    path = tmp_path / f"x.{form}"
+    small.resize((600, 400), Image.Resampling.BICUBIC).save(path)
+    square = Image.open(path).convert("RGB").crop((100, 0, 500, 400))
+    wanted = np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    seen = decode(stored(path), 32, "train", 0)
+    # A JPEG is unpacked at a fraction of its pixels where twice the size is left: hardly different, not the same.
+    inner = np.s_[:, 2:-2, 2:-2]  # at its border the square takes in a little of what lies beside it
+    assert np.abs(seen.astype(int) - wanted)[inner].mean() < (0.01 if form == "png" else 1.5)
+
+
+def random_images(count: int, high: int, wide: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, high, wide), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("size", "seen"), [((20, 20), (20, 20)), ((24, 24), (20, 20)), ((18, 26), (18, 26))])
+def test_resized_crops_are_torchvisions(size, seen):
+    pixels = random_images(50, *size)
+    box = augment.boxes(0.08, size, torch.arange(50), 3, 7)
+    ours = augment.resized_crop(pixels, box, seen)
+    for image, top, left, high, wide, result in zip(pixels, *(part.tolist() for part in box), ours):
+        wanted = v2.functional.resized_crop(image.float(), top, left, high, wide, list(seen), antialias=False)
+        assert (result.float() - wanted).abs().max() <= 0.51  # rounded to whole levels
+
+
+def test_boxes_are_spread_as_torchvisions():
+    """Moments of the area, shape and place of 20,000 boxes beside those of RandomResizedCrop's own."""
+    size, count = (40, 40), 20_000
+    box = augment.boxes(0.08, size, torch.arange(count), 0, 0)
+    assert (box.top >= 0).all()
+    assert (box.left >= 0).all()
+    assert (box.top + box.height <= 40).all()
+    assert (box.left + box.width <= 40).all()
+    torch.manual_seed(0)
+    theirs = v2.RandomResizedCrop(40, scale=(0.08, 1.0))
+    image = torch.zeros(3, *size)
+    drawn = [theirs.make_params([image]) for _ in range(4000)]
+    for name, ours in box._asdict().items():
+        reference = torch.tensor([draw[name] for draw in drawn]).double()
+        error = (reference.var() / 4000 + ours.double().var() / count).sqrt()
+        assert (ours.double().mean() - reference.mean()).abs() < 5 * error, name
+        assert ours.double().std() == pytest.approx(reference.std().item(), rel=0.06), name
+
+
+def test_an_image_too_long_for_any_box_gives_its_middle():
+    box = augment.boxes(1.0, (10, 100), torch.arange(4), 0, 0)
+    assert [part.tolist() for part in box] == [[0] * 4, [43] * 4, [10] * 4, [13] * 4]
+
+
+def test_jitter_is_torchvisions_brightness_contrast_and_saturation():
+    pixels = random_images(20, 9, 7)
+    by = augment.factors(0.6, torch.arange(20), 1, 2)
+    assert all(((part >= 0.4) & (part <= 1.6)).all() for part in by)
+    for image, brightness, contrast, saturation, result in zip(pixels, *by, augment.jitter(pixels, by)):
+        wanted = v2.functional.adjust_brightness(image / 255, brightness.item())
+        wanted = v2.functional.adjust_contrast(wanted, contrast.item())
+        wanted = v2.functional.adjust_saturation(wanted, saturation.item())
+        assert (result - wanted * 255).abs().max() < 0.55
+
+
+@pytest.mark.parametrize("config", [ViewConfig(resized_crop=0.08), ViewConfig(colour_jitter=0.4), ViewConfig()])
+def test_a_view_depends_on_seed_number_and_index_alone(tmp_path, config):
+    data = load_data(DataConfig(source=images(tmp_path / "x"), image_size=12, stored_size=16))
+    ours = TrainingImages(data, config, 0, torch.device("cpu"))
+    (whole, *_), *_ = ours.seen([torch.arange(30)], 4)
+    parts = [torch.tensor([7, 3]), torch.tensor([29, 3, 0])]
+    torch.manual_seed(99)  # torch's own generator plays no part
+    for index, (image, *_) in zip(parts, ours.seen(parts, 4)):
+        assert torch.equal(image, whole[index])
+    (other, *_), *_ = ours.seen([torch.arange(30)], 5)
+    assert not torch.equal(other, whole)
+    assert whole.shape == (30, 3, 12, 12)
+
+
+def test_scoring_sees_the_centre():
+    pixels = random_images(2, 16, 16)
+    assert torch.equal(views.centre(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
+    assert torch.equal(views.centre(pixels, (16, 16)), pixels)
+
+
+def test_large_images_get_imagenets_stem():
+    small, large = (build_model("resnet18", 10, (size, size)) for size in (64, 65))
+    assert (small.conv1.kernel_size, type(small.maxpool).__name__) == ((3, 3), "Identity")
+    assert (large.conv1.kernel_size, large.conv1.stride, type(large.maxpool).__name__) == ((7, 7), (2, 2), "MaxPool2d")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"stored_size": 32}, "--stored-size 32: give --image-size too"),
+        ({"stored_size": 32, "image_size": 40}, "--stored-size 32: give --image-size too, and no less than that"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        load_data(DataConfig(**flags))
+
+
+@pytest.mark.parametrize("flags", [{"resized_crop": 1.5}, {"colour_jitter": -0.1}])
+def test_shares_beyond_one_are_refused(flags):
+    with pytest.raises(UserError, match="give a share from 0 to 1"):
+        ViewConfig(**flags).check()

@@ -1,0 +1,190 @@
+"""Images decoded by workers: the same batches, facts and weights as from memory, broken rows named, no hangs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from kd.batches import Batches
+from kd.config import DataConfig, FitConfig, Job, NoneConfig, RunConfig, ViewConfig
+from kd.data import load_data
+from kd.decode import locked
+from kd.errors import UserError, exit_code
+from kd.export import main
+from tests.runs import differences, distil, script, teach
+
+VIEWS = ViewConfig(resized_crop=0.3, colour_jitter=0.4, mixup=1.0, cutmix=1.0, erase=0.3)
+
+
+def images(folder: Path, counts=(("train", 40), ("test", 10)), sides=(20, 32)) -> str:
+    """An imagefolder of three classes: JPEG and PNG of several sizes, each class with a colour of its own."""
+    random = np.random.default_rng(0)
+    for split, count in counts:
+        for number in range(count):
+            wide, high = random.integers(*sides, 2)
+            pixels = random.integers(0, 90, (high, wide, 3), dtype=np.uint8)
+            pixels[..., number % 3] += 120
+            place = folder / split / f"class {number % 3}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{number:04}.{'jpg' if number % 2 else 'png'}", quality=90)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return images(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def config(folder: str, decode: str, **more) -> DataConfig:
+    return DataConfig(source=folder, decode=decode, image_size=16, workers=2, **more)
+
+
+def all_batches(data, views: ViewConfig, first: int = 0) -> list:
+    job = Job("teacher", "digits", "resnet8", NoneConfig(), DataConfig(), views, FitConfig(batch_size=12), RunConfig())
+    return list(Batches(data, job, Accelerator(cpu=True)).epoch(1, first))
+
+
+@pytest.mark.parametrize("views", [ViewConfig(), VIEWS], ids=["crop", "all views"])
+def test_memory_and_workers_give_the_same_batches_in_the_same_order(folder, views):
+    kept, decoded = (load_data(config(folder, how, stored_size=20)) for how in ("memory", "workers"))
+    assert kept.size == decoded.size == (16, 16)
+    for ours, theirs in zip(all_batches(kept, views), all_batches(decoded, views), strict=True):
+        for name, one, other in zip(ours._fields, ours, theirs):
+            assert (one is None) == (other is None), name
+            pairs = zip(one, other) if isinstance(one, tuple) else [(one, other)]
+            assert one is None or all(torch.equal(*pair) for pair in pairs), name
+
+
+def test_an_epoch_entered_in_the_middle_goes_on_as_the_whole_one(folder):
+    data = load_data(config(folder, "workers"))
+    whole, rest = all_batches(data, VIEWS), all_batches(data, VIEWS, first=1)
+    assert len(rest) == len(whole) - 1
+    assert torch.equal(rest[0].image, whole[1].image)
+    assert rest[0].step == whole[1].step
+
+
+@pytest.mark.parametrize("more", [{}, {"classes": 2}, {"val_fraction": 0.0, "stored_size": 24}])
+def test_the_facts_are_those_of_the_decoded_data(folder, more):
+    kept, decoded = (load_data(config(folder, how, **more)) for how in ("memory", "workers"))
+    for name in ("classes", "mean", "std", "fingerprint", "size"):
+        assert getattr(kept, name) == getattr(decoded, name), name
+    assert kept.train.sha256 == decoded.train.sha256
+    assert torch.equal(kept.train.labels, decoded.train.labels)
+
+
+def test_the_second_start_looks_at_nothing_again(folder, monkeypatch):
+    first = load_data(config(folder, "workers"))
+    monkeypatch.setattr("kd.workers._look", None)  # would raise if called
+    assert load_data(config(folder, "workers")).fingerprint == first.fingerprint
+    with pytest.raises(TypeError):  # other training rows have another mean
+        load_data(config(folder, "workers", split_seed=7))
+
+
+def test_both_ways_are_one_run_and_end_in_the_same_weights(folder, tmp_path, capsys):
+    flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--resized-crop", "0.3", "--workers", "2"]
+    flags += ["--epochs", "1"]
+    for how in ("memory", "workers"):
+        teach(*flags, "--decode", how, "--out", str(tmp_path / how))
+    assert not differences(tmp_path / "memory", tmp_path / "workers")
+    identities = [json.loads((tmp_path / how / "config.json").read_text())["identity"] for how in ("memory", "workers")]
+    assert identities[0] == identities[1]
+    said = capsys.readouterr().out
+    assert "data: in memory, decoded once (" in said
+    assert "data: decoded by workers in every epoch (as --decode says)" in said
+
+
+@pytest.mark.slow
+def test_a_cached_teacher_is_found_whichever_way_the_data_is_held(folder, capsys):
+    flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--epochs", "1", "--views", "1"]
+    flags += ["--cache-teacher", "--workers", "2", "--resized-crop", "0.5"]
+    distil(*flags, "--decode", "workers", "--out", "one")
+    assert "view 1 of 1 kept" in capsys.readouterr().out
+    distil(*flags, "--decode", "memory", "--out", "other")
+    assert "kept" not in capsys.readouterr().out
+    assert not differences(Path("one"), Path("other"))
+
+
+def test_a_broken_row_is_named_before_training(tmp_path):
+    source = images(tmp_path / "pictures")
+    broken = tmp_path / "pictures" / "test" / "class 1" / "0004.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    for how in ("memory", "workers"):
+        with pytest.raises(UserError, match=r"^test row 5 \(.*0004.png\) is no readable image: mend or drop it"):
+            load_data(config(source, how))
+
+
+def test_images_of_several_sizes_need_one_size(folder):
+    with pytest.raises(UserError, match="give --image-size N to bring all to one size"):
+        load_data(DataConfig(source=folder, decode="workers", workers=0))
+
+
+def test_what_does_not_fit_is_left_to_workers_and_the_line_says_so(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("kd.holding.SHARE", 1e-9)
+    load_data(config(folder, "auto"))
+    assert "by workers in every epoch (their 3.84e-05 GB do not fit half of" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    load_data(config(folder, "auto"))
+    assert "data: in memory, decoded once (3.84e-05 GB, which fit half of" in capsys.readouterr().out
+
+
+def test_a_killed_worker_ends_in_one_line_with_the_remedy():
+    """Killed for real, below, in a process of its own: torch raises from a signal handler, wherever that finds us."""
+
+    def fail() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    assert exit_code(fail) == 2
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_ends_and_resumes(folder, tmp_path):
+    flags = ["--data", folder, "--image-size", "16", "--batch-size", "2", "--epochs", "3", "--model"]
+    flags += ["tests.networks:normalised", "--decode", "workers", "--workers", "2", "--wandb", "disabled"]
+    program = f"""
+import os, runpy, signal, sys
+from pathlib import Path
+from kd.ledger import Ledger
+real = Ledger.step
+def step(self, *args):
+    if self.state.step == 22:  # with more of the epoch to come than the workers have ready
+        os.kill(int(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()[-1]), signal.SIGKILL)
+    real(self, *args)
+Ledger.step = step
+sys.argv = ["train_teacher.py", *{[*flags, "--out", str(tmp_path / "killed")]!r}]
+runpy.run_path(str(Path({str(Path(__file__).parent.parent)!r}) / "train_teacher.py"), run_name="__main__")
+"""
+    (tmp_path / "fault.py").write_text(program)
+    killed = script(str(tmp_path / "fault.py"), timeout=120)
+    assert killed.returncode == 2, killed.stderr
+    assert "error: a worker that decodes images died: give fewer --workers" in killed.stderr
+    again = script("train_teacher.py", *flags, "--out", str(tmp_path / "killed"), "--resume")
+    assert again.returncode == 0, again.stderr
+    assert script("train_teacher.py", *flags, "--out", str(tmp_path / "whole")).returncode == 0
+    assert not differences(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_what_is_kept_under_one_key_has_a_lock_of_its_own():
+    """Closing a file gives up all of this process's locks on it: a second one must not be the first one's file."""
+    with locked("set") as folder:
+        with locked("set.tables"):
+            pass
+        code = "import sys, pathlib, kd.lock; print(kd.lock.Lock(pathlib.Path(sys.argv[1])).acquire())"
+        command = [sys.executable, "-c", code, f"{folder}.lock"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_an_export_scores_what_the_run_scored_however_the_data_is_held(folder, tmp_path):
+    flags = ["--data", folder, "--image-size", "16", "--stored-size", "20", "--decode", "workers", "--workers", "0"]
+    teach(*flags, "--batch-size", "4", "--epochs", "3", "--model", "resnet8", "--out", "run")
+    main(["run", "--formats", "safetensors"])
+    (row,) = json.loads(Path("run/export/export.json").read_text())["rows"]
+    assert row["top1"] == pytest.approx(json.loads(Path("run/summary.json").read_text())["test_top1"])

@@ -1,0 +1,165 @@
+"""Images per second, decoded and augmented, beside a plain torchvision pipeline; and the memory that ours takes.
+
+    python -m tests.versus_torchvision FOLDER --images 100000
+
+makes so many JPEGs of 64 to 500 pixels a side in FOLDER (found there, they are used again), then takes turns between
+torchvision (ImageFolder, RandomResizedCrop, flip, ToTensor, Normalize, a DataLoader) and the worker-decoded path, with
+the same workers, batches and images; and ends with the peak memory of reading 1,000 images often and all of them once.
+Not a test: nothing is asserted of timings.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from rich.progress import track
+
+from kd.batches import TrainingImages
+from kd.config import DataConfig, ViewConfig
+from kd.cores import share_of_cores
+from kd.data import Data, load_data
+from kd.models import torchvision_operators
+
+CLASSES, TEST, FEW = 10, 100, 1000
+SETTLED = 500  # batches after which a process takes no more memory
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: tyro.conf.Positional[Path]
+    """Where the images are, or are made."""
+    images: int = 100_000
+    """How many."""
+    size: int = 64
+    """Pixels a side that the networks would see."""
+    batch_size: int = 64
+    rounds: int = 5
+    """Turns; each takes an equal share of the images, and its rate is one of the median's."""
+    workers: int | None = None
+    """Of both sides; all the cores if left out."""
+    out: Path | None = None
+    """Also write the numbers there, as JSON."""
+    only_epoch_of: Annotated[int | None, tyro.conf.arg(help="Only read an epoch of so many; print its memory.")] = None
+
+
+def make_one(place: Path, number: int) -> None:
+    """A smooth random picture with some noise, which compresses about as photographs do."""
+    path = place / f"class {number % CLASSES}" / f"{number:07}.jpg"
+    if path.exists():
+        return
+    random = np.random.default_rng(number)
+    wide, high = random.integers(64, 501, 2).tolist()
+    coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((wide, high))
+    noisy = np.asarray(coarse).astype(np.int16) + random.integers(-12, 13, (high, wide, 1), dtype=np.int16)
+    partial = path.with_suffix(".partial")
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(partial, "JPEG", quality=85)
+    partial.rename(path)
+
+
+def make(folder: Path, count: int) -> Path:
+    """An imagefolder of `count` training images, by all cores."""
+    source = folder / f"jpegs-{count}"
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for split, many in (("train", count), ("test", TEST)):
+            for label in range(CLASSES):
+                (source / split / f"class {label}").mkdir(parents=True, exist_ok=True)
+            done = pool.map(make_one, [source / split] * many, range(many), chunksize=100)
+            list(track(done, f"making {many} images", total=many, disable=not sys.stderr.isatty()))
+    return source
+
+
+def ours(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
+    images = TrainingImages(data, ViewConfig(resized_crop=0.08), 0, torch.device("cpu"))
+
+    def read(rows: torch.Tensor) -> None:
+        for image, _, _ in images.seen(rows.split(config.batch_size), 0):
+            assert image.shape[1:] == (3, config.size, config.size)
+
+    return read
+
+
+def theirs(config: Config, source: Path, data: Data, workers: int) -> Callable[[torch.Tensor], None]:
+    torchvision_operators.define()
+    from torchvision import datasets, transforms
+
+    crop = [transforms.RandomResizedCrop(config.size), transforms.RandomHorizontalFlip()]
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+    pictures = datasets.ImageFolder(source / "train", transforms.Compose([*crop, *to_tensor]))
+
+    def read(rows: torch.Tensor) -> None:
+        part = torch.utils.data.Subset(pictures, rows.tolist())
+        for image, _ in torch.utils.data.DataLoader(part, config.batch_size, num_workers=workers):
+            assert image.shape[1:] == (3, config.size, config.size)
+
+    return read
+
+
+def opened(config: Config, source: Path, workers: int) -> Data:
+    how = {"image_size": config.size, "val_fraction": 0.0, "decode": "workers", "workers": workers}
+    return load_data(DataConfig(source=str(source), **how))
+
+
+def compare(config: Config, source: Path, workers: int) -> dict:
+    """Images per second of a core, each side's median over the rounds, and the median of the rounds' ratios."""
+    data = opened(config, source, workers)
+    sides = {"torchvision": theirs(config, source, data, workers), "ours": ours(config, data)}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order = torch.randperm(config.images, generator=torch.Generator().manual_seed(0))
+    for rows in order.chunk(config.rounds):
+        for name, read in sides.items():
+            before = time.perf_counter()
+            read(rows)
+            seconds[name].append((time.perf_counter() - before) / len(rows))
+    rates = {f"{name}_images_per_second_per_core": 1 / statistics.median(s) / workers for name, s in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["torchvision"], seconds["ours"])]
+    return rates | {"ours_over_torchvision": statistics.median(ratios), "workers": workers, "images": config.images}
+
+
+def memory_of(config: Config, source: Path, workers: int) -> dict[str, float]:
+    """Peak memory in MB of a process that opens the data and reads it at least once, and of its largest worker."""
+    count = int(source.name.split("-")[1])
+    flags = [str(config.folder), "--images", str(count), "--only-epoch-of", str(count), "--workers", str(workers)]
+    flags += ["--size", str(config.size), "--batch-size", str(config.batch_size)]
+    command = [sys.executable, "-m", "tests.versus_torchvision", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(config: Config) -> None:
+    workers = config.workers if config.workers is not None else share_of_cores()
+    if config.only_epoch_of is not None:
+        data = opened(config, config.folder / f"jpegs-{config.only_epoch_of}", workers)
+        read = ours(config, data)
+        # A small set is read often: what allocators hold on to grows with the first hundreds of batches of any set.
+        for epoch in range(max(SETTLED * config.batch_size // config.only_epoch_of, 1)):
+            read(data.train.order(0, epoch))
+        # Not RUSAGE_SELF, whose peak is handed on by the process that started this one.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        own, worker = int(status["VmHWM"].split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        print(json.dumps({"main_mb": own / 1000, "largest_worker_mb": worker / 1000}))
+        return
+    os.environ.setdefault("KD_CACHE", str(config.folder / "cache"))
+    source, small = make(config.folder, config.images), make(config.folder, FEW)
+    numbers = compare(config, source, workers)
+    numbers["peak_of_1000"], numbers["peak_of_all"] = (memory_of(config, one, workers) for one in (small, source))
+    print(json.dumps(numbers, indent=2))
+    if config.out:
+        config.out.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
