@@ -1,0 +1,379 @@
+"""A run as files to deploy. What traces a network runs as its user runs it: the shape checks would be traced too."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+
+import kd
+from kd import formats
+from kd.config import DataConfig
+from kd.data import load_data
+from kd.deploy import Deployed, bake
+from kd.errors import UserError
+from kd.export import main
+from kd.files import read_json, write_folder, write_json, write_weights
+from kd.models import build_model
+from kd.shipped import verdicts
+from tests.conftest import ROOT
+from tests.runs import distil
+
+PARTS = {"model.safetensors", "model.json", "summary.json", "config.json", "preprocessing.json", "README.md"}
+TABLES = {"export.json", "export.md"}
+GRAPHS = {"model.onnx", "model.int8.onnx", "model.pt2"}
+
+SCORE = """
+import json, sys
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+expects = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+assert [entry.name for entry in session.get_inputs()] == [expects["input"]]
+images, labels = numpy.load(sys.argv[2]), numpy.load(sys.argv[3])
+assert list(images.shape[1:]) == expects["shape"][1:] and str(images.dtype) == expects["dtype"]
+starts = range(0, len(images), 60)
+logits = [session.run([expects["output"]], {expects["input"]: images[start : start + 60]})[0] for start in starts]
+best = numpy.concatenate(logits).argmax(axis=1)
+assert not {"torch", "kd", "torchvision"} & {name.split(".")[0] for name in sys.modules}
+print(json.dumps([100 * float((best == labels).mean()), [expects["classes"][number] for number in best[:5]]]))
+"""
+
+
+def export(run: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "kd.export", str(run), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def made_like(run: Path, folder: Path, model: str, trained: nn.Module | None = None) -> Path:
+    """A finished run of another network on the same data; of fresh weights, if not of these."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("export", "checkpoint", "lock"))
+    info = read_json(run / "model.json") | {"model": model}
+    torch.manual_seed(0)
+    network = trained or build_model(model, info["num_classes"], tuple(info["image_size"]))
+    write_weights(folder / "model.safetensors", network.state_dict())
+    write_json(folder / "model.json", info)
+    summary = read_json(run / "summary.json") | {"params": sum(p.numel() for p in network.parameters())}
+    write_json(folder / "summary.json", summary)
+    return folder
+
+
+@pytest.fixture
+def run(resnet8_run, tmp_path) -> Path:
+    return shutil.copytree(resnet8_run, tmp_path / "run")
+
+
+# ---- without a graph, in this process
+
+
+def test_the_weights_alone_with_their_table(run, capsys):
+    main([str(run), "--formats", "safetensors", "--license", "mit"])
+    assert {path.name for path in (run / "export").iterdir()} == PARTS | TABLES
+    assert [path.name for path in run.glob(".*")] == []
+    table = read_json(run / "export" / "export.json")
+    (row,) = table["rows"]
+    assert row["top1"] == read_json(run / "summary.json")["test_top1"]
+    assert (row["agreement"], row["largest_difference"]) == (100.0, 0.0)
+    assert row["latency_ms"] > 0
+    assert row["images_per_second"] > 0
+    card = (run / "export" / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "license: mit" in card
+    assert f"{row['top1']:.2f}" in card
+    assert "1 thread" in capsys.readouterr().out
+
+
+def test_an_exported_folder_is_a_run_and_names_no_folder_of_this_machine(run):
+    summary = read_json(run / "summary.json")
+    write_json(run / "summary.json", summary | {"teacher": f"{run.parent}/big", "control": f"{run.parent}/alone"})
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    images = torch.rand(4, 3, 16, 16)
+    shutil.move(run / "export", "elsewhere")
+    assert torch.equal(kd.load("elsewhere")(images), kd.load(run)(images))
+    for path in Path("elsewhere").iterdir():
+        assert str(run.parent).encode() not in path.read_bytes(), path.name
+    assert read_json(Path("elsewhere/summary.json"))["teacher"] == "big"
+
+
+def test_a_failure_leaves_the_old_export_and_nothing_half_written(run, monkeypatch):
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    before = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    there = sorted(path.name for path in run.iterdir())
+
+    def fails(folder, *rest):
+        (folder / "model.onnx").write_bytes(b"half")
+        raise UserError("the exporter fails")
+
+    monkeypatch.setattr(formats, "make_files", fails)
+    with pytest.raises(UserError, match="the exporter fails"):
+        main([str(run), "--formats", "safetensors", "--no-table"])
+    assert before == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    assert there == sorted(path.name for path in run.iterdir())
+
+
+def test_what_a_killed_export_left_is_cleared_away(run):
+    for state in ("partial", "old"):
+        (run / f".export.{state}").mkdir()
+        (run / f".export.{state}" / "model.onnx").write_bytes(b"half")
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    assert {path.name for path in (run / "export").iterdir()} == PARTS
+    assert [path.name for path in run.glob(".*")] == []
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = tmp_path / "made"
+    write_folder(folder, lambda partial: (partial / "one").write_text("1"))
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr("kd.files.os.replace", second_fails)
+    with pytest.raises(OSError, match="no space"):
+        write_folder(folder, lambda partial: (partial / "two").write_text("2"))
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in folder.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--formats", "onxx"], "--formats onxx: no such format; did you mean onnx"),
+        (["--all", "--formats", "onnx"], "--all and --formats: give one of them"),
+        (["--calibration", "0"], "--calibration 0: give 1 or more"),
+        (["--threads", "0"], "--threads 0: give 1 or more"),
+        (["--private"], "--private: goes with --push"),
+        (["--formats", "safetensors", "--data", "digits"], "--data digits: holds other images"),
+        (["--formats", "safetensors", "--data", "gone"], "--data gone: no such folder.*--data FOLDER says"),
+    ],
+)
+def test_bad_flags_are_one_message(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        main([str(run), *flags])
+    assert not (run / "export").exists()
+
+
+def test_an_unfinished_run_and_one_that_never_read_the_test_set(run):
+    summary = read_json(run / "summary.json")
+    write_json(run / "summary.json", summary | {"test_top1": None})
+    with pytest.raises(UserError, match="--no-test, and the table would read the test set"):
+        main([str(run), "--formats", "safetensors"])
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="is no finished run"):
+        main([str(run)])
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_runtime_says_which_extra_to_install(run, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{module} is needed for this: pip install -e '\.\[export\]'"):
+        main([str(run), "--formats", "int8"])
+
+
+def test_what_is_in_the_way_is_not_removed(run):
+    (run / "export").mkdir()
+    (run / "export" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.tex, which is no export"):
+        main([str(run), "--formats", "safetensors", "--no-table"])
+    assert (run / "export" / "thesis.tex").exists()
+
+
+def test_parametrized_weights_are_baked_with_their_very_values():
+    class Rounded(nn.Module):
+        def forward(self, weight):
+            return (weight * 8).round() / 8
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), weight_norm(nn.Linear(144, 5)))
+    register_parametrization(network[0], "weight", Rounded())
+    images = torch.rand(2, 3, 8, 8)
+    before = network(images)
+    baked = bake(network)
+    assert not any(is_parametrized(module) for module in baked.modules())
+    assert torch.equal(baked(images), before)
+    assert torch.equal(baked[0].weight * 8, (baked[0].weight * 8).round())
+    assert not [name for name in baked.state_dict() if "parametrizations" in name]
+
+
+def test_normalisation_is_inside(run):
+    data = load_data(DataConfig("synthetic"))
+    network = kd.load(run)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (data.mean, data.std))
+    images = data.test.images[:9]
+    with torch.no_grad():
+        wanted = network((images / 255 - mean) / std)
+    deployed = Deployed(network, read_json(run / "model.json"))
+    assert torch.allclose(deployed(images), wanted, atol=1e-5)
+
+
+def test_calibration_sees_training_images_alone():
+    data = load_data(DataConfig("synthetic"))
+    chosen = formats.calibration_images(data, 100)
+    assert len({image.tobytes() for image in chosen}) == 100
+    train = {image.numpy().tobytes() for image in data.train.images}
+    others = {image.numpy().tobytes() for split in (data.val, data.test) for image in split.images}
+    assert {image.tobytes() for image in chosen} <= train - others
+
+
+def test_the_verdict_says_slower_where_it_is():
+    row = {"top1": 90.0, "bytes": 100, "latency_ms": 2.0, "images_per_second": 100.0}
+    rows = [row | {"name": "model.safetensors"}, row | {"name": "model.onnx", "latency_ms": 1.0}]
+    rows.append(row | {"name": "model.int8.onnx", "bytes": 26, "latency_ms": 4.0, "images_per_second": 99.0})
+    one, other = verdicts(rows, {"test_top1": 90.0})
+    assert "2.00 times as fast for one image and no faster (1.00 times) for 64" in one
+    assert "0.260 of its size, slower (0.25 times as fast) for one image and no faster (0.99 times)" in other
+
+
+# ---- with a graph, as its user runs it
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> tuple[Path, str]:
+    """A distilled run with everything exported, and what was printed."""
+    folder = tmp_path_factory.mktemp("shipped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        distil("--student", "resnet8", "--lr", "0.1", "--epochs", "4", "--out", str(folder))
+        done = export(folder, "--all", "--trust-code", "--threads", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+def test_every_format_is_there_with_a_row_and_nothing_else(shipped):
+    run, printed = shipped
+    assert {path.name for path in (run / "export").iterdir()} == PARTS | TABLES | GRAPHS
+    table = read_json(run / "export" / "export.json")
+    names = ["model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx", "teacher"]
+    assert [row["name"] for row in table["rows"]] == names
+    assert all(row["latency_ms"] > 0 and row["macs"] > 0 and row["bytes"] > 0 for row in table["rows"])
+    assert (table["threads"], table["calibration_images"]) == (2, 512)
+    summary, teacher = read_json(run / "summary.json"), table["rows"][-1]
+    assert (teacher["top1"], teacher["agreement"]) == (summary["teacher_test_top1"], summary["agreement"])
+    assert "2 threads" in printed
+    for path in (run / "export").iterdir():
+        assert str(run.parent).encode() not in path.read_bytes(), path.name
+        assert str(ROOT).encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_float_files_say_what_torch_says_and_int8_nearly(shipped):
+    rows = {row["name"]: row for row in read_json(shipped[0] / "export" / "export.json")["rows"]}
+    assert rows["model.safetensors"]["top1"] > 60  # it has learnt something
+    for name in ("model.onnx", "model.pt2"):
+        assert rows[name]["largest_difference"] <= 1e-4
+        assert rows[name]["top1"] == rows["model.safetensors"]["top1"]
+    int8 = rows["model.int8.onnx"]
+    assert int8["largest_difference"] > 1e-4  # it is another network
+    assert abs(int8["top1"] - rows["model.onnx"]["top1"]) <= 1
+    assert int8["agreement"] > 97
+
+
+@pytest.mark.slow
+def test_int8_weights_have_seven_bits_and_a_scale_a_channel(shipped):
+    """With more, the quick product of x86 processors without VNNI overflows; on others no accuracy would show it."""
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    graph = onnx.load(shipped[0] / "export" / "model.int8.onnx").graph
+    arrays = {array.name: to_array(array) for array in graph.initializer}
+    weights = {name: array for name, array in arrays.items() if array.dtype == np.int8 and array.ndim == 4}
+    assert len(weights) == 9
+    assert 60 < max(np.abs(array.astype(int)).max() for array in weights.values()) <= 64
+    given = {node.input[0]: node.input for node in graph.node if node.op_type == "DequantizeLinear"}
+    assert all(arrays[given[name][1]].shape == array.shape[:1] for name, array in weights.items())
+    exact = {node.output[0] for node in graph.node if node.op_type in ("Cast", "Mul")}  # of the normalisation
+    assert not [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in exact]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
+def test_an_onnx_file_scores_the_test_set_with_nothing_but_its_runtime(shipped, tmp_path, name):
+    data = load_data(DataConfig("synthetic"))
+    np.save("images.npy", data.test.images.numpy())
+    np.save("labels.npy", data.test.labels.numpy())
+    shutil.copy(shipped[0] / "export" / name, tmp_path / "alone.onnx")  # one file is enough
+    command = [sys.executable, "-I", "-c", SCORE, "alone.onnx", "images.npy", "labels.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    top1, names = json.loads(done.stdout)
+    rows = {row["name"]: row for row in read_json(shipped[0] / "export" / "export.json")["rows"]}
+    assert top1 == pytest.approx(rows[name]["top1"])
+    assert set(names) <= set(data.classes)
+
+
+@pytest.mark.slow
+def test_a_pt2_file_is_loaded_back_by_torch_alone(shipped):
+    run = shipped[0]
+    words = {"preprocessing.json": ""}
+    code = "import sys, torch\n"
+    code += f"words = {words!r}\nnetwork = torch.export.load(sys.argv[1], extra_files=words).module()\n"
+    code += "images = torch.arange(3 * 3 * 256).remainder(256).to(torch.uint8).reshape(3, 3, 16, 16)\n"
+    code += "torch.save((network(images).detach(), network(images[:1]).detach(), words), 'answer.pt')\n"
+    code += "assert 'kd' not in sys.modules\n"
+    command = [sys.executable, "-c", code, str(run / "export" / "model.pt2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    three, one, words = torch.load("answer.pt")
+    deployed = Deployed(kd.load(run), read_json(run / "model.json"))
+    wanted = deployed(torch.arange(3 * 3 * 256).remainder(256).to(torch.uint8).reshape(3, 3, 16, 16))
+    assert torch.allclose(three, wanted, atol=1e-5)
+    assert torch.allclose(one, wanted[:1], atol=1e-5)
+    assert json.loads(words["preprocessing.json"]) == read_json(run / "export" / "preprocessing.json")
+
+
+@pytest.mark.slow
+def test_a_network_that_is_no_graph_is_one_message_and_the_old_export_stays(run):
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    other = made_like(run, run.parent / "other", "tests.networks:by_value")
+    shutil.copytree(run / "export", other / "export")
+    before = {path.name: path.read_bytes() for path in (other / "export").iterdir()}
+    done = export(other, "--formats", "onnx", "--no-table", "--trust-code")
+    assert done.returncode == 2
+    assert "tests.networks:by_value cannot be exported" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in (other / "export").iterdir()}
+    assert list(other.glob(".*")) == []
+    untrusted = export(other, "--formats", "onnx", "--no-table")
+    assert (untrusted.returncode, "--trust-code" in untrusted.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_int8_is_a_quarter_of_a_resnet18(run):
+    other = made_like(run, run.parent / "other", "resnet18")
+    done = export(other, "--formats", "onnx", "int8", "--no-table", "--calibration", "64")
+    assert done.returncode == 0, done.stderr
+    size = {name: (other / "export" / name).stat().st_size for name in ("model.onnx", "model.int8.onnx")}
+    assert size["model.int8.onnx"] <= 0.27 * size["model.onnx"]
+    assert {path.name for path in (other / "export").iterdir()} == PARTS | {"model.onnx", "model.int8.onnx"}
+
+
+@pytest.mark.slow
+def test_a_network_that_rounds_what_it_passes_on_is_exported_too(run):
+    other = made_like(run, run.parent / "other", "tests.networks:rounding")
+    done = export(other, "--formats", "onnx", "pt2", "--trust-code")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in read_json(other / "export" / "export.json")["rows"]}
+    assert rows["model.onnx"]["agreement"] >= 98
+
+
+@pytest.mark.slow
+def test_what_simkd_deploys_is_exported_whole(tmp_path):
+    flags = ("--student", "resnet8", "--teacher-model", "resnet8", "--epochs", "1", "--out", "run", "simkd")
+    distil(*flags)
+    done = export(Path("run"), "--formats", "onnx", "int8", "pt2")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in read_json(Path("run/export/export.json"))["rows"]}
+    assert rows["model.onnx"]["largest_difference"] <= 1e-4
+    assert rows["model.onnx"]["params"] == read_json(Path("run/summary.json"))["params"]

@@ -1,0 +1,173 @@
+"""Image files to class names: every kind of image as the training images were, and what is none is said."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kd
+from kd import views
+from kd.config import DataConfig
+from kd.data import load_data
+from kd.errors import UserError
+from kd.onnx_runtime import KEY
+from kd.pictures import central, decode, open_image, pixels, seen
+from kd.predict import main, open_predictor, predict
+
+CLASSES = ["red", "green", "blue"]
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Image.Image:
+    """Smooth colours that differ from corner to corner."""
+    across, down = np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1])[:, None]
+    channels = np.broadcast_arrays(across, down, 255 - across)
+    return Image.fromarray(np.stack(channels, axis=2).astype(np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def colours() -> Path:
+    """An ONNX file made by hand: the logit of a colour is its mean over 4 x 4 pixels, as a share of 255."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Cast", ["images"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["real", "scale"], ["shares"]),
+        helper.make_node("ReduceMean", ["shares", "axes"], ["logits"], keepdims=0),
+    ]
+    constants = [helper.make_tensor("scale", TensorProto.FLOAT, [], [1 / 255])]
+    constants += [helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, 4, 4])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
+    graph = helper.make_graph(nodes, "colours", [images], [logits], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {KEY: json.dumps({"image_size": [4, 4], "classes": CLASSES})})
+    onnx.save(model, "colours.onnx")
+    return Path("colours.onnx")
+
+
+def test_a_folder_of_images_as_json(colours, capsys):
+    Path("in/deeper").mkdir(parents=True)
+    Image.new("RGB", (9, 5), (255, 0, 0)).save("in/a.png")
+    Image.new("RGB", (4, 4), (0, 0, 255)).save("in/deeper/b.jpg", quality=100)
+    Path("in/notes.txt").write_text("no image, and not named like one")
+    main([str(colours), "in", "--top", "2", "--json"])
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["image"], second["image"]) == ("in/a.png", "in/deeper/b.jpg")
+    assert first["predictions"][0]["class"] == "red"
+    assert first["predictions"][0]["probability"] == pytest.approx(np.e / (np.e + 2))
+    assert second["predictions"][0]["class"] == "blue"
+    assert len(second["predictions"]) == 2
+
+
+def test_an_image_that_is_none_is_named_at_the_end_and_the_others_are_predicted(colours, capsys):
+    Image.new("RGB", (4, 4), (0, 255, 0)).save("good.png")
+    Path("bad.png").write_bytes(b"not an image")
+    picture().save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"bad\.png \(cannot identify.*; cut\.png \("):
+        main([str(colours), "bad.png", "good.png", "cut.png"])
+    assert capsys.readouterr().out.startswith("good.png: green 57.6")
+
+
+def test_an_onnx_file_needs_neither_torch_nor_the_network(colours):
+    Image.new("RGB", (4, 4), (0, 255, 0)).save("good.png")
+    code = "import sys\nfrom kd.predict import main\nmain(sys.argv[1:])\n"
+    code += "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision', 'safetensors'}))\n"
+    code += "print([name for name in sys.modules if name.startswith('kd.models')])"
+    done = subprocess.run([sys.executable, "-c", code, "colours.onnx", "good.png"], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["good.png: green 57.61%", "[]", "[]"], done.stderr
+
+
+@pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("P", "a.gif"), ("RGBA", "a.png"), ("CMYK", "a.tif")])
+def test_every_kind_of_image_becomes_rgb(mode, name):
+    picture(mode).save(name)
+    image = open_image(name)
+    assert image.mode == "RGB"
+    wanted = np.asarray(picture(mode).convert("RGB")).astype(int)
+    assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1
+
+
+def test_transparency_in_a_palette_and_16_bit_greys():
+    picture("P").save("palette.png", transparency=bytes([0, 128]))
+    assert np.array_equal(np.asarray(open_image("palette.png")), np.asarray(picture("P").convert("RGB")))
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(grey).save("deep.png")
+    assert np.array_equal(np.asarray(open_image("deep.png"))[..., 0], grey >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photograph_is_turned_back(orientation):
+    upright = picture()
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation -> Image.Transpose that undoes what the tag does
+    turned = upright.transpose(Image.Transpose(turn[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned.save("photo.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image("photo.png")), np.asarray(upright))
+
+
+@pytest.mark.parametrize("size", [(20, 14), (14, 20), (7, 40), (5, 5), (16, 16)])
+def test_training_and_prediction_bring_an_image_to_the_same_pixels(size):
+    file = io.BytesIO()
+    picture(size=size).save(file, "PNG")
+    decoded = decode({"bytes": file.getvalue(), "path": None}, 16, "train", 0)
+    assert np.array_equal(seen(file, (16, 16), None), decoded)
+    stored = torch.from_numpy(decode({"bytes": file.getvalue(), "path": None}, 21, "train", 0).copy())
+    assert np.array_equal(seen(file, (16, 16), 21), views.centre(stored[None], (16, 16))[0].numpy())
+
+
+def test_an_image_wider_than_high_keeps_its_proportions():
+    whole = central(picture(size=(90, 50)), 10, 30)  # 90 wide is 3 times as wide, so 30 of its 50 rows are seen
+    assert whole.size == (30, 10)
+    assert np.array_equal(pixels(whole), pixels(picture(size=(90, 50)).crop((0, 10, 90, 40)).resize((30, 10), 3)))
+
+
+def test_a_run_says_of_its_test_images_what_its_network_says(resnet8_run):
+    data = load_data(DataConfig("synthetic"))
+    paths = [Path(f"{row}.png") for row in range(70)]  # more than one batch
+    for row, path in enumerate(paths):
+        Image.fromarray(data.test.images[row].numpy().transpose(1, 2, 0)).save(path)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (data.mean, data.std))
+    with torch.no_grad():
+        logits = kd.load(resnet8_run)((data.test.images[:70] / 255 - mean) / std)
+    shares, numbers = logits.double().softmax(dim=1).max(dim=1)
+    found = list(predict(open_predictor(str(resnet8_run)), paths, top=1))
+    assert [one.path for one in found] == paths
+    assert [one.best[0][0] for one in found] == [data.classes[number] for number in numbers]
+    assert [one.best[0][1] for one in found] == pytest.approx(shares.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nothing.onnx", "x.png"], "no such file; python -m kd.export"),
+        (["x.onnx", "x.png"], r"x\.onnx cannot be opened"),
+        (["runs/none", "gone.png"], r"gone\.png: no such file or folder"),
+        (["runs/none", "empty"], "no file below it is named like an image"),
+        (["runs/none", "x.png", "--top", "0"], "--top 0: give 1 or more"),
+    ],
+)
+def test_bad_input_is_one_message(args, message):
+    picture().save("x.png")
+    Path("x.onnx").write_text("not a model")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        main(args)
+
+
+def test_an_onnx_file_of_somebody_elses_is_refused(colours):
+    import onnx
+
+    model = onnx.load(colours)
+    del model.metadata_props[:]
+    onnx.save(model, "other.onnx")
+    Image.new("RGB", (4, 4)).save("x.png")
+    with pytest.raises(UserError, match="does not say what it expects"):
+        main(["other.onnx", "x.png"])
