@@ -14,6 +14,7 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_measures_and_writes_its_keys(capsys):
     flags = {"data": "synthetic", "model": "tests.networks:plain", "teacher_model": "tests.networks:normalised"}
     bench.main(BenchConfig(**flags, steps=3, rounds=2, json=Path("numbers.json")))

@@ -63,7 +63,8 @@ def test_the_literatures_schedule_falls_at_its_epochs():
 
 
 def test_no_method_flag_repeats_a_common_one():
-    parts = (config.DataConfig, config.ViewConfig, config.FitConfig, config.RunConfig, config.DistillConfig)
+    parts = (config.DataConfig, config.ViewConfig, config.FitConfig, config.RunConfig, config.CompressConfig)
+    parts += (config.DistillConfig,)
     common = {field.name for part in parts for field in dataclasses.fields(part)}
     for method in METHODS.values():
         assert not common & {field.name for field in dataclasses.fields(method)}

@@ -115,9 +115,11 @@ def test_gradients_reach_all_that_trains_and_never_the_teacher(method):
     answer = teacher(batch.image)
     answer = answer._replace(features={name: part.requires_grad_() for name, part in answer.features.items()})
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, terms = distiller(batch, answer)
+        logits, terms, measures = distiller(batch, answer)
     assert logits.dtype == torch.float32
     assert all(term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert bool(measures) == (teacher.network is not None)
+    assert not any(measure.requires_grad for measure in measures.values())
     assert ("kd" in terms) == (method in (*FEATURES, "kd"))
     sum(terms.values()).backward()
     for name, parameter in distiller.named_parameters():
@@ -133,7 +135,7 @@ def test_standardised_logits_forget_the_teachers_scale(method):
     batch = batch_of(INDEX)
     answer = teacher(batch.image)
     scaled = answer._replace(logits=3 * answer.logits + 2)
-    one, other = (distiller(batch, part)[1][method] for part in (answer, scaled))
+    one, other = (distiller(batch, part).terms[method] for part in (answer, scaled))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 

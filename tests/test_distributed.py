@@ -50,6 +50,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_on_two_processes_it_resumes_to_the_same_bytes(whole):
     killed = fault("kill:24", *NORMALISED, "--out", "run")
     assert killed.returncode != 0
@@ -59,6 +60,7 @@ def test_killed_on_two_processes_it_resumes_to_the_same_bytes(whole):
     assert differences(whole, Path("run")) == []
 
 
+@pytest.mark.slow
 def test_resuming_with_another_number_of_processes_is_refused():
     killed = fault("kill:24", *TEACHER, "--out", "run")
     assert killed.returncode != 0
@@ -67,6 +69,7 @@ def test_resuming_with_another_number_of_processes_is_refused():
     assert "was trained by 2 processes, here are 1" in resumed.stderr
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_process_stops_both():
     done = fault("nan:20:1", *TEACHER, "--out", "run", "--log-every", "4")
     assert done.returncode != 0
@@ -81,6 +84,7 @@ def test_an_error_in_one_process_ends_both_and_is_shown():
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(whole):
     args = [*NORMALISED, "--out", "run", "--log-every", "6"]
     done = fault(f"signal:20:1:{int(signal.SIGTERM)}", *args)
@@ -90,6 +94,7 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(whole):
     assert differences(whole, Path("run")) == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused():
     done = script("train_teacher.py", *SMALL, "--batch-size", "51", "--model", "resnet8", env=CPU, launcher=torchrun(2))
     assert done.returncode != 0

@@ -84,7 +84,7 @@ def test_the_teacher_is_not_changed_and_the_student_trains_in_train_mode(monkeyp
 
     monkeypatch.setattr("kd.teacher.load_teacher", load)
     monkeypatch.setattr(Distiller, "forward", forward)
-    distil("--out", "run", "--teacher", "teacher", "--trust-code")
+    distil("--out", "run", "--teacher", "teacher", "--trust-code", "--diagnose-every", "0")
     assert len(modes) == 36
     assert set(modes) == {(True, False, False)}
     assert fingerprint(loaded[0].network) == loaded[1]
@@ -125,12 +125,12 @@ def test_a_teachers_own_code_needs_trust():
 def test_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(monkeypatch):
     real, count = Ledger.step, 0
 
-    def step(self, terms, *rest):
+    def step(self, result, batch):
         nonlocal count
         count += 1
         if count == 20:
-            terms = {name: term * torch.nan for name, term in terms.items()}
-        real(self, terms, *rest)
+            result = result._replace(terms={name: term * torch.nan for name, term in result.terms.items()})
+        real(self, result, batch)
 
     monkeypatch.setattr(Ledger, "step", step)
     with pytest.raises(UserError, match="not finite at step 19; the checkpoint of step 18"):
@@ -266,6 +266,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_step_trains_like_an_eager_one():
     """What Accelerate and our forward make of a compiled module, without the compiler's own code and time.
 

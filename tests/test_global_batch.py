@@ -26,7 +26,7 @@ def train(method: str, process: int, processes: int) -> dict[str, torch.Tensor]:
         batch = batch_of(order[process * share : (process + 1) * share], step)
         with torch.no_grad():
             answer = teacher(batch.image)
-        _, terms = model(batch, answer)
+        terms = model(batch, answer).terms
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
         optimizer.step()

@@ -54,7 +54,12 @@ def student(teacher: str, method: str, *args: str) -> None:
     distil("--student", "resnet8", "--teacher", teacher, "--trust-code", *FEW, method, *FLAGS.get(method, []), *args)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Those that keep something of their own between steps, or change what is deployed, are tried every time.
+KEEPING = ("kd", "vid", "cc", "crd", "reviewkd", "simkd", "apprentice")
+EVERY = [pytest.param(name, marks=() if name in KEEPING else pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_every_method_trains_and_resumes_to_the_same_bytes(teacher, method, monkeypatch):
     student(teacher, method, "--out", "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):

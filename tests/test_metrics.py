@@ -7,6 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from kd import metrics
 from kd.metrics import Meter
+from kd.outputs import Step
 
 
 @pytest.fixture
@@ -52,21 +53,29 @@ def test_meter_weighs_by_samples_and_names_the_first_bad_step():
     meter = Meter(accelerator.device)
     logits = torch.eye(4)
     for step, (loss, labels) in enumerate([(1.0, [0, 1, 2, 3]), (4.0, [0, 0])]):
-        meter.update({"ce": torch.tensor(loss)}, logits[: len(labels)], torch.tensor(labels), torch.tensor(step))
+        result = Step(logits[: len(labels)], {"ce": torch.tensor(loss)}, {"kl": torch.tensor(loss / 2)})
+        meter.update(result, torch.tensor(labels), torch.tensor(step))
     means, bad, stop = meter.read(accelerator)
-    assert means == {"train/loss": 2.0, "train/ce": 2.0, "train/top1": pytest.approx(100 * 5 / 6)}
+    assert means == {"train/loss": 2.0, "train/ce": 2.0, "train/kl": 1.0, "train/top1": pytest.approx(100 * 5 / 6)}
     assert (bad, stop) == (None, 0)
     for step in (2, 3):
-        meter.update({"ce": torch.tensor(float("nan"))}, logits, torch.arange(4), torch.tensor(step))
+        meter.update(
+            Step(logits, {"ce": torch.tensor(torch.nan)}, {"kl": torch.tensor(0.0)}),
+            torch.arange(4),
+            torch.tensor(step),
+        )
     assert meter.read(accelerator, stop=15)[1:] == (2, 15)
 
 
 def test_meter_goes_on_after_a_restore():
     accelerator = Accelerator(cpu=True)
     one, other = Meter(accelerator.device), Meter(accelerator.device)
-    step = ({"ce": torch.tensor(0.3), "kd": torch.tensor(0.7)}, torch.eye(4), torch.arange(4), torch.tensor(0))
+    result = Step(torch.eye(4), {"ce": torch.tensor(0.3), "kd": torch.tensor(0.7)}, {"kl": torch.tensor(0.1)})
+    step = result, torch.arange(4), torch.tensor(0)
     one.update(*step)
+    one.add_gradients(torch.tensor([3.0, 2.0]))
     other.restore(one.save(accelerator), process=0)
     one.update(*step)
     other.update(*step)
     assert one.read(accelerator) == other.read(accelerator)
+    assert one.read(accelerator)[0]["train/gradient_ratio"] == 1.5

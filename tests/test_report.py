@@ -16,7 +16,7 @@ import torch
 
 from kd import figures, metrics, report
 from kd.document import plain
-from kd.errors import UserError
+from kd.errors import UserError, exit_code
 from kd.files import write_json, write_weights
 from kd.results import collect
 from kd.sections import EACH, NOT_READ
@@ -269,6 +269,13 @@ def test_names_cannot_break_the_page():
     assert "<script" not in text
 
 
+def test_a_folders_name_that_is_no_text_is_shown_as_its_bytes(no_figures, capsys):
+    os.makedirs(b"runs/\xff\xfe")
+    Path(os.fsdecode(b"runs/\xff\xfe"), "summary.json").write_text("{}")
+    assert exit_code(lambda: report.main(["runs"])) == 0
+    assert "\\udcff\\udcfe" in Path("report/report.md").read_text()
+
+
 def test_without_a_test_result_there_is_no_gain(no_figures):
     study(seeds=(0, 1))
     keys = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best", "agreement")
@@ -323,6 +330,7 @@ def test_real_runs_are_read_without_the_test_set(no_figures, monkeypatch):
 CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page with")
 def test_a_real_browser_shows_the_page():
     """Laid out within the window, figures decoded; a script that is added here reports what the browser made of it."""
@@ -338,3 +346,14 @@ def test_a_real_browser_shows_the_page():
         shown = [f"--window-size={width},900", "--dump-dom", Path("probe.html").resolve().as_uri()]
         done = subprocess.run([*command, *shown], capture_output=True, text=True, timeout=60)
         assert "<title>true 6 4</title>" in done.stdout, f"{width} pixels wide"
+
+
+def test_a_student_of_kept_answers_has_its_control(capsys):
+    """As in every grid: how answers are kept is no part of the budget."""
+    fake_run("runs/alone", "none", 0, label_smoothing=0.0)
+    path = fake_run("runs/kd", "kd", 0, temperature=4.0) / "config.json"
+    record = json.loads(path.read_text())
+    record["identity"] |= {"cache_teacher": True, "cache_dtype": "float16", "cache_top_k": None}
+    path.write_text(json.dumps(record))
+    report.write_report(["runs/*"], Path("report"))
+    assert "student (kd) against student alone" in Path("report/report.md").read_text()

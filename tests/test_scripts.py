@@ -3,17 +3,20 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CIFAR100, ROOT, needs_cifar100
-from tests.runs import SMALL, TEACHER, metrics_of, script
+from tests.runs import SMALL, STUDENT, TEACHER, metrics_of, script
+from tests.wandb_offline import read_offline
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
+@pytest.mark.slow
 def test_the_digits_chain_under_accelerate_launch():
     args = ["--preset", "digits", "--epochs", "3"]
     done = script("distill_student.py", *args, launcher=ACCELERATE)
@@ -62,6 +65,7 @@ def test_a_user_error_of_a_real_process():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_goes_offline_and_changes_nothing(monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", "/nonexistent")
@@ -73,6 +77,51 @@ def test_wandb_without_a_key_goes_offline_and_changes_nothing(monkeypatch):
     assert metrics_of(Path("kept")) == metrics_of(Path("without"))
 
 
+REPORT = """
+from pathlib import Path
+from kd.config import RunConfig
+from kd.report import write_report
+from kd.tracking import track_report
+out = Path("report")
+track_report(write_report(["kept"], out), out, RunConfig(wandb="offline", wandb_group="study"))
+"""
+
+
+@pytest.mark.slow
+def test_the_offline_file_holds_all_that_wandb_sync_would_send(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    common = ["--wandb", "offline", "--wandb-group", "study"]
+    done = script("distill_student.py", *STUDENT, *common, "--out", "kept", "--diagnose-every", "5")
+    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-c", REPORT], check=True, capture_output=True)
+    teacher, student, report = (
+        read_offline(next(Path(folder).glob("wandb/offline-run-*")))
+        for folder in (next(Path("runs/report").iterdir()), "kept", "report")
+    )
+    assert [part.run.run_group for part in (teacher, student, report)] == ["study"] * 3
+    assert [part.run.job_type for part in (teacher, student, report)] == ["teacher", "kd", "study"]
+    assert student.run.tags == ["report", "tests.networks:normalised", "kd", "synthetic"]
+    assert student.run.run_id == json.loads(Path("kept/config.json").read_text())["wandb_id"]
+    assert student.config["temperature"] == 5
+    *epochs, media = student.history
+    for line, logged in zip(metrics_of(Path("kept")), epochs, strict=True):
+        assert line.items() <= logged.items()
+    # One naming for both scripts: the student has what its teacher adds, and nothing else under another name.
+    assert set(teacher.history[0]) < set(epochs[0])
+    assert "train/gradient_ratio" in epochs[0]
+    summary = json.loads(Path("kept/summary.json").read_text())
+    assert {key: student.summary[key] for key in summary} == summary
+    table = json.loads((student.folder / media["results/path"]).read_text())
+    values = [dict(zip(table["columns"], row)) for row in table["data"]]
+    assert [row["network"] for row in values] == ["teacher", "student (kd)"]
+    assert values[1]["test_top1"] == summary["test_top1"]
+    assert (student.folder / media["curves/path"]).stat().st_size > 1000
+    (page,) = report.history
+    assert "Accuracy/path" in page
+    assert (report.folder / page["report/path"]).read_text() == Path("report/report.html").read_text()
+
+
+@pytest.mark.slow
 @needs_cifar100
 def test_the_real_cifar100_starts():
     args = ["--data", str(CIFAR100), "--classes", "2", "--model", "resnet8", "--epochs", "1", "--lr", "0.05"]
@@ -83,6 +132,7 @@ def test_the_real_cifar100_starts():
     assert summary["test_top1"] > 55
 
 
+@pytest.mark.slow
 def test_resuming_on_a_terminal_or_not_prints_an_epoch_a_line():
     done = script("train_teacher.py", *SMALL, "--model", "tests.networks:plain", "--out", "run")
     lines = [line for line in done.stdout.splitlines() if " epoch " in line]

@@ -12,10 +12,13 @@ import pytest
 
 from kd import study, tasks
 from kd.cli import parse
+from kd.config import DataConfig
+from kd.data import load_data
 from kd.errors import Preempted, UserError
 from kd.presets import distill_defaults, train_defaults
 from kd.tasks import Runner, Task
 from tests.conftest import ROOT
+from tests.runs import teach
 from tests.test_report import fake_run
 
 # Stands in for both scripts: notes what it was asked, and leaves the little that the study reads.
@@ -61,7 +64,7 @@ def calls() -> list[str]:
 def test_everything_runs_once_with_equal_budgets(fake):
     done = study.carry_out(asked("--seeds", "0", "1", "--epochs", "3", "--threads", "1"))
     assert not any(task.failure for task in done)
-    common = "--epochs 3 --threads 1"
+    common = "--epochs 3 --threads 1 --wandb-group study-digits-resnet20-resnet8"
     assert calls() == [
         f"train_teacher.py --model resnet20 {common} --auto-resume",
         *(f"distill_student.py none {common} --seed {seed} --auto-resume --no-control" for seed in (0, 1)),
@@ -172,12 +175,27 @@ def test_what_the_user_did_wrong_is_said_before_anything_runs(args, words, fake)
     assert not Path("calls.jsonl").exists()
 
 
+def test_runs_that_somebody_has_touched_since_are_not_picked(tmp_path):
+    def task(name: str, summary: str, metrics: str) -> Task:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(summary)
+        (tmp_path / name / "metrics.jsonl").write_text(metrics)
+        return Task(name, tmp_path, [], tmp_path / name)
+
+    touched = [("{", "{}"), ("{}", "{}"), ('{"val_top1_last": "x"}', '{"val/loss": 1}'), ('{"val_top1_last": 9}', "")]
+    tasks = [task(f"touched{number}", *texts) for number, texts in enumerate(touched)]
+    with pytest.raises(UserError, match="no setting of the grid has a validation score"):
+        study.pick(tasks)
+    assert study.pick([*tasks, task("sound", '{"val_top1_last": 1.0}', '{"val/loss": 2.0}')]) == len(tasks)
+
+
+@pytest.mark.slow
 def test_a_real_study():
     """Through accelerate launch, tiny networks; the report at its end has all four rows and the verdicts."""
     args = ["--data", "synthetic", "--batch-size", "50", "--epochs", "1", "--lr", "0.05", "--seeds", "0", "--jobs", "2"]
     models = ["--student", "tests.networks:normalised", "--teacher-model", "tests.networks:plain"]
     command = [sys.executable, "-m", "kd.study", *args, *models]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=os.getcwd())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=os.getcwd())
     assert done.returncode == 0, done.stdout + done.stderr
     text = Path("report/report.md").read_text()
     assert "4 finished runs." in text
@@ -186,6 +204,24 @@ def test_a_real_study():
     teacher = next(Path("runs/report").glob("teacher-*"))
     assert json.loads(next(Path("runs/report").glob("kd-*/summary.json")).read_text())["teacher"] == str(teacher)
     assert len(list(Path("runs/report").iterdir())) == 4, "the students found the study's teacher"
+
+
+@pytest.mark.slow
+def test_a_grid_of_nine_asks_its_teacher_once(monkeypatch):
+    """Counted by the teacher itself: every training image in every view once, and the picked setting's test images."""
+    teach("--out", "teacher", "--model", "tests.networks:counted")
+    monkeypatch.setenv("KD_COUNT", os.path.abspath("asked"))
+    args = ["--data", "synthetic", "--batch-size", "50", "--epochs", "2", "--lr", "0.05", "--seeds", "0", "--jobs", "2"]
+    args += ["--teacher", "teacher", "--trust-code", "--student", "tests.networks:plain", "--out", "study"]
+    grid = ["--grid", "temperature=2,4,8", "alpha=0.5,0.7,0.9"]
+    done = subprocess.run([sys.executable, "-m", "kd.study", *args, *grid], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("kd --temperature") == 10, "nine settings, and the picked one once more"
+    asked = [int(line) for line in Path("asked").read_text().split()]
+    data = load_data(DataConfig("synthetic"))
+    views, training, test = 2, len(data.train.labels), len(data.test.labels)
+    compared = 10 * views * 50  # each run asks it about one batch of each view, and compares with what is kept
+    assert sum(number for number in asked if number > 2) == views * training + test + compared, "2 probe its shapes"
 
 
 def test_help_imports_no_torch():

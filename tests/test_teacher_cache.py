@@ -54,10 +54,18 @@ def cache_folder() -> Path:
     return folder
 
 
+MIXED = ["--views", "2", "--mixup", "0.4", "--cutmix", "1.0", "--erase", "0.5"]
+
+
 @pytest.mark.parametrize(
-    "views", [["--views", "3"], ["--views", "2", "--mixup", "0.4", "--cutmix", "1.0", "--erase", "0.5"]]
+    ("views", "dtype"),
+    [
+        (["--views", "3"], "float16"),
+        (MIXED, "float32"),
+        pytest.param(["--views", "3"], "float32", marks=pytest.mark.slow),
+        pytest.param(MIXED, "float16", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views, dtype):
     for seed in (0, 1):
         kept, asked, data, job, accelerator = opened("--cache-dtype", dtype, *views, seed=seed)
@@ -183,9 +191,7 @@ def test_rows_in_another_order_are_another_cache_and_a_forged_one_is_found_out(m
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_answers_that_are_not_finite_are_refused_when_built(monkeypatch, value):
-    monkeypatch.setattr(
-        teacher_cache, "_ask", lambda ask, images, index, view: teacher_cache.Outputs(torch.full((50, 10), value))
-    )
+    monkeypatch.setattr(teacher_cache, "_ask", lambda *_: iter([teacher_cache.Outputs(torch.full((50, 10), value))]))
     with pytest.raises(UserError, match=r"not finite as float16: .*--cache-dtype float32"):
         opened()
 
@@ -228,6 +234,27 @@ def test_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch):
     assert (cache_folder() / "logits.npy").read_bytes() == whole
 
 
+def test_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):
+    opened()
+    folder = cache_folder().resolve()
+    holder = (
+        f"import time; from kd.lock import Lock; from pathlib import Path; lock = Lock(Path({str(folder / 'lock')!r}));"
+    )
+    holder += " lock.acquire(); print('held', flush=True); time.sleep(2)"
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        capsys.readouterr()
+        opened()
+        said = capsys.readouterr().out
+    finally:
+        process.kill()
+        process.communicate()
+    assert "waiting for another process to finish" in said
+    assert "kept" not in said, "nothing was computed again"
+
+
+@pytest.mark.slow
 def test_two_builders_at_once_build_once():
     args = [*STUDENT, *CACHED, "--threads", "1"]
     command = [sys.executable, str(PROJECT / "distill_student.py"), *args]
@@ -240,6 +267,7 @@ def test_two_builders_at_once_build_once():
     assert sorted(text.count("of 2 kept") for text in said) == [0, 2]
 
 
+@pytest.mark.slow
 def test_two_processes_build_what_one_builds():
     opened()
     whole = np.load(cache_folder() / "logits.npy")

@@ -50,12 +50,14 @@ def wandb(monkeypatch):
 
 def test_wandb_gets_the_same_numbers_under_the_same_names(wandb):
     fake, started = wandb()
-    logged = [args[0] for name, args, _ in fake.calls if name == "log"]
+    *logged, media = [args[0] for name, args, _ in fake.calls if name == "log"]
+    assert media.keys() == {"curves", "results"}
     clean = [{key: value for key, value in line.items() if key != "images_per_second"} for line in logged]
     assert clean == metrics_of(Path("run-"))
     assert fake.summary["status"] == "finished"
     assert (started[0]["group"], started[0]["job_type"]) == ("report", "teacher")
     assert started[0]["config"]["batch_size"] == 50
+    assert started[0]["tags"] == ["report", "tests.networks:normalised", "none", "synthetic"]
     assert ("define_metric", ("*",), {"step_metric": "epoch"}) in fake.calls
 
 
