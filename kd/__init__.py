@@ -17,6 +17,6 @@ def load(folder: str | Path, trust_code: bool = False):
     Raises: kd.errors.UserError (a ValueError) when there is no finished run there or code is not trusted.
     """
     from kd.hub import local_folder
-    from kd.run_folder import load_network
+    from kd.trained import load_network
 
     return load_network(local_folder(folder), trust_code).network

@@ -16,7 +16,7 @@ from kd.errors import UserError
 from kd.files import read_json, write_json
 from kd.launch import same_threads
 from kd.results import Run
-from kd.run_folder import Trained, load_network
+from kd.trained import Trained, load_network
 
 WARMUP, REPEATS, PATIENCE = 5, 100, 3.0  # passes, passes, seconds at most
 SHAPING = tuple(entry.name for entry in dataclasses.fields(CompressConfig))  # what else tells networks apart

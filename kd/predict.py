@@ -52,8 +52,8 @@ def open_predictor(name: str, trust_code: bool = False) -> Predictor:
     else:
         from kd.deploy import Deployed
         from kd.hub import local_folder
-        from kd.run_folder import load_network
         from kd.shipped import of_torch
+        from kd.trained import load_network
 
         trained = load_network(local_folder(name), trust_code)
         answer, expects = of_torch(Deployed(trained.network, trained.info))(0), describe(trained.info)

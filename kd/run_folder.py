@@ -1,4 +1,4 @@
-"""The folder of one run: whose it is, whether it is finished, and what it holds for others."""
+"""The folder of one run: whose it is, and whether it is new, to be resumed or finished."""
 
 import dataclasses
 import hashlib
@@ -6,20 +6,18 @@ import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from accelerate import Accelerator
-from torch import nn
 
 from kd import checkpoint
 from kd.config import Job
 from kd.data import Data
 from kd.errors import UserError, require
-from kd.files import load_weights, read_json, sha256_file, write_json
+from kd.files import read_json, write_json
 from kd.launch import wait_for
 from kd.lock import Lock
-from kd.model_info import check_info
 from kd.record import record
+from kd.trained import finished, weights_of
 
 # Flags younger than the first runs: at these values they say nothing, and those runs keep their identity and folder.
 YOUNGER = {"imbalance": 1.0, "balance": "none", "stored_size": None, "stream": False, "shuffle_rows": 4096}
@@ -55,7 +53,8 @@ class RunFolder:
 def identity_of(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None) -> dict:
     """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
     parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
-    for name in ("source", "decode", "workers"):  # where and how it lies does not matter; what it holds does
+    # Where and how it lies does not matter; what it holds does, and of a stream the order that it comes in.
+    for name in ("source", "decode", "workers", *(() if job.data.stream else ("shuffle_rows",))):
         del parts["data"][name]
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     flat = {key: value for part in parts.values() for key, value in part.items()}
@@ -100,7 +99,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
         raise
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        run.summary = _summary(run.path, job.run.test)
+        run.summary = finished(run.path, job.run.test)
         run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
     accelerator.wait_for_everyone()  # nobody trains before all have looked
     return run
@@ -127,9 +126,9 @@ def _look(run: RunFolder, job: Job) -> None:
         require(isinstance(theirs, dict), f"{path / 'config.json'} is no run's; choose another --out")
         _check_same(path, theirs, run.identity)
         run.wandb_id = str(record.get("wandb_id", ""))
-    run.summary = _summary(path, job.run.test)
+    run.summary = finished(path, job.run.test)
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
-    if run.summary is None and _summary(path) is not None:  # trained, and only the test split is unread
+    if run.summary is None and finished(path) is not None:  # trained, and only the test split is unread
         require(run.resuming, f"{path} never read the test split and has no checkpoint left to do it from; remove it")
     elif run.summary is None:
         require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
@@ -148,81 +147,3 @@ def _check_same(path: Path, theirs: dict, ours: dict) -> None:
         if theirs.get(key) != ours.get(key)
     ]
     require(not differ, f"{path} holds another run ({'; '.join(differ)}); choose another --out, or the same flags")
-
-
-def _summary(path: Path, tested: bool = False) -> dict | None:
-    """A finished run's summary; with `tested`, of one that has read the test split as well."""
-    if not (path / "summary.json").exists():
-        return None
-    summary = read_json(path / "summary.json")
-    finished = summary.get("status") == "finished" and not (tested and summary.get("test_top1") is None)
-    return summary if finished else None
-
-
-class Trained(NamedTuple):
-    """A finished run's network, in eval mode on the CPU, and what it expects."""
-
-    network: nn.Module
-    info: dict  # model.json: model, num_classes, image_size, mean, std, classes, deployed
-    weights_sha256: str
-    summary: dict
-
-
-def read_model(folder: Path) -> tuple[dict, dict]:
-    """A finished run's model.json and summary.json. Raises UserError where the folder holds none."""
-    require(folder.is_dir(), f"{folder}: no such run folder")
-    summary = _summary(folder)
-    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
-    require(isinstance(summary.get("model"), str), f"{folder / 'summary.json'} names no model")
-    info = read_json(folder / "model.json")
-    check_info(folder / "model.json", info)
-    return info, summary
-
-
-def weights_of(folder: Path) -> str:
-    """The sha256 of a finished run's weights. Raises UserError where the folder holds none."""
-    read_model(folder)
-    path = folder / "model.safetensors"
-    require(path.is_file(), f"{path} is not there: copy the whole run folder")
-    return sha256_file(path)
-
-
-def load_network(folder: Path, trust_code: bool) -> Trained:
-    """Read a finished run's network from safetensors and JSON; nothing is unpickled.
-
-    Raises: UserError where the folder is no finished run, or its network is code of the user's own and not trusted.
-    """
-    from kd.adapt import take
-    from kd.models import build_model, is_users_own
-
-    info, summary = read_model(folder)
-    require(
-        trust_code or not is_users_own(info["model"]),
-        f"{folder}: building {info['model']} runs its author's code; --trust-code (kd.load: trust_code=True)"
-        " says that you trust it",
-    )
-    try:
-        size = tuple(info.get("resized") or info["image_size"])
-        network = build_model(info["model"], info["num_classes"], size)
-    except (RuntimeError, MemoryError) as error:
-        raise UserError(f"{folder / 'model.json'}: its network cannot be built ({str(error)[:200]})") from error
-    network = _rebuilt(network, info, folder)
-    load_weights(network, folder / "model.safetensors")
-    if size != tuple(info["image_size"]):
-        take(network, size)
-    return Trained(network.eval(), info, sha256_file(folder / "model.safetensors"), summary)
-
-
-def _rebuilt(network: nn.Module, info: dict, folder: Path) -> nn.Module:
-    """What became of the fresh network: compressed, or a part of what a method deploys."""
-    from kd.compress import rebuild
-    from kd.losses import LOSSES
-
-    steps = {"compression": rebuild, "deployed": lambda part, recipe: LOSSES[recipe["method"]].rebuild(part, recipe)}
-    for key, step in steps.items():
-        if recipe := info.get(key):
-            try:
-                network = step(network, recipe)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                raise UserError(f"{folder / 'model.json'}: {key} {recipe} cannot be rebuilt ({error!r})") from error
-    return network

@@ -10,7 +10,7 @@ from kd.data import Data, load_data
 from kd.deploy import Deployed
 from kd.errors import UserError, require
 from kd.files import read_json, write_json
-from kd.run_folder import load_network
+from kd.trained import load_network
 
 
 class Source(NamedTuple):

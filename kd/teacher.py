@@ -23,7 +23,7 @@ from kd.foreign import NEW_HEAD, build, is_foreign, origin_of, read, with_fresh_
 from kd.hub import local_folder
 from kd.models import build_model
 from kd.outputs import Batch, Outputs, Tap
-from kd.run_folder import load_network
+from kd.trained import load_network
 
 Teacher = Callable[[Batch], Outputs]
 

@@ -15,7 +15,7 @@ from kd.config import METHODS, DataConfig
 from kd.data import load_data
 from kd.diagnostics import gradient_norms, warnings
 from kd.metrics import closeness
-from kd.run_folder import load_network
+from kd.trained import load_network
 from tests.pairs import batch_of, build
 from tests.runs import differences, distil, metrics_of, teach
 

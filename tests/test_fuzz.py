@@ -23,9 +23,10 @@ from kd.config import DataConfig, DistillConfig
 from kd.data import load_data
 from kd.errors import UserError
 from kd.presets import distill_defaults
-from kd.run_folder import RunFolder, _look, load_network
+from kd.run_folder import RunFolder, _look
 from kd.table import show_results
 from kd.teacher_store import Store
+from kd.trained import load_network
 from tests.runs import distil, teach
 from tests.test_data import picture
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -16,6 +17,7 @@ from kd.config import DataConfig, ViewConfig
 from kd.data import load_data
 from kd.errors import UserError
 from kd.presets import train_defaults
+from kd.run_folder import identity_of
 from kd.stream import stream_order
 from tests.runs import differences, distil, teach
 from tests.test_workers import all_batches, images
@@ -116,6 +118,16 @@ def test_with_a_window_over_everything_the_weights_are_those_of_memory(folder, t
     teach(*flags, "--out", str(tmp_path / "memory"))
     teach(*flags, "--stream", "--shuffle-rows", "1000", "--out", str(tmp_path / "stream"))
     assert not differences(tmp_path / "memory", tmp_path / "stream")
+
+
+def test_only_a_streams_window_is_a_part_of_its_runs_identity():
+    data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
+
+    def identity(*flags: str) -> dict:
+        return identity_of(parse(train_defaults, "", [*flags]).job(), data, accelerator, None)
+
+    assert identity("--shuffle-rows", "8") == identity()
+    assert identity("--stream", "--shuffle-rows", "8") != identity("--stream")
 
 
 @pytest.mark.slow

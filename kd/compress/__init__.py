@@ -16,7 +16,7 @@ from kd.costs import count_macs
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.files import load_weights
-from kd.run_folder import read_model
+from kd.trained import read_model
 
 __all__ = ["compress", "compression_summary", "plain_weights", "rebuild"]
 
