@@ -28,12 +28,11 @@ def find_teacher(config: DistillConfig, data, accelerator):
 def main(config: DistillConfig) -> None:
     from kd.data import load_data
     from kd.launch import start
-    from kd.losses import LOSSES
     from kd.models import check_name
     from kd.probe import try_method, try_out
     from kd.table import show_results
 
-    job, needs_teacher = config.job(), LOSSES[config.job().method_name].needs_teacher
+    job, needs_teacher = config.job(), config.method.needs_teacher
     check_name(config.student)
     if needs_teacher and not config.teachers:
         check_name(config.teacher_model)

@@ -46,7 +46,7 @@ def try_out(job: Job, data: Data, accelerator: Accelerator) -> nn.Module:
         not (job.views.mixes and LOSSES[job.method_name].needs_hard_labels),
         f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
     )
-    if job.cache.cache_teacher and not LOSSES[job.method_name].needs_teacher and accelerator.is_main_process:
+    if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
         print(f"{job.role} asks no teacher: --cache-teacher has nothing to keep", flush=True)
     require(
         LOSSES[job.method_name].has_cross_entropy or job.fit.balance in ("none", "sampler"),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import kd
-from kd import study
+from kd import plan
 from kd.cli import parse
 from kd.compress import compress, plain_weights
 from kd.compress.layers import inner_layers
@@ -191,7 +191,7 @@ def test_the_student_alone_is_compressed_alike_and_the_teacher_never():
     config = parse(distill_defaults, "", ["--init", "run", *LOW])
     assert config.job().compress == config.control_job().compress == CompressConfig("run", 2, 4)
     assert config.teacher_job().compress == CompressConfig()
-    asked = study.read_command_line(["--preset", "digits", "--init", "run", *LOW])
+    asked = plan.read_command_line(["--preset", "digits", "--init", "run", *LOW])
     (teacher,) = asked.teacher()
     assert not {"--init", "--weight-bits", "--activation-bits"} & set(teacher.args)
     assert all("--weight-bits" in task.args for task in (*asked.controls(), asked.student("kd", 0)))
@@ -205,7 +205,7 @@ def test_only_what_is_asked_is_a_part_of_a_runs_identity(trained):
     job = parse(distill_defaults, "", ["--init", trained, *LOW]).job()
     identity = identity_of(job, data, accelerator, None)
     assert {flag: identity[flag] for flag in flags & identity.keys()} == {
-        "init": kd.run_folder.load_network(Path(trained), trust_code=True).weights_sha256,
+        "init": kd.trained.load_network(Path(trained), trust_code=True).weights_sha256,
         "weight_bits": 2,
         "activation_bits": 4,
     }

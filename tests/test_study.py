@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kd import study, tasks
+from kd import plan, study, tasks
 from kd.cli import parse
 from kd.config import DataConfig
 from kd.data import load_data
@@ -47,13 +47,13 @@ def fake(monkeypatch):
     """Run the stand-in directly instead of the scripts through the launcher."""
     for name in ("distill_student.py", "train_teacher.py"):
         Path(name).write_text(FAKE)
-    monkeypatch.setattr(study, "_script", lambda name: Path(name))
+    monkeypatch.setattr(plan, "_script", lambda name: Path(name))
     monkeypatch.setattr(tasks, "LAUNCHER", (sys.executable,))
     monkeypatch.setattr(tasks, "POLL", 0.01)
 
 
-def asked(*args: str) -> study.Study:
-    return study.read_command_line(["--preset", "digits", *args])
+def asked(*args: str) -> plan.Study:
+    return plan.read_command_line(["--preset", "digits", *args])
 
 
 def calls() -> list[str]:
@@ -73,6 +73,13 @@ def test_everything_runs_once_with_equal_budgets(fake):
             for seed in (0, 1)
         ),
         *(f"distill_student.py kd {common} --seed {seed} --auto-resume --no-control" for seed in (0, 1)),
+    ]
+
+
+def test_methods_that_ask_no_teacher_have_none_trained(fake):
+    done = study.carry_out(asked("--seeds", "0", "--methods", "tfkd", "apprentice"))
+    assert [task.label for task in done] == [
+        f"{name} seed 0" for name in ("none", "none --label-smoothing 0.1", "tfkd", "apprentice")
     ]
 
 
@@ -147,7 +154,7 @@ def test_asked_to_stop_it_stops_what_it_runs():
 )
 def test_the_teacher_is_the_one_that_the_students_look_for(flags):
     wanted = parse(distill_defaults, "", flags)
-    args = ["--preset", wanted.preset, *study.teacher_flags(wanted), "--auto-resume"]
+    args = ["--preset", wanted.preset, *plan.teacher_flags(wanted), "--auto-resume"]
     assert parse(train_defaults, "", args).job() == wanted.teacher_job()
 
 

@@ -31,7 +31,6 @@ class Apprentice(DistillationLoss):
     """
 
     config: ApprenticeConfig
-    needs_teacher = False
 
     @classmethod
     def partner(cls, config: ApprenticeConfig, model: str) -> str:

@@ -14,7 +14,6 @@ from kd.outputs import Batch, Outputs, Pair, Stages, Step, Tap
 class DistillationLoss(nn.Module, ABC):
     """A method: weighted loss terms by name, whose sum is minimised. What it trains of its own are its parameters."""
 
-    needs_teacher = True
     needs_hard_labels = False  # refuses mixup and cutmix, whose images have two
     has_cross_entropy = True  # a term that --balance can change
 

@@ -11,7 +11,6 @@ class CrossEntropy(DistillationLoss):
     """With label smoothing if asked (Szegedy et al., arXiv:1512.00567, section 7)."""
 
     config: NoneConfig
-    needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         return {"ce": self.cross_entropy(student.logits, batch, self.config.label_smoothing)}

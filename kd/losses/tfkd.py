@@ -32,7 +32,6 @@ class TFKD(DistillationLoss):
 
     config: TFKDConfig
     needs_hard_labels = True
-    needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         alpha = self.config.alpha

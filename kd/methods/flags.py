@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kd.errors import require
 
@@ -28,7 +29,14 @@ def share(config, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class LogitFlags:
+class MethodFlags:
+    """What scripts ask of a method before anything slow is imported."""
+
+    needs_teacher: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class LogitFlags(MethodFlags):
     """What every method of logits takes."""
 
     standardize: bool = False
@@ -36,7 +44,7 @@ class LogitFlags:
 
 
 @dataclass(frozen=True)
-class FeatureFlags:
+class FeatureFlags(MethodFlags):
     """What every method of features takes."""
 
     weight: float = 1.0

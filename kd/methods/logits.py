@@ -1,16 +1,17 @@
 """Flags of the methods that compare logits, and of those that need no teacher."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from kd.errors import require
-from kd.methods.flags import LogitFlags, not_negative, positive, share
+from kd.methods.flags import LogitFlags, MethodFlags, not_negative, positive, share
 
 
 @dataclass(frozen=True)
-class NoneConfig:
+class NoneConfig(MethodFlags):
     """Cross-entropy alone: no teacher."""
 
+    needs_teacher: ClassVar[bool] = False
     label_smoothing: float = 0.0
     """Share of the target spread over all classes (arXiv:1512.00567)."""
 
@@ -84,9 +85,10 @@ class DISTConfig(LogitFlags):
 
 
 @dataclass(frozen=True)
-class TFKDConfig:
+class TFKDConfig(MethodFlags):
     """Yuan et al. 2020: a virtual teacher that is right; no network. A control: nearly label smoothing."""
 
+    needs_teacher: ClassVar[bool] = False
     temperature: float = 20.0
     """Softens the virtual teacher."""
     alpha: float = 0.1
@@ -101,9 +103,10 @@ class TFKDConfig:
 
 
 @dataclass(frozen=True)
-class ApprenticeConfig:
+class ApprenticeConfig(MethodFlags):
     """Mishra & Marr 2017, scheme A: a teacher that is trained together with the student, from scratch."""
 
+    needs_teacher: ClassVar[bool] = False
     partner: str | None = None
     """That teacher, always in full precision: names as for --student; left out: the student's own network."""
     alpha: float = 1.0
