@@ -67,6 +67,7 @@ def main(config: BenchConfig) -> None:
     require(config.steps >= 1 and config.rounds >= 1, "--steps and --rounds: give 1 or more")
     from kd.data import load_data
     from kd.launch import start
+    from kd.pieces import Pieces
 
     job = config.job()
     accelerator = start(job.fit, job.run)
@@ -74,11 +75,13 @@ def main(config: BenchConfig) -> None:
     data = load_data(job.data)
     steps = len(data.train.labels) // config.batch_size
     require(config.steps <= steps, f"--steps {config.steps}: an epoch has {steps}; give fewer, or a smaller batch")
+    pieces = Pieces(job, config.teacher_model, config.steps, data, accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        times = measure(config, job, data, accelerator, Path(folder))
-        numbers = summarise(config, times, data) | describe(config, data, accelerator)
+        times = take_turns(pieces.all(Path(folder)), config.rounds, accelerator.device)
+        images = dict.fromkeys(times, config.steps * config.batch_size) | {"evaluation": pieces.scored}
+        numbers = summarise(times, images) | describe(config, data.size, accelerator)
         if accelerator.device.type == "cuda":
-            numbers |= matrix_share(config, numbers["bare_images_per_second"], data, accelerator.device)
+            numbers |= matrix_share(pieces, numbers["bare_images_per_second"])
         if config.starts:
             numbers |= starts(config, Path(folder))
     show(numbers)
@@ -86,19 +89,12 @@ def main(config: BenchConfig) -> None:
         config.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
-def measure(config: BenchConfig, job: Job, data, accelerator, folder: Path) -> dict[str, list[float]]:
+def take_turns(pieces: dict[str, Callable[[], None]], rounds: int, device) -> dict[str, list[float]]:
     """Seconds of each piece in each round, the pieces taking turns: what disturbs the machine disturbs all alike."""
-    pieces = {
-        "bare": bare(job, data, accelerator, config.steps),
-        "live": epoch(job, data, accelerator, folder / "live", config, cached=False),
-        "cached": epoch(job, data, accelerator, folder / "cached", config, cached=True),
-        "teacher": forward_only(config, data, accelerator),
-        "evaluation": evaluation(job, data, accelerator, config),
-    }
     times = {name: [] for name in pieces}
-    for round_ in range(config.rounds + 1):
+    for round_ in range(rounds + 1):
         for name, piece in pieces.items():
-            seconds = timed(piece, accelerator.device)
+            seconds = timed(piece, device)
             if round_ > 0:  # the first warms caches up and compiles
                 times[name].append(seconds)
     return times
@@ -114,131 +110,8 @@ def timed(piece: Callable[[], None], device) -> float:
     return time.perf_counter() - before
 
 
-def _distiller(job: Job, data, device):
-    """A student with its loss, as train_teacher.train builds it, on the device."""
-    from kd.fit import layout
-    from kd.losses import LOSSES, Distiller
-    from kd.models import build_model
-    from kd.probe import probe_pair
-    from kd.views import seed_everything
-
-    seed_everything(0, "network")
-    network = build_model(job.model, len(data.classes), data.size)
-    distiller = Distiller(network, LOSSES["kd"](job.method, probe_pair(job, network, None, data)))
-    return distiller.to(device, memory_format=layout(job.fit))
-
-
-def _batch(job: Job, data, accelerator):
-    from kd.batches import Batches
-
-    return next(Batches(data, job, accelerator).epoch(0))
-
-
-def bare(job: Job, data, accelerator, steps: int) -> Callable[[], None]:
-    """Forward, loss, backward and update of the student on one batch and one answer that never change."""
-    import torch
-
-    from kd.fit import make_optimizer
-    from kd.outputs import Outputs
-
-    distiller = _distiller(job, data, accelerator.device)
-    model, optimizer = accelerator.prepare(distiller, make_optimizer(distiller, job.fit, accelerator))
-    batch = _batch(job, data, accelerator)
-    answer = Outputs(torch.randn(len(batch.label), len(data.classes), device=accelerator.device))
-
-    def piece() -> None:
-        distiller.train()
-        for _ in range(steps):
-            accelerator.backward(sum(model(batch, answer).terms.values()))
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return piece
-
-
-def epoch(job: Job, data, accelerator, folder: Path, config: BenchConfig, cached: bool) -> Callable[[], None]:
-    """The project's own loop over the next steps of an epoch: everything that kd.fit does between two saves."""
-    from kd.batches import Batches
-    from kd.fit import make_optimizer, train_epoch
-    from kd.ledger import Ledger
-    from kd.run_folder import RunFolder
-
-    distiller = _distiller(job, data, accelerator.device)
-    sgd = make_optimizer(distiller, job.fit, accelerator)
-    ledger = Ledger(distiller, sgd, job, RunFolder(folder, {}), accelerator)
-    model, optimizer = accelerator.prepare(distiller, sgd)
-    teacher = _kept(job, data, accelerator, folder) if cached else _live(config, data, accelerator)
-    batches = Batches(data, job, accelerator)
-
-    def piece() -> None:
-        distiller.train()
-        ledger.state.step = 0  # always the first steps, so that no epoch ends within a measurement
-        loop = train_epoch(0, model, optimizer, batches, teacher, ledger, accelerator, job.fit)
-        for step, _ in zip(range(1, config.steps + 1), loop):
-            if step % job.run.log_every == 0:
-                ledger.look()
-
-    return piece
-
-
-def _live(config: BenchConfig, data, accelerator):
-    from kd.teacher import live
-
-    return live(_teacher(config, data, accelerator.device), accelerator, channels_last=config.channels_last)
-
-
-def _teacher(config: BenchConfig, data, device):
-    from kd.models import build_model
-
-    return build_model(config.teacher_model, len(data.classes), data.size).eval().requires_grad_(False).to(device)
-
-
-def _kept(job: Job, data, accelerator, folder: Path):
-    """A cache of made-up answers: looking them up costs what it costs with true ones."""
-    import dataclasses
-
-    import numpy as np
-
-    from kd.teacher_cache import Store
-
-    spec = {"rows": len(data.train.labels), "classes": len(data.classes), "views": dataclasses.asdict(job.views)}
-    folder.mkdir()
-    store = Store(folder, spec | {"dtype": job.cache.cache_dtype, "top_k": None})
-    shape = store.shapes["logits"]
-    np.save(store.path("logits"), np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16))
-    return store.teacher(accelerator.device)
-
-
-def forward_only(config: BenchConfig, data, accelerator) -> Callable[[], None]:
-    answer, batch = _live(config, data, accelerator), _batch(config.job(), data, accelerator)
-
-    def piece() -> None:
-        for _ in range(config.steps):
-            answer(batch)
-
-    return piece
-
-
-def evaluation(job: Job, data, accelerator, config: BenchConfig) -> Callable[[], None]:
-    import torch
-
-    from kd.fit import predict
-    from kd.rows import Split, centred
-
-    network = _distiller(job, data, accelerator.device).deployed
-    rows = _scored(config, data)
-    images = torch.cat(list(centred(data.test, data.size, torch.arange(rows), config.batch_size)))
-    split = Split(images, data.test.labels[:rows])
-    return lambda: predict(network, split, data, accelerator, job.fit.batch_size)
-
-
-def _scored(config: BenchConfig, data) -> int:
-    return min(config.steps * config.batch_size, len(data.test.labels))
-
-
-def summarise(config: BenchConfig, times: dict[str, list[float]], data) -> dict:
+def summarise(times: dict[str, list[float]], images: dict[str, int]) -> dict:
     """Images per second of each piece, and the two ratios that the loop is judged by."""
-    images = dict.fromkeys(times, config.steps * config.batch_size) | {"evaluation": _scored(config, data)}
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
     numbers = {f"{name}_images_per_second": images[name] / seconds for name, seconds in middle.items()}
     ideal = (middle["bare"] + middle["teacher"]) / middle["bare"]
@@ -250,7 +123,7 @@ def summarise(config: BenchConfig, times: dict[str, list[float]], data) -> dict:
     }
 
 
-def describe(config: BenchConfig, data, accelerator) -> dict:
+def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
     import torch
 
     on_gpu = accelerator.device.type == "cuda"
@@ -258,7 +131,7 @@ def describe(config: BenchConfig, data, accelerator) -> dict:
         "model": config.model,
         "teacher_model": config.teacher_model,
         "batch_size": config.batch_size,
-        "image_size": list(data.size),
+        "image_size": list(size),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,
@@ -267,42 +140,21 @@ def describe(config: BenchConfig, data, accelerator) -> dict:
     }
 
 
-def matrix_share(config: BenchConfig, images_per_second: float, data, device) -> dict:
+def matrix_share(pieces, images_per_second: float) -> dict:
     """The bare step's share of the bf16 matrix-product rate measured here and now."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    size = 8192
+    size, device = 8192, pieces.accelerator.device
     one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = statistics.median(timed(lambda: one @ other, device) for _ in range(20))
     rate = 2 * size**3 / seconds
-    network = _distiller(config.job(), data, device).student
-    images = torch.randn(8, 3, *data.size, device=device)
     with FlopCounterMode(display=False) as counter:
-        network(images).sum().backward()
+        pieces.network()(torch.randn(8, 3, *pieces.data.size)).sum().backward()
     return {
         "matrix_tflops": rate / 1e12,
         "share_of_matrix_rate": counter.get_total_flops() / 8 * images_per_second / rate,
     }
-
-
-FIRST_STEP = """
-import json, resource, sys, time
-begin = time.perf_counter()
-import torch, accelerate
-from kd import bench, data, fit, launch
-config = bench.BenchConfig(**json.loads(sys.argv[1]))
-imported = time.perf_counter()
-job = config.job()
-accelerator = launch.start(job.fit, job.run)
-loaded = data.load_data(job.data)
-bench.bare(job, loaded, accelerator, 1)()
-first = time.perf_counter()
-bench.bare(job, loaded, accelerator, 30)()
-bench.evaluation(job, loaded, accelerator, config)()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"import_seconds": imported - begin, "first_step_seconds": first - imported, "peak_gib": peak}))
-"""
 
 
 def starts(config: BenchConfig, folder: Path) -> dict:
@@ -312,7 +164,7 @@ def starts(config: BenchConfig, folder: Path) -> dict:
     env = {**os.environ, "KD_CACHE": str(folder / "decoded"), "HF_DATASETS_CACHE": str(folder / "datasets")}
     numbers = {}
     for name in ("cold", "warm"):
-        command = [sys.executable, "-c", FIRST_STEP, flags]
+        command = [sys.executable, "-m", "kd.first_step", flags]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         require(done.returncode == 0, f"the {name} start failed: {done.stderr[-300:]}")
         numbers |= {f"{name}_{key}": value for key, value in json.loads(done.stdout.splitlines()[-1]).items()}

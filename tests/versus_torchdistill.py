@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from kd import bench
 from kd.data import load_data
 from kd.launch import start
 from kd.models import build_model
+from kd.pieces import Pieces
 
 STEPS, ROUNDS, BATCH = 10, 5, 64
 
@@ -94,18 +94,9 @@ def main(source: str, out: str | None = None) -> None:
     job = config.job()
     accelerator, data = start(job.fit, job.run), load_data(job.data)
     with tempfile.TemporaryDirectory() as folder:
-        pieces = {
-            "torchdistill": their_steps(data),
-            "live": bench.epoch(job, data, accelerator, Path(folder) / "live", config, cached=False),
-            "cached": bench.epoch(job, data, accelerator, Path(folder) / "cached", config, cached=True),
-        }
-        seconds = {name: [] for name in pieces}
-        for round_ in range(ROUNDS + 1):
-            for name, piece in pieces.items():
-                before = time.perf_counter()
-                piece()
-                if round_:
-                    seconds[name].append(time.perf_counter() - before)
+        ours = Pieces(job, config.teacher_model, STEPS, data, accelerator).all(Path(folder))
+        pieces = {"torchdistill": their_steps(data), "live": ours["live"], "cached": ours["cached"]}
+        seconds = bench.take_turns(pieces, ROUNDS, accelerator.device)
     rates = {name: STEPS * BATCH / statistics.median(times) for name, times in seconds.items()}
     theirs = seconds["torchdistill"]
     for name in ("live", "cached"):
