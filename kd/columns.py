@@ -7,6 +7,8 @@ import numpy as np
 
 from kd.errors import require
 
+LARGEST_LABEL = 99_999  # each number up to the largest is a class, and a column of something else would fill the memory
+
 
 class Columns(NamedTuple):
     image: str
@@ -39,6 +41,8 @@ def find_columns(features, unique: Callable[[str], list], label: str | None, sou
     )
     if isinstance(values[0], int):
         require(min(values) >= 0, f"--label {chosen}: {source} has the label {min(values)}; labels start at 0")
+        most = f"numbers name classes up to {LARGEST_LABEL}; number them from 0, or use names"
+        require(max(values) <= LARGEST_LABEL, f"--label {chosen}: {source} has the label {max(values)}; {most}")
         return Columns(images[0], chosen, tuple(str(number) for number in range(max(values) + 1)))
     return Columns(images[0], chosen, tuple(sorted(values)))
 

@@ -43,8 +43,7 @@ def finish(
     summary = _training_summary(ledger, job, sum(p.numel() for p in network.parameters())) | UNREAD
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
-        folders = [str(one.folder) for one in teacher.members or (teacher,)] if teacher else [None]
-        summary |= {"teacher": folders[0] if len(folders) == 1 else folders, "control": control and str(control)}
+        summary |= _who_taught(teacher) | {"control": control and str(control)}
         summary |= {"teacher_test_top1": None, "agreement": None}
     answers = {}
     if job.run.test:
@@ -106,6 +105,13 @@ def test_scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "test_ece": metrics.ece(logits, labels),
         "test_images": len(labels),
     }
+
+
+def _who_taught(teacher: Frozen | None) -> dict:
+    """Folder and network of the teacher; lists of several; None for none."""
+    asked = (teacher.members or (teacher,)) if teacher else ()
+    told = {"teacher": [str(one.folder) for one in asked], "teacher_model": [one.summary["model"] for one in asked]}
+    return {key: found if len(found) > 1 else next(iter(found), None) for key, found in told.items()}
 
 
 def _training_summary(ledger: Ledger, job: Job, params: int) -> dict:

@@ -18,6 +18,7 @@ from kd.deploy import Deployed, open_pt2
 from kd.display import console
 from kd.document import Table
 from kd.errors import UserError
+from kd.foreign import is_foreign
 from kd.launch import same_threads
 from kd.onnx_runtime import OnnxFile, needed
 from kd.rows import centred
@@ -81,8 +82,10 @@ def candidates(folder: Path, source: Source, data: Data, trust_code: bool) -> tu
 
 def _teacher(source: Source, data: Data, trust_code: bool) -> Candidate:
     """Its accuracy is what the run itself measured. Raises UserError where it is no longer there."""
-    named = source.summary["teacher"]
-    teacher = load_teachers(named if isinstance(named, list) else [named], data, torch.device("cpu"), trust_code)
+    named, model = (source.summary.get(key) for key in ("teacher", "teacher_model"))
+    names, models = (each if isinstance(each, list) else [each] for each in (named, model))
+    of_files = next((str(model) for name, model in zip(names, models) if is_foreign(name)), "")  # --teacher-model
+    teacher = load_teachers(names, data, torch.device("cpu"), trust_code, of_files)
     params = sum(parameter.numel() for parameter in teacher.network.parameters())
     known = {"top1": source.summary["teacher_test_top1"], "agreement": source.summary["agreement"]}
     size = sum(tensor.numel() * tensor.element_size() for tensor in teacher.network.state_dict().values())

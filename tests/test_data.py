@@ -143,10 +143,15 @@ def test_label_columns_of_names_and_numbers(tmp_path):
             FEATURES,
             r"train row 0 \(x.png\) is no readable image",
         ),
+        (
+            {"img": [picture(0)], "label": [10**12]},
+            Features({"img": ImageFeature(), "label": Value("int64")}),
+            "has the label 1000000000000; numbers name classes up to 99999",
+        ),
         ({"img": [picture(0)], "label": [-1]}, FEATURES, "train row 0: label -1 is none of the 2 classes"),
         ({"img": [picture(0)], "label": [None]}, FEATURES, "train row 0: label None"),
     ],
-    ids=["no image", "no label", "empty", "null row", "corrupt row", "ignored label", "missing label"],
+    ids=["no image", "no label", "empty", "null row", "corrupt row", "no class", "ignored label", "missing label"],
 )
 def test_what_is_wrong_with_the_data_is_named(tmp_path, monkeypatch, rows, features, words):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))

@@ -149,7 +149,7 @@ def test_training_learns_and_the_summary_is_complete():
     wanted = {
         "status", "script", "method", "model", "params", "seed", "epochs", "steps", "seconds", "images_per_second",
         "val_top1_last", "val_top1_best", "best_epoch", "test_top1", "test_top5", "test_nll", "test_ece",
-        "test_top1_best", "teacher", "teacher_test_top1", "control", "agreement",
+        "test_top1_best", "teacher", "teacher_model", "teacher_test_top1", "control", "agreement",
     }  # fmt: skip
     assert wanted <= summary.keys()
     assert summary["status"] == "finished"

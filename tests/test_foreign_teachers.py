@@ -16,8 +16,10 @@ from kd.errors import UserError
 from kd.foreign import match_classes, read
 from kd.models import build_model
 from kd.presets import distill_defaults
-from kd.run_folder import load_network
+from kd.shipped import candidates
+from kd.source import read_source
 from kd.teacher import load_teacher, load_teachers
+from kd.trained import load_network
 from kd.views import normalize
 from tests import networks
 from tests.runs import differences, distil, metrics_of, teach
@@ -73,9 +75,13 @@ def test_a_file_sees_its_own_size_and_normalisation_and_answers_in_our_order(dat
 def test_a_student_follows_it_and_the_table_names_it(data, capsys):
     file_of("big.safetensors", data.classes)
     distil("--teacher", "big.safetensors", "--teacher-model", MODEL, "--epochs", "1", "--out", "student")
-    measured = json.loads(Path("student/summary.json").read_text())["teacher_test_top1"]
+    summary = json.loads(Path("student/summary.json").read_text())
+    measured = summary["teacher_test_top1"]
+    assert (summary["teacher"], summary["teacher_model"]) == ("big.safetensors", MODEL)
     row = next(line for line in capsys.readouterr().out.splitlines() if "teacher" in line and "│" in line)
     assert f"{measured:.2f}" in row
+    found, missing = candidates(Path("student"), read_source(Path("student"), True), data, True)
+    assert (found[-1].name, missing) == ("teacher", ()), "an export measures what it costs"
 
 
 def test_prefixes_are_stripped_and_checkpoints_opened(data):
