@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from kd import checkpoint
 from kd.errors import UserError
-from kd.files import read_json, read_weights
+from kd.files import read_json
 
 MARKS = ("config.json", "summary.json", "model.json", "checkpoint")  # any of them makes a folder a run's
 TEXT, NUMBER = (str,), (int, float)
@@ -159,52 +159,3 @@ def _position(folder: Path) -> str:
     if not steps:
         return "no checkpoint yet"
     return f"step {steps[0]} is saved; continue it with --resume"
-
-
-def history(run: Run) -> list[dict]:
-    """The epochs' lines of metrics.jsonl. Raises UserError where they cannot be read."""
-    path = run.path / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        needed = [line[key] for line in lines for key in ("epoch", "train/loss", "train/top1")]
-        optional = [line.get(key) or 0.0 for line in lines for key in ("val/loss", "val/top1")]
-        sound = lines and all(map(math.isfinite, needed + optional))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r})") from error
-    if not sound:
-        raise UserError(f"{path} holds no epochs, or numbers that are none")
-    return lines
-
-
-def test_answers(run: Run) -> tuple:
-    """Logits (n x k) and labels (n) of the test split as they were scored. Raises UserError where they are not there.
-
-    What does not give the summary's accuracy is another run's, and refused.
-    """
-    from kd.metrics import top_k
-
-    path = run.path / "test_logits.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} is not there: the run read no test split, or was made before these were kept")
-    kept = read_weights(path)
-    logits, labels = kept.get("logits"), kept.get("labels")
-    if logits is None or labels is None or logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise UserError(f"{path} holds no logits and labels")
-    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise UserError(f"{path} holds labels that are none")
-    if abs(top_k(logits, labels, 1) - run.summary["test_top1"]) > 1e-6:
-        raise UserError(f"{path} does not give the accuracy in the summary")
-    return logits, labels
-
-
-def class_names(run: Run, count: int) -> list[str]:
-    """Of model.json; numbers where it is not readable or does not fit."""
-    try:
-        names = read_json(run.path / "model.json").get("classes", [])
-    except UserError:
-        names = []
-    return (
-        [str(name) for name in names]
-        if isinstance(names, list) and len(names) == count
-        else [str(number) for number in range(count)]
-    )
