@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kd import views
-from kd.rows import Rows
+from kd.images.rows import Rows
 
 
 def balanced_order(seed: int, epoch: int, labels: Int[Tensor, "n"]) -> Int[Tensor, "n"]:

@@ -12,8 +12,8 @@ from kd.balance import epoch_order
 from kd.config import Job, ViewConfig
 from kd.data import Data
 from kd.errors import require
+from kd.images.rows import Rows, gather
 from kd.outputs import Batch, Mix
-from kd.rows import Rows, gather
 
 
 class Pixels:

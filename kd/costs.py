@@ -15,7 +15,7 @@ from kd.config import CompressConfig
 from kd.errors import UserError
 from kd.files import read_json, write_json
 from kd.launch import same_threads
-from kd.results import Run
+from kd.reporting.results import Run
 from kd.trained import Trained, load_network
 
 WARMUP, REPEATS, PATIENCE = 5, 100, 3.0  # passes, passes, seconds at most

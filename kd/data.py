@@ -1,6 +1,6 @@
 """Any image classification set as three splits of uint8 images.
 
-How they are held is kd/holding.py's to choose. The validation split is held out of the training split, by class;
+How they are held is kd/images/holding.py's to choose. The validation split is held out of the training split, by class;
 the test split is the data's own and is read once, at the end of a run.
 """
 
@@ -12,17 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd.builtin_data import BUILT_IN
 from kd.config import DataConfig
-from kd.decode import cached
 from kd.errors import UserError, nearest, require
-from kd.holding import Kept, Source, hold, say
-from kd.hub_sets import HUB_SETS, HubSet, advice, filled, find
-from kd.listing import opened, state_of
-from kd.pictures import VERSION
-from kd.rows import Rows, Split
-from kd.splits import hold_out, keep, long_tail
-from kd.stream_source import Streaming
+from kd.images.builtin_data import BUILT_IN
+from kd.images.decode import cached
+from kd.images.holding import Kept, Source, hold, say
+from kd.images.hub_sets import HUB_SETS, HubSet, advice, filled, find
+from kd.images.listing import opened, state_of
+from kd.images.pictures import VERSION
+from kd.images.rows import Rows, Split
+from kd.images.splits import hold_out, keep, long_tail
+from kd.images.stream_source import Streaming
 
 __all__ = ["Data", "Split", "load_data"]
 

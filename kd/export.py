@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 from kd.display import console
-from kd.document import Block, Heading, Lines, markdown
 from kd.errors import exit_code, nearest, require
 from kd.files import write_atomically, write_folder, write_json
 from kd.hub import check_id, push
 from kd.lock import Lock
-from kd.onnx_runtime import needed
-from kd.preprocess import describe
+from kd.reporting.document import Block, Heading, Lines, markdown
+from kd.shipping.onnx_runtime import needed
+from kd.shipping.preprocess import describe
 
 FORMATS = ("safetensors", "onnx", "int8", "pt2")
 ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -31,8 +31,8 @@ OURS |= {"model.safetensors", "model.onnx", "model.int8.onnx", "model.pt2"}
 
 def export(given: argparse.Namespace) -> Path:
     """Make RUN/export as the flags say; returns it. Raises UserError for whatever the user can mend."""
-    from kd.formats import calibration_images
-    from kd.source import read_data, read_source
+    from kd.shipping.formats import calibration_images
+    from kd.shipping.source import read_data, read_source
 
     for module in dict.fromkeys(module for key in given.formats for module in NEEDS.get(key, ())):
         needed(module)
@@ -61,9 +61,9 @@ def export(given: argparse.Namespace) -> Path:
 
 def _fill(folder: Path, source, data, calibration, given: argparse.Namespace) -> None:
     """Every file of an export, into an empty folder."""
-    from kd.card import Subject, write_card
-    from kd.formats import make_files
-    from kd.source import alone, copy_run
+    from kd.shipping.card import Subject, write_card
+    from kd.shipping.formats import make_files
+    from kd.shipping.source import alone, copy_run
 
     expects = describe(source.info)
     write_json(folder / "preprocessing.json", expects)
@@ -78,7 +78,7 @@ def _fill(folder: Path, source, data, calibration, given: argparse.Namespace) ->
 def _tabulate(folder: Path, source, data, differences: dict[str, float], given: argparse.Namespace) -> list[Block]:
     """Measure every file in `folder`; export.json and export.md are written, and the same shown."""
     from kd.costs import machine
-    from kd.shipped import candidates, measure, table, verdicts
+    from kd.shipping.shipped import candidates, measure, table, verdicts
 
     listed, notes = candidates(folder, source, data, given.trust_code)
     rows = measure(listed, data, given.threads)

@@ -13,11 +13,11 @@ from kd.curves import draw_curves
 from kd.data import Data
 from kd.files import write_json, write_weights
 from kd.fit import predict
+from kd.images.splits import is_imbalanced
 from kd.ledger import Ledger
 from kd.losses import Distiller
 from kd.run_folder import RunFolder
 from kd.shots import shot_scores
-from kd.splits import is_imbalanced
 from kd.teacher import Frozen
 
 # The summary's test keys of a run with --no-test.

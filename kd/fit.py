@@ -15,10 +15,10 @@ from kd.config import FitConfig, Job, RunConfig
 from kd.data import Data
 from kd.diagnostics import warnings
 from kd.display import Display
+from kd.images.rows import Rows
 from kd.ledger import Ledger
 from kd.losses import Distiller
 from kd.outputs import Batch, Outputs, Step
-from kd.rows import Rows
 from kd.run_folder import RunFolder
 from kd.signals import StopRequests
 from kd.teacher import Teacher

@@ -14,12 +14,12 @@ from kd.batches import Batches
 from kd.config import Job
 from kd.data import Data
 from kd.fit import layout, make_optimizer, predict, train_epoch
+from kd.images.rows import Split, centred
 from kd.ledger import Ledger
 from kd.losses import LOSSES, Distiller
 from kd.models import build_model
 from kd.outputs import Outputs
 from kd.probe import probe_pair
-from kd.rows import Split, centred
 from kd.run_folder import RunFolder
 from kd.teacher import Teacher, live
 from kd.teacher_cache import Store

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 
 from kd.errors import UserError, exit_code, require
-from kd.pictures import seen
-from kd.preprocess import describe
+from kd.images.pictures import seen
+from kd.shipping.preprocess import describe
 
 BATCH = 64  # images in memory at once
 
@@ -44,15 +44,15 @@ class Prediction(NamedTuple):
 def open_predictor(name: str, trust_code: bool = False) -> Predictor:
     """The network of a run folder, a Hub id or an exported .onnx file. Raises UserError where there is none."""
     if name.endswith(".onnx"):
-        from kd.onnx_runtime import OnnxFile
+        from kd.shipping.onnx_runtime import OnnxFile
 
         require(Path(name).is_file(), f"{name}: no such file; python -m kd.export RUN --formats onnx makes one")
         answer = OnnxFile(Path(name))
         expects = answer.preprocessing
     else:
-        from kd.deploy import Deployed
         from kd.hub import local_folder
-        from kd.shipped import of_torch
+        from kd.shipping.deploy import Deployed
+        from kd.shipping.shipped import of_torch
         from kd.trained import load_network
 
         trained = load_network(local_folder(name), trust_code)

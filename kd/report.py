@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from kd.display import console
-from kd.document import Block, Heading, Lines, Table, markdown, page
 from kd.errors import UserError, exit_code, require
 from kd.files import write_atomically
-from kd.results import Other, collect
+from kd.reporting.document import Block, Heading, Lines, Table, markdown, page
+from kd.reporting.results import Other, collect
 
 TITLE = "What was gained, with its noise"
 
@@ -28,8 +28,8 @@ def write_report(
     `failures` are listed with what else is no finished run. Raises UserError where `out` cannot be written.
     """
     from kd.costs import Costs
-    from kd.groups import by_data
-    from kd.sections import section
+    from kd.reporting.groups import by_data
+    from kd.reporting.sections import section
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def _left_out(others: list[Other]) -> list[Block]:
 
 
 def _write(out: Path, blocks: list[Block]) -> None:
-    from kd.document import Figure
+    from kd.reporting.document import Figure
 
     for block in blocks:
         if isinstance(block, Figure):

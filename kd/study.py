@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> list[Task]:
         "--grid: picks on validation, and there is none with --val-fraction 0; give a share",
     )
     from kd.report import show, write_report  # they import torch, which --help need not wait for
-    from kd.results import Other
+    from kd.reporting.results import Other
     from kd.tracking import track_report
 
     tasks = carry_out(study)

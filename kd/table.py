@@ -8,8 +8,8 @@ from rich.text import Text
 
 from kd.display import console
 from kd.errors import UserError
-from kd.results import checked_summary
-from kd.statistics import images_noise
+from kd.reporting.results import checked_summary
+from kd.reporting.statistics import images_noise
 
 COLUMNS = (
     ("val_top1_last", "val", ".2f"),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kd.errors import UserError, require
 from kd.files import read_json, write_json
+from kd.images.rows import place
 from kd.outputs import Batch, Outputs
-from kd.rows import place
 from kd.teacher import Teacher
 
 

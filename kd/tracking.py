@@ -10,8 +10,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from kd.config import Job, RunConfig
-from kd.document import Block, Figure, Heading, Table
 from kd.files import write_atomically
+from kd.reporting.document import Block, Figure, Heading, Table
 from kd.run_folder import RunFolder
 from kd.table import plain_table
 

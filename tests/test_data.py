@@ -7,11 +7,11 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from kd import holding
 from kd.config import DataConfig
 from kd.data import load_data
-from kd.decode import cache_root
 from kd.errors import UserError
+from kd.images import holding
+from kd.images.decode import cache_root
 from tests.conftest import CIFAR100, needs_cifar100
 
 

@@ -15,15 +15,15 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 import kd
-from kd import formats
 from kd.config import DataConfig
 from kd.data import load_data
-from kd.deploy import Deployed, bake
 from kd.errors import UserError
 from kd.export import main
 from kd.files import read_json, write_folder, write_json, write_weights
 from kd.models import build_model
-from kd.shipped import verdicts
+from kd.shipping import formats
+from kd.shipping.deploy import Deployed, bake
+from kd.shipping.shipped import verdicts
 from tests.conftest import ROOT
 from tests.runs import distil
 

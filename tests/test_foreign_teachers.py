@@ -16,8 +16,8 @@ from kd.errors import UserError
 from kd.foreign import match_classes, read
 from kd.models import build_model
 from kd.presets import distill_defaults
-from kd.shipped import candidates
-from kd.source import read_source
+from kd.shipping.shipped import candidates
+from kd.shipping.source import read_source
 from kd.teacher import load_teacher, load_teachers
 from kd.trained import load_network
 from kd.views import normalize

@@ -17,12 +17,14 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kd import checkpoint, decode, files, pictures, results
+from kd import checkpoint, files
 from kd.cli import parse
 from kd.config import DataConfig, DistillConfig
 from kd.data import load_data
 from kd.errors import UserError
+from kd.images import decode, pictures
 from kd.presets import distill_defaults
+from kd.reporting import results
 from kd.run_folder import RunFolder, _look
 from kd.table import show_results
 from kd.teacher_store import Store

@@ -8,7 +8,7 @@ from PIL import Image
 from kd.config import DataConfig
 from kd.data import load_data
 from kd.errors import UserError
-from kd.hub_sets import HUB_SETS
+from kd.images.hub_sets import HUB_SETS
 from kd.presets import train_defaults
 
 SHA = "c" * 40

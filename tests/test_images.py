@@ -12,8 +12,8 @@ from kd.batches import TrainingImages
 from kd.config import DataConfig, ViewConfig
 from kd.data import load_data
 from kd.errors import UserError
+from kd.images.pictures import decode
 from kd.models import build_model
-from kd.pictures import decode
 from tests.runs import teach
 from tests.test_workers import images
 

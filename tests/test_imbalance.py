@@ -13,17 +13,17 @@ from kd.balance import balanced_order, epoch_order
 from kd.cli import parse
 from kd.config import DataConfig
 from kd.data import Split, load_data
-from kd.decode import Arrays
 from kd.errors import UserError
-from kd.groups import by_data
+from kd.images.decode import Arrays
+from kd.images.splits import long_tail
 from kd.losses import class_weights, cross_entropy, log_prior
 from kd.outputs import Batch, Mix
 from kd.plan import teacher_flags
 from kd.presets import distill_defaults, train_defaults
-from kd.rare import rare_table
-from kd.results import collect
+from kd.reporting.groups import by_data
+from kd.reporting.rare import rare_table
+from kd.reporting.results import collect
 from kd.shots import groups, shot_scores
-from kd.splits import long_tail
 from tests.pairs import LABELS, batch_of, build, terms_of
 from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
 from tests.test_resume import Killed, die_at

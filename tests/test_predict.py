@@ -16,9 +16,9 @@ from kd import views
 from kd.config import DataConfig
 from kd.data import load_data
 from kd.errors import UserError
-from kd.onnx_runtime import KEY
-from kd.pictures import central, decode, open_image, pixels, seen
+from kd.images.pictures import central, decode, open_image, pixels, seen
 from kd.predict import main, open_predictor, predict
+from kd.shipping.onnx_runtime import KEY
 
 CLASSES = ["red", "green", "blue"]
 

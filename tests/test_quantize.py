@@ -23,12 +23,12 @@ from kd.data import load_data
 from kd.errors import UserError
 from kd.files import write_json
 from kd.fit import predict
-from kd.groups import by_data
 from kd.losses import soft_cross_entropy
 from kd.models import build_model
 from kd.outputs import Outputs
 from kd.presets import distill_defaults
-from kd.results import collect
+from kd.reporting.groups import by_data
+from kd.reporting.results import collect
 from kd.run_folder import identity_of
 from kd.teacher import folded
 from tests import networks

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from kd import figures, metrics, report
-from kd.document import plain
+from kd import metrics, report
 from kd.errors import UserError, exit_code
 from kd.files import write_json, write_weights
-from kd.results import collect
-from kd.sections import EACH, NOT_READ
+from kd.reporting import figures
+from kd.reporting.document import plain
+from kd.reporting.results import collect
+from kd.reporting.sections import EACH, NOT_READ
 from tests import networks
 from tests.runs import distil
 

@@ -6,8 +6,9 @@ import torch
 from scipy import stats
 
 import kd.models  # noqa: F401  makes torchvision importable, which torchmetrics imports
-from kd import figures, metrics
-from kd.statistics import images_noise, mean_and_deviation, paired, t_quantile, t_within
+from kd import metrics
+from kd.reporting import figures
+from kd.reporting.statistics import images_noise, mean_and_deviation, paired, t_quantile, t_within
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 29, 30, 199])

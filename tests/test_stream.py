@@ -16,9 +16,9 @@ from kd.cli import parse
 from kd.config import DataConfig, ViewConfig
 from kd.data import load_data
 from kd.errors import UserError
+from kd.images.stream import stream_order
 from kd.presets import train_defaults
 from kd.run_folder import identity_of
-from kd.stream import stream_order
 from tests.runs import differences, distil, teach
 from tests.test_workers import all_batches, images
 

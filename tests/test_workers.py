@@ -14,9 +14,9 @@ from PIL import Image
 from kd.batches import Batches
 from kd.config import DataConfig, FitConfig, Job, NoneConfig, RunConfig, ViewConfig
 from kd.data import load_data
-from kd.decode import locked
 from kd.errors import UserError, exit_code
 from kd.export import main
+from kd.images.decode import locked
 from tests.runs import differences, distil, script, teach
 
 VIEWS = ViewConfig(resized_crop=0.3, colour_jitter=0.4, mixup=1.0, cutmix=1.0, erase=0.3)
@@ -80,7 +80,7 @@ def test_the_facts_are_those_of_the_decoded_data(folder, more):
 
 def test_the_second_start_looks_at_nothing_again(folder, monkeypatch):
     first = load_data(config(folder, "workers"))
-    monkeypatch.setattr("kd.workers._look", None)  # would raise if called
+    monkeypatch.setattr("kd.images.workers._look", None)  # would raise if called
     assert load_data(config(folder, "workers")).fingerprint == first.fingerprint
     with pytest.raises(TypeError):  # other training rows have another mean
         load_data(config(folder, "workers", split_seed=7))
@@ -126,7 +126,7 @@ def test_images_of_several_sizes_need_one_size(folder):
 
 def test_what_does_not_fit_is_left_to_workers_and_the_line_says_so(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kd.holding.SHARE", 1e-9)
+    monkeypatch.setattr("kd.images.holding.SHARE", 1e-9)
     load_data(config(folder, "auto"))
     assert "by workers in every epoch (their 3.84e-05 GB do not fit half of" in capsys.readouterr().out
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import math
 from kd.errors import UserError
 from kd.files import read_json, read_weights
 from kd.metrics import top_k
-from kd.results import Run
+from kd.reporting.results import Run
 
 
 def history(run: Run) -> list[dict]:

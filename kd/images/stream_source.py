@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from kd.columns import check_columns, find_columns, numbers_of
 from kd.config import DataConfig
 from kd.cores import share_of_cores
-from kd.decode import Arrays, locked, undecoded
 from kd.display import console
 from kd.errors import UserError, require
 from kd.files import read_json, write_json
-from kd.holding import NAMES, Source
-from kd.pictures import decode
-from kd.rows import Rows
-from kd.stream import Streamed, StreamedRows
-from kd.survey import Facts, channel_statistics
+from kd.images.columns import check_columns, find_columns, numbers_of
+from kd.images.decode import Arrays, locked, undecoded
+from kd.images.holding import NAMES, Source
+from kd.images.pictures import decode
+from kd.images.rows import Rows
+from kd.images.stream import Streamed, StreamedRows
+from kd.images.survey import Facts, channel_statistics
 
 SHARDS = 1024  # the most that are told apart; an imagefolder has one for each image
 SAMPLE = 16_384  # rows that mean and deviation are taken from; all, of a smaller set

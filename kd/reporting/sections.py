@@ -1,11 +1,11 @@
 """What the report says of the groups of one set of images: tables and verdicts, and the figures between them."""
 
 from kd.costs import Costs
-from kd.document import Block, Heading, Lines, Table
-from kd.gallery import Gallery
-from kd.groups import ALONE, Group
-from kd.rare import rare_table
-from kd.statistics import cell
+from kd.reporting.document import Block, Heading, Lines, Table
+from kd.reporting.gallery import Gallery
+from kd.reporting.groups import ALONE, Group
+from kd.reporting.rare import rare_table
+from kd.reporting.statistics import cell
 
 NOT_READ = "not read"
 SCORES = (

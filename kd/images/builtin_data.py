@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.decode import Arrays, write_arrays
 from kd.errors import UserError
-from kd.splits import hold_out
+from kd.images.decode import Arrays, write_arrays
+from kd.images.splits import hold_out
 
 
 def _digits(folder: Path) -> tuple[str, ...]:

@@ -10,15 +10,15 @@ import numpy as np
 import psutil
 import torch
 
-from kd.columns import Columns, check_columns, find_columns, numbers_of
 from kd.config import DataConfig
 from kd.cores import share_of_cores
-from kd.decode import Arrays, cache_root, cached, decode_split, undecoded
 from kd.errors import require
-from kd.pictures import decode
-from kd.rows import Rows, Split
-from kd.survey import Facts, channel_statistics
-from kd.workers import Encoded, StoredRows, survey
+from kd.images.columns import Columns, check_columns, find_columns, numbers_of
+from kd.images.decode import Arrays, cache_root, cached, decode_split, undecoded
+from kd.images.pictures import decode
+from kd.images.rows import Rows, Split
+from kd.images.survey import Facts, channel_statistics
+from kd.images.workers import Encoded, StoredRows, survey
 
 SHARE = 0.5  # of the memory and of the disk's free space that decoded images may take
 NAMES = {"val": "validation", "valid": "validation"}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kd.groups import Group
+from kd.reporting.groups import Group
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # told apart by colour-blind eyes
 DARK = {"paper": "#0d1117", "ink": "#e6edf3"}

@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd.results import Run
-from kd.statistics import Difference, images_noise, mean_and_deviation, paired
+from kd.reporting.results import Run
+from kd.reporting.statistics import Difference, images_noise, mean_and_deviation, paired
 
 TEACHER, ALONE, SMOOTHED, METHOD = KINDS = "teacher", "student alone", "label smoothing", "method"
 

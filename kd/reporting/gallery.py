@@ -2,14 +2,14 @@
 
 import torch
 
-from kd import figures
 from kd.costs import Costs
-from kd.document import Block, Figure
 from kd.errors import UserError
-from kd.groups import ALONE, TEACHER, Group
-from kd.results import Run
-from kd.run_files import class_names, history, test_answers
-from kd.statistics import mean_and_deviation
+from kd.reporting import figures
+from kd.reporting.document import Block, Figure
+from kd.reporting.groups import ALONE, TEACHER, Group
+from kd.reporting.results import Run
+from kd.reporting.run_files import class_names, history, test_answers
+from kd.reporting.statistics import mean_and_deviation
 
 
 def grids(groups: list[Group]) -> list[tuple[list[Group], list[str]]]:

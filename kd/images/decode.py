@@ -12,18 +12,18 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from kd.columns import Columns, numbers_of
 from kd.errors import UserError, require
 from kd.files import create_map, write_array
+from kd.images.columns import Columns, numbers_of
+from kd.images.pictures import decode, decode_to, pool
+from kd.images.survey import Digest
 from kd.lock import Lock
-from kd.pictures import decode, decode_to, pool
-from kd.survey import Digest
 
 
 class Arrays(NamedTuple):
     """One split: images uint8 N x 3 x H x W, or what gives them when they are asked for; labels int64 N."""
 
-    images: np.ndarray  # or kd.workers.Encoded, kd.stream.Streamed: selected by a mask in the same way
+    images: np.ndarray  # or kd.images.workers.Encoded, kd.images.stream.Streamed: selected by a mask in the same way
     labels: np.ndarray
 
 

@@ -1,8 +1,8 @@
 """The report's table of common and of rare classes, where training classes differ in size."""
 
-from kd.document import Table
-from kd.groups import Group
-from kd.statistics import cell
+from kd.reporting.document import Table
+from kd.reporting.groups import Group
+from kd.reporting.statistics import cell
 
 SHOTS = (
     ("test_top1", "test"),

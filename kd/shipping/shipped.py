@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from kd import metrics
 from kd.costs import count_macs
 from kd.data import Data
-from kd.deploy import Deployed, open_pt2
 from kd.display import console
-from kd.document import Table
 from kd.errors import UserError
 from kd.foreign import is_foreign
+from kd.images.rows import centred
 from kd.launch import same_threads
-from kd.onnx_runtime import OnnxFile, needed
-from kd.rows import centred
-from kd.source import Source
+from kd.reporting.document import Table
+from kd.shipping.deploy import Deployed, open_pt2
+from kd.shipping.onnx_runtime import OnnxFile, needed
+from kd.shipping.source import Source
+from kd.shipping.timing import interleaved
 from kd.teacher import load_teachers
-from kd.timing import interleaved
 
 CHUNK = 256  # images scored at once
 MANY = 64  # images at once for throughput

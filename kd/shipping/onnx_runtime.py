@@ -12,7 +12,7 @@ KEY = "preprocessing"  # of the metadata that the file carries
 
 
 class OnnxFile:
-    """Takes pixels and gives logits; `preprocessing` is what kd.preprocess.describe said of it.
+    """Takes pixels and gives logits; `preprocessing` is what kd.shipping.preprocess.describe said of it.
 
     Raises: UserError where onnxruntime is not there, or the file is none that kd.export wrote.
     """

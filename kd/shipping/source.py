@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from kd.config import DataConfig
 from kd.data import Data, load_data
-from kd.deploy import Deployed
 from kd.errors import UserError, require
 from kd.files import read_json, write_json
+from kd.shipping.deploy import Deployed
 from kd.trained import load_network
 
 

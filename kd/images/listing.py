@@ -11,9 +11,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from kd.decode import locked
 from kd.errors import UserError
 from kd.files import read_json, write_json
+from kd.images.decode import locked
 
 
 def state_of(folder: Path) -> str | None:

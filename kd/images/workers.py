@@ -17,12 +17,12 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd.decode import Arrays, locked
 from kd.errors import UserError
 from kd.files import read_json, write_json
-from kd.pictures import decode_to
-from kd.rows import Rows, Undecoded
-from kd.survey import Digest, Facts, Levels
+from kd.images.decode import Arrays, locked
+from kd.images.pictures import decode_to
+from kd.images.rows import Rows, Undecoded
+from kd.images.survey import Digest, Facts, Levels
 
 BLOCK = 256  # images that are looked at together before training
 AHEAD = 2  # batches that each worker has ready

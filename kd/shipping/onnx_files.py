@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from kd.deploy import in_short, quiet
 from kd.errors import UserError
-from kd.onnx_runtime import KEY
+from kd.shipping.deploy import in_short, quiet
+from kd.shipping.onnx_runtime import KEY
 
-NORMALISATION = ("Cast", "Mul", "Sub")  # of kd.deploy.Deployed, in this order
+NORMALISATION = ("Cast", "Mul", "Sub")  # of kd.shipping.deploy.Deployed, in this order
 BATCH = 64  # of calibration; it changes no result
 
 

@@ -9,14 +9,14 @@ from jaxtyping import UInt8
 
 from kd import views
 from kd.data import Data
-from kd.deploy import open_pt2, rounds, trace, write_pt2
 from kd.errors import require
-from kd.onnx_files import write_int8, write_onnx
-from kd.onnx_runtime import OnnxFile
-from kd.preprocess import describe
-from kd.rows import centred
-from kd.shipped import CHUNK, Answer, of_torch
-from kd.source import Source
+from kd.images.rows import centred
+from kd.shipping.deploy import open_pt2, rounds, trace, write_pt2
+from kd.shipping.onnx_files import write_int8, write_onnx
+from kd.shipping.onnx_runtime import OnnxFile
+from kd.shipping.preprocess import describe
+from kd.shipping.shipped import CHUNK, Answer, of_torch
+from kd.shipping.source import Source
 
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "int8": "model.int8.onnx", "pt2": "model.pt2"}
 # Share of the largest logit by which a float32 file may differ from torch, which sums in another order: each logit, or

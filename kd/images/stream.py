@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kd import views
 from kd.errors import UserError
-from kd.pictures import decode_to
-from kd.rows import Rows, Undecoded
+from kd.images.pictures import decode_to
+from kd.images.rows import Rows, Undecoded
 
 OPEN = 4  # shards that are read from at a time: where one window ends in the middle of some, the next goes on
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from kd.document import Block, Heading, Lines, Table, markdown, plain
 from kd.files import write_atomically
+from kd.reporting.document import Block, Heading, Lines, Table, markdown, plain
 
 SCORES = (("test_top1", "top-1", ".2f"), ("test_top5", "top-5", ".2f"), ("test_nll", "NLL", ".4f"))
 SCORES += (("test_ece", "ECE", ".2f"), ("agreement", "agreement with the teacher", ".2f"))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kd.decode import Arrays
 from kd.errors import require
+from kd.images.decode import Arrays
 
 UNEQUAL = 1.5  # a set whose largest class has this many times the images of its smallest is imbalanced
 

@@ -1,0 +1,1 @@
+"""What kd/report.py writes: runs found and grouped, statistics, tables, figures, the page."""
