@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd.errors import UserError
-from kd.files import read_json, read_weights, remove_tree, sha256_file, sync_folder, write_json, write_weights
+from kd.files import (
+    is_number,
+    read_json,
+    read_weights,
+    remove_tree,
+    sha256_file,
+    sync_folder,
+    write_json,
+    write_weights,
+)
 from kd.metrics import UNNAMED
 
+MOST_THREADS = 4096
 KEEP = 2  # the newest and, should it turn out bad, the one before
 
 
@@ -60,7 +70,9 @@ def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, be
         raise UserError(
             f"could not save to {folder} ({error}); free some space, then continue with --resume"
         ) from error
-    for old in steps(folder)[KEEP:]:
+    # Newer ones were passed over as damaged when this life began: they must not count as kept.
+    newer = [step for step in steps(folder) if step > state.step]
+    for old in [*newer, *steps(folder)[len(newer) :][KEEP:]]:
         remove_tree(folder / f"step-{old}")
 
 
@@ -122,16 +134,45 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
 
 def _sound(state: State) -> State:
     """The state, seen to be one that `save` writes. Raises ValueError naming the first entry that is not."""
-    counts = {"step": 0, "threads": 1, "processes": 1}
-    for name, least in counts.items():
-        value = getattr(state, name)
-        if type(value) is not int or value < least:
-            raise ValueError(f"state.json has {name} {value!r}")
-    lines = isinstance(state.history, list) and all(isinstance(line, dict) for line in state.history)
     rows, names = state.sums["rows"], [*state.sums["terms"], *state.sums["measures"]]
-    if not lines or len(rows) != state.processes or any(len(row) != len(names) + UNNAMED for row in rows):
-        raise ValueError("state.json has no history, or no sums")
+    before = state.processes_before
+    sound = {
+        "step": type(state.step) is int and state.step >= 0,
+        "seconds": is_number(state.seconds) and state.seconds >= 0,
+        "threads": type(state.threads) is int and 1 <= state.threads <= MOST_THREADS,
+        "processes": type(state.processes) is int and state.processes >= 1,
+        "processes_before": isinstance(before, list) and all(type(number) is int for number in before),
+        "history": isinstance(state.history, list)
+        and all(_is_line(line, epoch, state.step) for epoch, line in enumerate(state.history, 1)),
+        "sums": all(isinstance(name, str) for name in names)
+        and len(rows) == state.processes
+        and all(len(row) == len(names) + UNNAMED and all(map(is_number, row)) for row in rows),
+        "scaler": isinstance(state.scaler, dict),
+        "timing": set(state.timing) <= {"images", "seconds"} and all(map(is_number, state.timing.values())),
+    }
+    for name, fine in sound.items():
+        if not fine:
+            raise ValueError(f"state.json has {name} {getattr(state, name)!r:.80}")
     return state
+
+
+def _is_line(line: object, epoch: int, step: int) -> bool:
+    """Whether it is what an epoch up to this step left in metrics.jsonl."""
+    if not isinstance(line, dict) or not {"epoch", "step", "lr", "train/loss", "train/top1"} <= line.keys():
+        return False
+    numbers = all(value is None or is_number(value) for value in line.values())
+    return numbers and line["epoch"] == epoch and line["step"] <= step
+
+
+def check_position(state: State, steps_an_epoch: int, epochs: int) -> None:
+    """Raises UserError where step and history do not fit each other, or the recipe: nobody's training stopped there."""
+    done = len(state.history)
+    # Between an epoch's last step and its line in the history lies its validation.
+    if not done * steps_an_epoch <= state.step <= min(done + 1, epochs) * steps_an_epoch:
+        raise UserError(
+            f"the checkpoint is of step {state.step} after {done} epochs of {steps_an_epoch} steps, where no training"
+            " of this recipe can be; to start again, remove the run folder"
+        )
 
 
 def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -53,6 +54,8 @@ def write_atomically(path: Path, write) -> None:
 def write_folder(folder: Path, write) -> None:
     """Let `write(temporary folder)` fill it, then put it in the place of `folder`; a failure leaves the old one."""
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        os.replace(old, folder)
     for left in (partial, old):  # by a process that was killed
         remove_tree(left)
     partial.mkdir()
@@ -86,6 +89,25 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects in a file of one on each line. Raises UserError naming the file if it holds anything else."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path} holds lines that are no JSON objects")
+    return lines
+
+
+def is_number(value: object) -> bool:
+    """Whether what JSON held is a number that a float can hold: neither NaN nor infinite, nor true or false."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # JSON knows whole numbers of any length
+        return False
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -124,14 +146,23 @@ def without_prefixes(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor
 def load_weights(network: torch.nn.Module, path: Path) -> None:
     """Strictly: every weight must be there, fit and be finite. Raises UserError with the first misfits."""
     weights = read_weights(path)
-    for name, _ in network.named_parameters():
-        if name in weights and not torch.isfinite(weights[name].float()).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity; no network was ever scored with that")
+    if bad := not_finite(weights):
+        raise UserError(f"{path}: {bad} holds NaN or infinity; no network was ever scored with that")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
         raise UserError(f"{path} does not fit the network: {' '.join(lines)[:300]}") from error
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor, parameter or buffer, that holds NaN or infinity. The host waits for the device."""
+    floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    if not floats:
+        return None
+    wide = lambda tensor: tensor if tensor.itemsize > 1 else tensor.float()  # noqa: E731  eight bits cannot be asked
+    fine = torch.stack([wide(tensor).isfinite().all() for tensor in floats.values()]).tolist()
+    return next((name for name, one in zip(floats, fine) if not one), None)
 
 
 def create_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
@@ -149,6 +180,17 @@ def create_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np
                     del array
                     path.unlink()
                     raise OSError(error.errno, error.strerror, str(path)) from error
+    return array
+
+
+def read_array(path: Path, mode: str | None = None) -> np.ndarray:
+    """An .npy file, with `mode` as a memory map. Raises UserError naming the file if it holds no array."""
+    try:
+        array = np.load(path, mmap_mode=mode)
+    except Exception as error:  # numpy parses the header as Python, which fails in as many ways as there are bytes
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} holds no array")
     return array
 
 

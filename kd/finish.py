@@ -1,5 +1,6 @@
 """The end of a run: the test set is read, once, and what others need is written."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.curves import draw_curves
 from kd.data import Data
-from kd.files import write_json, write_weights
+from kd.errors import require
+from kd.files import sha256_file, write_json, write_weights
 from kd.fit import predict
 from kd.images.splits import is_imbalanced
-from kd.ledger import Ledger
+from kd.ledger import LOWER, Ledger
 from kd.losses import Distiller
 from kd.run_folder import RunFolder
 from kd.shots import shot_scores
@@ -37,7 +39,7 @@ def finish(
 ) -> dict:
     """Score the last and the best-on-validation weights on the test split, and write the run's results.
 
-    summary.json comes last: a run that has one is finished.
+    summary.json comes last: a run that has one is finished. Raises UserError where a score is not finite.
     """
     network = distiller.deployed
     summary = _training_summary(ledger, job, sum(p.numel() for p in network.parameters())) | UNREAD
@@ -48,6 +50,8 @@ def finish(
     answers = {}
     if job.run.test:
         scores, answers = _read_test(network, ledger.best, data, job, accelerator, teacher)
+        bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
+        require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER}")
         summary |= scores
     if accelerator.is_main_process:
         if answers:
@@ -55,6 +59,7 @@ def finish(
         write_weights(run.path / "model.safetensors", plain_weights(network))
         if ledger.best:
             write_weights(run.path / "best.safetensors", plain_weights(network, ledger.best))
+        summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
         info = _model_info(job, data) | {"deployed": distiller.loss.recipe}
         write_json(run.path / "model.json", info | ({"compression": compression} if compression else {}))
         draw_curves(ledger.state.history, f"{job.role} {job.model}", run.path / "curves.png")

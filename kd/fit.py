@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd import metrics, views
 from kd.batches import Batches, Pixels
-from kd.checkpoint import broadcast_buffers
+from kd.checkpoint import broadcast_buffers, check_position
 from kd.config import FitConfig, Job, RunConfig
 from kd.data import Data
 from kd.diagnostics import warnings
@@ -50,7 +50,7 @@ def fit(
     """Train `distiller` in place, from the run's newest checkpoint if it has one.
 
     Returns the ledger: final state, history, best weights. The run's metrics.jsonl and W&B run get a line an epoch.
-    Raises: UserError where the loss is no longer finite; Preempted once a requested stop is saved.
+    Raises: UserError where something is no longer finite; Preempted once a requested stop is saved.
     """
     config = job.fit
     batches = Batches(data, job, accelerator)
@@ -60,6 +60,7 @@ def fit(
     sgd = make_optimizer(distiller, config, accelerator)
     fresh_scaler(accelerator)
     ledger = Ledger(distiller, sgd, job, run, accelerator)
+    check_position(ledger.state, batches.steps, config.epochs)
     model, optimizer = accelerator.prepare(distiller, sgd)
     state = ledger.state
     tracker.rewrite(state.history)

@@ -1,5 +1,6 @@
 """What training has done so far: sums on the device, numbers in the history, checkpoints on the disk."""
 
+import math
 import time
 
 import torch
@@ -12,11 +13,13 @@ from kd.checkpoint import State
 from kd.config import Job
 from kd.diagnostics import gradient_norms
 from kd.errors import Preempted, UserError
+from kd.files import not_finite
 from kd.losses import Distiller
 from kd.metrics import Meter
 from kd.outputs import Batch, Outputs, Step
 from kd.run_folder import RunFolder
 
+LOWER = "start another run with a lower --lr, or with --clip-norm"
 SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels are chosen
 
 
@@ -60,6 +63,7 @@ class Ledger:
         self.batch_size, self.diagnose_every = job.fit.batch_size, job.run.diagnose_every
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}
+        self.kept: int | None = None  # the step that this life last saved or began from
         self.meter = Meter(accelerator.device)
         if run.resuming:
             self._restore(job)
@@ -70,13 +74,14 @@ class Ledger:
     def _restore(self, job: Job) -> None:
         folder = checkpoint.newest(self.run.path / "checkpoint")
         self.state, self.best = checkpoint.restore(folder, self.distiller, self.optimizer)
+        self.kept = self.state.step
         if self.state.processes != self.accelerator.num_processes:
             self._change_processes(job.run.resume_inexact)
         if job.run.threads is not None:
             self.state.threads = job.run.threads
         torch.set_num_threads(self.state.threads)
         self.meter.restore(self.state.sums, self.accelerator.process_index)
-        if self.state.scaler:
+        if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
 
     def _change_processes(self, allowed: bool) -> None:
@@ -117,18 +122,21 @@ class Ledger:
             step, loss, usual = self.meter.spike
             print(f"step {step:.0f}: the loss rose to {loss:.4g}, lately {usual:.4g}; nothing was skipped", flush=True)
         if bad is not None:
-            kept = max(checkpoint.steps(self.run.path / "checkpoint"), default=0)
-            raise UserError(
-                f"the loss was not finite at step {bad}; the checkpoint of step {kept} in {self.run.path} stands:"
-                " lower --lr or set --clip-norm"
-            )
+            self._refuse(f"the loss was not finite at step {bad}")
         return numbers, stop
 
+    def _refuse(self, words: str) -> None:
+        """Raises UserError: nothing that is not finite is saved, and going on from before would end there again."""
+        kept = "nothing was saved" if self.kept is None else f"the checkpoint of step {self.kept} stands"
+        raise UserError(f"{words}; {kept} in {self.run.path}: {LOWER}")
+
     def save(self) -> None:
-        """Write a checkpoint, after making sure that what it holds is finite."""
+        """Write a checkpoint, after making sure that what it holds is finite. Raises UserError where it is not."""
         self.look()
         self.clock.pause()
         checkpoint.broadcast_buffers(self.distiller)
+        if bad := not_finite(self.distiller.state_dict()):
+            self._refuse(f"{bad} was not finite after step {self.state.step - 1}")
         self.state.sums = self.meter.save(self.accelerator)
         now = time.monotonic()
         self.state.seconds, self._marked = self.state.seconds + now - self._marked, now
@@ -137,6 +145,7 @@ class Ledger:
         if self.accelerator.is_main_process:
             folder = self.run.path / "checkpoint"
             checkpoint.save(folder, self.state, self.distiller, self.optimizer, self.best)
+        self.kept = self.state.step
         self.accelerator.wait_for_everyone()
 
     def preempt(self, signal_number: int) -> None:
@@ -148,7 +157,12 @@ class Ledger:
         raise Preempted(signal_number, f"saved step {self.state.step} in {self.run.path}; continue with --resume")
 
     def end_epoch(self, numbers: dict[str, float], lr: float, scores: dict[str, float]) -> dict:
-        """The epoch's line for metrics.jsonl; keeps the deployed weights if validation never was better."""
+        """The epoch's line for metrics.jsonl; keeps the deployed weights if validation never was better.
+
+        Raises UserError where a score is not finite.
+        """
+        if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
+            self._refuse(f"{', '.join(bad)} was not finite after step {self.state.step - 1}")
         spent = {key: value - self._epoch_timing[key] for key, value in self.state.timing.items()}
         speed = spent["images"] / spent["seconds"] if spent["seconds"] else None
         line = {"epoch": len(self.state.history) + 1, "step": self.state.step, "lr": lr, **numbers, **scores}

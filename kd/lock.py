@@ -20,7 +20,7 @@ class Lock:
         self._file = open(self.path, "a")  # noqa: SIM115  held open as long as the lock
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # for a lock that is held POSIX leaves a system the choice
             self.close()
             return False
         except OSError as error:  # a file system without locks

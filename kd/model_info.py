@@ -1,10 +1,10 @@
 """What model.json must hold before a network is built from it: the file may be anybody's."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 from kd.errors import require
+from kd.files import is_number
 
 LARGEST = 4096  # pixels of an image's side: more would fill the memory before anything is known to be wrong
 
@@ -18,8 +18,8 @@ def check_info(path: Path, info: dict) -> None:
         "classes": _list_of(info["classes"], lambda name: isinstance(name, str)),
         "num_classes": isinstance(info["classes"], list) and info["num_classes"] == len(info["classes"]) > 0,
         "image_size": _list_of(info["image_size"], _is_size, 2),
-        "mean": _list_of(info["mean"], _number, 3),
-        "std": _list_of(info["std"], lambda std: _number(std) and std > 0, 3),
+        "mean": _list_of(info["mean"], is_number, 3),
+        "std": _list_of(info["std"], lambda std: is_number(std) and std > 0, 3),
         "stored_size": _is_size(info.get("stored_size") or LARGEST),
         "resized": _list_of(info.get("resized") or [1, 1], _is_size, 2),
     }
@@ -35,7 +35,3 @@ def _list_of(value: object, sound: Callable[[object], bool], length: int | None 
 
 def _is_size(side: object) -> bool:
     return type(side) is int and 0 < side <= LARGEST
-
-
-def _number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf

@@ -82,6 +82,10 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
     main = accelerator.is_main_process
     try:
         if main:
+            require(
+                run.path.exists() or not job.run.resume,
+                f"--resume: {run.path} has no checkpoint; leave the flag out to start",
+            )
             run.lock = _enter(run.path)
         if job.run.auto_resume:  # a teacher or control on the way may be in the making for another student: share it
             wait_for(run.lock, f"waiting for another process to finish {run.path}", accelerator)
@@ -136,8 +140,19 @@ def _look(run: RunFolder, job: Job) -> None:
             not run.resuming or job.run.resume or job.run.auto_resume,
             f"{path} holds an unfinished run: add --resume to continue it, or remove the folder",
         )
-        if job.run.auto_resume and not run.resuming and job.run.out:
+        trained = not run.resuming and _has_trained(path)
+        require(
+            not trained or job.run.auto_resume,
+            f"{path} has epochs in metrics.jsonl and no checkpoint to go on from; to start again, remove the folder",
+        )
+        if job.run.auto_resume and not run.resuming and (job.run.out or trained):
             print(f"{path}: nothing to resume, starting afresh", flush=True)
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether an epoch of it was ever finished."""
+    lines = path / "metrics.jsonl"
+    return lines.exists() and lines.stat().st_size > 0
 
 
 def _check_same(path: Path, theirs: dict, ours: dict) -> None:

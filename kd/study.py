@@ -10,7 +10,6 @@ may follow. --grid sweeps a method's flags on the first seed, picks on validatio
 test set. It ends with the report (python -m kd.report).
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -26,18 +25,19 @@ def pick(tasks: list[Task]) -> int:
 
     Raises UserError where none has finished, or there is no validation split.
     """
-    from kd.files import read_json  # which imports torch
+    from kd.files import is_number, read_json, read_json_lines  # which imports torch
 
     scores = {}
     for number, task in enumerate(tasks):
         if task.folder is not None:
             try:
-                summary = read_json(task.folder / "summary.json")
-                last = json.loads((task.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-                if summary["val_top1_last"] is not None:
-                    scores[number] = (-float(summary["val_top1_last"]), float(last["val/loss"]), number)
-            except (UserError, OSError, ValueError, KeyError, IndexError, TypeError):
+                top1 = read_json(task.folder / "summary.json").get("val_top1_last")
+                last = read_json_lines(task.folder / "metrics.jsonl")[-1:]
+            except UserError:
                 continue  # somebody has touched it since: no setting to pick
+            loss = last[0].get("val/loss") if last else None
+            if is_number(top1) and is_number(loss):
+                scores[number] = (-top1, loss, number)
     require(bool(scores), "no setting of the grid has a validation score to pick by")
     return min(scores, key=scores.get)
 

@@ -90,7 +90,10 @@ def _claim(folder: Path, accelerator: Accelerator) -> Lock | None:
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error})") from error
         lock = Lock(folder / "lock")
-    wait_for(lock, f"waiting for another process to finish {folder}", accelerator)
+    try:
+        wait_for(lock, f"waiting for another process to finish {folder}", accelerator)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); remove it, or work where you may write") from error
     return lock
 
 
@@ -115,17 +118,21 @@ def _build(store: Store, images: TrainingImages, ask: Teacher, accelerator: Acce
                     _stop(requests.number, store, view)
                 rows = slice(start, min(start + share, store.rows))
                 store.write(view, rows, answer.logits[: rows.stop - start])
-            asked = torch.tensor([requests.number], device=accelerator.device)
-            stop = int(accelerator.gather(asked).max())  # also the moment when all have written their rows
+            stop = _asked(requests, accelerator)  # also the moment when all have written their rows
             if main:
                 for name in store.shapes:
                     sync_file(store.path(name))
                 blocks = [*blocks, store.block(view)]
                 store.seal(blocks)
                 print(f"{store.folder}: view {view + 1} of {store.views} kept", flush=True)
-            if stop:
+            if stop := stop or _asked(requests, accelerator):
                 _stop(stop, store, view + 1)
     accelerator.wait_for_everyone()
+
+
+def _asked(requests: StopRequests, accelerator: Accelerator) -> int:
+    """The signal by which any process was asked to stop, the same on all; 0 for none."""
+    return int(accelerator.gather(torch.tensor([requests.number], device=accelerator.device)).max())
 
 
 def _stop(signal_number: int, store: Store, kept: int) -> None:

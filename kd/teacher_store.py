@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError, require
-from kd.files import read_json, write_json
+from kd.files import read_array, read_json, write_json
 from kd.images.rows import place
 from kd.outputs import Batch, Outputs
 from kd.teacher import Teacher
@@ -36,10 +36,9 @@ class Store:
     def open(self, name: str, mode: str) -> np.ndarray:
         """One file as a memory map; raises UserError where its size is not what its shape needs."""
         try:
-            array = np.load(self.path(name), mmap_mode=mode)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{self.path(name)} cannot be read ({error}); remove {self.folder} to build it") from error
-        require(isinstance(array, np.ndarray), f"{self.path(name)} is no array; remove {self.folder} to build it anew")
+            array = read_array(self.path(name), mode)
+        except UserError as error:
+            raise UserError(f"{error}; remove {self.folder} to build it anew") from error
         found, wanted = (array.shape, array.dtype), (self.shapes[name], self.dtype(name))
         require(found == wanted, f"{self.path(name)} holds {found}, wanted is {wanted}; remove {self.folder}")
         return array

@@ -100,8 +100,6 @@ def start_wandb(project: str, mode: str, options: dict):
 
 def track_report(blocks: list[Block], out: Path, config: RunConfig) -> None:
     """A study's tables, figures and page as one more run of its group, job type `study`."""
-    import wandb
-
     if (mode := wandb_mode(config.wandb)) == "disabled":
         return
     # The same study written again is the same run.
@@ -114,6 +112,8 @@ def track_report(blocks: list[Block], out: Path, config: RunConfig) -> None:
         "id": name,
     }
     try:
+        import wandb
+
         run = start_wandb(config.wandb_project, mode, options)
         media, title = {"report": wandb.Html(str(out / "report.html"), inject=False)}, ""
         for block in blocks:

@@ -40,11 +40,19 @@ def read_model(folder: Path) -> tuple[dict, dict]:
 
 
 def weights_of(folder: Path) -> str:
-    """The sha256 of a finished run's weights. Raises UserError where the folder holds none."""
-    read_model(folder)
+    """The sha256 of a finished run's weights. Raises UserError where the folder holds none, or others."""
+    _, summary = read_model(folder)
+    return _checked(folder, summary)
+
+
+def _checked(folder: Path, summary: dict) -> str:
+    """The sha256 of the weights, seen to be the one that the run wrote down (since it does)."""
     path = folder / "model.safetensors"
     require(path.is_file(), f"{path} is not there: copy the whole run folder")
-    return sha256_file(path)
+    sha256 = sha256_file(path)
+    same = summary.get("weights_sha256", sha256) == sha256
+    require(same, f"{path} changed since its run wrote it: copy the run folder again, or train it anew")
+    return sha256
 
 
 def load_network(folder: Path, trust_code: bool) -> Trained:
@@ -67,10 +75,11 @@ def load_network(folder: Path, trust_code: bool) -> Trained:
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{folder / 'model.json'}: its network cannot be built ({str(error)[:200]})") from error
     network = _rebuilt(network, info, folder)
+    sha256 = _checked(folder, summary)
     load_weights(network, folder / "model.safetensors")
     if size != tuple(info["image_size"]):
         take(network, size)
-    return Trained(network.eval(), info, sha256_file(folder / "model.safetensors"), summary)
+    return Trained(network.eval(), info, sha256, summary)
 
 
 def _rebuilt(network: nn.Module, info: dict, folder: Path) -> nn.Module:

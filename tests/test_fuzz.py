@@ -24,7 +24,7 @@ from kd.data import load_data
 from kd.errors import UserError
 from kd.images import decode, pictures
 from kd.presets import distill_defaults
-from kd.reporting import results
+from kd.reporting import results, run_files
 from kd.run_folder import RunFolder, _look
 from kd.table import show_results
 from kd.teacher_store import Store
@@ -217,8 +217,8 @@ def test_the_report_reads_a_run_right_or_lists_it(finished, data, name):
     assert len(runs) + len(others) == 1
     for run in runs:
         assert isinstance(run, results.Run)
-        refused(lambda run=run: results.history(run))
-        refused(lambda run=run: results.test_answers(run))
+        refused(lambda run=run: run_files.history(run))
+        refused(lambda run=run: run_files.test_answers(run))
     if name == "summary.json":
         refused(lambda: show_results(Path("copy")))
 

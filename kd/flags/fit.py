@@ -6,6 +6,8 @@ from typing import Literal
 
 from kd.errors import require
 
+LARGEST = 1e6  # of a learning rate or decay: beyond it floats overflow in the first step
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -49,10 +51,11 @@ class FitConfig:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        require(self.lr > 0 and math.isfinite(self.lr), f"--lr {self.lr}: give a number above 0")
+        require(0 < self.lr <= LARGEST, f"--lr {self.lr}: give a number above 0, up to {LARGEST:g}")
         require(0 <= self.momentum < 1, f"--momentum {self.momentum}: give 0 or more, below 1")
         require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
-        require(0 <= self.weight_decay < math.inf, f"--weight-decay {self.weight_decay}: give 0 or more")
+        decay = self.weight_decay
+        require(0 <= decay <= LARGEST, f"--weight-decay {decay}: give 0 or more, up to {LARGEST:g}")
         require(0 <= self.warmup_epochs < math.inf, f"--warmup-epochs {self.warmup_epochs}: give 0 or more")
         require(
             self.clip_norm is None or 0 < self.clip_norm < math.inf, f"--clip-norm {self.clip_norm}: give more than 0"

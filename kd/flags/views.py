@@ -7,6 +7,8 @@ from tyro.conf import arg
 
 from kd.errors import require
 
+WIDEST = 4096  # pixels
+
 
 @dataclass(frozen=True)
 class ViewConfig:
@@ -31,7 +33,7 @@ class ViewConfig:
     """What the views of --views K follow from, instead of --seed: one teacher cache serves students of every seed."""
 
     def check(self) -> None:
-        require(self.crop_padding >= 0, f"--crop-padding {self.crop_padding}: give 0 or more")
+        require(0 <= self.crop_padding <= WIDEST, f"--crop-padding {self.crop_padding}: give 0 to {WIDEST}")
         for name in ("resized_crop", "colour_jitter"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: give a share from 0 to 1")

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from kd.errors import UserError, require
-from kd.files import create_map, write_array
+from kd.files import create_map, read_array, write_array
 from kd.images.columns import Columns, numbers_of
 from kd.images.pictures import decode, decode_to, pool
 from kd.images.survey import Digest
@@ -88,14 +88,14 @@ def _load(folder: Path):
         splits = {name: _open(folder, name) for name in meta["splits"]}
         classes = tuple(meta["classes"])
         sound = _sha256(splits, classes) == meta["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return (splits, classes, meta["sha256"]) if sound else None
 
 
 def _open(folder: Path, name: str) -> Arrays:
     # Copy-on-write: torch warns about arrays that it could not write to, and nothing ever writes.
-    return Arrays(np.load(folder / f"{name}.images.npy", mmap_mode="c"), np.load(folder / f"{name}.labels.npy"))
+    return Arrays(read_array(folder / f"{name}.images.npy", "c"), read_array(folder / f"{name}.labels.npy"))
 
 
 def _sha256(splits: dict[str, Arrays], classes: tuple[str, ...]) -> str:

@@ -2,14 +2,13 @@
 
 import glob
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from kd import checkpoint
 from kd.errors import UserError
-from kd.files import read_json
+from kd.files import is_number, read_json
 
 MARKS = ("config.json", "summary.json", "model.json", "checkpoint")  # any of them makes a folder a run's
 TEXT, NUMBER = (str,), (int, float)
@@ -141,16 +140,33 @@ def _check(summary: dict) -> None:
     """Raises UserError at the first value that is none which a run writes."""
     for key, (kinds, may_be_null) in KEYS.items():
         value = summary.get(key)
-        sound = isinstance(value, kinds) and not (kinds is NUMBER and not abs(value) < math.inf)
+        sound = is_number(value) if kinds is NUMBER else isinstance(value, kinds)
         if not sound and not (value is None and may_be_null):
             raise UserError(f"summary.json has {key} {value!r}")
         if value is not None and key in PERCENT and not 0 <= value <= 100:
             raise UserError(f"summary.json has {key} {value!r}, which is no percentage")
     if summary["params"] < 1:
         raise UserError(f"summary.json has params {summary['params']!r}")
+    for key in ("teacher", "control"):
+        if not _names_folders(summary.get(key)):
+            raise UserError(f"summary.json has {key} {summary[key]!r}")
+    teachers = summary.get("teachers", [])
+    if not isinstance(teachers, list) or not all(map(_is_member, teachers)):
+        raise UserError(f"summary.json has teachers {teachers!r}")
     there = [key for key in TESTED if summary.get(key) is not None]
     if there and (len(there) < len(TESTED) or summary["test_images"] < 1):
         raise UserError(f"summary.json has only {', '.join(there)} of a test result")
+
+
+def _names_folders(value: object) -> bool:
+    """One folder, several, or none."""
+    names = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(name, str) and "\0" not in name for name in names)
+
+
+def _is_member(value: object) -> bool:
+    """One of several teachers, as kd.finish writes it."""
+    return isinstance(value, dict) and isinstance(value.get("folder"), str) and is_number(value.get("agreement"))
 
 
 def _position(folder: Path) -> str:

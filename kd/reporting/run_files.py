@@ -1,25 +1,23 @@
 """What a finished run keeps beside its summary, for the report: the epochs' history, its answers, its class names."""
 
-import json
-import math
+import torch
 
 from kd.errors import UserError
-from kd.files import read_json, read_weights
+from kd.files import is_number, read_json, read_json_lines, read_weights
 from kd.metrics import top_k
 from kd.reporting.results import Run
+
+WHOLE = (torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def history(run: Run) -> list[dict]:
     """The epochs' lines of metrics.jsonl. Raises UserError where they cannot be read."""
     path = run.path / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        needed = [line[key] for line in lines for key in ("epoch", "train/loss", "train/top1")]
-        optional = [line.get(key) or 0.0 for line in lines for key in ("val/loss", "val/top1")]
-        sound = lines and all(map(math.isfinite, needed + optional))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r})") from error
-    if not sound:
+    lines = read_json_lines(path)
+    needed = [line.get(key) for line in lines for key in ("epoch", "train/loss", "train/top1")]
+    optional = [line[key] for line in lines for key in ("val/loss", "val/top1") if line.get(key) is not None]
+    if not lines or not all(map(is_number, needed + optional)):
         raise UserError(f"{path} holds no epochs, or numbers that are none")
     return lines
 
@@ -36,7 +34,9 @@ def test_answers(run: Run) -> tuple:
     logits, labels = kept.get("logits"), kept.get("labels")
     if logits is None or labels is None or logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise UserError(f"{path} holds no logits and labels")
-    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= logits.shape[1]:
+    if labels.dtype not in WHOLE or logits.dtype not in FLOATS:
+        raise UserError(f"{path} holds {logits.dtype} and {labels.dtype} for logits and labels")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise UserError(f"{path} holds labels that are none")
     if abs(top_k(logits, labels, 1) - run.summary["test_top1"]) > 1e-6:
         raise UserError(f"{path} does not give the accuracy in the summary")
