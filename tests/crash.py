@@ -158,7 +158,7 @@ def torture(case: Case, base: Path, dice: random.Random, killed) -> None:
     run_whole(case.run, folder)
     differ = [text for name in _runs(whole_folder) for text in differences(whole_folder / name, folder / name)]
     differ += [str(path) for path in _answers(whole_folder) if not _same(whole_folder / path, folder / path)]
-    if leftovers := [str(path.relative_to(folder)) for path in folder.glob("run/**/.*partial*")]:
+    if leftovers := [str(path.relative_to(folder)) for path in folder.glob("**/*partial*")]:
         differ += [f"left behind: {', '.join(leftovers)}"]
     if differ:
         raise Failed(f"differs in {', '.join(differ[:5])}: {case.run.line}")

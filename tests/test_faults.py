@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -280,15 +281,22 @@ def finished(tmp_path_factory):
 def test_row_49_nothing_of_a_strangers_is_unpickled(finished, name):
     shutil.copytree(finished, "stranger")
     Path("stranger", name).write_bytes(pickle.dumps(Bomb()))
-    Path("stranger/checkpoint/step-99").mkdir()
-    for part in ("model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json", "manifest.json"):
-        Path("stranger/checkpoint/step-99", part).write_bytes(pickle.dumps(Bomb()))
     if not name.startswith("test"):
         with pytest.raises(UserError, match=name):
             kd.load("stranger")
     report.main(["stranger", "--out", "told"])
-    with pytest.raises(UserError):
-        teach("--out", "stranger", "--model", "resnet8", "--epochs", "3", "--resume")
+    assert not Path("exploded").exists()
+
+
+def test_row_49_no_checkpoint_of_a_strangers_is_unpickled(finished):
+    shutil.copytree(finished, "stranger")
+    Path("stranger/summary.json").unlink()
+    for saved in Path("stranger/checkpoint").iterdir():
+        for part in saved.iterdir():
+            part.write_bytes(pickle.dumps(Bomb()))
+    every = pytest.raises(UserError, match="every checkpoint in stranger/checkpoint is damaged")
+    with pytest.warns(UserWarning, match="is damaged"), every:
+        teach("--out", "stranger", "--model", "resnet8", "--epochs", "1", "--resume")
     assert not Path("exploded").exists()
 
 
@@ -362,7 +370,9 @@ def test_rows_1_to_5_random_kills_are_survived(number):
     command = [sys.executable, "-m", "tests.crash", "--seed", "5", "--only", str(number)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "kills survived in 1 runs" in done.stdout
+    kills = re.search(r"(\d+) kills survived in 1 runs", done.stdout)
+    assert kills, done.stdout
+    assert int(kills[1]) >= 1
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from kd.fit import lr_at, predict
 from kd.ledger import Ledger
 from kd.losses import Distiller
 from kd.models import build_model
+from kd.outputs import Tap
 from kd.teacher import folded, load_teacher
 from tests.conftest import ROOT
 from tests.runs import STUDENT, distil, metrics_of, teach
@@ -68,27 +69,30 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def test_the_teacher_is_not_changed_and_the_student_trains_in_train_mode(monkeypatch):
-    teach("--out", "teacher")
-    loaded, modes = [], []
-    real_load, real_forward = load_teacher, Distiller.forward
+@pytest.mark.parametrize("method", ["kd", "fitnet"])  # which ask a folded copy, and the network itself for features
+def test_the_teacher_is_not_changed_and_the_student_trains_in_train_mode(monkeypatch, method):
+    teach("--out", "teacher", "--model", "resnet8", "--epochs", "1")
+    asked, modes, real_forward = [], [], Distiller.forward
 
-    def load(*args, **kwargs):
-        loaded.append(real_load(*args, **kwargs))
-        loaded.append(fingerprint(loaded[0].network))
-        return loaded[0]
+    class Watched(Tap):
+        def __init__(self, network, layers):
+            super().__init__(network, layers)
+            asked.append((network, fingerprint(network)))
 
     def forward(self, batch, teacher):
-        modes.append((self.student.training, loaded[0].network.training, teacher.logits.requires_grad))
+        outputs = [teacher.logits, *teacher.features.values()]
+        trains = any(part.training for part in asked[0][0].modules())
+        modes.append((self.student.training, trains, any(output.requires_grad for output in outputs)))
         return real_forward(self, batch, teacher)
 
-    monkeypatch.setattr("kd.teacher.load_teacher", load)
+    monkeypatch.setattr("kd.teacher.Tap", Watched)
     monkeypatch.setattr(Distiller, "forward", forward)
-    distil("--out", "run", "--teacher", "teacher", "--trust-code", "--diagnose-every", "0")
-    assert len(modes) == 36
-    assert set(modes) == {(True, False, False)}
-    assert fingerprint(loaded[0].network) == loaded[1]
-    assert all(parameter.grad is None for parameter in loaded[0].network.parameters())
+    small = ["--student", "resnet8", "--epochs", "1", "--diagnose-every", "0"]
+    distil("--out", "run", "--teacher", "teacher", *small, method)
+    assert modes == [(True, False, False)] * 18
+    ((network, before),) = asked
+    assert fingerprint(network) == before
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_a_teacher_keeps_its_own_normalisation(monkeypatch):

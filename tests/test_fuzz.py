@@ -131,23 +131,9 @@ def test_weights_are_read_right_or_refused(finished, data):
     try:
         (folder / "model.safetensors").write_bytes(data.draw(damaged(sound)))
         if not refused(lambda: load_network(folder, trust_code=False)):
-            weights = load_network(folder, trust_code=False).network.state_dict().values()
-            assert all(torch.isfinite(tensor).all() for tensor in weights)
+            assert (folder / "model.safetensors").read_bytes() == sound
     finally:
         (folder / "model.safetensors").write_bytes(sound)
-
-
-@quick
-@given(data=st.data())
-def test_weights_that_are_not_finite_are_refused(finished, data):
-    weights = files.read_weights(finished / "run/model.safetensors")
-    name = data.draw(st.sampled_from([name for name in weights if name.endswith("weight")]))
-    weights[name].view(-1)[data.draw(st.integers(0, weights[name].numel() - 1))] = float("nan")
-    shutil.rmtree("copy", ignore_errors=True)
-    shutil.copytree(finished / "run", "copy")
-    files.write_weights(Path("copy/model.safetensors"), weights)
-    with pytest.raises(UserError, match="holds NaN or infinity"):
-        load_network(Path("copy"), trust_code=False)
 
 
 def small_training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -181,6 +167,7 @@ def test_a_checkpoint_is_restored_right_or_refused(data, rehashed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *args, **kwargs: None)
         if not refused(lambda: checkpoint.newest(folder)):
+            assert rehashed or name == "manifest.json", "a change that no sha256 covers"
             refused(lambda: checkpoint.restore(saved, *small_training()))
         else:
             assert not rehashed or name == "manifest.json"

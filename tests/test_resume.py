@@ -1,6 +1,7 @@
 """A run that is stopped anywhere and resumed ends in the same bytes as one that never was."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from kd import checkpoint, files
 from kd.errors import Preempted, UserError
 from kd.ledger import Ledger
+from kd.lock import Lock
 from tests import runs
 from tests.conftest import ROOT
 from tests.runs import STUDENT, differences, distil, newest_checkpoint, script, teach
@@ -30,6 +32,14 @@ def whole(tmp_path_factory):
         patch.chdir(folder)
         distil("--out", "run")
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole_teacher(tmp_path_factory):
+    """The same of a teacher's."""
+    folder = tmp_path_factory.mktemp("teacher")
+    teach("--out", str(folder / "run"))
+    return folder / "run"
 
 
 @pytest.fixture
@@ -169,35 +179,41 @@ def half_a_run(monkeypatch) -> Path:
     return Path("run/checkpoint")
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(monkeypatch):
-    teach("--out", "whole")
+def flip_a_bit(step: Path) -> None:
+    content = bytearray((step / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (step / "model.safetensors").write_bytes(content)
+
+
+DAMAGE = {
+    "one bit": (flip_a_bit, "model.safetensors changed"),
+    "truncated": (lambda step: (step / "optimizer.safetensors").write_bytes(b""), "optimizer.safetensors changed"),
+    "missing": (lambda step: (step / "optimizer.safetensors").unlink(), "No such file"),
+    "no manifest": (lambda step: (step / "manifest.json").unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole_teacher, monkeypatch, damage):
     saved = half_a_run(monkeypatch)
     assert checkpoint.steps(saved) == [28, 21]
-    weights = saved / "step-28" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"step-28 is damaged \(model.safetensors changed"):
+    spoil, words = DAMAGE[damage]
+    spoil(saved / "step-28")
+    with pytest.warns(UserWarning, match=rf"step-28 is damaged \(.*{words}"):
         teach("--out", "run", "--save-every", "7", "--resume")
-    assert differences(Path("whole"), Path("run")) == []
+    assert differences(whole_teacher, Path("run")) == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest"])
-def test_every_kind_of_damage_is_noticed(monkeypatch, damage):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_where_every_checkpoint_is_damaged_nothing_starts_again_silently(monkeypatch, damage):
     saved = half_a_run(monkeypatch)
     for step in saved.glob("step-*"):
-        if damage == "truncated":
-            (step / "optimizer.safetensors").write_bytes(b"")
-        elif damage == "missing":
-            (step / "optimizer.safetensors").unlink()
-        else:
-            (step / "manifest.json").unlink()
+        DAMAGE[damage][0](step)
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(UserError, match="every checkpoint"):
         teach("--out", "run", "--save-every", "7", "--resume")
 
 
-def test_a_save_that_dies_leaves_the_checkpoint_before(monkeypatch):
-    teach("--out", "whole")
+def test_a_save_that_dies_leaves_the_checkpoint_before(whole_teacher, monkeypatch):
     real, count = checkpoint.os.rename, 0
 
     def rename(source, target):
@@ -212,7 +228,7 @@ def test_a_save_that_dies_leaves_the_checkpoint_before(monkeypatch):
         teach("--out", "run", "--save-every", "7")
     assert checkpoint.steps(Path("run/checkpoint")) == [7, 0]
     teach("--out", "run", "--save-every", "7", "--resume")
-    assert differences(Path("whole"), Path("run")) == []
+    assert differences(whole_teacher, Path("run")) == []
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
@@ -238,8 +254,10 @@ def test_checkpoints_are_ordered_as_numbers(tmp_path):
 
 def test_other_flags_are_refused_with_their_difference(monkeypatch):
     half_a_run(monkeypatch)
-    with pytest.raises(UserError, match=r"holds another run \(lr 0.05 there, 0.1 here\)"):
-        teach("--out", "run", "--resume", "--lr", "0.1")
+    with pytest.raises(UserError, match=r"holds another run \(epochs 2 there, 3 here; lr 0.05 there, 0.1 here\)"):
+        teach("--out", "run", "--resume", "--lr", "0.1", "--epochs", "3")
+    with pytest.raises(UserError, match=r"holds another run \(.*role teacher there, tfkd here"):
+        distil("--out", "run", "--resume", "tfkd")
 
 
 def test_resume_needs_something_and_a_new_start_an_empty_folder(monkeypatch):
@@ -258,6 +276,25 @@ def test_resume_needs_something_and_a_new_start_an_empty_folder(monkeypatch):
 def test_auto_resume_says_that_it_starts_afresh(capsys):
     teach("--out", "run", "--auto-resume")
     assert "nothing to resume, starting afresh" in capsys.readouterr().out
+
+
+def test_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(tmp_path):
+    """As it would with flock: the worker has the open file too."""
+    holder = "import os, time; from kd.lock import Lock; from pathlib import Path; lock = Lock(Path('lock'))\n"
+    holder += "lock.acquire()\nworker = os.fork()\nif worker:\n    print(worker, flush=True)\ntime.sleep(60)"
+    process = runs.subprocess.Popen([runs.sys.executable, "-c", holder], stdout=runs.subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        assert not Lock(Path("lock")).acquire()
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # it lives on
+        lock = Lock(Path("lock"))
+        assert lock.acquire()
+        lock.close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
