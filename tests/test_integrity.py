@@ -228,7 +228,7 @@ def test_row_36_a_stop_while_the_last_view_is_sealed_is_not_lost(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "row"), [(signal.SIGTERM, 36), (signal.SIGINT, 37)])
-def test_rows_36_and_37_a_signal_to_a_real_script_saves_and_ends_with_its_number(number, row):
+def test_row_36_row_37_a_signal_to_a_real_script_saves_and_ends_with_its_number(number, row):
     args = ["--model", "resnet8", "--data", "synthetic", "--batch-size", "50", "--epochs", "2", "--threads", "1"]
     args += ["--wandb", "disabled", "--log-every", "3"]
     fault = f"signal:20:0:{int(number)}"
