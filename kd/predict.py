@@ -80,12 +80,13 @@ def find_images(names: list[str]) -> list[Path]:
 def predict(predictor: Predictor, paths: list[Path], top: int) -> Iterator[Prediction]:
     """The `top` likeliest classes of each image, in order; for one that cannot be read, why."""
     for start in range(0, len(paths), BATCH):
-        read = {path: _read(path, predictor) for path in paths[start : start + BATCH]}
-        images = [image for image in read.values() if not isinstance(image, str)]
+        batch = paths[start : start + BATCH]
+        read = [_read(path, predictor) for path in batch]  # a path may be there twice
+        images = [image for image in read if not isinstance(image, str)]
         shares = iter(_softmax(predictor.answer(np.stack(images))) if images else ())
-        for path in paths[start : start + BATCH]:
-            if isinstance(read[path], str):
-                yield Prediction(path, [], read[path])
+        for path, image in zip(batch, read, strict=True):
+            if isinstance(image, str):
+                yield Prediction(path, [], image)
             else:
                 share = next(shares)
                 best = np.argsort(-share, kind="stable")[:top]

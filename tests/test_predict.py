@@ -76,6 +76,18 @@ def test_an_image_that_is_none_is_named_at_the_end_and_the_others_are_predicted(
     assert capsys.readouterr().out.startswith("good.png: green 57.6")
 
 
+@pytest.mark.parametrize("names", [["in/b.png", "in"], ["in", "in/b.png"], ["in/b.png", "in/a.png", "in/b.png"]])
+def test_an_image_named_twice_is_answered_twice_and_moves_no_others_answer(colours, names, capsys):
+    colour = {"in/a.png": "red", "in/b.png": "green", "in/c.png": "blue"}
+    Path("in").mkdir()
+    for path, pixel in zip(colour, np.eye(3, dtype=int) * 255):
+        Image.new("RGB", (4, 4), tuple(pixel)).save(path)
+    main([str(colours), *names, "--json"])
+    found = [(one["image"], one["predictions"][0]["class"]) for one in json.loads(capsys.readouterr().out)]
+    wanted = [path for name in names for path in (colour if name == "in" else [name])]
+    assert found == [(path, colour[path]) for path in wanted]
+
+
 def test_an_onnx_file_needs_neither_torch_nor_the_network(colours):
     Image.new("RGB", (4, 4), (0, 255, 0)).save("good.png")
     code = "import sys\nfrom kd.predict import main\nmain(sys.argv[1:])\n"
