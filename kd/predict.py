@@ -43,7 +43,7 @@ class Prediction(NamedTuple):
 
 def open_predictor(name: str, trust_code: bool = False) -> Predictor:
     """The network of a run folder, a Hub id or an exported .onnx file. Raises UserError where there is none."""
-    if name.endswith(".onnx"):
+    if name.lower().endswith(".onnx"):
         from kd.shipping.onnx_runtime import OnnxFile
 
         require(Path(name).is_file(), f"{name}: no such file; python -m kd.export RUN --formats onnx makes one")
