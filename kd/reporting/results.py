@@ -22,7 +22,7 @@ KEYS = {
     "epochs": (NUMBER, False),
     **dict.fromkeys(("val_top1_last", "val_top1_best", "best_epoch"), (NUMBER, True)),
     **dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images"), (NUMBER, True)),
-    **dict.fromkeys(("test_top1_best", "agreement"), (NUMBER, True)),
+    **dict.fromkeys(("test_top1_best", "teacher_test_top1", "agreement"), (NUMBER, True)),
     # Only of a run whose training classes differ in size (kd/shots.py).
     **dict.fromkeys(("test_balanced_top1", "test_top1_many", "test_top1_medium", "test_top1_few"), (NUMBER, True)),
 }
