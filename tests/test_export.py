@@ -22,8 +22,9 @@ from kd.config import DataConfig
 from kd.data import load_data
 from kd.errors import UserError
 from kd.export import main
-from kd.files import read_json, write_folder, write_json, write_weights
+from kd.files import read_json, sha256_file, write_folder, write_json, write_weights
 from kd.models import build_model
+from kd.predict import main as predict
 from kd.shipping import contents, formats
 from kd.shipping.cost_table import verdicts
 from kd.shipping.deploy import Deployed, bake
@@ -63,8 +64,9 @@ def made_like(run: Path, folder: Path, model: str, trained: nn.Module | None = N
     network = trained or build_model(model, info["num_classes"], tuple(info["image_size"]))
     write_weights(folder / "model.safetensors", network.state_dict())
     write_json(folder / "model.json", info)
-    summary = read_json(run / "summary.json") | {"params": sum(p.numel() for p in network.parameters())}
-    write_json(folder / "summary.json", summary)
+    sha256 = sha256_file(folder / "model.safetensors")
+    facts = {"params": sum(p.numel() for p in network.parameters()), "weights_sha256": sha256}
+    write_json(folder / "summary.json", read_json(run / "summary.json") | facts)
     return folder
 
 
@@ -555,3 +557,55 @@ def test_what_simkd_deploys_is_exported_whole(tmp_path):
     rows = {row["name"]: row for row in read_json(Path("run/export/export.json"))["rows"]}
     assert rows["model.onnx"]["largest_difference"] <= 1e-4
     assert rows["model.onnx"]["params"] == read_json(Path("run/summary.json"))["params"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A student of fewer channels, mostly zeros and few bits, as files, beside the images it is tested on."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--model", "resnet8", "--lr", "0.1", "--epochs", "4", "--out", "full")
+        flags = ("--prune", "0.3", "--sparsity", "0.6", "--weight-bits", "2", "--activation-bits", "8")
+        distil("--student", "resnet8", "--init", "full", *flags, "--lr", "0.01", "--epochs", "2", "--out", "run")
+        done = export(Path("run"), "--formats", "onnx", "int8", "pt2")
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
+def test_a_compressed_student_keeps_its_levels_and_zeros(small, name):
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    graph, summary = onnx.load(small / "export" / name).graph, read_json(small / "summary.json")
+    arrays = [to_array(array) for array in graph.initializer]
+    inner = [array for array in arrays if array.ndim == 4 and array.shape[1] != 3]  # the first layer reads colours
+    assert len(inner) == len(read_json(small / "model.json")["compression"]["layers"])
+    assert max(len(np.unique(channel)) for array in inner for channel in array) == 3
+    assert summary["sparsity"] > 0.6
+    # BatchNorm is a part of these weights, and an int8 scale: neither makes a zero of anything else.
+    assert sum((array == 0).sum() for array in inner) / sum(array.size for array in inner) == summary["sparsity"]
+
+
+@pytest.mark.slow
+def test_a_compressed_students_table_and_predictions(small, capsys):
+    table, summary = read_json(small / "export" / "export.json"), read_json(small / "summary.json")
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == ["model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx", "teacher"]
+    assert rows["model.safetensors"]["top1"] == summary["test_top1"] > 60
+    assert all(rows[name]["agreement"] > 97 for name in GRAPHS)
+    assert rows["model.onnx"]["macs"] == summary["macs"] <= 0.7 * rows["teacher"]["macs"]
+    assert [row["packed_bytes"] for row in rows.values()] == [summary["packed_bytes"], *[None] * 4]
+    page = (small / "export" / "export.md").read_text()
+    assert f"{summary['packed_bytes'] / 1e6:.2f} MB" in page
+    assert "no file here is one" in page
+    data = load_data(DataConfig("synthetic"))
+    for row in range(20):
+        Image.fromarray(data.test.images[row].numpy().transpose(1, 2, 0)).save(f"{row:02}.png")
+    wanted = [data.classes[label] for label in data.test.labels[:20]]
+    for name in ("", "model.onnx", "model.int8.onnx"):
+        predict([str(small / "export" / name), ".", "--json"])
+        found = [one["predictions"][0]["class"] for one in json.loads(capsys.readouterr().out)]
+        assert sum(one == other for one, other in zip(found, wanted, strict=True)) >= 18
