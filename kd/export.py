@@ -96,8 +96,8 @@ def _fill_in(given: argparse.Namespace) -> None:
     int8 = "int8" in given.formats
     heeded = {
         "calibration": (int8, "goes with --formats int8, or --all"),
-        "threads": (given.table, "times the table; leave out it or --no-table"),
-        "data": (given.table or int8, "is for the table and int8; leave out it or --no-table"),
+        "threads": (given.table, "is for the table; leave it or --no-table out"),
+        "data": (given.table or int8, "is for the table and int8; leave it or --no-table out"),
         "private": (given.push, "goes with --push USER/NAME"),
     }
     for name in ("calibration", "threads"):

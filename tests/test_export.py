@@ -161,9 +161,9 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         (["--calibration", "64"], "--calibration: goes with --formats int8, or --all"),
         (
             ["--no-table", "--formats", "int8", "--threads", "2"],
-            "--threads: times the table; leave out it or --no-table",
+            "--threads: is for the table; leave it or --no-table out",
         ),
-        (["--no-table", "--data", "nonsense"], "--data: is for the table and int8; leave out it or --no-table"),
+        (["--no-table", "--data", "nonsense"], "--data: is for the table and int8; leave it or --no-table out"),
         (["--formats", "safetensors", "--data", "digits"], "--data digits: holds other images"),
         (["--formats", "safetensors", "--data", "gone"], "--data gone: no such folder.*--data FOLDER says"),
     ],
