@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import platform
-import statistics
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +14,10 @@ from kd.errors import UserError
 from kd.files import read_json, write_json
 from kd.launch import same_threads
 from kd.reporting.results import Run
-from kd.trained import Trained, load_network
+from kd.shipping.timing import interleaved
+from kd.trained import load_network
 
-WARMUP, REPEATS, PATIENCE = 5, 100, 3.0  # passes, passes, seconds at most
+PATIENCE = 3.0  # seconds, roughly, of timing a network
 SHAPING = tuple(entry.name for entry in dataclasses.fields(CompressConfig))  # what else tells networks apart
 SHAPING += ("image_size", "origin")
 THREADS = 1  # of one image there is little to share out, and one thread's time is the steadier
@@ -33,24 +32,13 @@ class Cost(NamedTuple):
 def measure(folder: Path, trust_code: bool) -> Cost:
     """Load the run's network and time it. Raises UserError where it cannot be loaded."""
     trained = load_network(folder, trust_code)
-    with same_threads():
+    size = tuple(trained.info["image_size"])
+    image = torch.zeros(1, 3, *size)
+    with same_threads(), torch.no_grad():
         torch.set_num_threads(THREADS)
-        macs, milliseconds = _run(trained)
-    return Cost(macs, (folder / "model.safetensors").stat().st_size, milliseconds)
-
-
-@torch.no_grad()
-def _run(trained: Trained) -> tuple[int, float]:
-    macs = count_macs(trained.network, tuple(trained.info["image_size"]))
-    image = torch.zeros(1, 3, *trained.info["image_size"])
-    for _ in range(WARMUP):
-        trained.network(image)
-    times, started = [], time.perf_counter()
-    while len(times) < REPEATS and time.perf_counter() - started < PATIENCE:
-        before = time.perf_counter()
-        trained.network(image)
-        times.append(time.perf_counter() - before)
-    return macs, 1000 * statistics.median(times)
+        macs = count_macs(trained.network, size)
+        (seconds,) = interleaved({"network": lambda: trained.network(image)}, PATIENCE).values()
+    return Cost(macs, (folder / "model.safetensors").stat().st_size, 1000 * seconds)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import difflib
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -35,8 +36,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Run `work`; what the user can mend becomes one line on stderr and a code instead of a traceback."""
+def exit_code(work: Callable[[], None], interrupted: str = "the last checkpoint stands; continue with --resume") -> int:
+    """Run `work`; what the user can mend becomes one line on stderr and a code instead of a traceback.
+
+    `interrupted`: what is left after Ctrl-C, or another signal whose number a KeyboardInterrupt carries.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names on a disk are bytes, and not always text
@@ -51,8 +55,8 @@ def exit_code(work: Callable[[], None]) -> int:
         if remedy is None:
             raise
         return _say(f"error: {remedy}", 2)
-    except KeyboardInterrupt:
-        return _say("interrupted: the last checkpoint stands; continue with --resume", 130)
+    except KeyboardInterrupt as stop:
+        return _say(f"interrupted: {interrupted}", 128 + next(iter(stop.args), signal.SIGINT))
     return 0
 
 

@@ -10,20 +10,22 @@ files take RGB pixels, 0 to 255, and give logits; what they expect and the class
 """
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-from kd.display import console
 from kd.errors import exit_code, nearest, require
-from kd.files import write_atomically, write_folder, write_json
+from kd.files import write_folder
 from kd.hub import check_id, push
 from kd.lock import Lock
-from kd.reporting.document import Block, Heading, Lines, markdown
 from kd.shipping.onnx_runtime import needed
-from kd.shipping.preprocess import describe
 
 FORMATS = ("safetensors", "onnx", "int8", "pt2")
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+CALIBRATION = 512  # training images, unless --calibration says otherwise
 NEEDS = {"onnx": ONNX, "int8": ONNX}  # modules of the extra `export`
 OURS = {"model.json", "summary.json", "config.json", "preprocessing.json", "README.md", "export.json", "export.md"}
 OURS |= {"model.safetensors", "model.onnx", "model.int8.onnx", "model.pt2"}
@@ -31,11 +33,14 @@ OURS |= {"model.safetensors", "model.onnx", "model.int8.onnx", "model.pt2"}
 
 def export(given: argparse.Namespace) -> Path:
     """Make RUN/export as the flags say; returns it. Raises UserError for whatever the user can mend."""
+    from kd.shipping.contents import fill
     from kd.shipping.formats import calibration_images
     from kd.shipping.source import read_data, read_source
 
     for module in dict.fromkeys(module for key in given.formats for module in NEEDS.get(key, ())):
         needed(module)
+    again = (given.run / "preprocessing.json").exists()
+    require(not again, f"{given.run} is an export itself, and would hold another: name the run that it was made from")
     source = read_source(given.run, given.trust_code)
     tested = source.summary["test_top1"] is not None
     require(
@@ -46,62 +51,18 @@ def export(given: argparse.Namespace) -> Path:
     data = read_data(source, given.data) if given.table or "int8" in given.formats else None
     calibration = calibration_images(data, given.calibration) if "int8" in given.formats else None
     folder = given.run / "export"
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file, and no export; move it elsewhere")
     held = {entry.name for entry in folder.iterdir()} - OURS if folder.exists() else set()
     require(not held, f"{folder} holds {', '.join(sorted(held)[:3])}, which is no export; move it elsewhere")
     lock = Lock(given.run / "lock")
     try:
         require(lock.acquire(), f"{given.run} is in use by another process; wait for it")
-        write_folder(folder, lambda partial: _fill(partial, source, data, calibration, given))
+        write_folder(folder, lambda partial: fill(partial, source, data, calibration, given))
     except OSError as error:
         require(False, f"{folder} cannot be written ({error})")
     finally:
         lock.close()
     return folder
-
-
-def _fill(folder: Path, source, data, calibration, given: argparse.Namespace) -> None:
-    """Every file of an export, into an empty folder."""
-    from kd.shipping.card import Subject, write_card
-    from kd.shipping.formats import make_files
-    from kd.shipping.source import alone, copy_run
-
-    expects = describe(source.info)
-    write_json(folder / "preprocessing.json", expects)
-    summary, record = copy_run(source, folder)
-    differences = make_files(folder, source, set(given.formats), calibration)
-    blocks = _tabulate(folder, source, data, differences, given) if given.table else []
-    onnx = sorted((path.name for path in folder.glob("*.onnx")), reverse=True)
-    subject = Subject(summary, record, alone(source), expects, onnx, blocks)
-    write_card(folder / "README.md", subject, given.license, given.push)
-
-
-def _tabulate(folder: Path, source, data, differences: dict[str, float], given: argparse.Namespace) -> list[Block]:
-    """Measure every file in `folder`; export.json and export.md are written, and the same shown."""
-    from kd.costs import machine
-    from kd.shipping.shipped import candidates, measure, table, verdicts
-
-    listed, notes = candidates(folder, source, data, given.trust_code)
-    rows = measure(listed, data, given.threads)
-    where = machine(given.threads)
-    notes = (*verdicts(rows, source.summary), *notes)
-    blocks = [table(rows, where, len(data.test.labels)), Lines(notes)]
-    numbers = {"rows": rows, "machine": where, "threads": given.threads, "test_images": len(data.test.labels)}
-    if "int8" in given.formats:
-        numbers["calibration_images"] = min(given.calibration, len(data.train.labels))
-    numbers |= {"differences_on_random_pixels": differences, "notes": notes}
-    write_json(folder / "export.json", numbers)
-    text = markdown([Heading(1, "What was exported"), *blocks])
-    write_atomically(folder / "export.md", lambda partial: partial.write_text(text, encoding="utf-8"))
-    _show(blocks)
-    return blocks
-
-
-def _show(blocks: list[Block]) -> None:
-    from rich.console import Console
-
-    wide = console if console.is_terminal else Console(width=160)
-    for block in blocks:
-        block.show(wide)
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
@@ -112,8 +73,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", metavar="FORMAT", help=f"of {', '.join(FORMATS)} (default: onnx)")
     parser.add_argument("--all", action="store_true", help="every format")
     parser.add_argument("--data", help="where the run's own images lie now, if not where they were")
-    parser.add_argument("--calibration", type=int, default=512, help="training images for int8's ranges (default: 512)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads for the table's times (default: 1)")
+    parser.add_argument("--calibration", type=int, help=f"training images for int8's ranges (default: {CALIBRATION})")
+    parser.add_argument("--threads", type=int, help="CPU threads for the table's times (default: 1)")
     parser.add_argument("--no-table", dest="table", action="store_false", help="measure nothing; only int8 needs data")
     parser.add_argument("--push", metavar="USER/NAME", help="send the export to this model repository on the Hub")
     parser.add_argument("--private", action="store_true", help="with --push: create the repository private")
@@ -124,21 +85,51 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     given.formats = list(FORMATS) if given.all else list(dict.fromkeys(given.formats or ["onnx"]))
     for name in given.formats:
         require(name in FORMATS, f"--formats {name}: no such format; {nearest(name, FORMATS)}")
-    require(given.calibration >= 1, f"--calibration {given.calibration}: give 1 or more")
-    require(given.threads >= 1, f"--threads {given.threads}: give 1 or more")
-    require(not given.private or bool(given.push), "--private: goes with --push USER/NAME")
+    _fill_in(given)
     if given.push:
         check_id(given.push)
     return given
 
 
+def _fill_in(given: argparse.Namespace) -> None:
+    """Numbers that were left out. Raises UserError for one out of range, and for a flag that nothing would heed."""
+    int8 = "int8" in given.formats
+    heeded = {
+        "calibration": (int8, "goes with --formats int8, or --all"),
+        "threads": (given.table, "is for the table; leave it or --no-table out"),
+        "data": (given.table or int8, "is for the table and int8; leave it or --no-table out"),
+        "private": (given.push, "goes with --push USER/NAME"),
+    }
+    for name in ("calibration", "threads"):
+        value = getattr(given, name)
+        require(value is None or value >= 1, f"--{name} {value}: give 1 or more")
+    for name, (has_use, words) in heeded.items():
+        require(bool(has_use) or not getattr(given, name), f"--{name}: {words}")
+    given.calibration, given.threads = given.calibration or CALIBRATION, given.threads or 1
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Within it SIGTERM does what Ctrl-C does, so that what is half written is removed on the way out."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(args: list[str] | None = None) -> None:
     given = parse(args)
-    folder = export(given)
-    print(f"exported: {folder}", flush=True)
-    if given.push:
-        print(f"pushed: {push(folder, given.push, given.private)}", flush=True)
+    with unwinding():
+        folder = export(given)
+        print(f"exported: {folder}", flush=True)
+        if given.push:
+            print(f"pushed: {push(folder, given.push, given.private)}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(exit_code(main, "an export is whole or not there; the same command starts again"))

@@ -1,6 +1,7 @@
 """Runs on the Hub: fetched by their id, and sent there. Safetensors and JSON alone are ever fetched."""
 
 import re
+import shlex
 from pathlib import Path
 
 from kd.errors import UserError, require
@@ -58,8 +59,9 @@ def push(folder: Path, name: str, private: bool) -> str:
         old = ["model*", "export.*"]
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of a run of kd", delete_patterns=old)
     except Exception as error:  # as above
+        command = shlex.join(["hf", "upload", name, str(folder), *(["--private"] if private else [])])
         raise UserError(
-            f"--push {name}: not sent ({_short(error)}); all of it is in {folder}, and `hf upload {name} {folder}`"
+            f"--push {name}: not sent ({_short(error)}); all of it is in {folder}, and `{command}`"
             " sends it once there is a network and a token (`hf auth login`, or HF_TOKEN)"
         ) from error
     return f"{hub.endpoint}/{name}"

@@ -43,7 +43,7 @@ class Prediction(NamedTuple):
 
 def open_predictor(name: str, trust_code: bool = False) -> Predictor:
     """The network of a run folder, a Hub id or an exported .onnx file. Raises UserError where there is none."""
-    if name.endswith(".onnx"):
+    if name.lower().endswith(".onnx"):
         from kd.shipping.onnx_runtime import OnnxFile
 
         require(Path(name).is_file(), f"{name}: no such file; python -m kd.export RUN --formats onnx makes one")
@@ -80,12 +80,13 @@ def find_images(names: list[str]) -> list[Path]:
 def predict(predictor: Predictor, paths: list[Path], top: int) -> Iterator[Prediction]:
     """The `top` likeliest classes of each image, in order; for one that cannot be read, why."""
     for start in range(0, len(paths), BATCH):
-        read = {path: _read(path, predictor) for path in paths[start : start + BATCH]}
-        images = [image for image in read.values() if not isinstance(image, str)]
+        batch = paths[start : start + BATCH]
+        read = [_read(path, predictor) for path in batch]  # a path may be there twice
+        images = [image for image in read if not isinstance(image, str)]
         shares = iter(_softmax(predictor.answer(np.stack(images))) if images else ())
-        for path in paths[start : start + BATCH]:
-            if isinstance(read[path], str):
-                yield Prediction(path, [], read[path])
+        for path, image in zip(batch, read, strict=True):
+            if isinstance(image, str):
+                yield Prediction(path, [], image)
             else:
                 share = next(shares)
                 best = np.argsort(-share, kind="stable")[:top]
@@ -139,4 +140,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(exit_code(main, "what is printed stands; the same command starts again"))

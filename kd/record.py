@@ -11,15 +11,19 @@ from accelerate import Accelerator
 
 from kd.config import Job
 from kd.data import Data
+from kd.images.builtin_data import BUILT_IN
 
 
 def record(job: Job, identity: dict, wandb_id: str, data: Data, accelerator: Accelerator) -> dict:
+    source = job.data.source
     packages = ("torch", "torchvision", "accelerate", "datasets", "numpy")
     return {
         "identity": identity,
         "flags": dataclasses.asdict(job),
         "data": {"rows": len(data.train.labels), "mean": data.mean, "std": data.std, "classes": len(data.classes)}
-        | {"images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()},
+        | {"images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()}
+        # A name alone does not tell a folder from a Hub id, once it is read elsewhere.
+        | {"folder": source not in BUILT_IN and Path(source).expanduser().is_dir()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "git_commit": _git_commit(),
         "processes": accelerator.num_processes,

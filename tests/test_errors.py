@@ -13,7 +13,8 @@ from kd.errors import Preempted, UserError, exit_code, nearest
     [
         (UserError("--lr 0:\n give more"), 2, "error: --lr 0: give more\n"),
         (Preempted(signal.SIGTERM, "saved"), 143, "preempted: saved\n"),
-        (KeyboardInterrupt(), 130, "--resume"),
+        (KeyboardInterrupt(), 130, "interrupted: the last checkpoint stands; continue with --resume\n"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "--resume"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "give a smaller --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "give a smaller --batch-size"),
         (torch._dynamo.exc.Unsupported("no"), 2, "add --no-compile"),
@@ -28,6 +29,14 @@ def test_what_the_user_can_mend_is_one_line(error, code, words, capsys):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_what_an_interruption_leaves_is_said_by_who_was_interrupted(capsys):
+    def work():
+        raise KeyboardInterrupt
+
+    assert exit_code(work, "nothing was written") == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
 
 def test_our_own_errors_keep_their_traceback():

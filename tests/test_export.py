@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
@@ -19,13 +22,14 @@ from kd.config import DataConfig
 from kd.data import load_data
 from kd.errors import UserError
 from kd.export import main
-from kd.files import read_json, write_folder, write_json, write_weights
+from kd.files import read_json, sha256_file, write_folder, write_json, write_weights
 from kd.models import build_model
-from kd.shipping import formats
+from kd.predict import main as predict
+from kd.shipping import contents, formats
+from kd.shipping.cost_table import verdicts
 from kd.shipping.deploy import Deployed, bake
-from kd.shipping.shipped import verdicts
 from tests.conftest import ROOT
-from tests.runs import distil
+from tests.runs import distil, teach
 
 PARTS = {"model.safetensors", "model.json", "summary.json", "config.json", "preprocessing.json", "README.md"}
 TABLES = {"export.json", "export.md"}
@@ -60,8 +64,9 @@ def made_like(run: Path, folder: Path, model: str, trained: nn.Module | None = N
     network = trained or build_model(model, info["num_classes"], tuple(info["image_size"]))
     write_weights(folder / "model.safetensors", network.state_dict())
     write_json(folder / "model.json", info)
-    summary = read_json(run / "summary.json") | {"params": sum(p.numel() for p in network.parameters())}
-    write_json(folder / "summary.json", summary)
+    sha256 = sha256_file(folder / "model.safetensors")
+    facts = {"params": sum(p.numel() for p in network.parameters()), "weights_sha256": sha256}
+    write_json(folder / "summary.json", read_json(run / "summary.json") | facts)
     return folder
 
 
@@ -111,7 +116,7 @@ def test_a_failure_leaves_the_old_export_and_nothing_half_written(run, monkeypat
         (folder / "model.onnx").write_bytes(b"half")
         raise UserError("the exporter fails")
 
-    monkeypatch.setattr(formats, "make_files", fails)
+    monkeypatch.setattr(contents, "make_files", fails)
     with pytest.raises(UserError, match="the exporter fails"):
         main([str(run), "--formats", "safetensors", "--no-table"])
     assert before == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
@@ -153,6 +158,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         (["--calibration", "0"], "--calibration 0: give 1 or more"),
         (["--threads", "0"], "--threads 0: give 1 or more"),
         (["--private"], "--private: goes with --push"),
+        (["--calibration", "64"], "--calibration: goes with --formats int8, or --all"),
+        (
+            ["--no-table", "--formats", "int8", "--threads", "2"],
+            "--threads: is for the table; leave it or --no-table out",
+        ),
+        (["--no-table", "--data", "nonsense"], "--data: is for the table and int8; leave it or --no-table out"),
         (["--formats", "safetensors", "--data", "digits"], "--data digits: holds other images"),
         (["--formats", "safetensors", "--data", "gone"], "--data gone: no such folder.*--data FOLDER says"),
     ],
@@ -163,9 +174,66 @@ def test_bad_flags_are_one_message(run, flags, message):
     assert not (run / "export").exists()
 
 
+@pytest.mark.parametrize("key", ["test_top1", "params", "seed", "method", "test_images", "model", "script"])
+def test_a_summary_that_lacks_something_is_one_message(run, key):
+    summary = read_json(run / "summary.json")
+    del summary[key]
+    write_json(run / "summary.json", summary)
+    with pytest.raises(UserError, match=r"summary\.json"):
+        main([str(run), "--formats", "safetensors"])
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("flags", part), None) for part in ("compress", "views", "fit", "method", "run", "data")]
+    + [(("flags", "compress", "init"), 3), (("flags", "origin"), {"source": 3}), (("flags", "data", "source"), None)]
+    + [(("flags",), []), (("identity",), None), (("versions",), "3.11"), (("data",), [1])],
+)
+def test_a_damaged_configuration_is_one_message(run, place, value):
+    record = holder = read_json(run / "config.json")
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    write_json(run / "config.json", record)
+    with pytest.raises(UserError, match=r"config\.json has no flags of a run"):
+        main([str(run), "--formats", "safetensors"])
+    assert not (run / "export").exists()
+
+
+def test_an_export_is_not_exported_again(run):
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    with pytest.raises(UserError, match="export is an export itself"):
+        main([str(run / "export"), "--formats", "safetensors", "--no-table"])
+    assert {path.name for path in (run / "export").iterdir()} == PARTS
+    main([str(run), "--formats", "safetensors", "--no-table"])
+
+
+def test_a_file_in_the_place_of_the_export_is_one_message(run):
+    (run / "export").write_text("years of work")
+    with pytest.raises(UserError, match="export is a file, and no export"):
+        main([str(run), "--formats", "safetensors", "--no-table"])
+    assert (run / "export").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_export_that_is_stopped_leaves_nothing(run, number, code):
+    """In the very place where whatever an exporter raises becomes a message."""
+    stop = "import os, sys, time\nfrom kd import export\nfrom kd.errors import exit_code\n"
+    stop += "from kd.shipping import contents\nfrom kd.shipping.onnx_files import making\n"
+    stop += "def half(folder, *rest):\n    (folder / 'model.onnx').write_bytes(b'half')\n"
+    stop += f"    with making('model.onnx'):\n        os.kill(os.getpid(), {int(number)})\n        time.sleep(60)\n"
+    stop += "contents.make_files = half\nflags = ['--formats', 'safetensors', '--no-table']\n"
+    stop += "sys.argv[1:] = [sys.argv[1], *flags]\nimport runpy\nrunpy.run_path(export.__file__, run_name='__main__')\n"
+    there = sorted(path.name for path in run.iterdir())
+    done = subprocess.run([sys.executable, "-c", stop, str(run)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, sorted(path.name for path in run.iterdir())) == (code, there), done.stderr
+    assert done.stderr == "interrupted: an export is whole or not there; the same command starts again\n"
+
+
 def test_an_unfinished_run_and_one_that_never_read_the_test_set(run):
     summary = read_json(run / "summary.json")
-    write_json(run / "summary.json", summary | {"test_top1": None})
+    write_json(run / "summary.json", summary | {key: None for key in summary if key.startswith("test_")})
     with pytest.raises(UserError, match="--no-test, and the table would read the test set"):
         main([str(run), "--formats", "safetensors"])
     (run / "summary.json").unlink()
@@ -214,6 +282,118 @@ def test_normalisation_is_inside(run):
         wanted = network((images / 255 - mean) / std)
     deployed = Deployed(network, read_json(run / "model.json"))
     assert torch.allclose(deployed(images), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("torchvision/resnet18", "torchvision/resnet18"),
+        ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k"),
+        ("runs/big", "big"),
+        ("/home/somebody/runs/big", "big"),
+        ("../weights/big.pth", "big.pth"),
+        ("timm/big.pth", "big.pth"),
+        ("/home/somebody/.cache/huggingface/hub/models--user--net.v1/snapshots/0a1b2c", "user/net.v1@0a1b2c"),
+    ],
+)
+def test_of_a_path_the_last_part_is_told_and_of_a_public_name_the_whole(run, name, told):
+    summary, record = read_json(run / "summary.json"), read_json(run / "config.json")
+    write_json(run / "summary.json", summary | {"teacher": [name, name], "init": name})
+    flags = record["flags"] | {"origin": {"source": name}}
+    write_json(run / "config.json", record | {"flags": flags})
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    summary, record = (read_json(run / "export" / name) for name in ("summary.json", "config.json"))
+    assert (summary["teacher"], summary["init"], record["flags"]["origin"]["source"]) == ([told, told], told, told)
+    assert f"follow {told}, {told}" in (run / "export" / "README.md").read_text().replace("\\", "")
+
+
+def test_a_folder_of_data_is_told_by_its_last_part_wherever_it_is_exported(tmp_path, monkeypatch):
+    for split, count in (("train", 30), ("test", 6)):
+        for label, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+            place = tmp_path / "clinic" / "patients" / split / label
+            place.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), tuple(part + number for part in colour)).save(place / f"{number}.png")
+    flags = ("--model", "resnet8", "--batch-size", "10", "--epochs", "1", "--out", "run")
+    teach("--data", "clinic/patients", *flags)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for extra in (["--no-table"], ["--data", str(tmp_path / "clinic" / "patients")]):
+        main([str(tmp_path / "run"), "--formats", "safetensors", *extra])
+        for path in (tmp_path / "run" / "export").iterdir():
+            assert b"clinic" not in path.read_bytes(), path.name
+        card = (tmp_path / "run" / "export" / "README.md").read_text()
+        assert "trained on patients" in card
+        assert "datasets:" not in card
+
+
+@pytest.mark.parametrize(
+    ("noted", "head"), [({"folder": False}, ["datasets:", "- somebody/pictures", "type: somebody/pictures"]), ({}, [])]
+)
+def test_a_data_set_on_the_hub_is_named_without_its_revision(run, noted, head):
+    """Of a run from before it was noted that it is none of this machine's folders, it is not."""
+    record = read_json(run / "config.json")
+    record["flags"]["data"]["source"], record["data"] = "somebody/pictures@v2", noted
+    write_json(run / "config.json", record)
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    said = (run / "export" / "README.md").read_text().split("---\n")[1]
+    assert [line for line in head if line not in said] == []
+    assert ("somebody" in said) == bool(head)
+    assert "pictures@v2" not in said.replace("name: somebody/pictures@v2", "")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """A folder with a teacher (big), its student (run) and the student alone."""
+    folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--epochs", "1", "--out", "big")
+        distil(
+            *("--student", "resnet8", "--epochs", "1", "--teacher", "big", "--trust-code", "--control", "--out", "run")
+        )
+    return folder
+
+
+def test_the_teachers_row_is_of_the_network_that_taught(chain, resnet8_run):
+    shutil.copytree(chain, ".", dirs_exist_ok=True)
+    flags = ["run", "--formats", "safetensors", "--trust-code"]
+    main(flags)
+    whole = read_json(Path("run/export/export.json"))
+    assert ([row["name"] for row in whole["rows"]], whole["notes"]) == (["model.safetensors", "teacher"], [])
+    shutil.rmtree("big")
+    for why in (r"big: no such run folder", r"what lies at big now is not the network that taught"):
+        main(flags)
+        table = read_json(Path("run/export/export.json"))
+        assert [row["name"] for row in table["rows"]] == ["model.safetensors"]
+        (note,) = table["notes"]
+        assert re.fullmatch(rf"The teacher's cost is not measured: {why}.*\.", note)
+        shutil.copytree(resnet8_run, "big", dirs_exist_ok=True)
+
+
+def test_the_student_alone_is_of_the_same_network_recipe_and_seed(chain, resnet8_run):
+    shutil.copytree(chain, ".", dirs_exist_ok=True)
+    control = Path(read_json(Path("run/summary.json"))["control"])
+    row, score = "the same, trained alone", f"{read_json(control / 'summary.json')['test_top1']:.2f}"
+
+    def rows() -> list[str]:
+        main(["run", "--formats", "safetensors", "--no-table"])
+        return [line for line in Path("run/export/README.md").read_text().splitlines() if row in line]
+
+    assert [line.split("|")[2].strip() for line in rows()] == [score]
+    record, summary = read_json(control / "config.json"), read_json(control / "summary.json")
+    others = {"data": "0" * 64, "model": "resnet14", "lr": 0.3, "role": "teacher", "classes": 9, "weight_bits": 2}
+    for key, value in others.items():
+        write_json(control / "config.json", record | {"identity": record["identity"] | {key: value}})
+        assert rows() == [], key
+    write_json(control / "config.json", record | {"identity": record["identity"] | {"seed": 5}})
+    write_json(control / "summary.json", summary | {"seed": 5})
+    assert rows() == []
+    write_json(control / "summary.json", {})
+    assert rows() == []
+    shutil.rmtree(control)
+    assert rows() == []
 
 
 def test_calibration_sees_training_images_alone():
@@ -377,3 +557,55 @@ def test_what_simkd_deploys_is_exported_whole(tmp_path):
     rows = {row["name"]: row for row in read_json(Path("run/export/export.json"))["rows"]}
     assert rows["model.onnx"]["largest_difference"] <= 1e-4
     assert rows["model.onnx"]["params"] == read_json(Path("run/summary.json"))["params"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A student of fewer channels, mostly zeros and few bits, as files, beside the images it is tested on."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--model", "resnet8", "--lr", "0.1", "--epochs", "4", "--out", "full")
+        flags = ("--prune", "0.3", "--sparsity", "0.6", "--weight-bits", "2", "--activation-bits", "8")
+        distil("--student", "resnet8", "--init", "full", *flags, "--lr", "0.01", "--epochs", "2", "--out", "run")
+        done = export(Path("run"), "--formats", "onnx", "int8", "pt2")
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
+def test_a_compressed_student_keeps_its_levels_and_zeros(small, name):
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    graph, summary = onnx.load(small / "export" / name).graph, read_json(small / "summary.json")
+    arrays = [to_array(array) for array in graph.initializer]
+    inner = [array for array in arrays if array.ndim == 4 and array.shape[1] != 3]  # the first layer reads colours
+    assert len(inner) == len(read_json(small / "model.json")["compression"]["layers"])
+    assert max(len(np.unique(channel)) for array in inner for channel in array) == 3
+    assert summary["sparsity"] > 0.6
+    # BatchNorm is a part of these weights, and an int8 scale: neither makes a zero of anything else.
+    assert sum((array == 0).sum() for array in inner) / sum(array.size for array in inner) == summary["sparsity"]
+
+
+@pytest.mark.slow
+def test_a_compressed_students_table_and_predictions(small, capsys):
+    table, summary = read_json(small / "export" / "export.json"), read_json(small / "summary.json")
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == ["model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx", "teacher"]
+    assert rows["model.safetensors"]["top1"] == summary["test_top1"] > 60
+    assert all(rows[name]["agreement"] > 97 for name in GRAPHS)
+    assert rows["model.onnx"]["macs"] == summary["macs"] <= 0.7 * rows["teacher"]["macs"]
+    assert [row["packed_bytes"] for row in rows.values()] == [summary["packed_bytes"], *[None] * 4]
+    page = (small / "export" / "export.md").read_text()
+    assert f"{summary['packed_bytes'] / 1e6:.2f} MB" in page
+    assert "no file here is one" in page
+    data = load_data(DataConfig("synthetic"))
+    for row in range(20):
+        Image.fromarray(data.test.images[row].numpy().transpose(1, 2, 0)).save(f"{row:02}.png")
+    wanted = [data.classes[label] for label in data.test.labels[:20]]
+    for name in ("", "model.onnx", "model.int8.onnx"):
+        predict([str(small / "export" / name), ".", "--json"])
+        found = [one["predictions"][0]["class"] for one in json.loads(capsys.readouterr().out)]
+        assert sum(one == other for one, other in zip(found, wanted, strict=True)) >= 18

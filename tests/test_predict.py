@@ -76,6 +76,18 @@ def test_an_image_that_is_none_is_named_at_the_end_and_the_others_are_predicted(
     assert capsys.readouterr().out.startswith("good.png: green 57.6")
 
 
+@pytest.mark.parametrize("names", [["in/b.png", "in"], ["in", "in/b.png"], ["in/b.png", "in/a.png", "in/b.png"]])
+def test_an_image_named_twice_is_answered_twice_and_moves_no_others_answer(colours, names, capsys):
+    colour = {"in/a.png": "red", "in/b.png": "green", "in/c.png": "blue"}
+    Path("in").mkdir()
+    for path, pixel in zip(colour, np.eye(3, dtype=int) * 255):
+        Image.new("RGB", (4, 4), tuple(pixel)).save(path)
+    main([str(colours), *names, "--json"])
+    found = [(one["image"], one["predictions"][0]["class"]) for one in json.loads(capsys.readouterr().out)]
+    wanted = [path for name in names for path in (colour if name == "in" else [name])]
+    assert found == [(path, colour[path]) for path in wanted]
+
+
 def test_an_onnx_file_needs_neither_torch_nor_the_network(colours):
     Image.new("RGB", (4, 4), (0, 255, 0)).save("good.png")
     code = "import sys\nfrom kd.predict import main\nmain(sys.argv[1:])\n"
@@ -171,3 +183,30 @@ def test_an_onnx_file_of_somebody_elses_is_refused(colours):
     Image.new("RGB", (4, 4)).save("x.png")
     with pytest.raises(UserError, match="does not say what it expects"):
         main(["other.onnx", "x.png"])
+
+
+GOOD = {"image_size": [4, 4], "classes": CLASSES}
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["not json", "{}", "[1]", "[" * 100_000, json.dumps({"classes": CLASSES})]
+    + [json.dumps(GOOD | {"image_size": size}) for size in ([5, 5], [4], [4.0, 4.0], "44", None)]
+    + [json.dumps(GOOD | {"classes": names}) for names in (CLASSES[:2], [1, 2, 3], 3, None)]
+    + [json.dumps(GOOD | {"stored_size": stored}) for stored in (3, 8.5, "8")],
+)
+def test_an_onnx_file_that_says_of_itself_what_cannot_be_is_refused(colours, words):
+    import onnx
+
+    model = onnx.load(colours)
+    onnx.helper.set_model_props(model, {KEY: words})
+    onnx.save(model, "other.onnx")
+    Image.new("RGB", (4, 4)).save("x.png")
+    with pytest.raises(UserError, match=r"other\.onnx says it expects .*, which is not its network's"):
+        main(["other.onnx", "x.png"])
+
+
+def test_a_files_ending_may_be_in_capitals(colours, capsys):
+    Image.new("RGB", (4, 4), (0, 255, 0)).save("x.png")
+    main([str(colours.rename("M.ONNX")), "x.png"])
+    assert capsys.readouterr().out == "x.png: green 57.61%\n"

@@ -123,7 +123,7 @@ def test_other_networks_that_cannot_be_pruned_are_refused_in_one_line():
 
 def test_the_missing_tool_is_named_with_its_extra(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(UserError, match=r"--prune needs torch-pruning: pip install 'kd\[compress\]'"):
+    with pytest.raises(UserError, match=r"--prune needs torch-pruning: pip install -e '\.\[compress\]'"):
         student(trained, "--prune", "0.5", "--out", "run")
     assert not list(Path("run").glob("*"))
 

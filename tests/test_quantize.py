@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
@@ -32,7 +33,8 @@ from kd.reporting.results import collect
 from kd.run_folder import identity_of
 from kd.teacher import folded
 from tests import networks
-from tests.pairs import batch_of, build
+from tests.conftest import ROOT
+from tests.pairs import batch_of, build, terms_of
 from tests.runs import TEACHER, differences, distil, script, torchrun
 from tests.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
 from tests.test_report import fake_run
@@ -167,7 +169,7 @@ def test_a_rounded_teacher_answers_the_same_when_it_is_folded():
     [
         (["--student", "tests.networks:normalised"], "is a tests.networks:deep, here is a tests.networks:normalised"),
         (["--classes", "3"], r"was trained on 4 classes in images of \[16, 16\], here are 3"),
-        (["--init", "nothing"], "nothing: no such run folder"),
+        (["--init", "nothing"], "--init nothing: no such run folder; name where that run lies now"),
         (["--init", "unfinished"], "unfinished is no finished run"),
     ],
 )
@@ -237,6 +239,30 @@ def test_soft_cross_entropy_agrees_with_a_naive_loop():
     for row, other in zip(ours, theirs):
         total -= sum(other.softmax(0)[k].item() * row.log_softmax(0)[k].item() for k in range(7))
     assert soft_cross_entropy(ours, theirs).item() == pytest.approx(total / 5, rel=1e-9)
+
+
+def test_schemes_b_and_c_are_kd_with_these_flags():
+    """What kd/losses/apprentice.py and the README say: the paper's two terms for the student, a half each."""
+    distiller, teacher = build("kd", alpha=0.5, temperature=1.0)
+    batch, student = batch_of(torch.arange(12)), distiller.student
+    sum(terms_of(distiller, teacher, batch).values()).backward()
+    ours = [parameter.grad.clone() for parameter in student.parameters()]
+    student.zero_grad()
+    logits = student(batch.image)
+    soft = soft_cross_entropy(logits, teacher(batch.image).logits)
+    (0.5 * F.cross_entropy(logits, batch.label) + 0.5 * soft).backward()
+    torch.testing.assert_close(ours, [parameter.grad for parameter in student.parameters()])
+    assert all(grad.abs().max() > 1e-4 for grad in ours)
+
+
+def test_the_readmes_commands_for_every_scheme_parse():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    schemes = [line.split("#")[0].split()[3:] for line in lines if line.rpartition("# ")[2].startswith("scheme ")]
+    configs = [parse(distill_defaults, "", args) for args in schemes]
+    assert [config.job().method_name for config in configs] == ["apprentice", "kd", "kd"]
+    assert [(config.method.alpha, config.method.temperature) for config in configs[1:]] == [(0.5, 1.0)] * 2
+    assert [config.compress.init for config in configs] == [None, None, "RUN"]
+    assert all(config.compress.weight_bits == 2 for config in configs)
 
 
 def test_the_teacher_of_scheme_a_learns_from_the_labels_alone():

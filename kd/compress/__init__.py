@@ -63,6 +63,7 @@ def rebuild(network: nn.Module, recipe: dict) -> nn.Module:
 
 def _start_from(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
     """Load a finished run's weights; of a pruned one also its shapes."""
+    require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
     info, _ = read_model(folder)
     model, recipe = info["model"], info.get("compression") or {}
     require(model == job.model, f"--init {folder}: is a {model}, here is a {job.model}; name a run of the same model")

@@ -73,7 +73,7 @@ def _torch_pruning():
     try:
         import torch_pruning
     except ImportError as error:
-        raise UserError("--prune needs torch-pruning: pip install 'kd[compress]'") from error
+        raise UserError("--prune needs torch-pruning: pip install -e '.[compress]'") from error
     return torch_pruning
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from kd.files import write_atomically
 from kd.reporting.document import Block, Heading, Lines, Table, markdown, plain
+from kd.shipping.source import PARTS
 
 SCORES = (("test_top1", "top-1", ".2f"), ("test_top5", "top-5", ".2f"), ("test_nll", "NLL", ".4f"))
 SCORES += (("test_ece", "ECE", ".2f"), ("agreement", "agreement with the teacher", ".2f"))
@@ -24,7 +25,6 @@ images = numpy.zeros((1, *expects["shape"][1:]), numpy.uint8)          # RGB, 0 
 (logits,) = session.run(["logits"], {{"images": images}})
 print(expects["classes"][logits[0].argmax()])
 ```"""
-PARTS = ("data", "views", "fit", "method", "compress")  # of the flags: all that shaped the result
 
 
 class Subject(NamedTuple):
@@ -67,10 +67,11 @@ def _metadata(summary: dict, record: dict, licence: str, name: str | None, onnx:
     """The card's head, for the Hub's search and tables."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    source = str(record["flags"]["data"]["source"])
+    source, _, revision = record["flags"]["data"]["source"].partition("@")
     results = []
     if summary["test_top1"] is not None:
         kind = {"task_type": "image-classification", "dataset_type": source, "dataset_name": source}
+        kind |= {"dataset_revision": revision or None}
         percent = {"metric_type": "accuracy", "metric_value": summary["test_top1"] / 100}
         results = [EvalResult(**kind, **percent, dataset_split="test", metric_name="top-1 accuracy")]
     return ModelCardData(

@@ -28,11 +28,30 @@ class OnnxFile:
             raise UserError(f"{path} cannot be opened ({' '.join(str(error).split())[:200]})") from error
         words = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         require(words is not None, f"{path} does not say what it expects; give a file that kd.export wrote")
-        self.preprocessing = json.loads(words)
+        shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        try:
+            self.preprocessing = json.loads(words)
+            sound = _fits(self.preprocessing, shapes)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            sound = False
+        require(sound, f"{path} says it expects {words[:100]}, which is not its network's; give a file of kd.export's")
 
     def __call__(self, images: UInt8[np.ndarray, "b 3 h w"]) -> Float[np.ndarray, "b k"]:
         (logits,) = self._session.run(["logits"], {"images": images})
         return logits
+
+
+def _fits(expects: dict, shapes: dict[str, list]) -> bool:
+    """Whether what a file says of itself is what kd.export writes, and of this very network.
+
+    `shapes`: of its inputs and outputs, by name. Raises whatever JSON of another shape leads to.
+    """
+    (height, width), classes, stored = expects["image_size"], expects["classes"], expects.get("stored_size")
+    whole = all(type(side) is int for side in (height, width, height if stored is None else stored))
+    (_, count), named = shapes["logits"], all(isinstance(name, str) for name in classes)
+    counted = not isinstance(count, int) or count == len(classes)  # of some networks it is computed
+    larger = stored is None or stored >= max(height, width)
+    return shapes["images"][1:] == [3, height, width] and whole and larger and named and counted
 
 
 def needed(module: str):

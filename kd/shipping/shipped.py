@@ -1,4 +1,4 @@
-"""What each exported file costs and how good it is, as its own runtime runs it: the table that goes with them."""
+"""What each exported file costs and how good it is, as its own runtime runs it: measured."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +15,10 @@ from kd import metrics
 from kd.costs import count_macs
 from kd.data import Data
 from kd.display import console
-from kd.errors import UserError
+from kd.errors import UserError, require
 from kd.foreign import is_foreign
 from kd.images.rows import centred
 from kd.launch import same_threads
-from kd.reporting.document import Table
 from kd.shipping.deploy import Deployed, open_pt2
 from kd.shipping.onnx_runtime import OnnxFile, needed
 from kd.shipping.source import Source
@@ -39,10 +38,11 @@ class Candidate(NamedTuple):
     name: str
     runtime: str
     open: Callable[[int], Answer]  # with so many threads; 0 for as many as there are cores
-    bytes: int | None
+    bytes: int  # of the file; of a teacher's tensors in memory
     params: int
     macs: int
     known: dict | None = None  # a teacher's accuracy, as the run itself measured it
+    packed_bytes: int | None = None  # of a compressed student: with each weight in its bits
 
 
 def of_torch(network: nn.Module) -> Callable[[int], Answer]:
@@ -64,8 +64,10 @@ def candidates(folder: Path, source: Source, data: Data, trust_code: bool) -> tu
     """The student, the exported files in `folder` and the teacher; and what could not be measured, in words."""
     network, torch_runtime = source.network, f"torch {torch.__version__}"
     counted = {"params": source.summary["params"], "macs": count_macs(network.network, network.image_size)}
+    packed = source.summary.get("packed_bytes")
     weights = folder / STUDENT
-    found = [Candidate(STUDENT, torch_runtime, of_torch(network), weights.stat().st_size, **counted)]
+    size = weights.stat().st_size
+    found = [Candidate(STUDENT, torch_runtime, of_torch(network), size, **counted, packed_bytes=packed)]
     if (pt2 := folder / "model.pt2").exists():
         found.append(Candidate(pt2.name, torch_runtime, of_torch(open_pt2(pt2)), pt2.stat().st_size, **counted))
     for path in (folder / "model.onnx", folder / "model.int8.onnx"):
@@ -81,13 +83,15 @@ def candidates(folder: Path, source: Source, data: Data, trust_code: bool) -> tu
 
 
 def _teacher(source: Source, data: Data, trust_code: bool) -> Candidate:
-    """Its accuracy is what the run itself measured. Raises UserError where it is no longer there."""
+    """Its accuracy is what the run itself measured. Raises UserError where that very network is no longer there."""
     named, model = (source.summary.get(key) for key in ("teacher", "teacher_model"))
     names, models = (each if isinstance(each, list) else [each] for each in (named, model))
     of_files = next((str(model) for name, model in zip(names, models) if is_foreign(name)), "")  # --teacher-model
     teacher = load_teachers(names, data, torch.device("cpu"), trust_code, of_files)
+    same = teacher.sha256 == source.record["identity"].get("teacher")
+    require(same, f"what lies at {teacher.folder} now is not the network that taught")
     params = sum(parameter.numel() for parameter in teacher.network.parameters())
-    known = {"top1": source.summary["teacher_test_top1"], "agreement": source.summary["agreement"]}
+    known = {"top1": source.summary.get("teacher_test_top1"), "agreement": source.summary.get("agreement")}
     size = sum(tensor.numel() * tensor.element_size() for tensor in teacher.network.state_dict().values())
     ours = {"mean": data.mean, "std": data.std, "image_size": data.size}  # a hook renormalises to the teacher's own
     opened, macs = of_torch(Deployed(teacher.network, ours)), count_macs(teacher.network, data.size)
@@ -121,7 +125,7 @@ def measure(candidates: list[Candidate], data: Data, threads: int) -> list[dict]
             }
         else:
             known = candidate.known | {"largest_difference": None}
-        counted = {key: getattr(candidate, key) for key in ("runtime", "bytes", "params", "macs")}
+        counted = {key: getattr(candidate, key) for key in ("runtime", "bytes", "packed_bytes", "params", "macs")}
         rows.append({"name": candidate.name, **known, **counted})
     with same_threads():
         torch.set_num_threads(threads)
@@ -136,58 +140,3 @@ def measure(candidates: list[Candidate], data: Data, threads: int) -> list[dict]
 
 def _times(answers: dict[str, Answer], batch: UInt8[np.ndarray, "b 3 h w"]) -> dict[str, float]:
     return interleaved({name: lambda answer=answer: answer(batch) for name, answer in answers.items()})
-
-
-HEAD = ("file", "test top-1", "agrees", "largest difference", "size", "parameters", "MACs", "one image", "64 at once")
-
-
-def table(rows: list[dict], where: str, images: int) -> Table:
-    cells = [
-        (
-            row["name"],
-            _or_blank(row["top1"], "{:.2f}"),
-            _or_blank(row["agreement"], "{:.2f}"),
-            "" if row["name"] == STUDENT else _or_blank(row["largest_difference"], "{:.2g}"),
-            _or_blank(row["bytes"] and row["bytes"] / 1e6, "{:.2f} MB"),
-            f"{row['params']:,}",
-            f"{row['macs'] / 1e6:.2f}M",
-            f"{row['latency_ms']:.2f} ms",
-            f"{row['images_per_second']:.0f}/s",
-        )
-        for row in rows
-    ]
-    runtimes = "; ".join(dict.fromkeys(f"{row['name']}: {row['runtime']}" for row in rows))
-    note = (
-        f"Each as its own runtime runs it ({runtimes}). top-1: percent of the {images} test images. agrees: percent of"
-        f" them on which it says what {STUDENT} says, for the teacher as the run measured it; largest difference: of"
-        f" any logit from {STUDENT}'s. MACs: for one image, as the network is written. Times: medians, the rows taking"
-        f" turns ({where})."
-    )
-    return Table(HEAD, cells, note)
-
-
-def _or_blank(value: float | None, style: str) -> str:
-    return "" if value is None else style.format(value)
-
-
-def verdicts(rows: list[dict], summary: dict) -> tuple[str, ...]:
-    """What a file gains or loses against what it was made from, in words: also where it gains nothing."""
-    by_name, lines = {row["name"]: row for row in rows}, []
-    if abs(rows[0]["top1"] - summary["test_top1"]) > 1e-6:
-        lines.append(f"The run itself measured {summary['test_top1']:.2f} for its network, in its own precision.")
-    for name, base in (("model.onnx", STUDENT), ("model.pt2", STUDENT), ("model.int8.onnx", "model.onnx")):
-        ours, theirs = by_name.get(name), by_name.get(base) or by_name[STUDENT]
-        if ours is not None:
-            points = ours["top1"] - theirs["top1"]
-            size = ours["bytes"] / theirs["bytes"]
-            speeds = theirs["latency_ms"] / ours["latency_ms"], ours["images_per_second"] / theirs["images_per_second"]
-            fast = " and ".join(f"{_speed(speed)} {what}" for speed, what in zip(speeds, ("for one image", "for 64")))
-            lines.append(f"{name} against {theirs['name']}: {points:+.2f} points, {size:.3f} of its size, {fast}.")
-    return tuple(lines)
-
-
-def _speed(ratio: float) -> str:
-    """Within a twentieth, a difference in time is the machine's."""
-    if ratio > 1.05:
-        return f"{ratio:.2f} times as fast"
-    return f"no faster ({ratio:.2f} times)" if ratio > 0.95 else f"slower ({ratio:.2f} times as fast)"

@@ -4,17 +4,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-ROUNDS, PATIENCE = (5, 100), 30.0  # at least and at most; seconds after which no more than the least are made
+ROUNDS, PATIENCE = (5, 100), 30.0  # at least and at most; seconds
 
 
-def interleaved(pieces: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def interleaved(pieces: Mapping[str, Callable[[], object]], patience: float = PATIENCE) -> dict[str, float]:
     """Median seconds of each piece, the pieces taking turns: what disturbs the machine disturbs all alike.
 
-    The first round warms up and is not counted.
+    The first round warms up and is not counted. After `patience` seconds no more than the least rounds are made.
     """
     times, started = {name: [] for name in pieces}, time.perf_counter()
     for round_ in range(ROUNDS[1] + 1):
-        if round_ > ROUNDS[0] and time.perf_counter() - started > PATIENCE:
+        if round_ > ROUNDS[0] and time.perf_counter() - started > patience:
             break
         for name, piece in pieces.items():
             before = time.perf_counter()
