@@ -9,6 +9,7 @@ comes from the runs' own files; the test set is never read again. Only the cost 
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from kd.display import console
@@ -21,11 +22,17 @@ TITLE = "What was gained, with its noise"
 
 
 def write_report(
-    patterns: list[str], out: Path, failures: tuple[Other, ...] = (), trust_code: bool = False, afresh: bool = False
+    patterns: list[str],
+    out: Path,
+    failures: tuple[Other, ...] = (),
+    trust_code: bool = False,
+    afresh: bool = False,
+    trained: Collection[Path] = (),
 ) -> list[Block]:
     """Read the runs, write the report into `out`, and return its blocks.
 
-    `failures` are listed with what else is no finished run. Raises UserError where `out` cannot be written.
+    `failures` are listed with what else is no finished run; networks of the runs in `trained` are built without
+    `trust_code`. Raises UserError where `out` cannot be written.
     """
     from kd.costs import Costs
     from kd.reporting.groups import by_data
@@ -36,7 +43,7 @@ def write_report(
         runs, others = collect(patterns)
         nothing = not runs and not failures and all(other.state == "missing" for other in others)
         require(not nothing, f"{' '.join(patterns)}: no such folder, and no folder matches; a study makes some")
-        costs = Costs(out / "costs.json", trust_code, afresh)
+        costs = Costs(out / "costs.json", trust_code, afresh, trained)
         blocks: list[Block] = [Heading(1, TITLE), Lines((_count(len(runs), len(others) + len(failures)),))]
         notes = []
         for number, (name, groups) in enumerate(by_data(runs).items(), start=1):

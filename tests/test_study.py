@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,14 @@ import pytest
 
 from kd import plan, study, tasks
 from kd.cli import parse
-from kd.config import DataConfig
+from kd.config import METHODS, DataConfig
 from kd.data import load_data
-from kd.errors import Preempted, UserError
+from kd.errors import Preempted, UserError, require
 from kd.presets import distill_defaults, train_defaults
 from kd.tasks import Runner, Task
 from tests.conftest import ROOT
 from tests.runs import teach
-from tests.test_report import fake_run
+from tests.test_report import edit, fake_run
 
 # Stands in for both scripts: notes what it was asked, and leaves the little that the study reads.
 FAKE = """
@@ -122,6 +123,33 @@ def test_a_failed_run_is_in_the_report_and_the_exit_code(monkeypatch, capsys):
     assert "1 finished run; 1 more listed below" in capsys.readouterr().out
 
 
+def test_a_strangers_code_is_not_run_by_the_report_either(fake, resnet8_run, tmp_path, monkeypatch):
+    """Row 49 of the faults: the study trusts what its own runs have trained, and no --teacher without --trust-code."""
+    shutil.copytree(resnet8_run, "stranger")
+    edit(Path("stranger/model.json"), model="strangers_code:build")
+    (tmp_path / "strangers_code.py").write_text("import os; os.mkdir('exploded')")
+    ours = fake_run("runs/kd", "kd", 0)
+    monkeypatch.setattr(study, "carry_out", lambda asked: [Task("kd seed 0", Path(), [], ours)])
+    with pytest.raises(UserError, match="--trust-code"):
+        study.main(["--preset", "digits", "--teacher", "stranger"])
+    monkeypatch.setattr(study, "check_networks", lambda config, methods: None)
+    study.main(["--preset", "digits", "--teacher", "stranger"])
+    assert not Path("exploded").exists()
+    text = Path("report/report.md").read_text()
+    assert "stranger: cost not measured: stranger: building strangers" in text
+    assert text.count("cost not measured") == 1, "the study's own run is trusted"
+
+
+def test_the_teachers_of_finished_students_are_in_the_report(monkeypatch):
+    """A fine-tuned one is trained on the way, and no task of the study's."""
+    fake_run("runs/head", "teacher", 0)
+    student = fake_run("runs/kd", "kd", 0)
+    edit(student / "summary.json", teacher="runs/head", teacher_model="resnet20", teacher_test_top1=50.0)
+    monkeypatch.setattr(study, "carry_out", lambda asked: [Task("kd seed 0", Path(), [], student)])
+    study.main(["--preset", "digits"])
+    assert "2 finished runs." in Path("report/report.md").read_text()
+
+
 def test_asked_to_stop_it_stops_what_it_runs():
     Path("slow.py").write_text(
         "import os, signal, time, pathlib\n"
@@ -137,7 +165,7 @@ def test_asked_to_stop_it_stops_what_it_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "LAUNCHER", (sys.executable,))
         threading.Thread(target=interrupt).start()
-        with pytest.raises(Preempted, match="the same command goes on"), Runner(1, "", Path("logs"), 1) as runner:
+        with pytest.raises(Preempted, match="the same command goes on"), Runner(1, (), Path("logs"), 1) as runner:
             runner.run([Task("slow", Path("slow.py"), [])])
     assert Path("saved").exists()
 
@@ -171,15 +199,60 @@ def test_the_teacher_is_the_one_that_the_students_look_for(flags):
         (["--grid", "temperature=0,1"], "--temperature 0"),
         (["--grid", "temperature=1,2", "--val-fraction", "0"], "picks on validation"),
         (["--epochs", "0"], "--epochs 0"),
+        (["--grid", "temperature=2,5", "temperature=7,8"], "temperature stands there twice"),
+        (["--grid", "temperature=2,2.0,2"], "two trials of one run"),
         (["--out", "file"], "is a file"),
+        (["--out", "file/x"], "choose another"),
+        (["--out", "/proc/x"], "choose another"),
+        (["--launch", "'"], "No closing quotation"),
+        (["--launch=--num_processes=2", "--jobs", "2"], "each job gets one GPU"),
+        (["--launch", "--config-file two.yaml", "--jobs", "2"], "wants 2 processes"),
+        (["--launch", "--config_file gone.yaml"], "no such file"),
+        (["--no_test"], "the study sets it itself"),
+        (["--student", "resnet9"], "unknown model 'resnet9'"),
+        (["--teacher-model", "resnet9"], "unknown model 'resnet9'"),
+        (["--teacher", "nosuch"], "no such run folder"),
+        (["--teacher", "gone.pth"], "no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_user_did_wrong_is_said_before_anything_runs(args, words, fake):
     Path("file").write_text("")
+    Path("two.yaml").write_text("num_processes: 2\n")
     with pytest.raises(UserError, match=words):
         study.main(["--preset", "digits", *args])
     assert not Path("calls.jsonl").exists()
+
+
+@pytest.mark.parametrize("methods", [["kd", "dkd"], ["dkd"]])
+def test_a_methods_own_check_comes_before_any_run(fake, methods, monkeypatch):
+    monkeypatch.setattr(METHODS["dkd"], "check", lambda self: require(False, "dkd takes none of this"))
+    with pytest.raises(UserError, match="dkd takes none"):
+        study.carry_out(asked("--seeds", "0", "--methods", *methods))
+    assert not Path("calls.jsonl").exists()
+
+
+def test_a_method_that_is_not_swept_is_named(fake, capsys):
+    study.carry_out(asked("--seeds", "0", "--methods", "kd", "dkd", "--grid", "temperature=2,5", "beta=1,2"))
+    said = capsys.readouterr().out
+    assert "kd: not swept; it has no beta" in said
+    assert "dkd: not swept" not in said
+
+
+def test_an_underscore_hides_no_flag():
+    assert [word for word in asked("--wandb_group=my_name").rest if "group" in word] == ["--wandb-group=my_name"]
+
+
+def test_a_launcher_around_the_study_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it once"):
+        asked()
+
+
+def test_a_picked_configuration_reaches_the_launcher():
+    Path("one.yaml").write_text("num_processes: 1\n")
+    assert asked("--jobs", "2", "--launch", "--config_file one.yaml").launch == ("--config_file", "one.yaml")
+    assert asked("--launch", "--num_processes 2").launch == ("--num_processes", "2")
 
 
 def test_runs_that_somebody_has_touched_since_are_not_picked(tmp_path):
