@@ -74,10 +74,14 @@ def _left_out(others: list[Other]) -> list[Block]:
 
 def _write(out: Path, blocks: list[Block]) -> None:
     from kd.reporting.document import Figure
+    from kd.reporting.gallery import FILES
 
-    for block in blocks:
-        if isinstance(block, Figure):
-            write_atomically(out / block.file, lambda partial, png=block.light: partial.write_bytes(png))
+    figures = {block.file: block.light for block in blocks if isinstance(block, Figure)}
+    for name, png in figures.items():
+        write_atomically(out / name, lambda partial, png=png: partial.write_bytes(png))
+    for path in out.iterdir():
+        if FILES.fullmatch(path.name) and path.name not in figures:
+            path.unlink()  # an earlier report's, which is replaced
     texts = {"report.md": markdown(blocks), "report.html": page(TITLE, blocks)}
     for name, text in texts.items():
         write_atomically(out / name, lambda partial, text=text: _write_text(partial, text))
