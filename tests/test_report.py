@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -464,7 +465,10 @@ CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-ch
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page with")
 def test_a_real_browser_shows_the_page():
-    """Laid out within the window, figures decoded; a script that is added here reports what the browser made of it."""
+    """Laid out within the window, figures decoded; a script that is added here reports what the browser made of it.
+
+    Photographed narrow and wide, light and dark: ink on paper of the right colour.
+    """
     study()
     report.main(["runs", "--trust-code"])
     probe = """<script>addEventListener("load", () => { const d = document, e = d.documentElement;
@@ -477,6 +481,19 @@ def test_a_real_browser_shows_the_page():
         shown = [f"--window-size={width},900", "--dump-dom", Path("probe.html").resolve().as_uri()]
         done = subprocess.run([*command, *shown], capture_output=True, text=True, timeout=60)
         assert "<title>true 6 4</title>" in done.stdout, f"{width} pixels wide"
+        # A query that always holds or never does stands in for the reader's setting, which no flag sets dependably.
+        for query, paper in (("(max-width: 0px)", (255, 255, 255)), ("(min-width: 0px)", (13, 17, 23))):
+            page = Path("report/report.html").read_text().replace("(prefers-color-scheme: dark)", query)
+            Path("themed.html").write_text(page)
+            place = [f"--screenshot={Path('shot.png').resolve()}", Path("themed.html").resolve().as_uri()]
+            shown = ["--hide-scrollbars", f"--window-size={width},900", *place]
+            subprocess.run([*command, *shown], capture_output=True, check=True, timeout=60)
+            with Image.open("shot.png") as shot:
+                pixels = np.asarray(shot.convert("RGB")).astype(int)
+            apart = np.abs(pixels - paper).max(axis=2)
+            assert apart[5, 5] < 3, f"{width} pixels wide: the paper is {pixels[5, 5]}, not {paper}"
+            assert (apart < 3).mean() > 0.3, "paper"
+            assert (apart > 150).mean() > 0.001, "ink"
 
 
 def test_a_student_of_kept_answers_has_its_control(capsys):

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kd import plan, study, tasks
@@ -284,6 +287,44 @@ def test_a_real_study():
     teacher = next(Path("runs/report").glob("teacher-*"))
     assert json.loads(next(Path("runs/report").glob("kd-*/summary.json")).read_text())["teacher"] == str(teacher)
     assert len(list(Path("runs/report").iterdir())) == 4, "the students found the study's teacher"
+
+
+@pytest.mark.slow
+def test_a_study_killed_twice_ends_in_the_same_report():
+    """SIGKILL to the study, its launchers and their scripts at once, in the teacher's time and in the students'."""
+    args = ["--data", "synthetic", "--batch-size", "50", "--epochs", "2", "--lr", "0.05", "--seeds", "0"]
+    args += ["--threads", "1", "--student", "tests.networks:normalised", "--teacher-model", "tests.networks:plain"]
+    command = [sys.executable, "-m", "kd.study", *args]
+    reports = []
+    for folder, kills in (("undisturbed", ()), ("killed", ("teacher-*", "kd-*"))):
+        Path(folder).mkdir()
+        for pattern in kills:
+            kill_study_in(command, folder, pattern)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = Path(folder, "report/report.md").read_text().splitlines()
+        reports.append([re.sub(r"[\d.]+ ms", "ms", line) for line in lines])
+    assert reports[0] == reports[1]
+    assert any("student (kd) against student alone:" in line for line in reports[0])
+
+
+def kill_study_in(command: list[str], folder: str, run: str) -> None:
+    """Start it, and kill all of it as soon as there is a checkpoint of a run so named."""
+    found = lambda: list(Path(folder, "runs/report").glob(f"{run}/checkpoint/step-*"))  # noqa: E731
+    assert not found()
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+    deadline = time.monotonic() + 300
+    while not found():
+        assert started.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.send_signal(signal.SIGSTOP)  # so that it starts nothing more; each of its runs is a session of its own
+    family = psutil.Process(started.pid).children(recursive=True)
+    for process in (*family, started):
+        process.kill()
+    started.wait()
+    psutil.wait_procs(family, timeout=30)
+    assert not list(Path(folder, "runs/report").glob(f"{run}/summary.json")), "killed in the middle"
 
 
 @pytest.mark.slow
