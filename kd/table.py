@@ -104,7 +104,7 @@ def _table(rows: list[tuple[str, dict | None]], columns: list[tuple[str, str, st
     return table
 
 
-def _cell(value: float | None, style: str) -> str:
+def _cell(value: float | int | None, style: str) -> str:
     return "" if value is None else f"{value:{style}}"
 
 
