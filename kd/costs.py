@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +69,9 @@ def machine(threads: int = THREADS) -> str:
 class Costs:
     """Measured once a network and kept beside the report, so that the same report twice has the same numbers."""
 
-    def __init__(self, path: Path, trust_code: bool, afresh: bool):
+    def __init__(self, path: Path, trust_code: bool, afresh: bool, trained: Collection[Path] = ()):
         self.path, self.trust_code = path, trust_code
+        self.trained = {folder.resolve() for folder in trained}  # runs whose code this command has run already
         self.where, self.notes = machine(), {}
         self._kept: dict[str, Cost] = {}
         if not afresh and path.exists():
@@ -87,7 +89,7 @@ class Costs:
         key += f" {json.dumps(asked, sort_keys=True)}" if asked else ""
         if key not in self._kept:
             try:
-                self._kept[key] = measure(run.path, self.trust_code)
+                self._kept[key] = measure(run.path, self.trust_code or run.path.resolve() in self.trained)
             except Exception as error:  # the network may be anybody's code: whatever it raises, the report goes on
                 self.notes[str(run.path)] = str(error)
                 return None

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kd.outputs import Step
 
+BINS = 15  # of confidence: Guo et al., arXiv:1706.04599, section 4
+
 
 def top_k(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], k: int) -> float:
     """Percent of samples whose label is among the k largest logits."""
@@ -20,14 +22,22 @@ def nll(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
     return F.cross_entropy(logits.double(), labels).item()
 
 
-def ece(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], bins: int = 15) -> float:
-    """Expected calibration error in percent: |accuracy - confidence| over equal bins of confidence, weighted by their
-    samples (Guo et al., arXiv:1706.04599, section 2). Bins are open on the left: (0, 1/15], ..., (14/15, 1]."""
+def by_confidence(
+    logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Int[Tensor, "n"]]:
+    """Of each sample: its confidence, whether it is right (1 or 0), and which of the BINS equal bins it is in.
+
+    Bins are open on the left: (0, 1/15], ..., (14/15, 1]."""
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.double, device=logits.device)
-    bin_of = (torch.bucketize(confidence, edges) - 1).clamp(0, bins - 1)
-    gap = (predicted == labels).double() - confidence
-    gaps = torch.zeros(bins, dtype=torch.double, device=logits.device).index_add(0, bin_of, gap)
+    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.double, device=logits.device)
+    return confidence, (predicted == labels).double(), (torch.bucketize(confidence, edges) - 1).clamp(0, BINS - 1)
+
+
+def ece(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
+    """Expected calibration error in percent: |accuracy - confidence| over equal bins of confidence, weighted by their
+    samples (Guo et al., arXiv:1706.04599, section 2)."""
+    confidence, right, bin_of = by_confidence(logits, labels)
+    gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device).index_add(0, bin_of, right - confidence)
     return 100 * gaps.abs().sum().item() / len(labels)
 
 

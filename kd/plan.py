@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 
 from kd.cli import parse
@@ -10,7 +11,7 @@ from kd.config import METHODS, DistillConfig
 from kd.cores import cores
 from kd.errors import nearest, require
 from kd.presets import PRESETS, distill_defaults, train_defaults
-from kd.tasks import Task
+from kd.tasks import Task, read_launch
 
 GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views says otherwise: what one cache holds
 SMOOTHING = "0.1"  # of the second control; the share that its paper uses (arXiv:1512.00567, section 7)
@@ -26,7 +27,7 @@ class Study:
     seeds: tuple[int, ...]
     jobs: int
     grid: dict[str, tuple[str, ...]]
-    launch: str
+    launch: tuple[str, ...]  # flags of accelerate launch
     out: Path
     rest: tuple[str, ...]  # common flags, passed on
 
@@ -50,9 +51,13 @@ class Study:
         smoothing = ("--label-smoothing", SMOOTHING)
         return [self.student("none", seed, *flags) for flags in ((), smoothing) for seed in self.seeds]
 
+    def lacks(self, method: str) -> list[str]:
+        """The grid's flags that a method does not have: with any of them it is not swept at all."""
+        return [name for name in self.grid if not _takes(method, {name: ()})]
+
     def settings(self, method: str) -> list[tuple[str, ...]]:
-        """The grid's flags for a method: one empty setting where it has no such flags."""
-        if not self.grid or not _takes(method, self.grid):
+        """The grid's flags for a method: one empty setting where it is not swept."""
+        if not self.grid or self.lacks(method):
             return [()]
         flags = [[(f"--{name.replace('_', '-')}", value) for value in values] for name, values in self.grid.items()]
         return [tuple(itertools.chain(*setting)) for setting in itertools.product(*flags)]
@@ -90,7 +95,7 @@ def _script(name: str) -> Path:
 
 def read_command_line(args: list[str] | None, description: str = "") -> Study:
     """Raises UserError, or exits with 2, for what cannot be run."""
-    parser = argparse.ArgumentParser("python -m kd.study", description, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m kd.study", description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--preset", default="report", choices=PRESETS, help="the recipe (default: report)")
     parser.add_argument("--methods", nargs="+", default=["kd"], metavar="METHOD", help="default: kd")
@@ -100,13 +105,9 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     parser.add_argument("--launch", default="", help="flags for accelerate launch, in one string")
     parser.add_argument("--out", type=Path, default=Path("report"), help="the report and the logs (default: report)")
     given, rest = parser.parse_known_args(args)
-    for method in given.methods:
-        require(method != "none", "--methods none: the student alone is always run, as a control")
-        require(method in METHODS, f"--methods {method}: no such method; {nearest(method, METHODS)}")
-    for flag in (word.split("=")[0] for word in rest):
-        require(flag not in OURS, f"{flag}: the study sets it itself; --seeds chooses the seeds")
-    require(given.jobs >= 1, f"--jobs {given.jobs}: give 1 or more")
-    require(not given.out.exists() or given.out.is_dir(), f"--out {given.out}: is a file; name a folder")
+    rest = [_as_we_write_it(word) for word in rest]
+    _check(given, rest)
+    launch = read_launch(given.launch, given.jobs)
     if given.jobs > 1 and not any(word.startswith("--threads") for word in rest):
         rest += ["--threads", str(max(cores() // given.jobs, 1))]
     methods, seeds = tuple(dict.fromkeys(given.methods)), tuple(dict.fromkeys(given.seeds))
@@ -115,7 +116,29 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
         rest += ["--wandb-group", group_name(given.preset, rest)]
     if grid:
         rest += cache_flags(given.preset, rest)
-    return Study(given.preset, methods, seeds, given.jobs, grid, given.launch, given.out, tuple(rest))
+    return Study(given.preset, methods, seeds, given.jobs, grid, launch, given.out, tuple(rest))
+
+
+def _as_we_write_it(word: str) -> str:
+    """A flag's name with dashes: tyro takes --no_test for --no-test."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else word
+
+
+def _check(given: argparse.Namespace, rest: list[str]) -> None:
+    """Raises UserError for what the study's own flags cannot be, and for those that it sets itself."""
+    require(
+        os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"),
+        "a launcher started kd.study in several processes: start it once, it launches processes itself, as many as"
+        " --launch '--num_processes N' says",
+    )
+    for method in given.methods:
+        require(method != "none", "--methods none: the student alone is always run, as a control")
+        require(method in METHODS, f"--methods {method}: no such method; {nearest(method, METHODS)}")
+    for flag in (word.split("=")[0] for word in rest):
+        require(flag not in OURS, f"{flag}: the study sets it itself; --seeds chooses the seeds")
+    require(given.jobs >= 1, f"--jobs {given.jobs}: give 1 or more")
+    require(not given.out.exists() or given.out.is_dir(), f"--out {given.out}: is a file; name a folder")
 
 
 def group_name(preset: str, rest: list[str]) -> str:
@@ -132,12 +155,24 @@ def cache_flags(preset: str, rest: list[str]) -> list[str]:
     return views + ([] if config.cache.cache_teacher else ["--cache-teacher"])
 
 
+def _number(value: str) -> float | str:
+    """2 and 2.0 are the same setting."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def read_grid(words: list[str], methods: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     grid = {}
     for word in words:
         name, _, values = word.partition("=")
-        grid[name.removeprefix("--").replace("-", "_")] = tuple(value for value in values.split(",") if value)
+        name = name.removeprefix("--").replace("-", "_")
+        require(name not in grid, f"--grid {word}: {name} stands there twice; write all its values in one list")
+        grid[name] = tuple(value for value in values.split(",") if value)
         require(all(grid.values()), f"--grid {word}: write FLAG=VALUE,VALUE, such as temperature=2,5,10")
+        different = len(set(map(_number, grid[name]))) == len(grid[name])
+        require(different, f"--grid {word}: holds a value twice, which would be two trials of one run")
     fits = [method for method in methods if _takes(method, grid)]
     there = {entry.name for method in methods for entry in dataclasses.fields(METHODS[method])}
     require(bool(fits), f"--grid {' '.join(words)}: none of {', '.join(methods)} has these; {nearest('', there)}")

@@ -9,6 +9,7 @@ comes from the runs' own files; the test set is never read again. Only the cost 
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from kd.display import console
@@ -21,11 +22,17 @@ TITLE = "What was gained, with its noise"
 
 
 def write_report(
-    patterns: list[str], out: Path, failures: tuple[Other, ...] = (), trust_code: bool = False, afresh: bool = False
+    patterns: list[str],
+    out: Path,
+    failures: tuple[Other, ...] = (),
+    trust_code: bool = False,
+    afresh: bool = False,
+    trained: Collection[Path] = (),
 ) -> list[Block]:
     """Read the runs, write the report into `out`, and return its blocks.
 
-    `failures` are listed with what else is no finished run. Raises UserError where `out` cannot be written.
+    `failures` are listed with what else is no finished run; networks of the runs in `trained` are built without
+    `trust_code`. Raises UserError where `out` cannot be written.
     """
     from kd.costs import Costs
     from kd.reporting.groups import by_data
@@ -36,7 +43,7 @@ def write_report(
         runs, others = collect(patterns)
         nothing = not runs and not failures and all(other.state == "missing" for other in others)
         require(not nothing, f"{' '.join(patterns)}: no such folder, and no folder matches; a study makes some")
-        costs = Costs(out / "costs.json", trust_code, afresh)
+        costs = Costs(out / "costs.json", trust_code, afresh, trained)
         blocks: list[Block] = [Heading(1, TITLE), Lines((_count(len(runs), len(others) + len(failures)),))]
         notes = []
         for number, (name, groups) in enumerate(by_data(runs).items(), start=1):
@@ -67,10 +74,14 @@ def _left_out(others: list[Other]) -> list[Block]:
 
 def _write(out: Path, blocks: list[Block]) -> None:
     from kd.reporting.document import Figure
+    from kd.reporting.gallery import FILES
 
-    for block in blocks:
-        if isinstance(block, Figure):
-            write_atomically(out / block.file, lambda partial, png=block.light: partial.write_bytes(png))
+    figures = {block.file: block.light for block in blocks if isinstance(block, Figure)}
+    for name, png in figures.items():
+        write_atomically(out / name, lambda partial, png=png: partial.write_bytes(png))
+    for path in out.iterdir():
+        if FILES.fullmatch(path.name) and path.name not in figures:
+            path.unlink()  # an earlier report's, which is replaced
     texts = {"report.md": markdown(blocks), "report.html": page(TITLE, blocks)}
     for name, text in texts.items():
         write_atomically(out / name, lambda partial, text=text: _write_text(partial, text))

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from kd.cli import parse
+from kd.config import METHODS, DistillConfig
 from kd.errors import UserError, exit_code, require
 from kd.plan import Study, read_command_line
 from kd.presets import distill_defaults
@@ -43,7 +44,7 @@ def pick(tasks: list[Task]) -> int:
 
 
 def carry_out(study: Study) -> list[Task]:
-    """Run everything there is to run; each task knows how it ended."""
+    """Run everything there is to run; each task knows how it ended. Raises UserError before any has started."""
     first, controls = study.teacher(), study.controls()
     sweeps = {method: study.settings(method) for method in study.methods}
     swept = {method: settings for method, settings in sweeps.items() if len(settings) > 1}
@@ -51,9 +52,14 @@ def carry_out(study: Study) -> list[Task]:
         method: [study.student(method, study.seeds[0], *setting, "--no-test") for setting in settings]
         for method, settings in swept.items()
     }
+    students = lambda method, flags: [study.student(method, seed, *flags) for seed in study.seeds]  # noqa: E731
+    plain = {method: students(method, settings[0]) for method, settings in sweeps.items() if method not in swept}
     grid = [task for tasks in trials.values() for task in tasks]
     total = len(first) + len(controls) + len(grid) + len(study.methods) * len(study.seeds)
     with Runner(study.jobs, study.launch, study.out / "logs", total) as runner:
+        for method in study.methods:
+            if lacking := study.lacks(method):
+                runner.say(f"{method}: not swept; it has no {', '.join(lacking)}")
         runner.run([*first, *controls])
         without = "its teacher failed" if any(task.failure for task in first) else ""
         runner.skip(grid, without) if without else runner.run(grid)
@@ -66,9 +72,48 @@ def carry_out(study: Study) -> list[Task]:
                 except UserError as error:
                     why = str(error)
             # A picked setting's first seed is a trial that has finished: it only reads the test set.
-            tasks = [study.student(method, seed, *flags) for seed in study.seeds]
+            tasks = plain.get(method) or students(method, flags)
             runner.skip(tasks, why) if why else runner.run(tasks)
         return runner.done
+
+
+def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
+    """See that the student and the teachers are there and can be built, before any time goes into the controls.
+
+    Raises UserError as the runs themselves would.
+    """
+    from kd import foreign  # these import torch
+    from kd.hub import local_folder
+    from kd.models import check_name
+    from kd.trained import load_network
+
+    check_name(config.student)
+    if not any(METHODS[method].needs_teacher for method in methods):
+        return
+    if not config.teachers:
+        check_name(config.teacher_model)
+    for name in config.teachers:
+        if not foreign.is_foreign(name):
+            load_network(local_folder(name), config.trust_code or not config.teacher)  # --init is the user's own
+            continue
+        found = foreign.read(name, config.teacher_model)
+        check_name(found.model)
+        if not config.fine_tune_teacher:
+            foreign.build(found, name)
+
+
+def teachers_of(runs: list[Path]) -> list[str]:
+    """The folders of those that taught these finished runs, a fine-tuned or a fetched one's too."""
+    from kd.reporting.results import checked_summary  # which imports torch
+
+    named = []
+    for folder in runs:
+        try:
+            teacher = checked_summary(folder / "summary.json").get("teacher") or []
+        except UserError:
+            continue  # the report says what is wrong with it
+        named += teacher if isinstance(teacher, list) else [teacher]
+    return [name for name in dict.fromkeys(named) if Path(name).is_dir()]
 
 
 def main(args: list[str] | None = None) -> list[Task]:
@@ -79,16 +124,17 @@ def main(args: list[str] | None = None) -> list[Task]:
         config.data.val_fraction > 0 or not any(len(study.settings(method)) > 1 for method in study.methods),
         "--grid: picks on validation, and there is none with --val-fraction 0; give a share",
     )
+    check_networks(config, study.methods)
     from kd.report import show, write_report  # they import torch, which --help need not wait for
     from kd.reporting.results import Other
     from kd.tracking import track_report
 
     tasks = carry_out(study)
     failed = [task for task in tasks if task.failure]
-    folders = [str(task.folder) for task in tasks if task.folder]
-    folders += [name for name in config.teachers if Path(name).is_dir()]
+    trained = [task.folder for task in tasks if task.folder]
+    folders = [*map(str, trained), *teachers_of(trained), *(name for name in config.teachers if Path(name).is_dir())]
     failures = tuple(Other(task.label, "failed", task.failure) for task in failed)
-    blocks = write_report(folders, study.out, failures, trust_code=True)  # this command has just run that code
+    blocks = write_report(folders, study.out, failures, config.trust_code, trained=trained)
     show(blocks, study.out)
     track_report(blocks, study.out, config.run)
     return failed

@@ -1,5 +1,6 @@
 """Running scripts one after another or side by side: their progress, their logs, and how each of them ended."""
 
+import argparse
 import os
 import re
 import shlex
@@ -14,13 +15,35 @@ from typing import TextIO
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kd.display import console
-from kd.errors import Preempted
+from kd.errors import Preempted, UserError, require
 from kd.signals import StopRequests
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 POLL = 0.2  # seconds
 FOLDER = re.compile(r"^run folder: (.+)$", re.MULTILINE)  # what a script prints last
 EPOCH = re.compile(r" epoch (\d+)/(\d+) ")
+
+
+def read_launch(words: str, jobs: int) -> tuple[str, ...]:
+    """--launch as single words. Raises UserError where they are none, or want several processes for each of `jobs`."""
+    try:
+        launch = tuple(shlex.split(words))
+    except ValueError as error:
+        raise UserError(f"--launch {words}: {error}; quote it as for a shell") from error
+    parser = argparse.ArgumentParser("accelerate launch", add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--config_file", "--config-file", type=Path)
+    told = parser.parse_known_args(launch)[0]
+    processes = told.num_processes
+    if told.config_file is not None:
+        require(told.config_file.is_file(), f"--launch {words}: {told.config_file}: no such file")
+        found = re.search(r"^num_processes:\s*(\d+)", told.config_file.read_text(errors="replace"), re.MULTILINE)
+        processes = processes or (int(found[1]) if found else None)
+    require(
+        jobs == 1 or (processes or 1) == 1,
+        f"--jobs {jobs}: each job gets one GPU, and --launch wants {processes} processes in it; leave --jobs out",
+    )
+    return launch
 
 
 @dataclass
@@ -52,8 +75,8 @@ class Runner:
     study waits for what still runs, and takes it over.
     """
 
-    def __init__(self, jobs: int, launch: str, logs: Path, total: int):
-        self.jobs, self.launch, self.logs = jobs, shlex.split(launch), logs
+    def __init__(self, jobs: int, launch: tuple[str, ...], logs: Path, total: int):
+        self.jobs, self.launch, self.logs = jobs, launch, logs
         self.done: list[Task] = []
         self._running: list[Running] = []
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -62,7 +85,10 @@ class Runner:
         self._requests = StopRequests()
 
     def __enter__(self) -> "Runner":
-        self.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.logs.parent} cannot be written ({error}); choose another") from error
         self._requests.__enter__()
         self._progress.start()
         return self

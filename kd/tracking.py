@@ -44,10 +44,18 @@ class Tracker:
         self._wandb.define_metric("*", step_metric="epoch")
 
     def rewrite(self, history: list[dict]) -> None:
-        """Bring metrics.jsonl to what a checkpoint knows: no gap, no epoch twice."""
+        """Bring metrics.jsonl to what a checkpoint knows: no gap, no epoch twice; and a W&B run that begins empty.
+
+        Offline every resumption is a folder of its own; so the newest one holds the whole run.
+        """
         if self.main:
             text = "".join(json.dumps(line) + "\n" for line in history)
             write_atomically(self.path, lambda partial: partial.write_text(text))
+            self._guard("log", lambda: self._catch_up(history))
+
+    def _catch_up(self, history: list[dict]) -> None:
+        for line in [] if self._wandb.resumed else history:
+            self._wandb.log(line)
 
     def log(self, line: dict) -> None:
         """One epoch's numbers."""
@@ -115,10 +123,12 @@ def track_report(blocks: list[Block], out: Path, config: RunConfig) -> None:
         import wandb
 
         run = start_wandb(config.wandb_project, mode, options)
-        media, title = {"report": wandb.Html(str(out / "report.html"), inject=False)}, ""
+        media, part, title = {"report": wandb.Html(str(out / "report.html"), inject=False)}, "", ""
         for block in blocks:
             if isinstance(block, Heading):
-                title = block.text
+                # Every set of images has its tables; a slash would be one of W&B's own levels.
+                part = block.text.replace("/", ".") if block.level == 2 else part
+                title = part if block.level == 2 else f"{part}/{block.text}"
             elif isinstance(block, Table):
                 media[title] = wandb.Table(columns=list(block.head), data=[list(row) for row in block.rows])
             elif isinstance(block, Figure):

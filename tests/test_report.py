@@ -13,14 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scipy import stats
 
 from kd import metrics, report
 from kd.errors import UserError, exit_code
 from kd.files import write_json, write_weights
+from kd.finish import UNREAD
 from kd.reporting import figures
 from kd.reporting.document import plain
+from kd.reporting.groups import NOT_READ
 from kd.reporting.results import collect
-from kd.reporting.sections import EACH, NOT_READ
+from kd.reporting.sections import CALIBRATION, EACH, SCORES
 from tests import networks
 from tests.runs import distil
 
@@ -75,6 +80,11 @@ def fake_run(folder: str, role: str, seed: int, model: str = "tests.networks:pla
 
 def edit(path: Path, **changes) -> None:
     write_json(path, json.loads(path.read_text()) | changes)
+
+
+def edit_identity(run: Path, **changes) -> None:
+    record = json.loads((run / "config.json").read_text())
+    edit(run / "config.json", identity=record["identity"] | changes)
 
 
 def study(seeds=(0, 1, 2)) -> None:
@@ -140,18 +150,142 @@ def test_every_number_is_the_summaries(no_figures):
         summary = json.loads((Path(row[0]) / "summary.json").read_text())
         shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, _, style in EACH]
         assert row[4:] == shown
-    for row, names in zip(accuracy[1:], (["teacher"], ["alone"], ["smooth"], ["kd"])):
-        runs = [json.loads(path.read_text()) for path in sorted(Path("runs").glob(f"{names[0]}*/summary.json"))]
-        values = [run["test_top1"] for run in runs]
-        assert row[5] == (
-            f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-        )
+    for row, cost, name in zip(accuracy[1:], costs[1:], ("teacher", "alone", "smooth", "kd"), strict=True):
+        runs = [json.loads(path.read_text()) for path in sorted(Path("runs").glob(f"{name}*/summary.json"))]
         assert row[2] == str(len(runs))
+        assert row[3:] == [mean_cell([run[key] for run in runs], style) for key, _, style in SCORES]
+        assert cost[2] == f"{runs[0]['params']:,}"
+        assert cost[6:] == [mean_cell([run[key] for run in runs], style) for key, _, style in CALIBRATION]
     last = lambda name: [json.loads(Path(f"runs/{name}{s}/summary.json").read_text())["test_top1"] for s in range(3)]  # noqa: E731
     for row, control in zip(gains[1:], ("alone", "smooth"), strict=True):
-        assert row[2:4] == ["0 1 2", f"{np.mean(last('kd')) - np.mean(last(control)):+.2f}"]
+        each = np.subtract(last("kd"), last(control))
+        low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
+        assert row[2:5] == ["0 1 2", f"{np.mean(each):+.2f}", f"{low:+.2f} to {high:+.2f}"]
         assert "noise" in row[6]
-    assert costs[1][2] == f"{json.loads(Path('runs/teacher/summary.json').read_text())['params']:,}"
+
+
+def mean_cell(values: list, style: str) -> str:
+    """As the tables should show it, by numpy."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    shown = f"{np.mean(there):{style}}" + (f" ± {np.std(there, ddof=1):{style}}" if len(there) > 1 else "")
+    return shown if len(there) == len(values) else f"{shown} ({len(there)})"
+
+
+def test_runs_of_one_seed_count_once(no_figures, monkeypatch):
+    """Students of two teachers that differ in their seed alone: one group, two runs of each seed."""
+    drawn = []
+    monkeypatch.setattr(figures, "draw_class_gain", lambda names, gains: drawn.append(gains) or len)
+    for number in (0, 1):
+        fake_run(f"runs/teacher{number}", "teacher", number, label_smoothing=0.0)
+        fake_run(f"runs/alone{number}", "none", number, label_smoothing=0.0)
+    for number, seed in itertools.product((0, 1), (0, 1)):
+        path = fake_run(f"runs/kd{number}{seed}", "kd", seed, temperature=4.0, teacher=str(number) * 64)
+        other = fake_run(f"made/kd{number}{seed}", "other", 10 * number + seed)  # answers of its own
+        shutil.copy(other / "test_logits.safetensors", path / "test_logits.safetensors")
+        scores = json.loads((other / "summary.json").read_text())
+        scores = {key: value for key, value in scores.items() if key.startswith("test")}
+        edit(path / "summary.json", teacher=f"runs/teacher{number}", teacher_model="tests.networks:plain", **scores)
+    edit(Path("runs/kd11/summary.json"), val_top1_last=95.0)
+    report.main(["runs"])
+    accuracy, gains, *_ = Tables(Path("report/report.html").read_text()).tables
+    top1 = lambda name: json.loads(Path(f"runs/{name}/summary.json").read_text())["test_top1"]  # noqa: E731
+    ours = [np.mean([top1(f"kd{number}{seed}") for number in (0, 1)]) for seed in (0, 1)]
+    assert accuracy[-1][2:4] == ["2 (4 runs)", mean_cell([80.0, (81.0 + 95.0) / 2], ".2f")]
+    assert accuracy[-1][5] == mean_cell(ours, ".2f")
+    assert gains[1][2:4] == ["0 1", f"{np.mean(ours) - np.mean([top1('alone0'), top1('alone1')]):+.2f}"]
+    # Classes are of one size here, so that their gains' mean is the gain.
+    assert f"{drawn[0].mean().item():+.2f}" == gains[1][3]
+
+
+def test_a_cell_of_fewer_seeds_says_so(no_figures):
+    study()
+    for path in (*Path("runs").glob("alone*/summary.json"), *Path("runs").glob("kd*/summary.json")):
+        edit(path, test_balanced_top1=50.0, teacher="gone")
+    edit(Path("runs/kd1/summary.json"), **UNREAD, agreement=None, test_balanced_top1=None)
+    for seed in range(3):
+        edit(Path(f"runs/smooth{seed}/summary.json"), **UNREAD)
+    report.main(["runs"])
+    accuracy, rare, _, costs, each = Tables(Path("report/report.html").read_text()).tables
+    kd = [json.loads(Path(f"runs/kd{seed}/summary.json").read_text()) for seed in range(3)]
+    assert accuracy[-1][2:4] == ["3", mean_cell([80.0, 81.0, 82.0], ".2f")]
+    assert accuracy[-1][5] == mean_cell([run["test_top1"] for run in kd], ".2f")
+    assert accuracy[-1][5].endswith(" (2)")
+    assert rare[-1][4] == "50.00 ± 0.00 (2)"
+    assert costs[-1][6:] == [mean_cell([run[key] for run in kd], style) for key, _, style in CALIBRATION]
+    smooth = next(row for row in costs if "smoothing" in row[0])
+    assert smooth[6:] == [NOT_READ, NOT_READ, ""], "it has no teacher to agree with"
+    untested = next(row for row in each if row[0] == "runs/kd1")
+    assert untested[-3:] == [NOT_READ] * 3
+
+
+def test_a_teacher_from_elsewhere_has_its_row_and_name(no_figures):
+    study()
+    for seed in range(3):
+        edit_identity(Path(f"runs/kd{seed}"), teacher="c691" * 16)
+        named = {"teacher": "weights/big.safetensors", "teacher_model": "resnet20", "teacher_test_top1": 61.25}
+        edit(Path(f"runs/kd{seed}/summary.json"), **named)
+    path = fake_run("runs/two", "kd", 0, temperature=4.0, alpha=0.9, teacher="d" * 64)
+    edit(path / "summary.json", teacher=["a/x", "b/y"], teacher_model=["resnet8", "timm/z"], teacher_test_top1=None)
+    report.main(["runs"])
+    page = Tables(Path("report/report.html").read_text())
+    outside = [row for row in page.tables[0] if row[0] == "teacher, no run here"]
+    assert [re.sub(" [0-9a-f]{4}$", "", row[1]) for row in outside] == [
+        "resnet20 from big.safetensors",
+        "resnet8 from x and timm/z from y",
+    ]
+    assert [row[2:] for row in outside] == [["", "", "", "61.25", "", ""], ["", "", "", "", "", ""]]
+    assert "student (kd), teacher resnet20 from big.safetensors" in page.text
+    assert "c691c691" not in page.text
+    assert "Fig. 2: the teacher resnet20 from big.safetensors" in page.text
+
+
+def test_as_many_intervals_as_there_are_are_counted(no_figures):
+    study(seeds=(0,))
+    report.main(["runs"])
+    assert "are expected to miss" not in Path("report/report.md").read_text()
+    shutil.rmtree("runs")
+    study(seeds=(0, 1))
+    fake_run("runs/odd", "kd", 0, temperature=9.0, alpha=0.9)
+    report.main(["runs"])
+    assert "Of 2 such intervals 0.1 are expected" in Path("report/report.md").read_text()
+
+
+def test_every_teacher_is_drawn_or_named(no_figures, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "draw_curves", lambda curves: drawn.append(list(curves)) or len)
+    for number in range(4):
+        fake_run(f"runs/{number}", "teacher", 0, model=f"tests.networks:plain{number}")
+    report.main(["runs"])
+    assert drawn == [[f"teacher, tests.networks:plain{number}" for number in range(3)]]
+    assert "Fig. 2: the first 3 of 4 teachers are drawn" in Path("report/report.md").read_text()
+
+
+def test_a_class_without_test_images_is_no_gain_of_nothing(monkeypatch):
+    study(seeds=(0,))
+    for path in Path("runs").glob("*/test_logits.safetensors"):
+        kept = load_file(path)
+        here = kept["labels"] != 2
+        write_weights(path, {name: tensor[here] for name, tensor in kept.items()})
+        top1 = metrics.top_k(kept["logits"][here], kept["labels"][here], 1)
+        edit(path.parent / "summary.json", test_top1=top1)
+    bars = []
+    monkeypatch.setattr("matplotlib.axes.Axes.barh", lambda axes, places, *args, **kw: bars.append(len(places)))
+    report.main(["runs"])
+    assert bars == [4, 4], "for a light and for a dark page"
+    assert "gain of each class: 1 of 5 classes have no test images" in Path("report/report.md").read_text()
+
+
+def test_an_earlier_reports_figures_are_gone(no_figures):
+    study(seeds=(0,))
+    Path("report").mkdir()
+    for name in ("data2_pareto.png", "grid3.png", "mine.png"):
+        Path("report", name).write_bytes(b"old")
+    report.main(["runs"])
+    left = {path.name for path in Path("report").glob("*.png")}
+    assert left >= {"mine.png", "pareto.png", "fig1_student.png"}
+    assert not left & {"data2_pareto.png", "grid3.png"}
 
 
 def test_figures_are_there_and_embedded(monkeypatch):
@@ -279,9 +413,8 @@ def test_a_folders_name_that_is_no_text_is_shown_as_its_bytes(no_figures, capsys
 
 def test_without_a_test_result_there_is_no_gain(no_figures):
     study(seeds=(0, 1))
-    keys = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best", "agreement")
     for path in Path("runs").glob("kd*/summary.json"):
-        edit(path, **dict.fromkeys(keys))
+        edit(path, **UNREAD, agreement=None)
     report.main(["runs"])
     page = Tables(Path("report/report.html").read_text())
     assert page.tables[0][-1][5:] == [NOT_READ] * 3
@@ -290,9 +423,8 @@ def test_without_a_test_result_there_is_no_gain(no_figures):
 
 def test_controls_share_the_recipe(no_figures):
     study(seeds=(0, 1))
-    for path in Path("runs").glob("alone*/config.json"):
-        record = json.loads(path.read_text())
-        edit(path, identity=record["identity"] | {"epochs": 200})
+    for path in Path("runs").glob("alone*"):
+        edit_identity(path, epochs=200)
     report.main(["runs"])
     text = Path("report/report.md").read_text()
     assert "no student alone by the same recipe among these runs" in text
@@ -301,8 +433,7 @@ def test_controls_share_the_recipe(no_figures):
 
 def test_other_images_stand_apart(no_figures):
     study(seeds=(0,))
-    record = json.loads(Path("runs/alone0/config.json").read_text())
-    edit(Path("runs/alone0/config.json"), identity=record["identity"] | {"data": "0" * 64})
+    edit_identity(Path("runs/alone0"), data="0" * 64)
     report.main(["runs"])
     assert Path("report/report.md").read_text().count("\n## On pictures") == 2
 
@@ -334,7 +465,10 @@ CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-ch
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page with")
 def test_a_real_browser_shows_the_page():
-    """Laid out within the window, figures decoded; a script that is added here reports what the browser made of it."""
+    """Laid out within the window, figures decoded; a script that is added here reports what the browser made of it.
+
+    Photographed narrow and wide, light and dark: ink on paper of the right colour.
+    """
     study()
     report.main(["runs", "--trust-code"])
     probe = """<script>addEventListener("load", () => { const d = document, e = d.documentElement;
@@ -347,14 +481,26 @@ def test_a_real_browser_shows_the_page():
         shown = [f"--window-size={width},900", "--dump-dom", Path("probe.html").resolve().as_uri()]
         done = subprocess.run([*command, *shown], capture_output=True, text=True, timeout=60)
         assert "<title>true 6 4</title>" in done.stdout, f"{width} pixels wide"
+        # A query that always holds or never does stands in for the reader's setting, which no flag sets dependably.
+        for query, paper in (("(max-width: 0px)", (255, 255, 255)), ("(min-width: 0px)", (13, 17, 23))):
+            page = Path("report/report.html").read_text().replace("(prefers-color-scheme: dark)", query)
+            Path("themed.html").write_text(page)
+            place = [f"--screenshot={Path('shot.png').resolve()}", Path("themed.html").resolve().as_uri()]
+            shown = ["--hide-scrollbars", f"--window-size={width},900", *place]
+            subprocess.run([*command, *shown], capture_output=True, check=True, timeout=60)
+            with Image.open("shot.png") as shot:
+                pixels = np.asarray(shot.convert("RGB")).astype(int)
+            apart = np.abs(pixels - paper).max(axis=2)
+            assert apart[5, 5] < 3, f"{width} pixels wide: the paper is {pixels[5, 5]}, not {paper}"
+            assert (apart < 3).mean() > 0.3, "paper"
+            assert (apart > 150).mean() > 0.001, "ink"
 
 
 def test_a_student_of_kept_answers_has_its_control(capsys):
     """As in every grid: how answers are kept is no part of the budget."""
     fake_run("runs/alone", "none", 0, label_smoothing=0.0)
-    path = fake_run("runs/kd", "kd", 0, temperature=4.0) / "config.json"
-    record = json.loads(path.read_text())
-    record["identity"] |= {"cache_teacher": True, "cache_dtype": "float16", "cache_top_k": None}
-    path.write_text(json.dumps(record))
+    edit_identity(
+        fake_run("runs/kd", "kd", 0, temperature=4.0), cache_teacher=True, cache_dtype="float16", cache_top_k=None
+    )
     report.write_report(["runs/*"], Path("report"))
     assert "student (kd) against student alone" in Path("report/report.md").read_text()

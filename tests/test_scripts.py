@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,8 +118,39 @@ def test_the_offline_file_holds_all_that_wandb_sync_would_send(monkeypatch):
     assert values[1]["test_top1"] == summary["test_top1"]
     assert (student.folder / media["curves/path"]).stat().st_size > 1000
     (page,) = report.history
-    assert "Accuracy/path" in page
+    assert "On synthetic/Accuracy/path" in page
     assert (report.folder / page["report/path"]).read_text() == Path("report/report.html").read_text()
+
+
+DIES = """
+import os, signal
+from kd import tracking
+from tests.runs import teach
+log = tracking.Tracker.log
+def dies(self, line):
+    log(self, line)
+    if line["epoch"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+tracking.Tracker.log = dies
+teach("--out", "run", "--epochs", "3", "--wandb", "offline")
+"""
+
+
+@pytest.mark.slow
+def test_the_newest_offline_folder_of_a_killed_run_is_complete(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    died = subprocess.run([sys.executable, "-c", DIES], capture_output=True, timeout=300)
+    assert died.returncode == -signal.SIGKILL
+    done = script("train_teacher.py", *TEACHER, "--out", "run", "--epochs", "3", "--wandb", "offline", "--resume")
+    assert done.returncode == 0, done.stderr
+    *_, newest = sorted(Path("run/wandb").glob("offline-run-*"))
+    kept = read_offline(newest)
+    *epochs, media = kept.history
+    lines = metrics_of(Path("run"))
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert all(line.items() <= logged.items() for line, logged in zip(lines, epochs, strict=True))
+    assert [logged["_step"] for logged in kept.history] == [0, 1, 2, 3]
+    assert "curves/path" in media
 
 
 @pytest.mark.slow

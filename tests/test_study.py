@@ -2,24 +2,28 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kd import plan, study, tasks
 from kd.cli import parse
-from kd.config import DataConfig
+from kd.config import METHODS, DataConfig
 from kd.data import load_data
-from kd.errors import Preempted, UserError
+from kd.errors import Preempted, UserError, require
 from kd.presets import distill_defaults, train_defaults
 from kd.tasks import Runner, Task
 from tests.conftest import ROOT
 from tests.runs import teach
-from tests.test_report import fake_run
+from tests.test_report import edit, fake_run
 
 # Stands in for both scripts: notes what it was asked, and leaves the little that the study reads.
 FAKE = """
@@ -122,6 +126,33 @@ def test_a_failed_run_is_in_the_report_and_the_exit_code(monkeypatch, capsys):
     assert "1 finished run; 1 more listed below" in capsys.readouterr().out
 
 
+def test_a_strangers_code_is_not_run_by_the_report_either(fake, resnet8_run, tmp_path, monkeypatch):
+    """Row 49 of the faults: the study trusts what its own runs have trained, and no --teacher without --trust-code."""
+    shutil.copytree(resnet8_run, "stranger")
+    edit(Path("stranger/model.json"), model="strangers_code:build")
+    (tmp_path / "strangers_code.py").write_text("import os; os.mkdir('exploded')")
+    ours = fake_run("runs/kd", "kd", 0)
+    monkeypatch.setattr(study, "carry_out", lambda asked: [Task("kd seed 0", Path(), [], ours)])
+    with pytest.raises(UserError, match="--trust-code"):
+        study.main(["--preset", "digits", "--teacher", "stranger"])
+    monkeypatch.setattr(study, "check_networks", lambda config, methods: None)
+    study.main(["--preset", "digits", "--teacher", "stranger"])
+    assert not Path("exploded").exists()
+    text = Path("report/report.md").read_text()
+    assert "stranger: cost not measured: stranger: building strangers" in text
+    assert text.count("cost not measured") == 1, "the study's own run is trusted"
+
+
+def test_the_teachers_of_finished_students_are_in_the_report(monkeypatch):
+    """A fine-tuned one is trained on the way, and no task of the study's."""
+    fake_run("runs/head", "teacher", 0)
+    student = fake_run("runs/kd", "kd", 0)
+    edit(student / "summary.json", teacher="runs/head", teacher_model="resnet20", teacher_test_top1=50.0)
+    monkeypatch.setattr(study, "carry_out", lambda asked: [Task("kd seed 0", Path(), [], student)])
+    study.main(["--preset", "digits"])
+    assert "2 finished runs." in Path("report/report.md").read_text()
+
+
 def test_asked_to_stop_it_stops_what_it_runs():
     Path("slow.py").write_text(
         "import os, signal, time, pathlib\n"
@@ -137,7 +168,7 @@ def test_asked_to_stop_it_stops_what_it_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "LAUNCHER", (sys.executable,))
         threading.Thread(target=interrupt).start()
-        with pytest.raises(Preempted, match="the same command goes on"), Runner(1, "", Path("logs"), 1) as runner:
+        with pytest.raises(Preempted, match="the same command goes on"), Runner(1, (), Path("logs"), 1) as runner:
             runner.run([Task("slow", Path("slow.py"), [])])
     assert Path("saved").exists()
 
@@ -171,15 +202,60 @@ def test_the_teacher_is_the_one_that_the_students_look_for(flags):
         (["--grid", "temperature=0,1"], "--temperature 0"),
         (["--grid", "temperature=1,2", "--val-fraction", "0"], "picks on validation"),
         (["--epochs", "0"], "--epochs 0"),
+        (["--grid", "temperature=2,5", "temperature=7,8"], "temperature stands there twice"),
+        (["--grid", "temperature=2,2.0,2"], "two trials of one run"),
         (["--out", "file"], "is a file"),
+        (["--out", "file/x"], "choose another"),
+        (["--out", "/proc/x"], "choose another"),
+        (["--launch", "'"], "No closing quotation"),
+        (["--launch=--num_processes=2", "--jobs", "2"], "each job gets one GPU"),
+        (["--launch", "--config-file two.yaml", "--jobs", "2"], "wants 2 processes"),
+        (["--launch", "--config_file gone.yaml"], "no such file"),
+        (["--no_test"], "the study sets it itself"),
+        (["--student", "resnet9"], "unknown model 'resnet9'"),
+        (["--teacher-model", "resnet9"], "unknown model 'resnet9'"),
+        (["--teacher", "nosuch"], "no such run folder"),
+        (["--teacher", "gone.pth"], "no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_user_did_wrong_is_said_before_anything_runs(args, words, fake):
     Path("file").write_text("")
+    Path("two.yaml").write_text("num_processes: 2\n")
     with pytest.raises(UserError, match=words):
         study.main(["--preset", "digits", *args])
     assert not Path("calls.jsonl").exists()
+
+
+@pytest.mark.parametrize("methods", [["kd", "dkd"], ["dkd"]])
+def test_a_methods_own_check_comes_before_any_run(fake, methods, monkeypatch):
+    monkeypatch.setattr(METHODS["dkd"], "check", lambda self: require(False, "dkd takes none of this"))
+    with pytest.raises(UserError, match="dkd takes none"):
+        study.carry_out(asked("--seeds", "0", "--methods", *methods))
+    assert not Path("calls.jsonl").exists()
+
+
+def test_a_method_that_is_not_swept_is_named(fake, capsys):
+    study.carry_out(asked("--seeds", "0", "--methods", "kd", "dkd", "--grid", "temperature=2,5", "beta=1,2"))
+    said = capsys.readouterr().out
+    assert "kd: not swept; it has no beta" in said
+    assert "dkd: not swept" not in said
+
+
+def test_an_underscore_hides_no_flag():
+    assert [word for word in asked("--wandb_group=my_name").rest if "group" in word] == ["--wandb-group=my_name"]
+
+
+def test_a_launcher_around_the_study_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it once"):
+        asked()
+
+
+def test_a_picked_configuration_reaches_the_launcher():
+    Path("one.yaml").write_text("num_processes: 1\n")
+    assert asked("--jobs", "2", "--launch", "--config_file one.yaml").launch == ("--config_file", "one.yaml")
+    assert asked("--launch", "--num_processes 2").launch == ("--num_processes", "2")
 
 
 def test_runs_that_somebody_has_touched_since_are_not_picked(tmp_path):
@@ -211,6 +287,44 @@ def test_a_real_study():
     teacher = next(Path("runs/report").glob("teacher-*"))
     assert json.loads(next(Path("runs/report").glob("kd-*/summary.json")).read_text())["teacher"] == str(teacher)
     assert len(list(Path("runs/report").iterdir())) == 4, "the students found the study's teacher"
+
+
+@pytest.mark.slow
+def test_a_study_killed_twice_ends_in_the_same_report():
+    """SIGKILL to the study, its launchers and their scripts at once, in the teacher's time and in the students'."""
+    args = ["--data", "synthetic", "--batch-size", "50", "--epochs", "2", "--lr", "0.05", "--seeds", "0"]
+    args += ["--threads", "1", "--student", "tests.networks:normalised", "--teacher-model", "tests.networks:plain"]
+    command = [sys.executable, "-m", "kd.study", *args]
+    reports = []
+    for folder, kills in (("undisturbed", ()), ("killed", ("teacher-*", "kd-*"))):
+        Path(folder).mkdir()
+        for pattern in kills:
+            kill_study_in(command, folder, pattern)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = Path(folder, "report/report.md").read_text().splitlines()
+        reports.append([re.sub(r"[\d.]+ ms", "ms", line) for line in lines])
+    assert reports[0] == reports[1]
+    assert any("student (kd) against student alone:" in line for line in reports[0])
+
+
+def kill_study_in(command: list[str], folder: str, run: str) -> None:
+    """Start it, and kill all of it as soon as there is a checkpoint of a run so named."""
+    found = lambda: list(Path(folder, "runs/report").glob(f"{run}/checkpoint/step-*"))  # noqa: E731
+    assert not found()
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+    deadline = time.monotonic() + 300
+    while not found():
+        assert started.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.send_signal(signal.SIGSTOP)  # so that it starts nothing more; each of its runs is a session of its own
+    family = psutil.Process(started.pid).children(recursive=True)
+    for process in (*family, started):
+        process.kill()
+    started.wait()
+    psutil.wait_procs(family, timeout=30)
+    assert not list(Path(folder, "runs/report").glob(f"{run}/summary.json")), "killed in the middle"
 
 
 @pytest.mark.slow

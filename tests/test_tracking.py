@@ -1,17 +1,20 @@
 """Where numbers go, and that Weights & Biases can fail as it likes."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from kd import tracking
+from kd.config import RunConfig
+from kd.reporting.document import Heading, Table
 from tests.runs import metrics_of, teach
 
 
 class FakeRun:
     """Records what W&B would be told; raises where asked to."""
 
-    dir, offline = "here", True
+    dir, offline, resumed = "here", True, False
 
     def __init__(self, fail: str = ""):
         self.fail, self.calls, self.summary = fail, [], {}
@@ -68,6 +71,50 @@ def test_wandb_raising_anywhere_changes_nothing(wandb, fail, capsys):
     teach("--out", "quiet")
     assert metrics_of(Path(f"run-{fail}")) == metrics_of(Path("quiet"))
     assert Path(f"run-{fail}/summary.json").exists()
+
+
+def test_without_the_library_at_all_nothing_changes(monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    teach("--out", "without", "--wandb", "offline")
+    assert "W&B failed to start" in capsys.readouterr().out
+    teach("--out", "quiet")
+    assert metrics_of(Path("without")) == metrics_of(Path("quiet"))
+    tracking.track_report([], Path("report"), RunConfig(wandb="offline", wandb_group="study"))
+    assert "W&B failed to keep the report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_resumed_run_that_wandb_does_not_know_is_told_all_of_it(wandb, resumed, monkeypatch):
+    """The service goes on with what it has; offline each resumption begins an empty folder."""
+    log = tracking.Tracker.log
+
+    def stops(self, line):
+        log(self, line)
+        if line["epoch"] == 2:  # of which no checkpoint knows yet
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracking.Tracker, "log", stops)
+        wandb()
+    monkeypatch.setattr(FakeRun, "resumed", resumed)
+    fake, _ = wandb("", "--resume")
+    logged = [args[0]["epoch"] for name, args, _ in fake.calls if name == "log" and "epoch" in args[0]]
+    assert logged == ([2] if resumed else [1, 2])
+
+
+def test_each_set_of_images_keeps_its_tables(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    fake = FakeRun()
+    monkeypatch.setattr(wandb, "init", lambda **options: fake)
+    Path("report.html").write_text("page")
+    table = lambda cell: Table(("network",), [(cell,)])  # noqa: E731
+    blocks = [Heading(1, "What was gained"), Heading(2, "On a/x"), Heading(3, "Accuracy"), table("x")]
+    blocks += [Heading(2, "On a/y"), Heading(3, "Accuracy"), table("y"), Heading(2, "Not counted"), table("z")]
+    tracking.track_report(blocks, Path(), RunConfig(wandb="offline", wandb_group="study"))
+    (media,) = [args[0] for name, args, _ in fake.calls if name == "log"]
+    kept = {name: value.data for name, value in media.items() if name != "report"}
+    assert kept == {"On a.x/Accuracy": [["x"]], "On a.y/Accuracy": [["y"]], "Not counted": [["z"]]}
 
 
 def test_an_unreachable_service_falls_back_to_offline(wandb, monkeypatch, capsys):

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kd.metrics import BINS, by_confidence
 from kd.reporting.groups import Group
+from kd.shots import class_recall
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # told apart by colour-blind eyes
 DARK = {"paper": "#0d1117", "ink": "#e6edf3"}
 LIGHT = {"paper": "#ffffff", "ink": "#1c2128"}
-BINS = 15  # as kd.metrics.ece
 SHOWN = 30  # classes that a bar chart has room for
 WORST = 10  # classes in the confusion matrix
 POINTS = 40  # networks that the Pareto picture's legend has room for
@@ -96,8 +97,10 @@ def draw_pareto(points: list[tuple[str, int, float | None, float, float]]) -> Dr
 
 
 def draw_class_gain(names: list[str], gains: Tensor) -> Draw:
-    """Difference of the accuracy of each class in points, sorted; of many classes the two ends."""
-    order = gains.argsort().tolist()
+    """Difference of the accuracy of each class in points, sorted; of many classes the two ends.
+
+    A class of NaN, which has no test images, is left out."""
+    order = gains.argsort()[: int((~gains.isnan()).sum())].tolist()  # NaN comes last
     if len(order) > SHOWN:
         order = order[: SHOWN // 2] + order[-SHOWN // 2 :]
 
@@ -113,17 +116,10 @@ def draw_class_gain(names: list[str], gains: Tensor) -> Draw:
     return draw
 
 
-def class_accuracy(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Percent of each class's images that are right; NaN for a class without images."""
-    right = (logits.argmax(dim=1) == labels).double()
-    sums = torch.zeros(count, dtype=torch.double).index_add(0, labels, right)
-    return 100 * sums / torch.bincount(labels, minlength=count)
-
-
 def draw_confusion(names: list[str], logits: Tensor, labels: Tensor) -> Draw:
     """What the worst classes are taken for, in percent of their images; the columns are these classes and the rest."""
     count = len(names)
-    worst = class_accuracy(logits, labels, count).nan_to_num(200).argsort()[: min(WORST, count)]
+    worst = class_recall(logits, labels).nan_to_num(200).argsort()[: min(WORST, count)]
     predicted = logits.argmax(dim=1)
     matrix = torch.zeros(count, count, dtype=torch.double)
     matrix.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.double), accumulate=True)
@@ -160,9 +156,7 @@ def draw_reliability(answers: dict[str, tuple[Tensor, Tensor]]) -> Draw:
 
 def reliability(logits: Tensor, labels: Tensor) -> list[tuple[float, float, int]]:
     """Mean confidence, accuracy and number of the images in each bin that has any."""
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    right = (predicted == labels).double()
-    bins = (torch.bucketize(confidence, torch.linspace(0, 1, BINS + 1, dtype=torch.double)) - 1).clamp(0, BINS - 1)
+    confidence, right, bins = by_confidence(logits, labels)
     inside = [bins == b for b in range(BINS)]
     return [(confidence[i].mean().item(), right[i].mean().item(), int(i.sum())) for i in inside if i.any()]
 

@@ -1,15 +1,24 @@
 """The figures of a report: which of them the groups of one set of images allow, and what is drawn in each."""
 
+import re
+
 import torch
+from torch import Tensor
 
 from kd.costs import Costs
 from kd.errors import UserError
+from kd.metrics import BINS
 from kd.reporting import figures
 from kd.reporting.document import Block, Figure
 from kd.reporting.groups import ALONE, TEACHER, Group
 from kd.reporting.results import Run
 from kd.reporting.run_files import class_names, history, test_answers
 from kd.reporting.statistics import mean_and_deviation
+from kd.shots import class_recall
+
+TEACHERS = 3  # that Fig. 2 has room for
+# What any report may call its figures, a prefix for further sets of images included.
+FILES = re.compile(r"(data\d+_)?(fig1_student|fig2_teacher|pareto|class_gain|confusion|reliability|grid\d+)\.png")
 
 
 def grids(groups: list[Group]) -> list[tuple[list[Group], list[str]]]:
@@ -32,6 +41,14 @@ def chosen(groups: list[Group]) -> Group | None:
     return max(methods, key=lambda group: group.mean("val_top1_last") or 0.0, default=None)
 
 
+def _class_accuracy_by_seed(found: list[tuple]) -> dict[int, Tensor]:
+    """Percent of each class's test images; of a seed's several runs the mean, as Group.by_seed has it."""
+    by_seed: dict[int, list[Tensor]] = {}
+    for seed, logits, labels in found:
+        by_seed.setdefault(seed, []).append(class_recall(logits, labels))
+    return {seed: torch.stack(values).mean(dim=0) for seed, values in by_seed.items()}
+
+
 class Gallery:
     """Figures of one set of images; what one of them lacks is said in `notes`, and the others are drawn."""
 
@@ -49,7 +66,11 @@ class Gallery:
         if not students:
             students = [group for group in self.groups if group.kind != TEACHER][:2]
         self._curves("fig1_student", "Fig. 1: loss and accuracy of the student.", students)
-        self._curves("fig2_teacher", "Fig. 2: loss and accuracy of the teacher.", self.teachers[:3])
+        self._curves("fig2_teacher", "Fig. 2: loss and accuracy of the teacher.", self.teachers[:TEACHERS])
+        if len(self.teachers) > TEACHERS:
+            self.notes.append(f"Fig. 2: the first {TEACHERS} of {len(self.teachers)} teachers are drawn")
+        for name in dict.fromkeys(group.elsewhere for group in self.groups if group.elsewhere):
+            self.notes.append(f"Fig. 2: the teacher {name} is no run here; how it was trained is not known")
         self._pareto()
         if self.method:
             self._predictions()
@@ -70,8 +91,13 @@ class Gallery:
                 self.notes.append(str(error))
         return found
 
+    def _title(self, group: Group) -> str:
+        """Its label, with the model where others of that label have another."""
+        alike = [other for other in self.groups if other.label == group.label]
+        return group.label if len(alike) == 1 else f"{group.label}, {group.model}"
+
     def _curves(self, name: str, title: str, groups: list[Group]) -> None:
-        curves = {group.label: self._read(group.runs, history) for group in groups}
+        curves = {self._title(group): self._read(group.runs, history) for group in groups}
         curves = {label: histories for label, histories in curves.items() if histories}
         if curves:
             caption = "Mean over seeds. The training loss is the method's own sum of terms, on augmented images."
@@ -83,7 +109,7 @@ class Gallery:
             mean, deviation = mean_and_deviation(group.values("test_top1"))
             cost = self.costs.of(group.runs[0])
             params = group.runs[0].summary["params"]
-            points.append((group.label, params, cost and cost.milliseconds, mean, deviation or 0.0))
+            points.append((self._title(group), params, cost and cost.milliseconds, mean, deviation or 0.0))
         if len(points) > figures.POINTS:
             self.notes.append(f"accuracy against cost: the first {figures.POINTS} of {len(points)} networks are drawn")
             points = points[: figures.POINTS]
@@ -96,32 +122,35 @@ class Gallery:
         """The figures that need the logits which runs keep; the test set itself is not read."""
         method, alone = self.method, self.alone
         groups = [group for group in (*self.teachers[:1], alone, method) if group]
-        answers = {group.label: dict(self._read(group.tested, lambda r: (r.seed, test_answers(r)))) for group in groups}
-        answers = {label: by_seed for label, by_seed in answers.items() if by_seed}
-        ours = answers.get(method.label)
-        if not ours:
+        read = {group.label: self._read(group.tested, lambda r: (r.seed, *test_answers(r))) for group in groups}
+        if not read[method.label]:
             return
-        shape = next(iter(ours.values()))[0].shape
-        same = lambda found: {seed: pair for seed, pair in found.items() if pair[0].shape == shape}  # noqa: E731
-        answers = {label: same(found) for label, found in answers.items() if same(found)}
-        ours, count = answers[method.label], shape[1]
-        names = class_names(method.tested[0], count)
-        theirs = answers.get(alone.label, {}) if alone else {}
-        accuracy = lambda pair: figures.class_accuracy(*pair, count)  # noqa: E731
-        gains = [accuracy(ours[seed]) - accuracy(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-        if gains:
-            caption = f"Test accuracy of each class, {method.label} minus student alone, mean over seeds."
-            draw = figures.draw_class_gain(names, torch.stack(gains).mean(dim=0).nan_to_num(0.0))
-            self._add("class_gain", "Gain of each class.", caption, (8.0, 2 + 0.22 * min(count, figures.SHOWN)), draw)
-        pooled = {label: tuple(map(torch.cat, zip(*found.values()))) for label, found in answers.items()}
+        shape = read[method.label][0][1].shape
+        read = {label: [one for one in found if one[1].shape == shape] for label, found in read.items()}
+        names = class_names(method.tested[0], shape[1])
+        if alone:
+            self._class_gain(names, read[method.label], read[alone.label])
+        pool = lambda found: tuple(map(torch.cat, zip(*(one[1:] for one in found))))  # noqa: E731
+        pooled = {label: pool(found) for label, found in read.items() if found}
         caption = f"Of {method.label}, all seeds: percent of each true class's test images."
         draw = figures.draw_confusion(names, *pooled[method.label])
         self._add("confusion", "What the worst classes are taken for.", caption, (8.0, 6.0), draw)
-        caption = (
-            "Accuracy against confidence on the test set, 15 bins, all seeds; a larger dot holds more images. Below "
-        )
-        caption += "the diagonal: too sure."
+        caption = f"Accuracy against confidence on the test set, {BINS} bins, all seeds; a larger dot holds more "
+        caption += "images. Below the diagonal: too sure."
         self._add("reliability", "Reliability.", caption, (5.5, 5.5), figures.draw_reliability(pooled))
+
+    def _class_gain(self, names: list[str], ours: list[tuple], theirs: list[tuple]) -> None:
+        """`ours` and `theirs`: seed, logits and labels of each run; paired by seed, as the table of gains is."""
+        ours, theirs = (_class_accuracy_by_seed(found) for found in (ours, theirs))
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            return
+        gains = torch.stack([ours[seed] - theirs[seed] for seed in seeds]).mean(dim=0)
+        if empty := int(gains.isnan().sum()):
+            self.notes.append(f"gain of each class: {empty} of {len(names)} classes have no test images")
+        caption = f"Test accuracy of each class, {self.method.label} minus student alone, mean over seeds."
+        size = (8.0, 2 + 0.22 * min(len(names), figures.SHOWN))
+        self._add("class_gain", "Gain of each class.", caption, size, figures.draw_class_gain(names, gains))
 
     def _grid(self, members: list[Group], flags: list[str], number: int) -> None:
         numeric = all(isinstance(member.flags[flag], int | float) for member in members for flag in flags)
@@ -129,7 +158,7 @@ class Gallery:
             self.notes.append(f"{members[0].name}: no heat map of {', '.join(flags)}; it takes one or two numbers")
             return
         # A picked setting has more seeds than the others: the picture compares what was compared.
-        seeds = set.intersection(*({run.seed for run in member.runs} for member in members))
+        seeds = set.intersection(*(member.seeds for member in members))
         if not seeds:
             self.notes.append(f"{members[0].name}: no heat map of {', '.join(flags)}; its settings share no seed")
             return

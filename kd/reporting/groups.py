@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd.reporting.results import Run
-from kd.reporting.statistics import Difference, images_noise, mean_and_deviation, paired
+from kd.reporting.statistics import Difference, cell, images_noise, mean_and_deviation, paired
 
+NOT_READ = "not read"  # of a test score, where --no-test left the split alone
+LONGEST = 60  # letters of a setting in a label
 TEACHER, ALONE, SMOOTHED, METHOD = KINDS = "teacher", "student alone", "label smoothing", "method"
 
 
@@ -20,6 +22,7 @@ class Group:
     runs: list[Run]
     budget: str  # what a control must share: data, views, recipe, network
     flags: dict  # what tells it from other groups of its name
+    elsewhere: str = ""  # its teacher, where that is no run among these
     setting: str = ""
     controls: list["Group"] = field(default_factory=list)
 
@@ -39,10 +42,31 @@ class Group:
     def label(self) -> str:
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
+    @property
+    def seeds(self) -> set[int]:
+        return {run.seed for run in self.runs}
+
+    @property
+    def count(self) -> str:
+        """Of seeds, and of runs where these are more."""
+        several = len(self.runs) > len(self.seeds)
+        return f"{len(self.seeds)} ({len(self.runs)} runs)" if several else str(len(self.seeds))
+
+    def by_seed(self, key: str) -> dict[int, float]:
+        """Of each seed that has it the mean over its runs: students of one seed may differ in their teacher's."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs:
+            if run.summary.get(key) is not None:
+                found.setdefault(run.seed, []).append(float(run.summary[key]))
+        return {seed: mean_and_deviation(values)[0] for seed, values in found.items()}
+
     def values(self, key: str, seeds: set[int] | None = None) -> list[float]:
-        """Of all runs that have it, or of some seeds."""
-        runs = [run for run in self.runs if seeds is None or run.seed in seeds]
-        return [float(run.summary[key]) for run in runs if run.summary.get(key) is not None]
+        """One a seed, of all that have it, or of some."""
+        return [value for seed, value in self.by_seed(key).items() if seeds is None or seed in seeds]
+
+    def cell(self, key: str, style: str) -> str:
+        """As a table shows it: over how many seeds, where not all have it; or that no test split was read."""
+        return cell(self.values(key), style, len(self.seeds), unread(key, self.runs))
 
     def mean(self, key: str, seeds: set[int] | None = None) -> float | None:
         values = self.values(key, seeds)
@@ -50,14 +74,19 @@ class Group:
 
     def gain(self, control: "Group", key: str) -> Difference | None:
         """This group minus `control`, over the seeds that both have; None where there is none."""
-        ours, theirs = ({run.seed: run for run in group.tested} for group in (self, control))
-        pairs = [(ours[seed].summary, theirs[seed].summary) for seed in sorted(ours.keys() & theirs.keys())]
-        pairs = [(one, other) for one, other in pairs if None not in (one[key], other[key])]
-        if not pairs:
+        ours, theirs = self.by_seed(key), control.by_seed(key)
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds or not self.tested:
             return None
-        gains = {one["seed"]: float(one[key] - other[key]) for one, other in pairs}
-        tops = [mean_and_deviation([float(summary[key]) for summary in side])[0] for side in zip(*pairs, strict=True)]
-        return paired(gains, images_noise(*tops, images=pairs[0][0]["test_images"]))
+        tops = [mean_and_deviation([side[seed] for seed in seeds])[0] for side in (ours, theirs)]
+        noise = images_noise(*tops, images=self.tested[0].summary["test_images"])
+        return paired({seed: ours[seed] - theirs[seed] for seed in seeds}, noise)
+
+
+def unread(key: str, runs: list[Run]) -> str:
+    """What stands in place of a score that none of these runs has."""
+    of_test = key.startswith("test") or (key == "agreement" and any(run.summary.get("teacher") for run in runs))
+    return NOT_READ if of_test and not any(run.tested for run in runs) else ""
 
 
 def by_data(runs: list[Run]) -> dict[str, list[Group]]:
@@ -96,22 +125,44 @@ def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     smoothing = first.method_flags.get("label_smoothing")
     if kind == ALONE and smoothing:
         return Group(SMOOTHED, f"{ALONE}, {SMOOTHED} {smoothing}", runs, budget, recipe)
-    return Group(kind, kind if kind != METHOD else f"student ({first.role})", runs, budget, recipe)
+    elsewhere = recipe["teacher"] if any(run is None for _, _, run in _teachers(first, by_path)) else ""
+    return Group(kind, kind if kind != METHOD else f"student ({first.role})", runs, budget, recipe, elsewhere)
 
 
 def _recipe(run: Run, by_path: dict[str, Run]) -> dict:
     """What two seeds of one thing have in common. Teachers that differ in their seed alone count as the same."""
     recipe = {key: value for key, value in run.identity.items() if key != "seed"}
-    named = run.summary.get("teacher") or []
-    teachers = [by_path.get(_resolved(name)) for name in (named if isinstance(named, list) else [named])]
-    if teachers and all(teacher is not None for teacher in teachers):
-        recipe["teacher"] = " and ".join(_family(teacher) for teacher in teachers)
+    if teachers := _teachers(run, by_path):
+        names = " and ".join(_family(teacher) if teacher else _from(name, model) for name, model, teacher in teachers)
+        known = all(teacher is not None for _, _, teacher in teachers)
+        names = names if known else f"{names} {_hash(recipe['teacher'])}"  # names alone do not tell their weights
+        recipe["teacher"] = names if len(names) <= LONGEST else f"{len(teachers)} networks {_hash(names)}"
     return recipe
+
+
+def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | None]]:
+    """Name, network ("" where the summary does not say it) and run of each teacher; None for one that is none here."""
+    named, models = (_listed(run.summary.get(key)) for key in ("teacher", "teacher_model"))
+    models += [""] * (len(named) - len(models))
+    return [(name, model, by_path.get(_resolved(name))) for name, model in zip(named, models, strict=False)]
+
+
+def _listed(value: list[str] | str | None) -> list[str]:
+    return list(value) if isinstance(value, list) else [value] if value else []
 
 
 def _family(teacher: Run) -> str:
     recipe = {key: value for key, value in teacher.identity.items() if key != "seed"}
-    return f"{teacher.identity['model']} {hashlib.sha256(_dump(recipe).encode()).hexdigest()[:4]}"
+    return f"{teacher.identity['model']} {_hash(recipe)}"
+
+
+def _from(name: str, model: str) -> str:
+    """A teacher that is no run here: its network, and the file or folder that it came from."""
+    return model if name == model else f"{model} from {Path(name).name[:24]}".strip()
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(_dump(value).encode()).hexdigest()[:4]
 
 
 def _resolved(name: object) -> str:
@@ -135,4 +186,4 @@ def _dump(value: object) -> str:
 
 def _short(value: object) -> str:
     text = str(value) if isinstance(value, str | int | float | bool | None) else _dump(value)
-    return text if len(text) <= 24 else text[:8]
+    return text if len(text) <= LONGEST else text[:8]

@@ -2,7 +2,6 @@
 
 from kd.reporting.document import Table
 from kd.reporting.groups import Group
-from kd.reporting.statistics import cell
 
 SHOTS = (
     ("test_top1", "test"),
@@ -19,8 +18,7 @@ def rare_table(groups: list[Group]) -> Table | None:
         return None
     rows = []
     for group in groups:
-        cells = [cell(group.values(key), ".2f") for key, _ in SHOTS]
-        rows.append((group.label, group.model, str(len(group.runs)), *cells))
+        rows.append((group.label, group.model, group.count, *(group.cell(key, ".2f") for key, _ in SHOTS)))
     sizes = dict.fromkeys(_sizes(run.summary.get("shots")) for group in groups for run in group.tested)
     note = "Percent of test images, last epoch's weights; balanced: the mean over classes. Classes by their number of "
     note += f"training images: {'; or '.join(filter(None, sizes))}."

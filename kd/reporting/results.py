@@ -147,8 +147,8 @@ def _check(summary: dict) -> None:
             raise UserError(f"summary.json has {key} {value!r}, which is no percentage")
     if summary["params"] < 1:
         raise UserError(f"summary.json has params {summary['params']!r}")
-    for key in ("teacher", "control"):
-        if not _names_folders(summary.get(key)):
+    for key in ("teacher", "teacher_model", "control"):
+        if not _names_some(summary.get(key)):
             raise UserError(f"summary.json has {key} {summary[key]!r}")
     teachers = summary.get("teachers", [])
     if not isinstance(teachers, list) or not all(map(_is_member, teachers)):
@@ -158,8 +158,8 @@ def _check(summary: dict) -> None:
         raise UserError(f"summary.json has only {', '.join(there)} of a test result")
 
 
-def _names_folders(value: object) -> bool:
-    """One folder, several, or none."""
+def _names_some(value: object) -> bool:
+    """One folder or network, several, or none."""
     names = value if isinstance(value, list) else [value]
     return value is None or all(isinstance(name, str) and "\0" not in name for name in names)
 

@@ -1,13 +1,13 @@
 """What the report says of the groups of one set of images: tables and verdicts, and the figures between them."""
 
 from kd.costs import Costs
+from kd.metrics import BINS
 from kd.reporting.document import Block, Heading, Lines, Table
 from kd.reporting.gallery import Gallery
-from kd.reporting.groups import ALONE, Group
+from kd.reporting.groups import ALONE, Group, unread
 from kd.reporting.rare import rare_table
 from kd.reporting.statistics import cell
 
-NOT_READ = "not read"
 SCORES = (
     ("val_top1_last", "val, last", ".2f"),
     ("val_top1_best", "val, best", ".2f"),
@@ -20,16 +20,29 @@ EACH = (*SCORES, *CALIBRATION)
 
 
 def accuracy_table(groups: list[Group]) -> Table:
-    rows = []
+    rows = taught_from_elsewhere(groups)
     for group in groups:
-        unread = "" if group.tested else NOT_READ
-        cells = [cell(group.values(key), style, unread * key.startswith("test")) for key, _, style in SCORES]
-        rows.append((group.label, group.model, str(len(group.runs)), *cells))
-    note = (
-        "Percent; mean ± standard deviation over seeds. last: the last epoch's weights; best: those of the epoch that "
-    )
-    note += "was best on validation. The test set was read once, at each run's end; it chose nothing."
+        cells = [group.cell(key, style) for key, _, style in SCORES]
+        rows.append((group.label, group.model, group.count, *cells))
+    note = "Percent; mean ± standard deviation over seeds, of how many in brackets where not all have it; of several "
+    note += "runs of a seed, whose teachers differ in theirs, the mean. last: the last epoch's weights; best: those of "
+    note += "the epoch that was best on validation. The test set was read once, at each run's end; it chose nothing."
+    if any(group.elsewhere for group in groups):
+        note += " A teacher that is no run here: as its students' runs measured it."
     return Table(("network", "model", "seeds", *(title for _, title, _ in SCORES)), rows, note, words=2)
+
+
+def taught_from_elsewhere(groups: list[Group]) -> list[tuple[str, ...]]:
+    """Rows of the teachers that are no runs here, with the one number that is known of them."""
+    rows = {}
+    for group in groups:
+        if group.elsewhere:
+            measured = group.values("teacher_test_top1")[:1]  # the same of every student: its network does not change
+            cells = {"test_top1": cell(measured, ".2f", 1, unread("test_top1", group.runs))}
+            scores = (cells.get(key, "") for key, _, _ in SCORES)
+            row = ("teacher, no run here", group.elsewhere, "", *scores)
+            rows[group.elsewhere] = row if measured else rows.get(group.elsewhere, row)
+    return list(rows.values())
 
 
 def cost_table(groups: list[Group], costs: Costs) -> Table:
@@ -39,18 +52,18 @@ def cost_table(groups: list[Group], costs: Costs) -> Table:
         numbers = ("not measured",) * 3
         if cost:
             numbers = (f"{cost.macs / 1e6:.2f}M", f"{cost.bytes / 1e6:.2f} MB", f"{cost.milliseconds:.2f} ms")
-        scores = [cell(group.values(key), style) for key, _, style in CALIBRATION]
+        scores = [group.cell(key, style) for key, _, style in CALIBRATION]
         rows.append((group.label, group.model, f"{group.runs[0].summary['params']:,}", *numbers, *scores))
     note = "MACs: multiply-accumulates of convolutions and matrix products for one image. size: model.safetensors. "
-    note += f"latency: one image, median of repeated passes ({costs.where}). NLL in nats and ECE (percent, 15 bins) on "
-    note += "the test set; agreement: percent of test images on which the network and its teacher say the same."
+    note += f"latency: one image, median of repeated passes ({costs.where}). NLL in nats and ECE (percent, {BINS} "
+    note += "bins) on the test set; agreement: percent of its images on which the network and its teacher say the same."
     titles = ("parameters", "MACs", "size", "latency", *(title for _, title, _ in CALIBRATION))
     return Table(("network", "model", *titles), rows, note, words=2)
 
 
 def gain_table(groups: list[Group]) -> Table | None:
     """Every method against every control, on the same seeds."""
-    rows = []
+    rows, intervals = [], 0
     for group in groups:
         for control in group.controls:
             last, best = (group.gain(control, key) for key in ("test_top1", "test_top1_best"))
@@ -58,14 +71,13 @@ def gain_table(groups: list[Group]) -> Table | None:
                 seeds = " ".join(map(str, last.seeds))
                 numbers = (f"{last.mean:+.2f}", last.interval, f"{best.mean:+.2f}" if best else "")
                 rows.append((group.label, control.label, seeds, *numbers, last.words))
+                intervals += last.half is not None
     if not rows:
         return None
-    note = (
-        "Points of test accuracy, paired by seed; the interval is Student's t over seeds, 95%. It holds the noise of "
-    )
-    note += "training, not that of the choice of test images."
-    if len(rows) > 1:
-        note += f" Of {len(rows)} such intervals {0.05 * len(rows):.1f} are expected to miss 0 by luck alone."
+    note = "Points of test accuracy, paired by seed; the interval is Student's t over seeds, 95%. It holds the noise "
+    note += "of training, not that of the choice of test images."
+    if intervals > 1:
+        note += f" Of {intervals} such intervals {0.05 * intervals:.1f} are expected to miss 0 by luck alone."
     head = ("method", "control", "seeds", "gain, last", "95% interval", "gain, best", "verdict")
     return Table(head, rows, note, words=3, remark=True)
 
@@ -92,9 +104,7 @@ def run_table(groups: list[Group]) -> Table:
     rows = []
     for group in groups:
         for run in group.runs:
-            shown = [
-                (run.summary.get(key), style, NOT_READ * (not run.tested and "test" in key)) for key, _, style in EACH
-            ]
+            shown = [(run.summary.get(key), style, unread(key, [run])) for key, _, style in EACH]
             cells = [empty if value is None else f"{value:{style}}" for value, style, empty in shown]
             best = run.summary["best_epoch"]
             rows.append((str(run.path), group.label, str(run.seed), "" if best is None else str(best), *cells))

@@ -14,12 +14,13 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def cell(values: list[float], style: str, empty: str = "") -> str:
-    """Mean ± sample standard deviation; a single value alone."""
+def cell(values: list[float], style: str, seeds: int, empty: str = "") -> str:
+    """Mean ± sample standard deviation, and of how many values where these are fewer than the row's seeds."""
     if not values:
         return empty
     mean, deviation = mean_and_deviation(values)
-    return f"{mean:{style}}" if deviation is None else f"{mean:{style}} ± {deviation:{style}}"
+    shown = f"{mean:{style}}" if deviation is None else f"{mean:{style}} ± {deviation:{style}}"
+    return shown if len(values) == seeds else f"{shown} ({len(values)})"
 
 
 def t_within(t: float, freedom: int) -> float:
