@@ -215,6 +215,22 @@ def test_jitter_is_torchvisions_brightness_contrast_and_saturation():
         assert (result - wanted * 255).abs().max() < 0.55
 
 
+def test_jitter_is_the_same_whatever_the_batch_and_the_threads():
+    """A mean of fractions is summed in another order where the batch is shared out otherwise."""
+    pixels = random_images(24, 224, 224)
+    by = augment.factors(0.4, torch.arange(24), 1, 2)
+    threads = torch.get_num_threads()
+    try:
+        whole = augment.jitter(pixels, by)
+        torch.set_num_threads(2)
+        alone = [
+            augment.jitter(pixels[row : row + 1], augment.Factors(*(p[row : row + 1] for p in by))) for row in range(24)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(whole, torch.cat(alone))
+
+
 @pytest.mark.parametrize("config", [ViewConfig(resized_crop=0.08), ViewConfig(colour_jitter=0.4), ViewConfig()])
 def test_a_view_depends_on_seed_number_and_index_alone(tmp_path, config):
     data = load_data(DataConfig(source=images(tmp_path / "x"), image_size=12, stored_size=16))
