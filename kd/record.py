@@ -19,6 +19,7 @@ def record(job: Job, identity: dict, wandb_id: str, data: Data, accelerator: Acc
         "identity": identity,
         "flags": dataclasses.asdict(job),
         "data": {"rows": len(data.train.labels), "mean": data.mean, "std": data.std, "classes": len(data.classes)}
+        | {"held": data.held}
         | {"images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "git_commit": _git_commit(),

@@ -104,11 +104,17 @@ class StoredRows(Rows):
 
     images: Encoded
     labels: Int[Tensor, "n"]
-    sha256: str = ""  # of the decoded rows, where somebody may ask for it
+    known_sha256: str = ""  # of the decoded rows, of the training split alone
 
     @property
     def size(self) -> tuple[int, int]:
         return self.images.sides
+
+    @property
+    def sha256(self) -> str:
+        if not self.known_sha256:
+            raise RuntimeError("only the training split's pixels were all looked at")
+        return self.known_sha256
 
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         for images in self.images.batches(indices, pinned=device.type == "cuda"):
