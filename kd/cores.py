@@ -8,11 +8,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def local_processes() -> int:
-    """How many processes of one run this machine has."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def share_of_cores() -> int:
-    """Those for each of them."""
-    return max(cores() // local_processes(), 1)
+    """Those for each of this machine's processes of one run."""
+    return max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -13,7 +13,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from kd.config import DataConfig
-from kd.data import load_data
+from kd.data import Split, load_data
 from kd.errors import UserError
 from kd.images import holding
 from kd.images.decode import cache_root
@@ -336,12 +336,23 @@ def test_a_folder_called_like_a_named_set_is_itself(folder, capsys):
 def test_statistics_look_at_few_bytes_at_a_time(monkeypatch):
     images = np.zeros((10, 3, 8, 8), np.uint8)
     monkeypatch.setattr("kd.images.survey.BLOCK_BYTES", 3 * images[0].nbytes)
-    assert [len(block) for block in blocks_of(images)] == [3, 3, 3, 1]
+    assert [len(block) for block in blocks_of(images, np.arange(10))] == [3, 3, 3, 1]
     monkeypatch.setattr("kd.images.survey.BLOCK_BYTES", 1)
-    assert [len(block) for block in blocks_of(images)] == [1] * 10
+    assert [len(block) for block in blocks_of(images, np.arange(4))] == [1] * 4
 
 
-def test_what_fits_is_measured_by_the_containers_memory_and_shared_by_its_processes(tmp_path, monkeypatch):
+def test_what_is_held_out_is_not_copied(folder):
+    """Training and validation rows lie in one map, which every process of a run shares."""
+    data = load_data(DataConfig(source=str(folder)))
+    assert data.train.stored.data_ptr() == data.val.stored.data_ptr()
+    (batch,) = data.train.batches([torch.tensor([7, 0, 3])], torch.device("cpu"))
+    assert torch.equal(batch, data.train.images[[7, 0, 3]])
+    assert data.train.sha256 == Split(data.train.images, data.train.labels).sha256
+    assert data.train.on(torch.device("cpu")) is data.train
+    assert isinstance(data.test, Split), "all rows of a map are the map itself"
+
+
+def test_what_fits_is_measured_by_the_containers_memory(tmp_path, monkeypatch):
     limits = [tmp_path / name for name in ("group", "parent", "absent")]
     limits[0].write_text("max\n")
     limits[1].write_text("1000000\n")
@@ -350,8 +361,6 @@ def test_what_fits_is_measured_by_the_containers_memory_and_shared_by_its_proces
     assert fits(500_000, DataConfig())[0]
     keep, why = fits(500_001, DataConfig())
     assert (keep, why.split(" free")[0][:53]) == (False, "their 0.0005 GB do not fit half of 0.001 GB of memory")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert not fits(250_001, DataConfig())[0]
 
 
 def test_limits_are_looked_for_in_every_group_above():

@@ -5,19 +5,21 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from jaxtyping import Int, UInt8
 
 from kd.config import DataConfig
-from kd.cores import local_processes, share_of_cores
+from kd.cores import share_of_cores
 from kd.errors import require
 from kd.images.columns import Columns, check_columns, find_columns, numbers_of
 from kd.images.decode import Arrays, cache_root, cached, decode_split, undecoded
 from kd.images.pictures import decode
-from kd.images.rows import Rows, Split
+from kd.images.rows import Mapped, Rows, Selected, Split
 from kd.images.survey import Facts, blocks_of, channel_statistics
 from kd.images.workers import Encoded, StoredRows, survey
 
@@ -40,17 +42,33 @@ class Source(ABC):
     def rows(self, split: Arrays) -> Rows: ...
 
 
+@dataclass(frozen=True)
+class Decoded(Selected):
+    """Rows of a memory map, named and not copied: each process of a run would hold a copy of its own."""
+
+    stored: UInt8[np.ndarray, "m 3 h w"]
+    sides: tuple[int, int]  # height and width of each
+    rows: Int[np.ndarray, "n"]  # which of the stored ones
+
+    @classmethod
+    def all_of(cls, images: UInt8[np.ndarray, "m 3 h w"]) -> "Decoded":
+        return cls(images, tuple(images.shape[2:]), np.arange(len(images)))
+
+
 class Kept(Source):
     """Decoded images, in memory maps."""
 
     def __init__(self, splits: dict[str, Arrays], classes: tuple[str, ...], fingerprint: str):
-        self.splits, self.classes, self.fingerprint = splits, classes, fingerprint
+        self.splits = {name: Arrays(Decoded.all_of(images), labels) for name, (images, labels) in splits.items()}
+        self.classes, self.fingerprint = classes, fingerprint
 
     def facts(self, train: Arrays) -> Facts:
-        return Facts(*channel_statistics(blocks_of(train.images)), self.fingerprint)
+        return Facts(*channel_statistics(blocks_of(train.images.stored, train.images.rows)), self.fingerprint)
 
     def rows(self, split: Arrays) -> Rows:
-        return Split(torch.from_numpy(split.images), torch.from_numpy(split.labels))
+        images, labels = torch.from_numpy(split.images.stored), torch.from_numpy(split.labels)
+        whole = len(labels) == len(images)
+        return Split(images, labels) if whole else Mapped(images, torch.from_numpy(split.images.rows), labels)
 
 
 class Stored(Source):
@@ -129,7 +147,7 @@ def fits(size: int, config: DataConfig) -> tuple[bool, str]:
     """Whether `size` bytes of decoded images are to be kept, and why."""
     if config.decode == "memory":
         return True, ", as --decode says"
-    memory, disk = memory_limit() // local_processes(), shutil.disk_usage(cache_root()).free
+    memory, disk = memory_limit(), shutil.disk_usage(cache_root()).free
     room = f"half of {_gigabytes(memory)} of memory and of {_gigabytes(disk)} free under KD_CACHE"
     if size <= SHARE * min(memory, disk):
         return True, f", which fit {room}"

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.images.pictures import decode_to
-from kd.images.rows import Rows, Undecoded
+from kd.images.rows import Rows, Selected
 from kd.images.stream_order import stream_order
 
 OPEN = 4  # shards that are read from at a time: where one window ends in the middle of some, the next goes on
 
 
 @dataclass(frozen=True)
-class Streamed(Undecoded):
+class Streamed(Selected):
     """Images of a split, read from its shards."""
 
     stream: object  # a datasets.IterableDataset of undecoded images

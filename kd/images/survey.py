@@ -41,10 +41,10 @@ class Levels:
         return tuple(means), tuple(deviations)
 
 
-def blocks_of(images: np.ndarray) -> Iterator[np.ndarray]:
-    """Images (n x 3 x h x w) some at a time, however large they are; counting widens each pixel to eight bytes."""
+def blocks_of(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """These rows of images (n x 3 x h x w), some at a time, however large: to count a pixel takes eight bytes."""
     step = max(BLOCK_BYTES // images[:1].nbytes, 1)
-    return (images[start : start + step] for start in range(0, len(images), step))
+    return (images[rows[start : start + step]] for start in range(0, len(rows), step))
 
 
 def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -21,7 +21,7 @@ from kd.errors import UserError
 from kd.files import read_json, write_json
 from kd.images.decode import Arrays, locked
 from kd.images.pictures import decode_to
-from kd.images.rows import Rows, Undecoded
+from kd.images.rows import Rows, Selected
 from kd.images.survey import Digest, Facts, Levels
 
 BLOCK = 256  # images that are looked at together before training
@@ -29,7 +29,7 @@ AHEAD = 2  # batches that each worker has ready
 
 
 @dataclass(frozen=True)
-class Encoded(Undecoded, Dataset):
+class Encoded(Selected, Dataset):
     """Images of a split as they are stored; a worker has its own copy of this and is sent row numbers."""
 
     stored: object  # a datasets.Dataset whose images are not decoded
