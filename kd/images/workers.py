@@ -7,6 +7,7 @@ that a run gets the same bytes whichever way its data is held.
 
 import hashlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from kd.images.rows import Rows, Selected
 from kd.images.survey import Digest, Facts, Levels
 
 BLOCK = 256  # images that are looked at together before training
+SIGNAL = 0.5  # seconds in which the system tells of a process that died
 AHEAD = 2  # batches that each worker has ready
 
 
@@ -91,6 +93,9 @@ def _received(loader: DataLoader) -> Iterator[Tensor | str]:
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:  # it died while it handed a batch over, which torch does not notice
+        time.sleep(
+            SIGNAL
+        )  # or does a little later, by raising wherever it finds us: better here than in an error's words
         raise RuntimeError(f"a DataLoader worker died ({error!r})") from error
 
 
