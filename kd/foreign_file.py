@@ -30,7 +30,7 @@ def expanded(name: str) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise UserError(f"--teacher {name}: no such file ({error})") from error
+        raise UserError(f"--teacher {name}: no such file or folder ({error})") from error
 
 
 def expectations(path: Path) -> Expected:

@@ -21,6 +21,7 @@ from kd.config import DistillConfig, Job
 from kd.data import Data
 from kd.errors import require
 from kd.foreign import NEW_HEAD, build, check, is_foreign, origin_of, read, with_fresh_head
+from kd.foreign_file import expanded
 from kd.hub import local_folder
 from kd.models import build_model
 from kd.outputs import Batch, Outputs, Tap
@@ -66,7 +67,7 @@ def check_teachers(config: DistillConfig) -> None:
         if is_foreign(name):
             check(name, config.teacher_model)
         else:
-            read_model(local_folder(name))
+            read_model(local_folder(expanded(name)))
 
 
 def load_teachers(

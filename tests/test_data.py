@@ -226,7 +226,8 @@ def move(folder, *pairs: tuple[str, str]) -> None:
         (lambda f: [file.rename(file.with_suffix(".heic")) for file in f.glob("train/ape/*")],
          r"train/ape holds no image that is read \(.heic\): convert"),
         (lambda f: move(f, ("test/ape", "test/training shoes"), ("train/ape", "train/training shoes")),
-         r"training shoes/0.png would be in the splits of .* and training shoes at once: rename"),
+         "test/training shoes/0.png would be taken for each of test and training shoes: rename"),
+        (lambda f: move(f, ("train/ape", "train/training shoes")), "would be taken for each of train and training"),
         (lambda f: [shutil.rmtree(f / split / "bee") for split in ("train", "test")],
          r"one class folder alone \(ape\)"),
         (lambda f: (f / "test" / "bee" / "4.png").symlink_to("nowhere.png"), "bee/4.png is a link to nothing: mend"),
@@ -235,7 +236,7 @@ def move(folder, *pairs: tuple[str, str]) -> None:
         (lambda f: (f.rename(f.parent / "all"), f.mkdir(), (f / "train").symlink_to(f.parent / "all" / "train")),
          "pictures/train is a link to a folder"),
     ],
-    ids=["deep", "stray", "all heic", "two splits", "one class", "dangling", "linked class", "all linked"],
+    ids=["deep", "stray", "all heic", "two splits", "twice", "one class", "dangling", "linked class", "all linked"],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_datasets_would_take_otherwise_is_refused(folder, change, words, stream):
@@ -243,6 +244,16 @@ def test_what_datasets_would_take_otherwise_is_refused(folder, change, words, st
     with pytest.raises(UserError, match=words) as caught:
         load_data(DataConfig(source=str(folder), stream=stream))
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_may_be_called_as_its_own_split_is(folder):
+    """Where no file of another split has that class, which `datasets` would put into both."""
+    move(folder, ("train/ape", "train/train"))
+    for number in range(3):
+        picture(number).save(folder / "test" / "ape" / f"more {number}.png")
+    data = load_data(DataConfig(source=str(folder), val_fraction=0.0))
+    assert data.classes == ("ape", "bee", "train")
+    assert (len(data.train.labels), len(data.test.labels)) == (20, 11)
 
 
 def test_what_is_left_out_is_counted_at_every_start(folder, capsys):

@@ -64,8 +64,10 @@ class Layout:
         self.kinds[split, below[0] if below else ""][ending] += 1
 
     def _fault(self, path: str, splits: tuple[str, ...], below: tuple[str, ...]) -> str:
-        if len(splits) > 1:
-            return f"{path} would be in the splits of {' and '.join(splits)} at once: rename one of these folders"
+        if (
+            len(set(splits)) > 1
+        ):  # a class named like a split: its test images would be trained on, or others count twice
+            return f"{path} would be taken for each of {' and '.join(splits)}: rename one of these folders"
         if not below:
             return f"{path} lies outside a class folder, which leaves every image without a label: move or delete it"
         deep = f"{path} lies deeper than SPLIT/CLASS/FILE, and {below[-1]} would be its class: move it up"
