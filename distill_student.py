@@ -31,10 +31,13 @@ def main(config: DistillConfig) -> None:
     from kd.models import check_name
     from kd.probe import try_method, try_out
     from kd.table import show_results
+    from kd.teacher import check_teachers
 
     job, needs_teacher = config.job(), config.method.needs_teacher
     check_name(config.student)
-    if needs_teacher and not config.teachers:
+    if needs_teacher and config.teachers:
+        check_teachers(config)
+    elif needs_teacher:
         check_name(config.teacher_model)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)

@@ -18,6 +18,8 @@ ATTEMPTS = 10  # at a box that fits, as in torchvision's RandomResizedCrop
 SHAPE = (3 / 4, 4 / 3)  # width over height, from and to (Szegedy et al., arXiv:1409.4842, section 6)
 GREY = (0.2989, 0.587, 0.114)  # of red, green and blue (ITU-R 601, as torchvision rounds it)
 
+PARTS = 2**16  # of a level, to which greys are rounded before they are summed: float32 holds no finer ones at 255
+
 
 class Boxes(NamedTuple):
     """A part of each image, in whole pixels."""
@@ -90,7 +92,10 @@ def jitter(images: UInt8[Tensor, "b 3 h w"], by: Factors) -> UInt8[Tensor, "b 3 
     """
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in by)
     seen = (images.float() * brightness).clamp(0, 255)
-    seen = _blend(seen, _grey(seen).mean(dim=(1, 2, 3), keepdim=True), contrast)
+    # Summed as whole numbers: a sum of fractions depends on how threads share it out, and so on the batch.
+    parts = (_grey(seen) * PARTS).round().long()
+    mean = parts.sum(dim=(1, 2, 3), keepdim=True).double() / (PARTS * parts[0].numel())
+    seen = _blend(seen, mean.float(), contrast)
     seen = _blend(seen, _grey(seen), saturation)
     return seen.round().to(torch.uint8)
 

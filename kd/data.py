@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from kd.config import DataConfig
 from kd.errors import UserError, nearest, require
 from kd.images.builtin_data import BUILT_IN
-from kd.images.decode import cached
+from kd.images.decode import Arrays, cached
 from kd.images.holding import Kept, Source, hold, say
 from kd.images.hub_sets import HUB_SETS, HubSet, advice, filled, find
 from kd.images.listing import opened, state_of
@@ -37,6 +39,7 @@ class Data:
     std: tuple[float, ...]
     fingerprint: str  # sha256 of all rows and class names in order; of a stream, of its files' names, sizes and times
     size: tuple[int, int]  # height and width of every image as networks see it
+    held: str = "in memory"  # in words: how, and why so
 
 
 def load_data(config: DataConfig) -> Data:
@@ -62,15 +65,31 @@ def load_data(config: DataConfig) -> Data:
     train = long_tail(train, config.imbalance, len(classes), config.split_seed)
     for name, split in (("train", train), ("validation", val), ("test", test)):
         require(split is None or len(split.labels) > 0, f"--data {config.source}: the {name} split is empty")
+    _tell(config, source.how, {"training": train, "validation": val, "test": test}, classes)
     facts = source.facts(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
     size = (config.image_size,) * 2 if config.image_size else train.size
-    return Data(train, val, test, classes, *facts, size)
+    return Data(train, val, test, classes, *facts, size, source.how)
+
+
+def _tell(config: DataConfig, how: str, splits: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:
+    """How the data is held and how much of it there is; and of which classes nothing can be learned."""
+    sizes = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items() if split is not None)
+    if config.source not in BUILT_IN:
+        say(f"data: {how}; {sizes} images of {len(classes)} classes")
+    missing = np.setdiff1d(splits["test"].labels, splits["training"].labels)
+    if len(missing):
+        names = ", ".join(classes[label] for label in missing[:3].tolist())
+        say(f"data: classes of the test split without a training image: {len(missing)} ({names})")
 
 
 def _find(config: DataConfig) -> Source:
     """The data, held as it can be."""
     source = config.source
+    path = _local(source)
+    if path.is_dir() and source in (*BUILT_IN, *HUB_SETS):
+        built_in = f"the built-in set {source}, not the folder, which ./{source} names"
+        say(f"data: {built_in if source in BUILT_IN else f'the folder {source}, not the set of that name'}")
     if source in BUILT_IN:
         for flag in ("label", "image_size", "stored_size"):
             given = getattr(config, flag)
@@ -78,10 +97,11 @@ def _find(config: DataConfig) -> Source:
         held = config.decode != "workers" and not config.stream
         require(held, f"--data {source}: the built-in set is in memory; leave --decode workers and --stream out")
         return Kept(*cached(f"{source}-v1", BUILT_IN[source]))
-    path = Path(source).expanduser()
     if path.is_dir():
-        state = state_of(path)
+        state, layout = state_of(path)
         require(state is not None, f"--data {source}: the folder is empty")
+        if left_out := layout.check(source):
+            say(f"data: {left_out}")
         key, content = _key(str(path.resolve()), state, config), _key(state, config)
         return _held(config, key, content, lambda **how: _open_folder(path, **how))
     looks_like_id = source in HUB_SETS or ("/" in source and not source.startswith((".", "/", "~")))
@@ -96,11 +116,17 @@ def _find(config: DataConfig) -> Source:
     return _held(config, key, key, lambda **how: _open_hub(known, revision, source, **how))
 
 
+def _local(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--data {source}: no such folder ({error})") from error
+
+
 def _held(config: DataConfig, key: str, content: str, load: Callable) -> Source:
     """`key` says where it lies too, `content` only what it holds, as far as that is known without reading it."""
     if not config.stream:
         return hold(config, key, lambda: opened(key, load))
-    say(f"data: streamed, {config.shuffle_rows} rows at a time (as --stream says)")
     return Streaming(config, key, content, load)
 
 
@@ -131,7 +157,7 @@ def _open_hub(known: HubSet, revision: str | None, source: str, **how):
     folder = {"data_dir": known.folder} if known.folder else {}
     try:
         splits = datasets.load_dataset(known.address, revision=revision or known.revision, **folder, **how)
-    except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the HTTP client's own errors differ between versions of the library
         raise UserError(
             f"--data {source}: {known.address} could not be loaded from the Hub ({type(error).__name__}:"
             f" {str(error)[:150]}); {advice(known)}check the name and the network, name a local folder with --data, set"
@@ -147,13 +173,8 @@ def _is_commit(revision: str | None) -> bool:
 def _newest_revision(name: str, branch: str | None) -> str | None:
     """The commit that the Hub has now; None where it cannot be asked, and what is cached offline must do."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         return HfApi().dataset_info(name, revision=branch, timeout=10).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return None
-    except Exception as error:  # the HTTP client's own errors differ between versions of the library
-        if "connect" not in f"{type(error).__name__} {error}".lower():
-            raise
+    except Exception:  # as above: a slow answer is as good as none
         return None

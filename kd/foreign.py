@@ -16,15 +16,12 @@ from torch import Tensor, nn
 
 from kd.config import Job, Origin
 from kd.errors import UserError, require
-from kd.files import read_json, read_weights, without_prefixes
+from kd.files import not_finite
+from kd.foreign_file import PICKLED, expanded, expectations, weights_in
 from kd.models import LIBRARIES, build_model, check_name, libraries, stages
 
-PICKLED = (".pth", ".pt")
-NESTED = ("state_dict", "model_state_dict", "model")  # under which other people's checkpoints keep the weights
 NEW_HEAD = "--fine-tune-teacher trains a last layer for them"
 WITHOUT = ("googlenet", "inception_v3")  # rescale their images inside when pretrained, and only then
-
-BESIDE = '{"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "classes": [...]}'
 
 
 class Foreign(NamedTuple):
@@ -61,16 +58,30 @@ def read(name: str, model: str) -> Foreign:
     """
     library, _, short = name.partition("/")
     if library not in LIBRARIES or Path(name).is_file():
-        return _from_file(Path(name).expanduser(), model)
-    check_name(name)
+        path = expanded(name)
+        expects = expectations(path)
+        return Foreign(model, weights_in(path), *expects)
+    check(name, model)
     return {"torchvision": _from_torchvision, "timm": _from_timm}[library](name, short)
+
+
+def check(name: str, model: str) -> None:
+    """Raises UserError where it cannot be what `read` wants, as far as is known without fetching or reading weights."""
+    library, _, short = name.partition("/")
+    if library not in LIBRARIES or Path(name).is_file():
+        expectations(expanded(name))
+        check_name(model)
+        return
+    check_name(name)
+    rescales = library == "torchvision" and short in WITHOUT
+    require(not rescales, f"--teacher {name}: rescales its images inside; take timm/{short}, which does not")
 
 
 def build(foreign: Foreign, name: str) -> nn.Module:
     """The network as it is, with its own classes."""
     require(bool(foreign.classes), f"--teacher {name}: its classes have no names to match with the data's; {NEW_HEAD}")
     network = build_model(foreign.model, len(foreign.classes), foreign.image_size)
-    _load(network, foreign.weights, name)
+    _load(network, foreign.weights, name, foreign.model)
     return network
 
 
@@ -83,7 +94,7 @@ def with_fresh_head(job: Job, classes: int) -> nn.Module:
     require(head is not None, f"--fine-tune-teacher: {foreign.model} ends in no linear layer to put in place")
     fresh = {key: value for key, value in network.state_dict().items() if key.startswith(f"{head}.")}
     kept = {key: value for key, value in foreign.weights.items() if not key.startswith(f"{head}.")}
-    _load(network, kept | fresh, origin.source)
+    _load(network, kept | fresh, origin.source, foreign.model)
     network.requires_grad_(False).get_submodule(head).requires_grad_(True)
     return network
 
@@ -92,18 +103,22 @@ def origin_of(foreign: Foreign, name: str) -> Origin:
     return Origin(name, foreign.sha256, foreign.image_size, foreign.mean, foreign.std)
 
 
-def _load(network: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+def _load(network: nn.Module, weights: dict[str, Tensor], name: str, model: str) -> None:
+    bad = not_finite(weights)
+    require(bad is None, f"--teacher {name}: {bad} holds NaN or infinity; no network was ever scored with that")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise UserError(f"--teacher {name}: its weights do not fit the network: {lines[:300]}") from error
+        remedy = "" if model == name else "; name their own with --teacher-model"
+        raise UserError(
+            f"--teacher {name}: its weights do not fit the network {model}{remedy}: {lines[:300]}"
+        ) from error
 
 
 def _from_torchvision(name: str, short: str) -> Foreign:
     import torchvision
 
-    require(short not in WITHOUT, f"--teacher {name}: rescales its images inside; take timm/{short}, which does not")
     weights = torchvision.models.get_model_weights(short).DEFAULT
     expects = weights.transforms()
     try:
@@ -131,40 +146,6 @@ def _from_timm(name: str, short: str) -> Foreign:
     return Foreign(name, network.state_dict(), tuple(classes), size, tuple(expects["mean"]), tuple(expects["std"]))
 
 
-def _from_file(path: Path, model: str) -> Foreign:
-    """Weights with, beside them, FILE.json: image_size, mean, std and, to match them by name, classes."""
-    require(path.is_file(), f"--teacher {path}: no such file")
-    beside = path.with_suffix(".json")
-    require(beside.is_file(), f"--teacher {path}: weights alone do not say what they expect; write {beside}: {BESIDE}")
-    info = read_json(beside)
-    try:
-        size = tuple(map(int, info["image_size"]))
-        mean, std = (tuple(map(float, info[key])) for key in ("mean", "std"))
-        classes = tuple(map(str, info.get("classes", ())))
-        sound = len(size) == 2 and len(mean) == len(std) == 3 and min(size) > 0 and min(std) > 0
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    require(sound, f"{beside}: wanted is {BESIDE}")
-    weights = _unpickled(path) if path.suffix in PICKLED else read_weights(path)
-    return Foreign(model, weights, classes, size, mean, std)
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file that torch.save wrote."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path}: holds more than tensors, which is not executed here, or cannot be read"
-            f" ({' '.join(str(error).split())[:120]}); save its state_dict() alone, best as safetensors"
-        ) from error
-    for key in NESTED:
-        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-    tensors = isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())
-    require(tensors and bool(found), f"{path}: holds no state dict (names and tensors), plain or under {NESTED[0]!r}")
-    return without_prefixes(dict(found), path)
-
-
 def _unreachable(name: str, error: Exception, also: str) -> str:
     why = " ".join(f"{type(error).__name__}: {error}".split())[:150]
     return (
@@ -176,8 +157,9 @@ def _unreachable(name: str, error: Exception, also: str) -> str:
 def match_classes(theirs: tuple[str, ...], ours: tuple[str, ...]) -> list[int] | None:
     """For each of our classes the place of theirs with its name; None where that cannot be told.
 
-    The same name, or one that differs only in case, '_' for a space, or further synonyms after a comma. Two lists of a
-    thousand that agree in nine of ten places are both ImageNet's, whose other names are spelt in many ways.
+    The same name, or one that differs only in case, '_' for a space, or what follows a comma: of synonyms the first
+    counts. Two lists of a thousand that agree in nine of ten places are both ImageNet's, whose other names are spelt in
+    many ways.
     """
     for same in (lambda name: name, _plain):
         named = [same(name) for name in theirs]

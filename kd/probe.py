@@ -1,5 +1,6 @@
 """Trying things before anything expensive starts."""
 
+import tempfile
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -58,10 +59,13 @@ def try_out(job: Job, data: Data, accelerator: Accelerator) -> nn.Module:
     probe(network, data.size, "student", layers)
     check_batch(job.fit.batch_size, len(data.train.labels), accelerator.num_processes)
     if job.run.out:
+        out = Path(job.run.out)
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
         try:
-            Path(job.run.out).mkdir(parents=True, exist_ok=True)
+            if there != out or not out.is_dir():  # one that is there is its run's to judge
+                tempfile.TemporaryDirectory(dir=there).cleanup()  # what is refused later must leave nothing behind
         except OSError as error:
-            raise UserError(f"cannot write to {job.run.out} ({error}); choose another --out") from error
+            raise UserError(f"cannot write to {out} ({error}); choose another --out") from error
     return network
 
 

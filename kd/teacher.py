@@ -19,11 +19,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from kd.adapt import adapt, resized
 from kd.config import DistillConfig, Job
 from kd.data import Data
-from kd.foreign import NEW_HEAD, build, is_foreign, origin_of, read, with_fresh_head
+from kd.errors import require
+from kd.foreign import NEW_HEAD, build, check, is_foreign, origin_of, read, with_fresh_head
+from kd.foreign_file import expanded
 from kd.hub import local_folder
 from kd.models import build_model
 from kd.outputs import Batch, Outputs, Tap
-from kd.trained import load_network
+from kd.trained import load_network, read_model
 
 Teacher = Callable[[Batch], Outputs]
 
@@ -52,6 +54,20 @@ class Average(nn.Module):
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         each = torch.stack([network(image).float().log_softmax(dim=1) for network in self.networks])
         return each.logsumexp(dim=0) - math.log(len(self.networks))
+
+
+def check_teachers(config: DistillConfig) -> None:
+    """Raises UserError for a teacher that is not there, or cannot be what its flags say: before any data is read."""
+    require(
+        not config.fine_tune_teacher or any(map(is_foreign, config.teachers)),
+        f"--fine-tune-teacher: {', '.join(config.teachers)} is a run, which has learned its last layer; leave the flag"
+        " out, or name a teacher from elsewhere",
+    )
+    for name in config.teachers:
+        if is_foreign(name):
+            check(name, config.teacher_model)
+        else:
+            read_model(local_folder(expanded(name)))
 
 
 def load_teachers(

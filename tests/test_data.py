@@ -1,17 +1,25 @@
 """Data: found, decoded once, checked, split by class; and whatever is wrong with it named."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from kd.config import DataConfig
-from kd.data import load_data
+from kd.data import Split, load_data
 from kd.errors import UserError
 from kd.images import holding
 from kd.images.decode import cache_root
+from kd.images.folder import COMMON
+from kd.images.holding import fits, limit_files, memory_limit
+from kd.images.survey import blocks_of
 from tests.conftest import CIFAR100, needs_cifar100
 
 
@@ -202,6 +210,174 @@ def test_a_validation_split_of_the_datas_own_is_used(tmp_path):
     source = parquet(tmp_path / "set", rows, FEATURES, ("train", "validation", "test"))
     data = load_data(DataConfig(source=source))
     assert (len(data.train.labels), len(data.val.labels), len(data.test.labels)) == (10, 10, 10)
+
+
+def move(folder, *pairs: tuple[str, str]) -> None:
+    for old, new in pairs:
+        (folder / new).parent.mkdir(parents=True, exist_ok=True)
+        (folder / old).rename(folder / new)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: move(f, ("train/ape/0.png", "train/ape/2020/0.png")), "ape/2020/0.png lies deeper .* 2020 would be"),
+        (lambda f: picture(0).save(f / "train" / "stray.png"), "train/stray.png lies outside a class folder"),
+        (lambda f: [file.rename(file.with_suffix(".heic")) for file in f.glob("train/ape/*")],
+         r"train/ape holds no image that is read \(.heic\): convert"),
+        (lambda f: move(f, ("test/ape", "test/training shoes"), ("train/ape", "train/training shoes")),
+         "test/training shoes/0.png would be taken for each of test and training shoes: rename"),
+        (lambda f: move(f, ("train/ape", "train/training shoes")), "would be taken for each of train and training"),
+        (lambda f: [shutil.rmtree(f / split / "bee") for split in ("train", "test")],
+         r"one class folder alone \(ape\)"),
+        (lambda f: (f / "test" / "bee" / "4.png").symlink_to("nowhere.png"), "bee/4.png is a link to nothing: mend"),
+        (lambda f: (move(f, ("train/bee", "../bees")), (f / "train" / "bee").symlink_to(f.parent / "bees")),
+         "train/bee is a link to a folder, which is not followed: put the folder itself there"),
+        (lambda f: (f.rename(f.parent / "all"), f.mkdir(), (f / "train").symlink_to(f.parent / "all" / "train")),
+         "pictures/train is a link to a folder"),
+    ],
+    ids=["deep", "stray", "all heic", "two splits", "twice", "one class", "dangling", "linked class", "all linked"],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_datasets_would_take_otherwise_is_refused(folder, change, words, stream):
+    change(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        load_data(DataConfig(source=str(folder), stream=stream))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_may_be_called_as_its_own_split_is(folder):
+    """Where no file of another split has that class, which `datasets` would put into both."""
+    move(folder, ("train/ape", "train/train"))
+    for number in range(3):
+        picture(number).save(folder / "test" / "ape" / f"more {number}.png")
+    data = load_data(DataConfig(source=str(folder), val_fraction=0.0))
+    assert data.classes == ("ape", "bee", "train")
+    assert (len(data.train.labels), len(data.test.labels)) == (20, 11)
+
+
+def test_what_is_left_out_is_counted_at_every_start(folder, capsys):
+    for number in range(3):
+        (folder / "train" / "ape" / f"{number}.png").rename(folder / "train" / "ape" / f"{number}.HEIC")
+    (folder / "test" / "bee" / "notes.txt").write_text("x")
+    (folder / "README.md").write_text("not below a split")
+    for _ in range(2):
+        data = load_data(DataConfig(source=str(folder), val_fraction=0.2))
+        said = capsys.readouterr().out
+        assert "data: 4 of 29 files left out (.heic, .txt)\n" in said
+        assert "; 14 training, 3 validation, 8 test images of 2 classes\n" in said
+    assert data.held.startswith("in memory, decoded once (")
+
+
+def test_hidden_files_are_nobodys_business(folder, capsys):
+    (folder / "train" / "ape" / ".#lock").symlink_to("user@host.1234")
+    (folder / "train" / ".thumbnails").mkdir()
+    picture(0).save(folder / "train" / ".thumbnails" / "0.png")
+    (folder / "__MACOSX").mkdir()
+    (folder / ".linked").symlink_to(folder / "train")
+    (folder / "__too").symlink_to(folder / "train")
+    assert len(load_data(DataConfig(source=str(folder), val_fraction=0.0)).train.labels) == 20
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_common_endings_are_images_to_datasets():
+    assert set(COMMON) <= set(ImageFolder.EXTENSIONS)
+
+
+def test_links_to_files_are_followed(folder):
+    (folder / "train" / "ape" / "0.png").rename(folder.parent / "elsewhere.png")
+    (folder / "train" / "ape" / "0.png").symlink_to(folder.parent / "elsewhere.png")
+    assert len(load_data(DataConfig(source=str(folder), val_fraction=0.0)).train.labels) == 20
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_images_described_by_a_file_may_lie_anywhere(tmp_path, form):
+    for split in ("train", "test"):
+        place = tmp_path / "set" / split / "by year" / "2020"
+        place.mkdir(parents=True)
+        rows = [(f"by year/2020/{number}.png", "ab"[number % 2]) for number in range(6)]
+        for number, (name, _) in enumerate(rows):
+            picture(number).save(tmp_path / "set" / split / name)
+        lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows]
+        if form == "csv":
+            lines = ["file_name,label", *(",".join(row) for row in rows)]
+        (tmp_path / "set" / split / f"metadata.{form}").write_text("\n".join(lines))
+    assert load_data(DataConfig(source=str(tmp_path / "set"), val_fraction=0.0)).classes == ("a", "b")
+
+
+def test_a_test_class_that_nobody_can_learn_is_named(folder, capsys):
+    shutil.copytree(folder / "test" / "bee", folder / "test" / "cow")
+    load_data(DataConfig(source=str(folder)))
+    assert "data: classes of the test split without a training image: 1 (cow)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("label", ["image", "boxes"])
+def test_a_label_column_holds_numbers_or_names(tmp_path, label, stream):
+    rows = {"image": [picture(n) for n in range(4)], "label": [0, 1, 0, 1], "boxes": [[1, 2]] * 4}
+    kinds = Features({"image": ImageFeature(), "label": Value("int64"), "boxes": List(Value("int64"))})
+    source = parquet(tmp_path / "set", rows, kinds)
+    with pytest.raises(UserError, match=rf"--label {label}: holds no numbers or names but \w+; it has image \(Image\)"):
+        load_data(DataConfig(source=source, label=label, stream=stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_missing_name_is_an_error_of_one_line(tmp_path, stream):
+    rows = {"img": [picture(n) for n in range(4)], "label": ["a", "b", None, "a"]}
+    source = parquet(tmp_path / "set", rows, Features({"img": ImageFeature(), "label": Value("string")}))
+    with pytest.raises(UserError, match="--label label: needs whole numbers or names, one for each row"):
+        load_data(DataConfig(source=source, stream=stream))
+
+
+def test_a_home_that_is_not_there():
+    with pytest.raises(UserError, match="--data ~nobodyx/foo: no such folder"):
+        load_data(DataConfig(source="~nobodyx/foo"))
+
+
+def test_a_folder_called_like_a_named_set_is_itself(folder, capsys):
+    folder.rename("food101")
+    data = load_data(DataConfig(source="food101"))
+    assert (data.classes, data.size) == (("ape", "bee"), (12, 12))
+    assert "data: the folder food101, not the set of that name\n" in capsys.readouterr().out
+    Path("food101").rename("digits")
+    assert len(load_data(DataConfig(source="digits")).classes) == 10
+    assert "data: the built-in set digits, not the folder, which ./digits names\n" in capsys.readouterr().out
+
+
+def test_statistics_look_at_few_bytes_at_a_time(monkeypatch):
+    images = np.zeros((10, 3, 8, 8), np.uint8)
+    monkeypatch.setattr("kd.images.survey.BLOCK_BYTES", 3 * images[0].nbytes)
+    assert [len(block) for block in blocks_of(images, np.arange(10))] == [3, 3, 3, 1]
+    monkeypatch.setattr("kd.images.survey.BLOCK_BYTES", 1)
+    assert [len(block) for block in blocks_of(images, np.arange(4))] == [1] * 4
+
+
+def test_what_is_held_out_is_not_copied(folder):
+    """Training and validation rows lie in one map, which every process of a run shares."""
+    data = load_data(DataConfig(source=str(folder)))
+    assert data.train.stored.data_ptr() == data.val.stored.data_ptr()
+    (batch,) = data.train.batches([torch.tensor([7, 0, 3])], torch.device("cpu"))
+    assert torch.equal(batch, data.train.images[[7, 0, 3]])
+    assert data.train.sha256 == Split(data.train.images, data.train.labels).sha256
+    assert data.train.on(torch.device("cpu")) is data.train
+    assert isinstance(data.test, Split), "all rows of a map are the map itself"
+
+
+def test_what_fits_is_measured_by_the_containers_memory(tmp_path, monkeypatch):
+    limits = [tmp_path / name for name in ("group", "parent", "absent")]
+    limits[0].write_text("max\n")
+    limits[1].write_text("1000000\n")
+    monkeypatch.setattr("kd.images.holding.limit_files", lambda: limits)
+    assert memory_limit() == 1_000_000
+    assert fits(500_000, DataConfig())[0]
+    keep, why = fits(500_001, DataConfig())
+    assert (keep, why.split(" free")[0][:53]) == (False, "their 0.0005 GB do not fit half of 0.001 GB of memory")
+
+
+def test_limits_are_looked_for_in_every_group_above():
+    files = limit_files()
+    assert Path("/sys/fs/cgroup/memory.max") in files
+    assert all(file.is_relative_to("/sys/fs/cgroup") for file in files)
 
 
 @needs_cifar100

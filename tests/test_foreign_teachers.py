@@ -125,6 +125,86 @@ def test_what_cannot_be_used_is_refused(make, words, data):
     assert not Path("executed").exists()
 
 
+def nan_weights() -> dict:
+    weights = weights_of(10)
+    weights["6.bias"][3] = float("nan")
+    return weights
+
+
+TEN = [str(number) for number in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: file_of("big.safetensors", TEN, nan_weights()),
+            "--teacher big.safetensors: 6.bias holds NaN or infinity",
+        ),
+        (
+            lambda: beside(file_of("big.safetensors", TEN), mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4]),
+            "big.json: mean and std are shares of 255, from 0 to 1",
+        ),
+        (lambda: beside(file_of("big.safetensors", TEN), std=[0.2, 0.2, 1.5]), "mean and std are shares of 255"),
+        (lambda: beside(file_of("big.safetensors", TEN), mean=[-0.5, 0, 0]), "mean and std are shares of 255"),
+        (lambda: beside(file_of("big.safetensors", TEN), mean=[float("nan"), 0, 0]), "mean and std are shares of 255"),
+        (
+            lambda: beside(file_of("big.safetensors", TEN), model="resnet8", resized=[24, 24]),
+            "big.json is of a run, which is more than its weights: name the run folder, --teacher .",
+        ),
+    ],
+    ids=["nan", "levels", "wide", "negative", "nan mean", "run"],
+)
+def test_a_safetensors_file_that_misleads_is_refused(make, words, data):
+    make()
+    with pytest.raises(UserError, match=words):
+        load_teachers(["big.safetensors"], data, CPU, False, MODEL)
+
+
+def test_weights_of_another_network_name_the_one_that_was_tried(data):
+    file_of("big.safetensors", data.classes)
+    with pytest.raises(UserError, match=r"do not fit the network resnet34; name their own with --teacher-model: "):
+        load_teachers(["big.safetensors"], data, CPU, False, "resnet34")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--teacher", "./nowhere"], "nowhere: no such run folder"),
+        (["--teacher", "empty"], "empty is no finished run"),
+        (["--teacher", "torchvision/resnet19"], "unknown model 'torchvision/resnet19'"),
+        (["--teacher", "torchvision/googlenet"], "rescales its images inside"),
+        (["--teacher", "big.pth"], "--teacher big.pth: no such file"),
+        (["--teacher", "~nobodyx/big.pth"], "--teacher ~nobodyx/big.pth: no such file or folder"),
+        (["--teacher", "~nobodyx/run"], "--teacher ~nobodyx/run: no such file or folder"),
+        (["--teacher", "there.pth", "--teacher-model", "resnet35"], "unknown model 'resnet35'"),
+        (["--teacher", "there.pth"], "write there.json"),
+        (["--teacher", "no-one/such"], "not to be had from the Hub"),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_missed_before_any_data_is_read(flags, words, monkeypatch):
+    monkeypatch.setattr("kd.data.load_data", None)
+    Path("empty").mkdir()
+    torch.save(weights_of(10), "there.pth")
+    if "resnet35" in flags:
+        beside("there.pth", classes=TEN)
+    with pytest.raises(UserError, match=words):
+        distil(*flags, "--out", "student")
+    assert not Path("student").exists()
+
+
+def test_a_teacher_that_lacks_a_class_leaves_no_folder_behind(data):
+    file_of("big.safetensors", ["one"] * 10)
+    with pytest.raises(UserError, match="knows 10 classes and not"):
+        distil("--teacher", "big.safetensors", "--teacher-model", MODEL, "--out", "some/student")
+    assert not Path("some").exists()
+
+
+def test_a_run_has_learned_its_last_layer(resnet8_run):
+    with pytest.raises(UserError, match=r"--fine-tune-teacher: .*resnet8 is a run, which has learned its last layer"):
+        distil("--teacher", str(resnet8_run), "--fine-tune-teacher")
+
+
 def test_names_match_in_other_spellings_and_never_by_luck():
     assert match_classes(("dog", "cat"), ("cat", "dog")) == [1, 0]
     assert match_classes(("tench, Tinca tinca", "French horn"), ("french_horn", "Tench")) == [1, 0]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from kd.config import DataConfig
-from kd.data import load_data
+from kd.data import _newest_revision, load_data
 from kd.errors import UserError
 from kd.images.hub_sets import HUB_SETS
 from kd.presets import train_defaults
@@ -97,6 +97,24 @@ def test_a_gated_set_says_how_to_get_in(monkeypatch, hub):
     assert "terms" not in str(caught.value)
     with pytest.raises(UserError, match=r"did you mean .*imagenette"):
         load_data(DataConfig("imagenete"))
+
+
+class ReadTimeout(Exception):
+    """httpx's own, which is neither an OSError nor speaks of a connection."""
+
+
+def test_a_slow_hub_is_no_traceback(monkeypatch, hub):
+    def slow(*args, **how):
+        raise ReadTimeout("The read operation timed out")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", slow)
+    assert _newest_revision("someone/set", None) is None
+    monkeypatch.setattr("datasets.load_dataset", slow)
+    with pytest.raises(
+        UserError, match=r"could not be loaded from the Hub \(ReadTimeout: The read operation timed out"
+    ):
+        load_data(DataConfig("someone/set"))
 
 
 def test_help_lists_every_name(capsys):

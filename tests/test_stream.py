@@ -16,11 +16,15 @@ from kd.cli import parse
 from kd.config import DataConfig, ViewConfig
 from kd.data import load_data
 from kd.errors import UserError
-from kd.images.stream import stream_order
+from kd.images import stream
+from kd.images.stream_order import stream_order
 from kd.presets import train_defaults
 from kd.run_folder import identity_of
-from tests.runs import differences, distil, teach
+from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
+from tests.test_resume import Killed, die_at
 from tests.test_workers import all_batches, images
+
+CPU = {"ACCELERATE_USE_CPU": "true"}
 
 FEATURES = Features({"image": ImageFeature(), "label": ClassLabel(names=["ape", "bee", "cat"])})
 ROWS = (40, 10)
@@ -111,6 +115,110 @@ def test_each_shard_is_opened_once_an_epoch(folder, monkeypatch):
     )
     list(train.batches(train.order(0, 0).split(5), torch.device("cpu")))
     assert sorted(opened) == [0, 1, 2, 3]
+
+
+def parts_of(folder: Path, counts: list[int], label=lambda row: row % 3) -> str:
+    """Parquet files of so many rows each, whose images are grey by their row's number; one test file."""
+    (folder / "data").mkdir(parents=True)
+    row = 0
+    for number, count in enumerate([*counts, 6]):
+        rows = range(row, row := row + count)
+        cells = [Image.fromarray(np.full((4, 4, 3), one % 251, np.uint8)) for one in rows]
+        part = Dataset.from_dict({"image": cells, "label": [label(one) for one in rows]}, features=FEATURES)
+        split, where = ("train", number) if number < len(counts) else ("test", 0)
+        part.to_parquet(folder / "data" / f"{split}-{where:05}-of-{len(counts) if split == 'train' else 1:05}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory) -> str:
+    return parts_of(tmp_path_factory.mktemp("data") / "forty", [3 + number % 4 for number in range(40)])
+
+
+@pytest.mark.parametrize(("window", "share"), [(60, 1), (60, 2), (25, 1), (7, 1), (1000, 2)])
+def test_a_window_over_many_shards_opens_and_reads_each_once(forty, monkeypatch, window, share):
+    """Whatever part of each batch this process decodes; and two windows of images and a batch are the most it holds."""
+    train = load_data(streamed(forty, window, val_fraction=0.0)).train
+    opened, held, kind = [], [], type(train.images.stream)
+    real, read = kind.shard, stream._Reader._read_to
+    monkeypatch.setattr(
+        kind, "shard", lambda self, num_shards, index: opened.append(index) or real(self, num_shards, index)
+    )
+
+    def counted(self, row: int, shard: int) -> None:
+        read(self, row, shard)
+        held.append(len(self.held))
+        assert len(self.opened) <= stream.OPEN
+
+    monkeypatch.setattr(stream._Reader, "_read_to", counted)
+    for epoch in range(2):
+        order = train.order(0, epoch)
+        indices = [batch[::share] for batch in order.split(10)]
+        seen = torch.cat(list(train.batches(indices, torch.device("cpu"))))
+        assert seen[:, 0, 0, 0].tolist() == [row % 251 for row in torch.cat(indices).tolist()]
+    assert max(opened.count(number) for number in range(40)) <= 2, "once an epoch"
+    assert max(held) <= 2 * window + 10
+
+
+def test_an_epoch_entered_in_the_middle_opens_what_is_due_alone(forty, monkeypatch):
+    train = load_data(streamed(forty, 40, val_fraction=0.0)).train
+    opened, kind = [], type(train.images.stream)
+    real = kind.shard
+    monkeypatch.setattr(
+        kind, "shard", lambda self, num_shards, index: opened.append(index) or real(self, num_shards, index)
+    )
+    rest = train.order(0, 0)[95:]
+    seen = torch.cat(list(train.batches(rest.split(10), torch.device("cpu"))))
+    assert seen[:, 0, 0, 0].tolist() == [row % 251 for row in rest.tolist()]
+    assert sorted(opened) == sorted(set(train.images.shards_of(rest.numpy()).tolist()))
+
+
+def test_a_stream_that_is_sorted_by_class_is_told_so_once(tmp_path, capsys):
+    source = parts_of(tmp_path / "sorted", [30, 30, 30], label=lambda row: min(row // 30, 2))
+    load_data(streamed(source, 15))
+    said = [line for line in capsys.readouterr().out.splitlines() if "--shuffle-rows" in line]
+    assert said == [
+        "data: 15 rows in turn hold 1.4 classes, shuffled ones would hold 2.99: the data is sorted by class; give a"
+        " larger --shuffle-rows, or store it shuffled"
+    ]
+    load_data(streamed(source, 81))
+    load_data(streamed(parts_of(tmp_path / "mixed", [30, 30, 30]), 15))
+    assert "--shuffle-rows" not in capsys.readouterr().out
+
+
+def test_a_shard_cut_short_is_named_while_labels_are_read(tmp_path):
+    source = shards(tmp_path / "parquet")
+    cut = tmp_path / "parquet" / "data" / "train-00002-of-00004.parquet"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    with pytest.raises(
+        UserError, match=r"the stream broke off at the labels of train, row 20 \(Arrow.*the files"
+    ) as no:
+        load_data(streamed(source, 8))
+    assert "\n" not in str(no.value)
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bytes(folder, monkeypatch):
+    flags = ["--data", folder, "--image-size", "16", "--batch-size", "5", "--workers", "2", "--epochs", "2"]
+    flags += ["--stream", "--shuffle-rows", "12", "--save-every", "2"]
+    teach(*flags, "--out", "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 11)
+        teach(*flags, "--out", "run")
+    teach(*flags, "--out", "run", "--resume")
+    assert differences(Path("whole"), Path("run")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--stream", "--shuffle-rows", "12"], ["--decode", "workers"]])
+def test_two_processes_read_what_one_does(folder, how):
+    flags = [*SMALL, "--data", folder, "--image-size", "16", "--batch-size", "6", "--workers", "1", *how]
+    flags += ["--model", "tests.networks:plain", "--wandb", "disabled"]
+    done = script("train_teacher.py", *flags, "--out", "two", env=CPU, launcher=torchrun(2))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("data: ") == 1, "one process speaks"
+    teach(*flags, "--out", "one")
+    for line, other in zip(metrics_of(Path("one")), metrics_of(Path("two")), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
 
 
 def test_with_a_window_over_everything_the_weights_are_those_of_memory(folder, tmp_path):

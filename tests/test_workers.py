@@ -78,6 +78,15 @@ def test_the_facts_are_those_of_the_decoded_data(folder, more):
     assert torch.equal(kept.train.labels, decoded.train.labels)
 
 
+def test_only_the_training_split_has_a_digest(folder):
+    """The survey digests its pixels alone; another split's would be the wrong one, or cost another pass."""
+    data = load_data(config(folder, "workers"))
+    assert data.train.sha256 == load_data(config(folder, "memory")).train.sha256
+    for split in (data.val, data.test):
+        with pytest.raises(RuntimeError, match="only the training split's pixels"):
+            split.sha256  # noqa: B018
+
+
 def test_the_second_start_looks_at_nothing_again(folder, monkeypatch):
     first = load_data(config(folder, "workers"))
     monkeypatch.setattr("kd.images.workers._look", None)  # would raise if called
@@ -96,7 +105,10 @@ def test_both_ways_are_one_run_and_end_in_the_same_weights(folder, tmp_path, cap
     assert identities[0] == identities[1]
     said = capsys.readouterr().out
     assert "data: in memory, decoded once (" in said
-    assert "data: decoded by workers in every epoch (as --decode says)" in said
+    assert "data: decoded by workers in every epoch (as --decode says); " in said
+    for how in ("memory", "workers"):
+        held = json.loads((tmp_path / how / "config.json").read_text())["data"]["held"]
+        assert f"data: {held}; 37 training, 3 validation, 10 test images of 3 classes\n" in said
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@
 
 makes so many JPEGs of 64 to 500 pixels a side in FOLDER (found there, they are used again), then takes turns between
 torchvision (ImageFolder, RandomResizedCrop, flip, ToTensor, Normalize, a DataLoader) and the worker-decoded path, with
-the same workers, batches and images; and ends with the peak memory of reading 1,000 images often and all of them once.
-Not a test: nothing is asserted of timings.
+the same workers, batches and images, but not the same work: theirs unpack each whole JPEG and crop the original, ours
+unpack it at a fraction of its pixels, bring its central square to the stored size and crop that. It ends with the peak
+memory of reading 1,000 images often and all of them once. Not a test: nothing is asserted of timings.
 """
 
 import json

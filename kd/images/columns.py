@@ -21,7 +21,7 @@ def find_columns(features, unique: Callable[[str], list], label: str | None, sou
 
     Raises UserError listing the columns there are.
     """
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
     there = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
@@ -34,6 +34,11 @@ def find_columns(features, unique: Callable[[str], list], label: str | None, sou
     require(chosen is not None, f"--data {source}: no label column; it has {there}; name one with --label")
     if isinstance(features[chosen], ClassLabel):
         return Columns(images[0], chosen, tuple(features[chosen].names))
+    kind = features[chosen]
+    require(
+        isinstance(kind, Value),
+        f"--label {chosen}: holds no numbers or names but {type(kind).__name__}; it has {there}",
+    )
     values = unique(chosen)
     require(
         all(isinstance(value, int | str) for value in values) and len({type(value) for value in values}) == 1,

@@ -23,7 +23,7 @@ from kd.lock import Lock
 class Arrays(NamedTuple):
     """One split: images uint8 N x 3 x H x W, or what gives them when they are asked for; labels int64 N."""
 
-    images: np.ndarray  # or kd.images.workers.Encoded, kd.images.stream.Streamed: selected by a mask in the same way
+    images: np.ndarray  # or a kd.images.rows.Selected, of which a mask selects in the same way
     labels: np.ndarray
 
 

@@ -4,11 +4,14 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from jaxtyping import Int, UInt8
 
 from kd.config import DataConfig
 from kd.cores import share_of_cores
@@ -16,8 +19,8 @@ from kd.errors import require
 from kd.images.columns import Columns, check_columns, find_columns, numbers_of
 from kd.images.decode import Arrays, cache_root, cached, decode_split, undecoded
 from kd.images.pictures import decode
-from kd.images.rows import Rows, Split
-from kd.images.survey import Facts, channel_statistics
+from kd.images.rows import Mapped, Rows, Selected, Split
+from kd.images.survey import Facts, blocks_of, channel_statistics
 from kd.images.workers import Encoded, StoredRows, survey
 
 SHARE = 0.5  # of the memory and of the disk's free space that decoded images may take
@@ -29,6 +32,7 @@ class Source(ABC):
 
     splits: dict[str, Arrays]
     classes: tuple[str, ...]
+    how: str = "in memory"  # in words: which of the three it is, and why
 
     @abstractmethod
     def facts(self, train: Arrays) -> Facts:
@@ -38,18 +42,33 @@ class Source(ABC):
     def rows(self, split: Arrays) -> Rows: ...
 
 
+@dataclass(frozen=True)
+class Decoded(Selected):
+    """Rows of a memory map, named and not copied: each process of a run would hold a copy of its own."""
+
+    stored: UInt8[np.ndarray, "m 3 h w"]
+    sides: tuple[int, int]  # height and width of each
+    rows: Int[np.ndarray, "n"]  # which of the stored ones
+
+    @classmethod
+    def all_of(cls, images: UInt8[np.ndarray, "m 3 h w"]) -> "Decoded":
+        return cls(images, tuple(images.shape[2:]), np.arange(len(images)))
+
+
 class Kept(Source):
     """Decoded images, in memory maps."""
 
     def __init__(self, splits: dict[str, Arrays], classes: tuple[str, ...], fingerprint: str):
-        self.splits, self.classes, self.fingerprint = splits, classes, fingerprint
+        self.splits = {name: Arrays(Decoded.all_of(images), labels) for name, (images, labels) in splits.items()}
+        self.classes, self.fingerprint = classes, fingerprint
 
     def facts(self, train: Arrays) -> Facts:
-        blocks = (train.images[start : start + 4096] for start in range(0, len(train.images), 4096))
-        return Facts(*channel_statistics(blocks), self.fingerprint)
+        return Facts(*channel_statistics(blocks_of(train.images.stored, train.images.rows)), self.fingerprint)
 
     def rows(self, split: Arrays) -> Rows:
-        return Split(torch.from_numpy(split.images), torch.from_numpy(split.labels))
+        images, labels = torch.from_numpy(split.images.stored), torch.from_numpy(split.labels)
+        whole = len(labels) == len(images)
+        return Split(images, labels) if whole else Mapped(images, torch.from_numpy(split.images.rows), labels)
 
 
 class Stored(Source):
@@ -65,14 +84,16 @@ class Stored(Source):
             numbers = np.arange(len(rows))
             cells = undecoded(rows, column).select_columns(column)
             self.splits[name] = Arrays(Encoded(cells, column, name, opened.size, sides, workers, numbers), labels)
-        self._train_sha256 = ""
+        self._train, self._train_sha256 = None, ""
 
     def facts(self, train: Arrays) -> Facts:
+        self._train = train.images
         found, self._train_sha256 = survey(self.key, self.splits, self.classes, train)
         return found
 
     def rows(self, split: Arrays) -> Rows:
-        return StoredRows(split.images, torch.from_numpy(split.labels), self._train_sha256)
+        known = self._train_sha256 if split.images is self._train else ""
+        return StoredRows(split.images, torch.from_numpy(split.labels), known)
 
 
 class Opened:
@@ -102,7 +123,7 @@ class Opened:
 
 
 def hold(config: DataConfig, key: str, load: Callable) -> Source:
-    """The data that `load` opens (`datasets` sets by split), held as the flags say or as it fits, said in a line."""
+    """The data that `load` opens (`datasets` sets by split), held as the flags say or as it fits."""
     opened, why = None, ""
 
     def produce(folder: Path) -> tuple[str, ...] | None:
@@ -114,21 +135,43 @@ def hold(config: DataConfig, key: str, load: Callable) -> Source:
     found = None if config.decode == "workers" else cached(key, produce)
     if found is not None:
         size = sum(split.images.nbytes for split in found[0].values())
-        say(f"data: in memory, decoded once ({_gigabytes(size)}{why})")
-        return Kept(*found)
-    say(f"data: decoded by workers in every epoch ({why or 'as --decode says'})")
-    return Stored(opened or Opened(load(), config), config, key)
+        source: Source = Kept(*found)
+        source.how = f"in memory, decoded once ({_gigabytes(size)}{why})"
+    else:
+        source = Stored(opened or Opened(load(), config), config, key)
+        source.how = f"decoded by workers in every epoch ({why or 'as --decode says'})"
+    return source
 
 
 def fits(size: int, config: DataConfig) -> tuple[bool, str]:
     """Whether `size` bytes of decoded images are to be kept, and why."""
     if config.decode == "memory":
         return True, ", as --decode says"
-    memory, disk = psutil.virtual_memory().total, shutil.disk_usage(cache_root()).free
-    room = f"half of {_gigabytes(memory)} of memory and of {_gigabytes(disk)} free in {cache_root()}"
+    memory, disk = memory_limit(), shutil.disk_usage(cache_root()).free
+    room = f"half of {_gigabytes(memory)} of memory and of {_gigabytes(disk)} free under KD_CACHE"
     if size <= SHARE * min(memory, disk):
         return True, f", which fit {room}"
     return False, f"their {_gigabytes(size)} do not fit {room}"
+
+
+def memory_limit() -> int:
+    """Bytes that the machine has, or that this container may use of them."""
+    limits = [psutil.virtual_memory().total]
+    for path in limit_files():
+        with suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def limit_files() -> list[Path]:
+    """Where Linux may keep a limit of this process's memory: its control group, those above it, the older layout."""
+    root, place = Path("/sys/fs/cgroup"), "/"
+    with suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        place = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    own = root / place.lstrip("/")
+    groups = [own, *(above for above in own.parents if above.is_relative_to(root))]
+    return [*(group / "memory.max" for group in groups), root / "memory" / "memory.limit_in_bytes"]
 
 
 def _gigabytes(size: int) -> str:

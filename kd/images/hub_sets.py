@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from kd.config import DataConfig
 
@@ -41,9 +42,12 @@ def find(source: str) -> HubSet:
 
 
 def filled(config: DataConfig) -> DataConfig:
-    """The same with the named set's own label column and image size, where the flags are left out."""
+    """The same with the named set's own label column and image size, where the flags are left out.
+
+    A folder of that name comes before the set, and is none of it.
+    """
     known = HUB_SETS.get(config.source)
-    if known is None:
+    if known is None or Path(config.source).is_dir():
         return config
     return dataclasses.replace(
         config, label=config.label or known.label, image_size=config.image_size or known.image_size

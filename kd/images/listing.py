@@ -14,18 +14,18 @@ from pathlib import Path
 from kd.errors import UserError
 from kd.files import read_json, write_json
 from kd.images.decode import locked
+from kd.images.folder import Layout, files_below
 
 
-def state_of(folder: Path) -> str | None:
-    """A sha256 of the names, sizes and times of all files below the folder; None where there are none."""
-    digest, found = hashlib.sha256(), False
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            path, found = os.path.join(place, name), True
-            about = os.stat(path)
-            digest.update(f"{os.path.relpath(path, folder)}/{about.st_size}/{about.st_mtime_ns}\n".encode())
-    return digest.hexdigest() if found else None
+def state_of(folder: Path) -> tuple[str | None, Layout]:
+    """A sha256 of the names, sizes and times of all files below the folder (None where there are none), and what their
+    names say. Raises: UserError for a link that is not followed, or leads nowhere."""
+    digest, found, layout = hashlib.sha256(), False, Layout()
+    for path, about in files_below(folder):
+        found = True
+        digest.update(f"{path}/{about.st_size}/{about.st_mtime_ns}\n".encode())
+        layout.add(path)
+    return digest.hexdigest() if found else None, layout
 
 
 def opened(key: str, load: Callable) -> dict:

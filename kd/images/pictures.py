@@ -17,6 +17,8 @@ VERSION = 2  # of what the functions below do to pixels; counts in the names of 
 FINER = 2  # a JPEG is unpacked at no less than this many times the size asked for, where that saves work
 
 SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # what Pillow calls greys of more than 8 bits
+WHITE = 65535  # in them
+DIM = 4096  # a picture that keeps below this holds fewer bits (12, or 8) than its file has room for
 
 
 def decode(cell: dict | None, size: int | None, split: str, row: int) -> UInt8[np.ndarray, "3 h w"]:
@@ -26,10 +28,10 @@ def decode(cell: dict | None, size: int | None, split: str, row: int) -> UInt8[n
     """
     try:
         colours = open_image(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"], size)
+        return pixels(colours if size is None else central(colours, size, size))
     except Exception as error:  # Pillow raises many kinds; whatever it is, the row is at fault
         where = (cell or {}).get("path") or "no file name"
         raise UserError(f"{split} row {row} ({where}) is no readable image: mend or drop it ({error})") from error
-    return pixels(colours if size is None else central(colours, size, size))
 
 
 def decode_to(
@@ -71,7 +73,9 @@ def central(image: Image.Image, height: int, width: int) -> Image.Image:
     """The largest part around the centre that has the shape of height x width, brought to that size (bicubic)."""
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-    box = (left, top, left + scale * width, top + scale * height)
+    # Rounding can make the part larger than the image by a last bit, which Pillow refuses.
+    left, top = max(left, 0.0), max(top, 0.0)
+    box = (left, top, min(left + scale * width, image.width), min(top + scale * height, image.height))
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
@@ -80,9 +84,18 @@ def pixels(image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
 
 
 def in_colour(image: Image.Image) -> Image.Image:
-    """RGB of any mode. Transparency is dropped, as torchvision's and timm's loaders do; 16 bits keep their upper 8."""
+    """RGB of any mode. Transparency is dropped, as torchvision's and timm's loaders do; 16 bits keep their upper 8.
+
+    Raises: ValueError for greys whose white nobody knows, which would come out black or cut off.
+    """
+    if image.mode == "F":
+        raise ValueError("its greys are fractions, whose white is unknown; save it with 8 bits")
     if image.mode in SIXTEEN_BITS:  # Pillow's own conversion would cut off at 255 instead
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        greys = np.asarray(image)
+        least, most = int(greys.min()), int(greys.max())
+        if least < 0 or most > WHITE or 0 < most < DIM:
+            raise ValueError(f"its greys are {least} to {most}, and white is {WHITE}; save it with 8 bits")
+        image = Image.fromarray((greys >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kd import views
 
+BLOCK = 1024  # rows that are looked at together
 ROOM = 0.5  # share of a GPU's free memory that the data may take; the rest is for the networks
 
 
@@ -49,8 +50,8 @@ class Rows(ABC):
         return self
 
 
-class Undecoded:
-    """Images of a split that are decoded when they are asked for; selected by a mask, as an array of them would be.
+class Selected:
+    """Images of a split that are fetched when they are asked for; selected by a mask, as an array of them would be.
 
     A frozen dataclass with `rows`, which of the stored ones, and `sides`, the height and width that each gets.
     """
@@ -59,7 +60,7 @@ class Undecoded:
     def shape(self) -> tuple[int, int, int, int]:
         return (len(self.rows), 3, *self.sides)
 
-    def __getitem__(self, mask: np.ndarray) -> "Undecoded":
+    def __getitem__(self, mask: np.ndarray) -> "Selected":
         return dataclasses.replace(self, rows=self.rows[mask])
 
 
@@ -88,6 +89,39 @@ class Split(Rows):
     def on(self, device: torch.device) -> "Split":
         images = place(self.images, device)
         return Split(images, self.labels.to(images.device))
+
+
+@dataclass(frozen=True)
+class Mapped(Rows):
+    """Some rows of a memory map, which other splits and this machine's other processes share: nothing is copied."""
+
+    stored: UInt8[Tensor, "m 3 h w"]
+    rows: Int[Tensor, "n"]  # which of the stored ones
+    labels: Int[Tensor, "n"]
+
+    @property
+    def images(self) -> UInt8[Tensor, "n 3 h w"]:
+        """A copy of them all."""
+        return self.stored[self.rows]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.stored.shape[2:])
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for rows in self.rows.split(BLOCK):
+            digest.update(self.stored[rows].numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
+
+    def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        for index in indices:
+            yield gather(self.stored, self.rows[index.cpu()], device)
+
+    def on(self, device: torch.device) -> Rows:
+        return self if device.type == "cpu" else Split(self.images, self.labels).on(device)
 
 
 def centred(

@@ -10,6 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,29 +18,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kd import views
 from kd.errors import UserError
 from kd.images.pictures import decode_to
-from kd.images.rows import Rows, Undecoded
+from kd.images.rows import Rows, Selected
+from kd.images.stream_order import stream_order
 
 OPEN = 4  # shards that are read from at a time: where one window ends in the middle of some, the next goes on
 
 
-def stream_order(shards: Int[np.ndarray, "n"], window: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
-    """The order in which an epoch visits n rows that lie in these `shards`: shards shuffled, then windows of rows.
-
-    With a window of n or more it is kd.views.order, that of data in memory.
-    """
-    count = int(shards.max()) + 1
-    place = np.empty(count, np.int64)
-    place[views.order(seed, epoch, count).numpy()] = np.arange(count)
-    sequence = np.argsort(place[shards], kind="stable")
-    bits = views.random_bits(torch.from_numpy(sequence), seed, "order", epoch).numpy()
-    return sequence[np.lexsort((sequence, bits, np.arange(len(shards)) // window))]
-
-
 @dataclass(frozen=True)
-class Streamed(Undecoded):
+class Streamed(Selected):
     """Images of a split, read from its shards."""
 
     stream: object  # a datasets.IterableDataset of undecoded images
@@ -89,11 +77,28 @@ def _ahead(items: Iterator, count: int) -> Iterator:
     yield from begun
 
 
+@contextmanager
+def breaking_off(where: str) -> Iterator[None]:
+    """Raises UserError that says where, for whatever the network or a file answers with."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the stream broke off at {where} ({type(error).__name__}: {error}): see to the network or the files, then"
+            " continue with --resume"
+        ) from error
+
+
 class _Reader:
-    """Reads rows by number, each shard once from front to back, and holds what it passes and is wanted later."""
+    """Reads rows by number, each shard once from front to back, and holds what it passes and is wanted later.
+
+    In an order of `stream_order` that is two windows of rows and a batch at most.
+    """
 
     def __init__(self, images: Streamed, wanted: list[np.ndarray]):
         self.images, self.held = images, {}
+        self.rows = np.concatenate([*wanted, np.empty(0, np.int64)])
+        self.shards, self.at = images.shards_of(self.rows), 0  # how many of the rows have been given out
         self.wanted = np.zeros(images.starts[-1], bool)
         for rows in wanted:
             self.wanted[rows] = True
@@ -102,14 +107,10 @@ class _Reader:
     def cells(self, rows: np.ndarray) -> list[dict | None]:
         """The stored images of these rows. Raises UserError where the stream breaks off."""
         for row, shard in zip(rows.tolist(), self.images.shards_of(rows).tolist()):
-            try:
+            with breaking_off(f"{self.images.split} row {row}"):
                 if row not in self.held:
                     self._read_to(row, shard)
-            except Exception as error:  # whatever the network or a file answers with
-                raise UserError(
-                    f"the stream broke off at {self.images.split} row {row} ({type(error).__name__}: {error}):"
-                    " see to the network or the files, then continue with --resume"
-                ) from error
+            self.at += 1
         found = [self.held[row] for row in rows.tolist()]
         for row in rows.tolist():
             self.held.pop(row, None)
@@ -117,8 +118,12 @@ class _Reader:
         return found
 
     def _read_to(self, row: int, shard: int) -> None:
-        """Up to and with `row`, and no further."""
-        images = self.images
+        """Up to and with `row`, and on to the last of the shard's rows that the next window of them asks for.
+
+        A window may lie in any number of shards, which cannot all stay open until each has given its rows one by one.
+        """
+        images, soon = self.images, slice(self.at, self.at + self.images.window)
+        last = int(self.rows[soon][self.shards[soon] == shard].max(initial=row))
         self.wanted[row] = True  # a row may be asked for twice
         at, rest = self.opened.pop(shard, (row + 1, None))
         if at > row:
@@ -126,12 +131,13 @@ class _Reader:
             at = start + int(self.wanted[start:end].argmax())
             part = images.stream.shard(num_shards=len(images.starts) - 1, index=shard)
             rest = iter(part.skip(at - start))
-        for number, stored in zip(range(at, row + 1), rest, strict=False):
+        for number, stored in zip(range(at, last + 1), rest, strict=False):
             if self.wanted[number]:
                 self.held[number] = stored[images.column]
         if row not in self.held:
             raise EOFError("it has fewer rows than when they were counted")
-        self.opened[shard] = (row + 1, rest)
+        if self.wanted[last + 1 : images.starts[shard + 1]].any():
+            self.opened[shard] = (last + 1, rest)
         while len(self.opened) > OPEN:
             self.opened.pop(next(iter(self.opened)))
 

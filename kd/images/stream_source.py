@@ -16,10 +16,11 @@ from kd.errors import UserError, require
 from kd.files import read_json, write_json
 from kd.images.columns import check_columns, find_columns, numbers_of
 from kd.images.decode import Arrays, locked, undecoded
-from kd.images.holding import NAMES, Source
+from kd.images.holding import NAMES, Source, say
 from kd.images.pictures import decode
 from kd.images.rows import Rows
-from kd.images.stream import Streamed, StreamedRows
+from kd.images.stream import Streamed, StreamedRows, breaking_off
+from kd.images.stream_order import few_classes
 from kd.images.survey import Facts, channel_statistics
 
 SHARDS = 1024  # the most that are told apart; an imagefolder has one for each image
@@ -31,7 +32,7 @@ class Streaming(Source):
     """A `datasets` set opened with streaming=True: `load(**how)` gives it."""
 
     def __init__(self, config: DataConfig, key: str, content: str, load: Callable):
-        self.key = key
+        self.key, self.how = key, f"streamed, {config.shuffle_rows} rows at a time (as --stream says)"
         streams = {NAMES.get(name, name): stream for name, stream in load(streaming=True).items()}
         require("train" in streams, f"--data {config.source}: no train split; it has {', '.join(streams)}")
         with locked(f"{key}.stream") as self.folder:
@@ -53,6 +54,8 @@ class Streaming(Source):
     def facts(self, train: Arrays) -> Facts:
         """Mean and deviation of the first rows of an epoch's order, or of all where they are few."""
         images = train.images
+        if words := few_classes(train.labels[images.order(0, 0)], images.window):
+            say(f"data: {words}")
         chosen = images.order(0, 0)[:SAMPLE] if len(images.rows) > SAMPLE else np.arange(len(images.rows))
         path = self.folder / f"{hashlib.sha256(images.rows[chosen].tobytes()).hexdigest()[:16]}.json"
         with locked(f"{self.key}.stream"):
@@ -82,7 +85,7 @@ def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> d
             read[split] = _read_labels(_labels_alone(streams, label, load)[split], label, split)
         return read[split]
 
-    columns = find_columns(features, lambda label: sorted(set(values("train", label)[0])), config.label, config.source)
+    columns = find_columns(features, lambda label: list(set(values("train", label)[0])), config.label, config.source)
     starts = {}
     for name in ("train", "validation", "test"):
         if name in streams:
@@ -107,8 +110,9 @@ def _read_labels(stream, label: str, split: str) -> tuple[list, list[int]]:
     values, starts = [], [0]
     shards = min(stream.num_shards, SHARDS)
     for shard in _bar(range(shards), f"labels of {split}"):
-        for table in stream.shard(num_shards=shards, index=shard).with_format("arrow").iter(10_000):
-            values += table[label].to_pylist()
+        with breaking_off(f"the labels of {split}, row {len(values)}"):
+            for table in stream.shard(num_shards=shards, index=shard).with_format("arrow").iter(10_000):
+                values += table[label].to_pylist()
         starts.append(len(values))
     return values, starts
 

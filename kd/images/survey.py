@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+BLOCK_BYTES = 2**25  # of pixels that are looked at together
 
 
 class Facts(NamedTuple):
@@ -37,6 +39,12 @@ class Levels:
             means.append(float(mean / 255))
             deviations.append(float(max(deviation, 1) / 255))  # a channel that never changes stays finite
         return tuple(means), tuple(deviations)
+
+
+def blocks_of(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """These rows of images (n x 3 x h x w), some at a time, however large: to count a pixel takes eight bytes."""
+    step = max(BLOCK_BYTES // images[:1].nbytes, 1)
+    return (images[rows[start : start + step]] for start in range(0, len(rows), step))
 
 
 def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:

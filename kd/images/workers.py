@@ -7,6 +7,7 @@ that a run gets the same bytes whichever way its data is held.
 
 import hashlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,15 +22,16 @@ from kd.errors import UserError
 from kd.files import read_json, write_json
 from kd.images.decode import Arrays, locked
 from kd.images.pictures import decode_to
-from kd.images.rows import Rows, Undecoded
+from kd.images.rows import Rows, Selected
 from kd.images.survey import Digest, Facts, Levels
 
 BLOCK = 256  # images that are looked at together before training
+SIGNAL = 0.5  # seconds in which the system tells of a process that died
 AHEAD = 2  # batches that each worker has ready
 
 
 @dataclass(frozen=True)
-class Encoded(Undecoded, Dataset):
+class Encoded(Selected, Dataset):
     """Images of a split as they are stored; a worker has its own copy of this and is sent row numbers."""
 
     stored: object  # a datasets.Dataset whose images are not decoded
@@ -91,6 +93,9 @@ def _received(loader: DataLoader) -> Iterator[Tensor | str]:
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:  # it died while it handed a batch over, which torch does not notice
+        time.sleep(
+            SIGNAL
+        )  # or does a little later, by raising wherever it finds us: better here than in an error's words
         raise RuntimeError(f"a DataLoader worker died ({error!r})") from error
 
 
@@ -104,11 +109,17 @@ class StoredRows(Rows):
 
     images: Encoded
     labels: Int[Tensor, "n"]
-    sha256: str = ""  # of the decoded rows, where somebody may ask for it
+    known_sha256: str = ""  # of the decoded rows, of the training split alone
 
     @property
     def size(self) -> tuple[int, int]:
         return self.images.sides
+
+    @property
+    def sha256(self) -> str:
+        if not self.known_sha256:
+            raise RuntimeError("only the training split's pixels were all looked at")
+        return self.known_sha256
 
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         for images in self.images.batches(indices, pinned=device.type == "cuda"):
