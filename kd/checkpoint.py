@@ -7,7 +7,7 @@ last; then it is renamed, and only then are older ones removed. A bit that flips
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from kd.errors import UserError
 from kd.files import (
-    is_number,
     read_json,
     read_weights,
     remove_tree,
@@ -25,25 +24,9 @@ from kd.files import (
     write_json,
     write_weights,
 )
-from kd.metrics import UNNAMED
+from kd.state import State, sound
 
-MOST_THREADS = 4096
 KEEP = 2  # the newest and, should it turn out bad, the one before
-
-
-@dataclass
-class State:
-    """Where training is. Weights and optimizer aside, this is all that a resumed run needs to know."""
-
-    step: int = 0
-    seconds: float = 0.0  # spent so far, over all the run's lives
-    history: list[dict] = field(default_factory=list)  # one entry an epoch: the lines of metrics.jsonl
-    sums: dict = field(default_factory=dict)  # of the unfinished epoch: Meter.save
-    threads: int = 0
-    processes: int = 1
-    processes_before: list[int] = field(default_factory=list)  # of --resume-inexact: each number it was trained by
-    scaler: dict = field(default_factory=dict)  # of fp16 gradients
-    timing: dict = field(default_factory=dict)  # images and seconds that images_per_second is made of
 
 
 def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, best: dict[str, Tensor]) -> None:
@@ -114,7 +97,7 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
     """Load weights and optimizer in place; returns the position and the best weights so far."""
     content = read_json(checkpoint / "state.json")
     try:
-        state = _sound(State(**content["state"]))
+        state = sound(State(**content["state"]))
         module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
         tensors = read_weights(checkpoint / "optimizer.safetensors")
         optimizer.load_state_dict(_join_optimizer(tensors, content["optimizer"]))
@@ -130,49 +113,6 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
                 # Saved in plain order; fused optimizers want it to lie in memory as its parameter does.
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return state, read_weights(checkpoint / "best.safetensors")
-
-
-def _sound(state: State) -> State:
-    """The state, seen to be one that `save` writes. Raises ValueError naming the first entry that is not."""
-    rows, names = state.sums["rows"], [*state.sums["terms"], *state.sums["measures"]]
-    before = state.processes_before
-    sound = {
-        "step": type(state.step) is int and state.step >= 0,
-        "seconds": is_number(state.seconds) and state.seconds >= 0,
-        "threads": type(state.threads) is int and 1 <= state.threads <= MOST_THREADS,
-        "processes": type(state.processes) is int and state.processes >= 1,
-        "processes_before": isinstance(before, list) and all(type(number) is int for number in before),
-        "history": isinstance(state.history, list)
-        and all(_is_line(line, epoch, state.step) for epoch, line in enumerate(state.history, 1)),
-        "sums": all(isinstance(name, str) for name in names)
-        and len(rows) == state.processes
-        and all(len(row) == len(names) + UNNAMED and all(map(is_number, row)) for row in rows),
-        "scaler": isinstance(state.scaler, dict),
-        "timing": set(state.timing) <= {"images", "seconds"} and all(map(is_number, state.timing.values())),
-    }
-    for name, fine in sound.items():
-        if not fine:
-            raise ValueError(f"state.json has {name} {getattr(state, name)!r:.80}")
-    return state
-
-
-def _is_line(line: object, epoch: int, step: int) -> bool:
-    """Whether it is what an epoch up to this step left in metrics.jsonl."""
-    if not isinstance(line, dict) or not {"epoch", "step", "lr", "train/loss", "train/top1"} <= line.keys():
-        return False
-    numbers = all(value is None or is_number(value) for value in line.values())
-    return numbers and line["epoch"] == epoch and line["step"] <= step
-
-
-def check_position(state: State, steps_an_epoch: int, epochs: int) -> None:
-    """Raises UserError where step and history do not fit each other, or the recipe: nobody's training stopped there."""
-    done = len(state.history)
-    # Between an epoch's last step and its line in the history lies its validation.
-    if not done * steps_an_epoch <= state.step <= min(done + 1, epochs) * steps_an_epoch:
-        raise UserError(
-            f"the checkpoint is of step {state.step} after {done} epochs of {steps_an_epoch} steps, where no training"
-            " of this recipe can be; to start again, remove the run folder"
-        )
 
 
 def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -163,42 +162,6 @@ def not_finite(weights: Mapping[str, Tensor]) -> str | None:
     wide = lambda tensor: tensor if tensor.itemsize > 1 else tensor.float()  # noqa: E731  eight bits cannot be asked
     fine = torch.stack([wide(tensor).isfinite().all() for tensor in floats.values()]).tolist()
     return next((name for name, one in zip(floats, fine) if not one), None)
-
-
-def create_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy file as a memory map, its room on the disk taken already.
-
-    Without that a disk that fills up later ends the process with SIGBUS, and no word. Raises OSError naming the file.
-    """
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot promise room
-                    del array
-                    path.unlink()
-                    raise OSError(error.errno, error.strerror, str(path)) from error
-    return array
-
-
-def read_array(path: Path, mode: str | None = None) -> np.ndarray:
-    """An .npy file, with `mode` as a memory map. Raises UserError naming the file if it holds no array."""
-    try:
-        array = np.load(path, mmap_mode=mode)
-    except Exception as error:  # numpy parses the header as Python, which fails in as many ways as there are bytes
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} holds no array")
-    return array
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """As np.save, whose error for a full disk says neither that nor which file."""
-    kept = create_map(path, array.dtype, array.shape)
-    kept[...] = array
-    kept.flush()
 
 
 def sha256_file(path: Path) -> str:

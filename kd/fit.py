@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd import metrics, views
 from kd.batches import Batches, Pixels
-from kd.checkpoint import broadcast_buffers, check_position
+from kd.checkpoint import broadcast_buffers
 from kd.config import FitConfig, Job, RunConfig
 from kd.data import Data
 from kd.diagnostics import warnings
@@ -21,6 +21,7 @@ from kd.losses import Distiller
 from kd.outputs import Batch, Outputs, Step
 from kd.run_folder import RunFolder
 from kd.signals import StopRequests
+from kd.state import check_position
 from kd.teacher import Teacher
 from kd.tracking import Tracker
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd import checkpoint
-from kd.checkpoint import State
 from kd.config import Job
 from kd.diagnostics import gradient_norms
 from kd.errors import Preempted, UserError
@@ -18,6 +17,7 @@ from kd.losses import Distiller
 from kd.metrics import Meter
 from kd.outputs import Batch, Outputs, Step
 from kd.run_folder import RunFolder
+from kd.state import State
 
 LOWER = "start another run with a lower --lr, or with --clip-norm"
 SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels are chosen

@@ -18,12 +18,13 @@ from accelerate import Accelerator
 from rich.progress import track
 from torch import Tensor
 
+from kd.arrays import create_map
 from kd.batches import TrainingImages
 from kd.config import Job
 from kd.data import Data
 from kd.display import console
 from kd.errors import Preempted, UserError, require
-from kd.files import create_map, sync_file
+from kd.files import sync_file
 from kd.launch import wait_for
 from kd.lock import Lock
 from kd.outputs import Batch, Outputs

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd.arrays import read_array
 from kd.errors import UserError, require
-from kd.files import read_array, read_json, write_json
+from kd.files import read_json, write_json
 from kd.images.rows import place
 from kd.outputs import Batch, Outputs
 from kd.teacher import Teacher

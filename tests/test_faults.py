@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kd
-from kd import checkpoint, files, report
+from kd import arrays, checkpoint, files, report
 from kd.data import Data, Split
 from kd.errors import Preempted, UserError, exit_code
 from kd.fit import predict
@@ -196,7 +196,7 @@ def test_row_32_a_disk_that_fills_up_at_any_file_is_one_line_and_nothing_is_lost
 def test_row_32_a_memory_map_takes_its_room_at_once(small_disk):
     """Written where there is no room, it would end the process with SIGBUS."""
     with pytest.raises(OSError, match="No space left on device") as error:
-        files.create_map(small_disk / "logits.npy", np.dtype(np.float32), (1000, 100))
+        arrays.create_map(small_disk / "logits.npy", np.dtype(np.float32), (1000, 100))
     assert error.value.filename == str(small_disk / "logits.npy")
 
 

@@ -26,6 +26,7 @@ from kd.images import decode, pictures
 from kd.presets import distill_defaults
 from kd.reporting import results, run_files
 from kd.run_folder import RunFolder, _look
+from kd.state import State
 from kd.table import show_results
 from kd.teacher_store import Store
 from kd.trained import load_network
@@ -148,7 +149,7 @@ def small_training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 @given(data=st.data(), rehashed=st.booleans())
 def test_a_checkpoint_is_restored_right_or_refused(data, rehashed):
     module, optimizer = small_training()
-    state = checkpoint.State(
+    state = State(
         step=3, threads=1, sums={"terms": ["ce"], "measures": [], "rows": [[1.0] * 5]}, history=[{"epoch": 1}]
     )
     folder = Path("checkpoint")

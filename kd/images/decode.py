@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
+from kd.arrays import create_map, read_array, write_array
 from kd.errors import UserError, require
-from kd.files import create_map, read_array, write_array
 from kd.images.columns import Columns, numbers_of
 from kd.images.pictures import decode, decode_to, pool
 from kd.images.survey import Digest

@@ -64,9 +64,7 @@ class Layout:
         self.kinds[split, below[0] if below else ""][ending] += 1
 
     def _fault(self, path: str, splits: tuple[str, ...], below: tuple[str, ...]) -> str:
-        if (
-            len(set(splits)) > 1
-        ):  # a class named like a split: its test images would be trained on, or others count twice
+        if len(set(splits)) > 1:  # a class named like a split: its images would change sides, or count twice
             return f"{path} would be taken for each of {' and '.join(splits)}: rename one of these folders"
         if not below:
             return f"{path} lies outside a class folder, which leaves every image without a label: move or delete it"
