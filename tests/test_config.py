@@ -94,7 +94,7 @@ def test_students_of_several_seeds_share_one_teacher():
         (["--momentum", "0", "--nesterov"], "--nesterov"),
     ],
 )
-def test_values_out_of_range_are_named(args, words):
+def test_row_44_values_out_of_range_are_named(args, words):
     with pytest.raises(UserError, match=words):
         student(*args)
 
@@ -109,7 +109,7 @@ def test_values_out_of_range_are_named(args, words):
         (["--batch-size", "x"], ["x", "--batch-size"]),
     ],
 )
-def test_flags_that_do_not_parse_exit_with_2_and_the_names_there_are(args, words, capsys):
+def test_row_44_flags_that_do_not_parse_exit_with_2_and_the_names_there_are(args, words, capsys):
     with pytest.raises(SystemExit) as stop:
         student(*args)
     assert stop.value.code == 2

@@ -161,7 +161,7 @@ def test_label_columns_of_names_and_numbers(tmp_path):
     ],
     ids=["no image", "no label", "empty", "null row", "corrupt row", "no class", "ignored label", "missing label"],
 )
-def test_what_is_wrong_with_the_data_is_named(tmp_path, monkeypatch, rows, features, words):
+def test_row_29_row_30_row_31_what_is_wrong_with_the_data_is_named(tmp_path, monkeypatch, rows, features, words):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     source = parquet(tmp_path / "set", rows, Features(features))
     with pytest.raises(UserError, match=words):
@@ -169,7 +169,7 @@ def test_what_is_wrong_with_the_data_is_named(tmp_path, monkeypatch, rows, featu
     assert not list(cache_root().glob("data/*.partial")), "nothing half-written stays behind"
 
 
-def test_a_missing_label_column_lists_the_columns(folder):
+def test_row_31_a_missing_label_column_lists_the_columns(folder):
     with pytest.raises(UserError, match=r"--label colour: no such column .* image \(Image\), label \(ClassLabel\)"):
         load_data(DataConfig(source=str(folder), label="colour"))
 
@@ -183,7 +183,7 @@ def test_a_missing_label_column_lists_the_columns(folder):
         ("cifar100", r"uoft-cs/cifar100 could not be loaded from the Hub"),
     ],
 )
-def test_sources_that_do_not_exist_or_cannot_be_reached(source, words, monkeypatch):
+def test_row_43_sources_that_do_not_exist_or_cannot_be_reached(source, words, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=words):
         load_data(DataConfig(source=source))

@@ -27,7 +27,7 @@ def summary_of(folder: str) -> dict:
     return json.loads((Path(folder) / "summary.json").read_text())
 
 
-def test_two_processes_train_and_score_as_one_does():
+def test_row_25_row_46_two_processes_train_and_score_as_one_does():
     networks = ["--student", "tests.networks:plain", "--teacher-model", "tests.networks:plain"]
     two = script("distill_student.py", *PLAIN, *networks, "--out", "two", env=CPU, launcher=torchrun(2))
     assert two.returncode == 0, two.stderr
@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_on_two_processes_it_resumes_to_the_same_bytes(whole):
+def test_row_3_killed_on_two_processes_it_resumes_to_the_same_bytes(whole):
     killed = fault("kill:24", *NORMALISED, "--out", "run")
     assert killed.returncode != 0
     assert not Path("run/summary.json").exists()
@@ -61,7 +61,7 @@ def test_killed_on_two_processes_it_resumes_to_the_same_bytes(whole):
 
 
 @pytest.mark.slow
-def test_resuming_with_another_number_of_processes_is_refused():
+def test_row_13_resuming_with_another_number_of_processes_is_refused():
     killed = fault("kill:24", *TEACHER, "--out", "run")
     assert killed.returncode != 0
     resumed = script("train_teacher.py", *TEACHER, "--out", "run", "--resume")
@@ -70,13 +70,13 @@ def test_resuming_with_another_number_of_processes_is_refused():
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_on_one_process_stops_both():
+def test_row_27_a_loss_that_is_not_finite_on_one_process_stops_both():
     done = fault("nan:20:1", *TEACHER, "--out", "run", "--log-every", "4")
     assert done.returncode != 0
     assert "not finite at step 19; the checkpoint of step 15" in done.stderr
 
 
-def test_an_error_in_one_process_ends_both_and_is_shown():
+def test_row_39_an_error_in_one_process_ends_both_and_is_shown():
     start = time.monotonic()
     done = fault("raise:20:1", *TEACHER, "--out", "run")
     assert done.returncode != 0
@@ -85,7 +85,7 @@ def test_an_error_in_one_process_ends_both_and_is_shown():
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(whole):
+def test_row_38_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(whole):
     args = [*NORMALISED, "--out", "run", "--log-every", "6"]
     done = fault(f"signal:20:1:{int(signal.SIGTERM)}", *args)
     assert "saved step 24" in done.stderr
@@ -101,7 +101,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     assert "--batch-size 51: must divide by the number of processes, 2" in done.stderr
 
 
-def test_launches_that_would_silently_train_alone_are_refused():
+def test_row_40_launches_that_would_silently_train_alone_are_refused():
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     for launcher in (torchrun(2), accelerate):
         done = script("train_teacher.py", *TEACHER, launcher=launcher)

@@ -21,7 +21,7 @@ from kd.errors import Preempted, UserError, exit_code, nearest
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_the_user_can_mend_is_one_line(error, code, words, capsys):
+def test_row_47_what_the_user_can_mend_is_one_line(error, code, words, capsys):
     def work():
         raise error
 

@@ -348,7 +348,7 @@ def test_a_cache_for_a_method_without_a_teacher_is_said(capsys):
     assert "tfkd asks no teacher: --cache-teacher has nothing to keep" in capsys.readouterr().out
 
 
-def test_simkd_refuses_a_teacher_whose_classes_had_to_be_matched(finished):
+def test_row_22_simkd_refuses_a_teacher_whose_classes_had_to_be_matched(finished):
     def rename(order):
         info = json.loads(Path("teacher/model.json").read_text())
         Path("teacher/model.json").write_text(json.dumps(info | {"classes": [info["classes"][n] for n in order]}))
@@ -366,7 +366,7 @@ def test_simkd_refuses_a_teacher_whose_classes_had_to_be_matched(finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 5])  # on one process; on two
-def test_rows_1_to_5_random_kills_are_survived(number):
+def test_row_1_row_2_row_3_row_4_row_5_random_kills_are_survived(number):
     command = [sys.executable, "-m", "tests.crash", "--seed", "5", "--only", str(number)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

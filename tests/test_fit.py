@@ -45,7 +45,7 @@ def test_step_and_constant():
 
 @pytest.mark.parametrize("rows", range(12, 17))
 @pytest.mark.parametrize("batch", range(1, 7))
-def test_every_sample_is_scored_exactly_once_in_eval_mode(rows, batch):
+def test_row_25_every_sample_is_scored_exactly_once_in_eval_mode(rows, batch):
     data = load_data(DataConfig(source="synthetic"))
     network = build_model("tests.networks:normalised", 10, data.size).train()
     seen = []
@@ -70,7 +70,7 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 @pytest.mark.parametrize("method", ["kd", "fitnet"])  # which ask a folded copy, and the network itself for features
-def test_the_teacher_is_not_changed_and_the_student_trains_in_train_mode(monkeypatch, method):
+def test_row_23_the_teacher_is_not_changed_and_the_student_trains_in_train_mode(monkeypatch, method):
     teach("--out", "teacher", "--model", "resnet8", "--epochs", "1")
     asked, modes, real_forward = [], [], Distiller.forward
 
@@ -110,14 +110,14 @@ def test_a_teacher_keeps_its_own_normalisation(monkeypatch):
 
 
 @pytest.mark.parametrize("args", [["--classes", "5"], ["--data", "digits"]])
-def test_a_teacher_of_other_classes_is_refused_before_training(args):
+def test_row_22_a_teacher_of_other_classes_is_refused_before_training(args):
     teach("--out", "teacher", *args)
     with pytest.raises(UserError, match=r"teacher teacher knows (5|10) classes and not"):
         distil("--out", "run", "--teacher", "teacher", "--trust-code")
     assert not Path("run/config.json").exists()
 
 
-def test_a_teachers_own_code_needs_trust():
+def test_row_49_a_teachers_own_code_needs_trust():
     teach("--out", "teacher")
     with pytest.raises(UserError, match="--trust-code"):
         distil("--out", "run", "--teacher", "teacher")
@@ -126,7 +126,7 @@ def test_a_teachers_own_code_needs_trust():
     assert not kd.load("teacher", trust_code=True).training
 
 
-def test_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(monkeypatch):
+def test_row_27_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(monkeypatch):
     real, count = Ledger.step, 0
 
     def step(self, result, batch):
@@ -212,7 +212,7 @@ def test_two_runs_of_one_command_are_equal_and_another_seed_is_not():
     assert one != three
 
 
-def test_bf16_and_clipping_train_and_fp16_is_refused_on_a_cpu(monkeypatch):
+def test_row_41_bf16_and_clipping_train_and_fp16_is_refused_on_a_cpu(monkeypatch):
     teach("--out", "run", "--mixed-precision", "bf16", "--clip-norm", "0.5")
     with pytest.raises(UserError, match="--mixed-precision fp16: a CPU"):
         teach("--out", "other", "--mixed-precision", "fp16")
@@ -307,7 +307,7 @@ def test_folding_keeps_a_networks_own_hooks_and_shared_layers():
     torch.testing.assert_close(folded(twice)(images), twice(images))
 
 
-def test_a_teachers_classes_are_matched_by_name():
+def test_row_22_a_teachers_classes_are_matched_by_name():
     teach("--out", "teacher")
     data = load_data(DataConfig(source="synthetic"))
     device, accelerator = torch.device("cpu"), Accelerator(cpu=True)

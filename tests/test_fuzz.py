@@ -147,7 +147,7 @@ def small_training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 @quick
 @given(data=st.data(), rehashed=st.booleans())
-def test_a_checkpoint_is_restored_right_or_refused(data, rehashed):
+def test_row_6_a_checkpoint_is_restored_right_or_refused(data, rehashed):
     module, optimizer = small_training()
     state = State(
         step=3, threads=1, sums={"terms": ["ce"], "measures": [], "rows": [[1.0] * 5]}, history=[{"epoch": 1}]
@@ -176,7 +176,7 @@ def test_a_checkpoint_is_restored_right_or_refused(data, rehashed):
 
 @quick
 @given(data=st.data(), name=st.sampled_from(["manifest.json", "logits.npy"]))
-def test_kept_answers_are_read_right_or_refused(finished, data, name):
+def test_row_14_kept_answers_are_read_right_or_refused(finished, data, name):
     (folder,) = (finished / "runs/cache").iterdir()
     identity = read_sound(folder / "manifest.json")["identity"]
     sound = (folder / name).read_bytes()
@@ -213,7 +213,7 @@ def test_the_report_reads_a_run_right_or_lists_it(finished, data, name):
 
 @quick
 @given(data=st.data(), name=st.sampled_from(["config.json", "summary.json"]))
-def test_a_run_folder_is_gone_on_with_or_refused(finished, data, name):
+def test_row_35_a_run_folder_is_gone_on_with_or_refused(finished, data, name):
     shutil.rmtree("copy", ignore_errors=True)
     shutil.copytree(finished / "run", "copy")
     record = read_sound(Path("copy/config.json"))
@@ -230,7 +230,7 @@ def test_a_run_folder_is_gone_on_with_or_refused(finished, data, name):
 @given(
     data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]), size=st.sampled_from([None, 8])
 )
-def test_an_image_is_decoded_or_its_row_is_named(data, kind, size):
+def test_row_29_an_image_is_decoded_or_its_row_is_named(data, kind, size):
     stored = io.BytesIO()
     picture(0).save(stored, kind)
     cell = {"bytes": data.draw(damaged(stored.getvalue())), "path": data.draw(TEXTS)}
@@ -274,7 +274,7 @@ def parsed(args: list[str]) -> DistillConfig | None:
 
 @quick
 @given(st.lists(st.tuples(st.sampled_from(FLAGS), st.sampled_from(VALUES)), max_size=3))
-def test_flags_are_numbers_or_refused(pairs):
+def test_row_44_flags_are_numbers_or_refused(pairs):
     config = parsed(list(itertools.chain(*pairs)))
     if config is not None:
         parts = [vars(part) for part in (config.data, config.views, config.fit, config.run, config.method)]
@@ -282,7 +282,7 @@ def test_flags_are_numbers_or_refused(pairs):
         assert all(abs(number) < float("inf") for number in numbers)
 
 
-def test_a_resumed_run_meets_the_same_refusals(finished):
+def test_row_9_a_resumed_run_meets_the_same_refusals(finished):
     """The readers above are those that the script uses: one broken checkpoint through the real thing."""
     shutil.copytree(finished / "run", "copy")
     Path("copy/summary.json").unlink()

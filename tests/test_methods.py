@@ -60,7 +60,7 @@ EVERY = [pytest.param(name, marks=() if name in KEEPING else pytest.mark.slow) f
 
 
 @pytest.mark.parametrize("method", EVERY)
-def test_every_method_trains_and_resumes_to_the_same_bytes(teacher, method, monkeypatch):
+def test_row_4_every_method_trains_and_resumes_to_the_same_bytes(teacher, method, monkeypatch):
     student(teacher, method, "--out", "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, 3)

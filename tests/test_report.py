@@ -388,7 +388,7 @@ def test_answers_of_another_run_are_refused(no_figures):
     assert not Path("report/confusion.png").exists()
 
 
-def test_names_cannot_break_the_page():
+def test_row_50_names_cannot_break_the_page():
     evil = "runs/<img src=x onerror=alert(1)> & [bold] `|$x$"
     study(seeds=(0,))
     os.rename("runs/kd0", evil)

@@ -65,7 +65,7 @@ def die_at(monkeypatch, when: int, where: str = "step") -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 17, 18, 19, 29, 36])
 @pytest.mark.parametrize("save_every", ["0", "7"])
-def test_killed_at_a_step(beside, monkeypatch, step, save_every):
+def test_row_1_row_2_killed_at_a_step(beside, monkeypatch, step, save_every):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, step)
         distil("--out", "run", "--save-every", save_every)
@@ -74,7 +74,7 @@ def test_killed_at_a_step(beside, monkeypatch, step, save_every):
 
 
 @pytest.mark.parametrize("save_every", ["0", "18"])  # 18: a checkpoint between an epoch's last step and its validation
-def test_killed_during_validation(beside, monkeypatch, save_every):
+def test_row_2_killed_during_validation(beside, monkeypatch, save_every):
     def dead(*args):
         raise Killed
 
@@ -85,7 +85,7 @@ def test_killed_during_validation(beside, monkeypatch, save_every):
     assert differences(beside, Path("run")) == []
 
 
-def test_killed_after_the_last_step_before_the_summary(beside, monkeypatch):
+def test_row_2_killed_after_the_last_step_before_the_summary(beside, monkeypatch):
     def dead(*args):
         raise Killed
 
@@ -97,7 +97,7 @@ def test_killed_after_the_last_step_before_the_summary(beside, monkeypatch):
     assert differences(beside, Path("run")) == []
 
 
-def test_kill_9_in_the_middle_of_an_epoch(beside):
+def test_row_1_kill_9_in_the_middle_of_an_epoch(beside):
     args = [*STUDENT, "--out", "run", "--save-every", "5", "--threads", "1"]
     killed = script("tests/faults.py", "kill:29", str(ROOT / "distill_student.py"), *args)
     assert killed.returncode == -signal.SIGKILL
@@ -144,7 +144,7 @@ def test_the_oracle_sees_what_a_checkpoint_forgets(beside, monkeypatch, forgotte
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_resumes_to_the_same_bytes(beside, monkeypatch, number):
+def test_row_36_row_37_asked_to_stop_it_saves_and_resumes_to_the_same_bytes(beside, monkeypatch, number):
     real, count = Ledger.step, 0
 
     def step(self, *args):
@@ -194,7 +194,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole_teacher, monkeypatch, damage):
+def test_row_6_row_7_row_8_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole_teacher, monkeypatch, damage):
     saved = half_a_run(monkeypatch)
     assert checkpoint.steps(saved) == [28, 21]
     spoil, words = DAMAGE[damage]
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole_teacher, m
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_where_every_checkpoint_is_damaged_nothing_starts_again_silently(monkeypatch, damage):
+def test_row_9_where_every_checkpoint_is_damaged_nothing_starts_again_silently(monkeypatch, damage):
     saved = half_a_run(monkeypatch)
     for step in saved.glob("step-*"):
         DAMAGE[damage][0](step)
@@ -213,7 +213,7 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_again_silently(monkeyp
         teach("--out", "run", "--save-every", "7", "--resume")
 
 
-def test_a_save_that_dies_leaves_the_checkpoint_before(whole_teacher, monkeypatch):
+def test_row_5_a_save_that_dies_leaves_the_checkpoint_before(whole_teacher, monkeypatch):
     real, count = checkpoint.os.rename, 0
 
     def rename(source, target):
@@ -231,7 +231,7 @@ def test_a_save_that_dies_leaves_the_checkpoint_before(whole_teacher, monkeypatc
     assert differences(whole_teacher, Path("run")) == []
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
+def test_row_32_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
     real = checkpoint.write_weights
 
     def full(path, weights):
@@ -246,13 +246,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
     assert not list(Path("run/checkpoint").glob(".partial*"))
 
 
-def test_checkpoints_are_ordered_as_numbers(tmp_path):
+def test_row_11_checkpoints_are_ordered_as_numbers(tmp_path):
     for step in (9, 10, 100, 2):
         (tmp_path / f"step-{step}").mkdir()
     assert checkpoint.steps(tmp_path) == [100, 10, 9, 2]
 
 
-def test_other_flags_are_refused_with_their_difference(monkeypatch):
+def test_row_12_other_flags_are_refused_with_their_difference(monkeypatch):
     half_a_run(monkeypatch)
     with pytest.raises(UserError, match=r"holds another run \(epochs 2 there, 3 here; lr 0.05 there, 0.1 here\)"):
         teach("--out", "run", "--resume", "--lr", "0.1", "--epochs", "3")
@@ -260,7 +260,7 @@ def test_other_flags_are_refused_with_their_difference(monkeypatch):
         distil("--out", "run", "--resume", "tfkd")
 
 
-def test_resume_needs_something_and_a_new_start_an_empty_folder(monkeypatch):
+def test_row_10_row_35_resume_needs_something_and_a_new_start_an_empty_folder(monkeypatch):
     with pytest.raises(UserError, match="--resume: run has no checkpoint"):
         teach("--out", "run", "--resume")
     half_a_run(monkeypatch)
@@ -273,12 +273,12 @@ def test_resume_needs_something_and_a_new_start_an_empty_folder(monkeypatch):
         teach("--out", "other")
 
 
-def test_auto_resume_says_that_it_starts_afresh(capsys):
+def test_row_10_auto_resume_says_that_it_starts_afresh(capsys):
     teach("--out", "run", "--auto-resume")
     assert "nothing to resume, starting afresh" in capsys.readouterr().out
 
 
-def test_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(tmp_path):
+def test_row_34_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(tmp_path):
     """As it would with flock: the worker has the open file too."""
     holder = "import os, time; from kd.lock import Lock; from pathlib import Path; lock = Lock(Path('lock'))\n"
     holder += "lock.acquire()\nworker = os.fork()\nif worker:\n    print(worker, flush=True)\ntime.sleep(60)"
@@ -297,7 +297,7 @@ def test_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(tmp_pat
         process.stdout.close()
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_row_34_a_folder_in_use_is_refused(tmp_path):
     holder = "import time; from kd.lock import Lock; from pathlib import Path; Path('run').mkdir(); "
     holder += "lock = Lock(Path('run/lock')); lock.acquire(); print('held', flush=True); time.sleep(60)"
     process = runs.subprocess.Popen([runs.sys.executable, "-c", holder], stdout=runs.subprocess.PIPE, text=True)
@@ -312,7 +312,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
     teach("--out", "run")  # the lock died with its process
 
 
-def test_asked_to_stop_while_the_last_epoch_is_scored(beside, monkeypatch):
+def test_row_36_asked_to_stop_while_the_last_epoch_is_scored(beside, monkeypatch):
     """Else the stop would be lost, and a teacher on the way would go on into its student's training."""
     from kd import fit
 
@@ -351,7 +351,7 @@ def test_a_weights_file_that_cannot_be_written_is_an_os_error(tmp_path, monkeypa
     assert not list(tmp_path.glob("*safetensors*"))
 
 
-def test_prefixes_of_wrappers_are_stripped_and_a_part_called_module_is_not(tmp_path):
+def test_row_24_prefixes_of_wrappers_are_stripped_and_a_part_called_module_is_not(tmp_path):
     path = tmp_path / "x.safetensors"
     files.write_weights(path, {"module._orig_mod.a": torch.zeros(2), "module.b": torch.ones(1)})
     assert files.read_weights(path).keys() == {"a", "b"}

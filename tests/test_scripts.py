@@ -47,7 +47,7 @@ def test_the_digits_chain_under_accelerate_launch():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_the_user_did_wrong_ends_in_one_line_and_2(args, words, monkeypatch, capfd):
+def test_row_33_row_44_what_the_user_did_wrong_ends_in_one_line_and_2(args, words, monkeypatch, capfd):
     """The real script, run as __main__ in this process to spare the imports."""
     monkeypatch.setattr(sys, "argv", ["distill_student.py", *args])
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # read at import, perhaps before our setting
@@ -67,7 +67,7 @@ def test_a_user_error_of_a_real_process():
 
 
 @pytest.mark.slow
-def test_wandb_without_a_key_goes_offline_and_changes_nothing(monkeypatch):
+def test_row_42_wandb_without_a_key_goes_offline_and_changes_nothing(monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", "/nonexistent")
     done = script("train_teacher.py", *TEACHER, "--out", "kept")

@@ -126,7 +126,7 @@ def test_a_failed_run_is_in_the_report_and_the_exit_code(monkeypatch, capsys):
     assert "1 finished run; 1 more listed below" in capsys.readouterr().out
 
 
-def test_a_strangers_code_is_not_run_by_the_report_either(fake, resnet8_run, tmp_path, monkeypatch):
+def test_row_49_a_strangers_code_is_not_run_by_the_report_either(fake, resnet8_run, tmp_path, monkeypatch):
     """Row 49 of the faults: the study trusts what its own runs have trained, and no --teacher without --trust-code."""
     shutil.copytree(resnet8_run, "stranger")
     edit(Path("stranger/model.json"), model="strangers_code:build")

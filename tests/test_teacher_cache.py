@@ -66,7 +66,7 @@ MIXED = ["--views", "2", "--mixup", "0.4", "--cutmix", "1.0", "--erase", "0.5"]
         pytest.param(MIXED, "float16", marks=pytest.mark.slow),
     ],
 )
-def test_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views, dtype):
+def test_row_21_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views, dtype):
     for seed in (0, 1):
         kept, asked, data, job, accelerator = opened("--cache-dtype", dtype, *views, seed=seed)
         for epoch in range(4):
@@ -79,7 +79,7 @@ def test_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views, dtype)
     assert len(list(ROOT.iterdir())) == 1, "one cache serves students of every seed"
 
 
-def test_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypatch):
+def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypatch):
     asked = 0
     real = teacher_cache.live
 
@@ -138,7 +138,7 @@ def test_views_of_zero_and_methods_without_logits_are_refused():
         ("rows", 901),
     ],
 )
-def test_another_caches_manifest_is_refused_with_both_values(key, value):
+def test_row_15_another_caches_manifest_is_refused_with_both_values(key, value):
     opened()
     path = cache_folder() / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -151,14 +151,14 @@ def test_another_caches_manifest_is_refused_with_both_values(key, value):
 
 
 @pytest.mark.parametrize("flags", [["--view-seed", "1"], ["--no-flip"], ["--crop-padding", "2"], ["--views", "3"]])
-def test_other_views_are_other_caches(flags):
+def test_row_16_other_views_are_other_caches(flags):
     opened()
     opened(*flags)
     assert len(list(ROOT.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "reshaped", "missing"])
-def test_a_damaged_cache_is_refused(damage):
+def test_row_14_a_damaged_cache_is_refused(damage):
     opened()
     path = cache_folder() / "logits.npy"
     content = bytearray(path.read_bytes())
@@ -175,7 +175,7 @@ def test_a_damaged_cache_is_refused(damage):
         opened()
 
 
-def test_rows_in_another_order_are_another_cache_and_a_forged_one_is_found_out(monkeypatch):
+def test_row_17_rows_in_another_order_are_another_cache_and_a_forged_one_is_found_out(monkeypatch):
     """Were every hash forged, the rows that are recomputed at each start would still not agree."""
     opened()
     store = cache_folder()
@@ -190,13 +190,13 @@ def test_rows_in_another_order_are_another_cache_and_a_forged_one_is_found_out(m
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_answers_that_are_not_finite_are_refused_when_built(monkeypatch, value):
+def test_row_20_answers_that_are_not_finite_are_refused_when_built(monkeypatch, value):
     monkeypatch.setattr(teacher_cache, "_ask", lambda *_: iter([teacher_cache.Outputs(torch.full((50, 10), value))]))
     with pytest.raises(UserError, match=r"not finite as float16: .*--cache-dtype float32"):
         opened()
 
 
-def test_nan_in_a_sealed_cache_is_refused_when_loaded():
+def test_row_20_nan_in_a_sealed_cache_is_refused_when_loaded():
     opened()
     store = cache_folder()
     logits = np.load(store / "logits.npy", mmap_mode="r+")
@@ -209,7 +209,7 @@ def test_nan_in_a_sealed_cache_is_refused_when_loaded():
         opened()
 
 
-def test_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch):
+def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch):
     opened()
     whole = (cache_folder() / "logits.npy").read_bytes()
     shutil.rmtree(ROOT)
@@ -234,7 +234,7 @@ def test_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch):
     assert (cache_folder() / "logits.npy").read_bytes() == whole
 
 
-def test_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):
+def test_row_19_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):
     opened()
     folder = cache_folder().resolve()
     holder = (
@@ -255,7 +255,7 @@ def test_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):
 
 
 @pytest.mark.slow
-def test_two_builders_at_once_build_once():
+def test_row_19_two_builders_at_once_build_once():
     args = [*STUDENT, *CACHED, "--threads", "1"]
     command = [sys.executable, str(PROJECT / "distill_student.py"), *args]
     both = [

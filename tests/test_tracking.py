@@ -51,7 +51,7 @@ def wandb(monkeypatch):
     return run
 
 
-def test_wandb_gets_the_same_numbers_under_the_same_names(wandb):
+def test_row_42_wandb_gets_the_same_numbers_under_the_same_names(wandb):
     fake, started = wandb()
     *logged, media = [args[0] for name, args, _ in fake.calls if name == "log"]
     assert media.keys() == {"curves", "results"}
@@ -65,7 +65,7 @@ def test_wandb_gets_the_same_numbers_under_the_same_names(wandb):
 
 
 @pytest.mark.parametrize("fail", ["define_metric", "log", "finish"])
-def test_wandb_raising_anywhere_changes_nothing(wandb, fail, capsys):
+def test_row_42_wandb_raising_anywhere_changes_nothing(wandb, fail, capsys):
     wandb(fail)
     assert "the run goes on without it" in capsys.readouterr().out
     teach("--out", "quiet")
@@ -73,7 +73,7 @@ def test_wandb_raising_anywhere_changes_nothing(wandb, fail, capsys):
     assert Path(f"run-{fail}/summary.json").exists()
 
 
-def test_without_the_library_at_all_nothing_changes(monkeypatch, capsys):
+def test_row_42_without_the_library_at_all_nothing_changes(monkeypatch, capsys):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setitem(sys.modules, "wandb", None)
     teach("--out", "without", "--wandb", "offline")
@@ -135,7 +135,7 @@ def test_an_unreachable_service_falls_back_to_offline(wandb, monkeypatch, capsys
         ("disabled", None, True, "disabled"),
     ],
 )
-def test_wandb_never_prompts(asked, env, key, mode, monkeypatch):
+def test_row_42_wandb_never_prompts(asked, env, key, mode, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", "/nonexistent")
     if env:

@@ -55,7 +55,7 @@ def test_apply_agrees_with_cropping_one_by_one():
         assert torch.equal(crop.flip(2) if flip else crop, result)
 
 
-def test_order_visits_every_sample_once_and_changes_with_the_epoch():
+def test_row_26_order_visits_every_sample_once_and_changes_with_the_epoch():
     first, second = views.order(0, 0, 1000), views.order(0, 1, 1000)
     assert torch.equal(first.sort().values, torch.arange(1000))
     assert not torch.equal(first, second)

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_left_to_workers_and_the_line_says_so(folder, monke
     assert "data: in memory, decoded once (3.84e-05 GB, which fit half of" in capsys.readouterr().out
 
 
-def test_a_killed_worker_ends_in_one_line_with_the_remedy():
+def test_row_45_a_killed_worker_ends_in_one_line_with_the_remedy():
     """Killed for real, below, in a process of its own: torch raises from a signal handler, wherever that finds us."""
 
     def fail() -> None:
@@ -157,7 +157,7 @@ def test_a_killed_worker_ends_in_one_line_with_the_remedy():
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_is_killed_ends_and_resumes(folder, tmp_path):
+def test_row_45_a_run_whose_worker_is_killed_ends_and_resumes(folder, tmp_path):
     flags = ["--data", folder, "--image-size", "16", "--batch-size", "2", "--epochs", "3", "--model"]
     flags += ["tests.networks:normalised", "--decode", "workers", "--workers", "2", "--wandb", "disabled"]
     program = f"""
