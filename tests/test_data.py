@@ -380,6 +380,7 @@ def test_limits_are_looked_for_in_every_group_above():
     assert all(file.is_relative_to("/sys/fs/cgroup") for file in files)
 
 
+@pytest.mark.slow
 @needs_cifar100
 def test_the_real_cifar100():
     data = load_data(DataConfig(source=str(CIFAR100)))

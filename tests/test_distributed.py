@@ -27,6 +27,7 @@ def summary_of(folder: str) -> dict:
     return json.loads((Path(folder) / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_row_25_row_46_two_processes_train_and_score_as_one_does():
     networks = ["--student", "tests.networks:plain", "--teacher-model", "tests.networks:plain"]
     two = script("distill_student.py", *PLAIN, *networks, "--out", "two", env=CPU, launcher=torchrun(2))
@@ -76,6 +77,7 @@ def test_row_27_a_loss_that_is_not_finite_on_one_process_stops_both():
     assert "not finite at step 19; the checkpoint of step 15" in done.stderr
 
 
+@pytest.mark.slow
 def test_row_39_an_error_in_one_process_ends_both_and_is_shown():
     start = time.monotonic()
     done = fault("raise:20:1", *TEACHER, "--out", "run")
@@ -101,6 +103,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     assert "--batch-size 51: must divide by the number of processes, 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_row_40_launches_that_would_silently_train_alone_are_refused():
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     for launcher in (torchrun(2), accelerate):

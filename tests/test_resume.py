@@ -97,6 +97,7 @@ def test_row_2_killed_after_the_last_step_before_the_summary(beside, monkeypatch
     assert differences(beside, Path("run")) == []
 
 
+@pytest.mark.slow
 def test_row_1_kill_9_in_the_middle_of_an_epoch(beside):
     args = [*STUDENT, "--out", "run", "--save-every", "5", "--threads", "1"]
     killed = script("tests/faults.py", "kill:29", str(ROOT / "distill_student.py"), *args)
