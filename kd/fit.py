@@ -55,11 +55,7 @@ def fit(
     """
     config = job.fit
     batches = Batches(data, job, accelerator)
-    if config.sync_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    distiller.to(accelerator.device, memory_format=layout(config))
-    sgd = make_optimizer(distiller, config, accelerator)
-    fresh_scaler(accelerator)
+    sgd = set_up(distiller, config, accelerator)
     ledger = Ledger(distiller, sgd, job, run, accelerator)
     check_position(ledger.state, batches.steps, config.epochs)
     model, optimizer = accelerator.prepare(distiller, sgd)
@@ -139,10 +135,14 @@ def make_optimizer(module: nn.Module, config: FitConfig, accelerator: Accelerato
     return torch.optim.SGD((p for p in module.parameters() if p.requires_grad), config.lr, **options)
 
 
-def fresh_scaler(accelerator: Accelerator) -> None:
-    """fp16's gradient scale as it starts: a teacher trained before in this process must leave no trace."""
-    if accelerator.scaler is not None:
+def set_up(distiller: Distiller, config: FitConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """Make `distiller`, in place, what is trained on the device; returns its optimizer."""
+    if config.sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+    distiller.to(accelerator.device, memory_format=layout(config))
+    if accelerator.scaler is not None:  # of fp16: a teacher trained before in this process must leave no trace
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+    return make_optimizer(distiller, config, accelerator)
 
 
 def train_step(

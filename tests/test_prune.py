@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from kd.files import write_json
 from kd.models import build_model
 from kd.presets import distill_defaults
 from tests import networks
-from tests.runs import differences, distil
+from tests.runs import distil
 from tests.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
 from tests.test_quantize import DEEP
-from tests.test_resume import Killed, die_at
+from tests.test_resume import differs_when_killed
 
 SIZE = (16, 16)
 FAMILIES = ("resnet8", "wrn-16-1", "tests.networks:deep")
@@ -143,12 +144,7 @@ def test_the_smallest_weights_of_all_layers_together_go():
 
 def test_a_pruned_sparse_rounded_student_resumes_to_the_same_bytes_and_loads_anywhere(trained, monkeypatch):
     flags = ["--prune", "0.4", "--sparsity", "0.75", "--weight-bits", "8", "--lr", "0.05"]
-    student(trained, *flags, "--out", "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, 3)
-        student(trained, *flags, "--out", "run", "--save-every", "1")
-    student(trained, *flags, "--out", "run", "--resume")
-    assert differences(Path("whole"), Path("run")) == []
+    assert differs_when_killed(monkeypatch, partial(student, trained, *flags), 3) == []
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     network, summary = kd.load("run", trust_code=True), json.loads(Path("run/summary.json").read_text())
     inner = [network[3].weight, network[6].weight]

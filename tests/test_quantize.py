@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,10 @@ from kd.teacher import folded
 from tests import networks
 from tests.conftest import ROOT
 from tests.pairs import batch_of, build, terms_of
-from tests.runs import TEACHER, differences, distil, script, torchrun
+from tests.runs import TEACHER, distil, script, torchrun
 from tests.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
 from tests.test_report import fake_run
-from tests.test_resume import Killed, die_at
+from tests.test_resume import differs_when_killed
 
 DEEP = ["--student", "tests.networks:deep"]
 LOW = ["--weight-bits", "2", "--activation-bits", "4"]
@@ -115,12 +116,7 @@ def test_all_layers_but_the_first_and_the_last_are_meant():
 
 
 def test_a_low_precision_student_resumes_to_the_same_bytes_and_is_saved_with_its_levels(trained, monkeypatch):
-    student(trained, *LOW, "--out", "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, 3)
-        student(trained, *LOW, "--out", "run", "--save-every", "1")
-    student(trained, *LOW, "--out", "run", "--resume")
-    assert differences(Path("whole"), Path("run")) == []
+    assert differs_when_killed(monkeypatch, partial(student, trained, *LOW), 3) == []
     network, full = kd.load("run", trust_code=True), kd.load(trained, trust_code=True)
     assert not any(is_parametrized(module) for module in network.modules())
     for name in ("3", "6"):

@@ -63,6 +63,16 @@ def die_at(monkeypatch, when: int, where: str = "step") -> None:
     monkeypatch.setattr(Ledger, where, deadly)
 
 
+def differs_when_killed(monkeypatch, run, at: int) -> list[str]:
+    """What differs between `run(*flags)` undisturbed and killed at its step `at`, then resumed."""
+    run("--out", "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, at)
+        run("--out", "run", "--save-every", "1")
+    run("--out", "run", "--resume")
+    return differences(Path("whole"), Path("run"))
+
+
 @pytest.mark.parametrize("step", [1, 2, 17, 18, 19, 29, 36])
 @pytest.mark.parametrize("save_every", ["0", "7"])
 def test_row_1_row_2_killed_at_a_step(beside, monkeypatch, step, save_every):

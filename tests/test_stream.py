@@ -106,13 +106,19 @@ def test_batches_hold_the_images_that_their_indices_name(folder, rows):
     assert all(torch.equal(one.image, other.image) for one, other in zip(rest, seen[1:], strict=True))
 
 
-def test_each_shard_is_opened_once_an_epoch(folder, monkeypatch):
-    train = load_data(streamed(folder, 8, val_fraction=0.0)).train
+def openings(train, monkeypatch) -> list[int]:
+    """The numbers of the shards that are opened from now on, as they are."""
     opened, kind = [], type(train.images.stream)
     real = kind.shard
     monkeypatch.setattr(
         kind, "shard", lambda self, num_shards, index: opened.append(index) or real(self, num_shards, index)
     )
+    return opened
+
+
+def test_each_shard_is_opened_once_an_epoch(folder, monkeypatch):
+    train = load_data(streamed(folder, 8, val_fraction=0.0)).train
+    opened = openings(train, monkeypatch)
     list(train.batches(train.order(0, 0).split(5), torch.device("cpu")))
     assert sorted(opened) == [0, 1, 2, 3]
 
@@ -139,11 +145,7 @@ def forty(tmp_path_factory) -> str:
 def test_a_window_over_many_shards_opens_and_reads_each_once(forty, monkeypatch, window, share):
     """Whatever part of each batch this process decodes; and two windows of images and a batch are the most it holds."""
     train = load_data(streamed(forty, window, val_fraction=0.0)).train
-    opened, held, kind = [], [], type(train.images.stream)
-    real, read = kind.shard, stream._Reader._read_to
-    monkeypatch.setattr(
-        kind, "shard", lambda self, num_shards, index: opened.append(index) or real(self, num_shards, index)
-    )
+    opened, held, read = openings(train, monkeypatch), [], stream._Reader._read_to
 
     def counted(self, row: int, shard: int) -> None:
         read(self, row, shard)
@@ -162,11 +164,7 @@ def test_a_window_over_many_shards_opens_and_reads_each_once(forty, monkeypatch,
 
 def test_an_epoch_entered_in_the_middle_opens_what_is_due_alone(forty, monkeypatch):
     train = load_data(streamed(forty, 40, val_fraction=0.0)).train
-    opened, kind = [], type(train.images.stream)
-    real = kind.shard
-    monkeypatch.setattr(
-        kind, "shard", lambda self, num_shards, index: opened.append(index) or real(self, num_shards, index)
-    )
+    opened = openings(train, monkeypatch)
     rest = train.order(0, 0)[95:]
     seen = torch.cat(list(train.batches(rest.split(10), torch.device("cpu"))))
     assert seen[:, 0, 0, 0].tolist() == [row % 251 for row in rest.tolist()]
