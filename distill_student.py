@@ -7,16 +7,17 @@
 Accuracies: see the README; CIFAR-100 at full length is not measured yet.
 """
 
-from kd.cli import script
 from kd.config import DistillConfig
-from kd.presets import distill_defaults
+from kd.config.cli import script
+from kd.config.presets import distill_defaults
 from train_teacher import train
 
 
 def find_teacher(config: DistillConfig, data, accelerator):
     """Those named by --teacher, with a new last layer if asked; else a pruned network's own; else the recipe's, trained
     if need be."""
-    from kd.teacher import head_task, load_teachers
+    from kd.teachers.load import load_teachers
+    from kd.training.setup import head_task
 
     names = list(config.teachers) or [train(config.teacher_job(), data, accelerator)]
     tasks = [head_task(config, name, data) for name in names]
@@ -27,11 +28,11 @@ def find_teacher(config: DistillConfig, data, accelerator):
 
 def main(config: DistillConfig) -> None:
     from kd.data import load_data
-    from kd.launch import start
     from kd.models import check_name
-    from kd.probe import try_method, try_out
-    from kd.table import show_results
-    from kd.teacher import check_teachers
+    from kd.runs.table import show_results
+    from kd.teachers.load import check_teachers
+    from kd.training.launch import start
+    from kd.training.setup import try_method, try_out
 
     job, needs_teacher = config.job(), config.method.needs_teacher
     check_name(config.student)

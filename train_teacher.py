@@ -9,9 +9,9 @@ Accuracies: see the README; CIFAR-100 at full length is not measured yet.
 
 from pathlib import Path
 
-from kd.cli import script
 from kd.config import Job, TrainConfig
-from kd.presets import train_defaults
+from kd.config.cli import script
+from kd.config.presets import train_defaults
 
 
 def train(job: Job, data, accelerator, teacher=None, control: Path | None = None) -> Path:
@@ -20,24 +20,22 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
     `teacher` (kd.teacher.Frozen) is asked live or through its cache; `control` is the run of the student alone, for
     the summary.
     """
-    from kd.compress import compress
-    from kd.finish import finish
-    from kd.fit import fit
-    from kd.launch import same_threads
-    from kd.losses import LOSSES, Distiller
-    from kd.probe import probe_pair
-    from kd.run_folder import open_run
-    from kd.teacher import start_network
-    from kd.teacher_cache import answers
-    from kd.tracking import Tracker
-    from kd.views import seed_everything
+    from kd.losses import LOSSES
+    from kd.losses.base import Distiller
+    from kd.runs.folder import open_run
+    from kd.teachers.cache import answers
+    from kd.training.setup import probe_pair, start_network
+    from kd.training.summary import finish
+    from kd.training.tracking import Tracker
+    from kd.training.trainer import fit
+    from kd.utils.processes import same_threads
+    from kd.utils.rng import seed_everything
 
     run = open_run(job, data, accelerator, teacher and teacher.sha256)
     with run, same_threads():
         if run.summary is None:
             seed_everything(job.fit.seed, "network")
-            network = start_network(job, data)
-            compression = compress(network, job, data)
+            network, compression = start_network(job, data)
             seed_everything(job.fit.seed, "method")
             loss = LOSSES[job.method_name](job.method, probe_pair(job, network, teacher, data))
             distiller = Distiller(network, loss)
@@ -51,10 +49,10 @@ def train(job: Job, data, accelerator, teacher=None, control: Path | None = None
 
 def main(config: TrainConfig) -> None:
     from kd.data import load_data
-    from kd.launch import start
     from kd.models import check_name
-    from kd.probe import try_out
-    from kd.table import show_results
+    from kd.runs.table import show_results
+    from kd.training.launch import start
+    from kd.training.setup import try_out
 
     check_name(config.model)
     accelerator = start(config.fit, config.run)

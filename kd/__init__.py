@@ -16,7 +16,7 @@ def load(folder: str | Path, trust_code: bool = False):
 
     Raises: kd.errors.UserError (a ValueError) when there is no finished run there or code is not trusted.
     """
-    from kd.hub import local_folder
-    from kd.trained import load_network
+    from kd.runs.load import load_network
+    from kd.utils.hub import local_folder
 
     return load_network(local_folder(folder), trust_code).network

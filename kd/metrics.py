@@ -1,12 +1,11 @@
 """How good a network's predictions are, and the sums that training keeps on the device."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from kd.outputs import Step
 
 BINS = 15  # of confidence: Guo et al., arXiv:1706.04599, section 4
 
@@ -75,82 +74,59 @@ def _entropy(log_probabilities: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
     return -(log_probabilities.exp() * log_probabilities).sum(dim=1).mean()
 
 
-UNNAMED = 4  # sums of a Meter beside its terms and measures: two gradients' lengths, correct answers, samples
-SPIKE = 10.0  # times its recent mean: a loss that is worth a warning
-RECENT = 20  # steps that this mean goes back over, and that have to pass before anything is called a spike
+#: (kd.shots) How well classes with many, some and few training images are recognised.
 
 
-class Meter:
-    """Sums of loss terms, measures and correct answers, the first step whose loss was not finite, and the last spike.
+MANY, FEW = 100, 20  # more than this, and fewer than this: Liu et al., arXiv:1904.05160, section 4.1
 
-    They stay on the device, one row a process, until `read`: nothing in `update` makes the host wait.
+
+NAMES = ("many", "medium", "few")
+
+
+def class_recall(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> Float[Tensor, "k"]:
+    """Percent of each class's samples that are recognised; NaN for a class without any."""
+    size = torch.bincount(labels, minlength=logits.shape[1])
+    right = torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=logits.shape[1])
+    return 100 * right.double() / size
+
+
+def groups(counts: Int[Tensor, "k"]) -> dict[str, Int[Tensor, "m"]]:
+    """The classes of each name, by their number of training images.
+
+    By the paper's limits, which are made for its sets. Where they leave one of the three without a class, by rank: the
+    largest third of the classes, the middle, the smallest third.
     """
+    limits = {"many": counts > MANY, "medium": (counts >= FEW) & (counts <= MANY), "few": counts < FEW}
+    found = {name: mask.nonzero().flatten() for name, mask in limits.items()}
+    if all(len(classes) for classes in found.values()):
+        return found
+    ranked, third = counts.argsort(descending=True, stable=True), max(round(len(counts) / 3), 1)
+    return dict(zip(NAMES, (ranked[:third], ranked[third:-third], ranked[-third:]), strict=True))
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.terms: list[str] = []  # known from the first step on, as are the measures
-        self.measures: list[str] = []
-        self.reset()
-        self.bad_step = torch.full((), -1, dtype=self.dtype, device=device)
-        self.usual = torch.zeros((), dtype=self.dtype, device=device)  # the loss's recent mean, in this life
-        self._steps = 0
-        self._spike = torch.full((3,), -1, dtype=self.dtype, device=device)
-        self.spike: tuple[float, float, float] | None = None  # step, loss, recent mean: since the last `read`
 
-    def reset(self) -> None:
-        """Start an epoch's sums: the terms', the measures', both gradients' lengths, correct answers, samples."""
-        self.sums = torch.zeros(len(self.terms) + len(self.measures) + UNNAMED, dtype=self.dtype, device=self.device)
+def shot_scores(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], counts: Int[Tensor, "k"]) -> dict:
+    """The summary's keys for a training set whose classes have these sizes.
 
-    def update(self, result: Step, labels: Int[Tensor, "b"], step: Int[Tensor, ""]) -> None:
-        if not self.terms:
-            self.terms, self.measures = list(result.terms), list(result.measures)
-            self.reset()
-        losses = torch.stack([result.terms[name].detach() for name in self.terms]).to(self.dtype)
-        seen = [result.measures[name].to(self.dtype)[None] for name in self.measures]
-        correct = (result.logits.detach().argmax(dim=1) == labels).sum().to(self.dtype)
-        count = torch.full_like(correct, len(labels))
-        means = torch.cat([losses, *seen, losses.new_zeros(2)])
-        self.sums += torch.cat([means * count, correct[None], count[None]])
-        bad = ~torch.isfinite(losses).all() & (self.bad_step < 0)
-        self.bad_step = torch.where(bad, step.to(self.dtype), self.bad_step)
-        self._notice(losses.sum(), step.to(self.dtype))
+    Accuracies in percent, in which each class of a group counts alike (None for a group without test images); `shots`
+    says how many classes are in which group, and how large they are.
+    """
+    recall, parts = class_recall(logits, labels).cpu(), groups(counts)
+    mean = lambda part: None if part.isnan().all() else part.nanmean().item()  # noqa: E731
+    scores = {"test_balanced_top1": mean(recall)}
+    scores |= {f"test_top1_{name}": mean(recall[classes]) for name, classes in parts.items()}
+    return scores | {"shots": {name: _extent(counts[classes]) for name, classes in parts.items()}}
 
-    def _notice(self, loss: Tensor, step: Tensor) -> None:
-        """Remember a finite loss far above the recent ones. For a warning only: no checkpoint knows of it."""
-        if self._steps >= RECENT:
-            spiked = torch.isfinite(loss) & (self.usual > 0) & (loss > SPIKE * self.usual)
-            self._spike = torch.where(spiked, torch.stack([step, loss, self.usual]), self._spike)
-        share = 1 / min(self._steps + 1, RECENT)
-        self.usual = torch.where(torch.isfinite(loss), self.usual + share * (loss - self.usual), self.usual)
-        self._steps += 1
 
-    def add_gradients(self, lengths: Float[Tensor, "2"]) -> None:
-        """Of the distillation terms and of cross-entropy, at some of the steps; the same on every process."""
-        self.sums[-4:-2] += lengths
+def _extent(counts: Int[Tensor, "m"]) -> dict[str, int]:
+    """How many classes there are, and how many training images the smallest and the largest has."""
+    smallest, largest = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
+    return {"classes": len(counts), "smallest": smallest, "largest": largest}
 
-    def read(self, accelerator: Accelerator, stop: int = 0) -> tuple[dict[str, float], int | None, int]:
-        """Means over all processes so far, the first bad step if any, and the largest `stop` among the processes."""
-        row = torch.cat([self.sums, self._spike, self.bad_step[None], torch.full_like(self.bad_step[None], stop)])
-        rows = accelerator.gather(row[None]).cpu()
-        *sums, distillation, cross_entropy, correct, samples = rows[:, :-5].sum(dim=0).tolist()
-        spikes = [tuple(spike) for spike in rows[:, -5:-2].tolist() if spike[0] >= 0]
-        self.spike = max(spikes, default=None)
-        self._spike = torch.full_like(self._spike, -1)
-        bad = [int(step) for step in rows[:, -2].tolist() if step >= 0]
-        samples = max(samples, 1)
-        names = (f"train/{name}" for name in (*self.terms, *self.measures))
-        means = {name: value / samples for name, value in zip(names, sums, strict=True)}
-        loss = sum(list(means.values())[: len(self.terms)], 0.0)
-        means = {"train/loss": loss, **means, "train/top1": 100 * correct / samples}
-        if cross_entropy:
-            means["train/gradient_ratio"] = distillation / cross_entropy
-        return means, min(bad, default=None), int(rows[:, -1].max())
 
-    def save(self, accelerator: Accelerator) -> dict:
-        return {"terms": self.terms, "measures": self.measures, "rows": accelerator.gather(self.sums[None]).tolist()}
+def images_noise(top1: float, other: float, images: int) -> float:
+    """Half the 95% interval that a test set of so many images leaves around a difference of two accuracies (percent).
 
-    def restore(self, saved: dict, process: int) -> None:
-        """Each process takes its own row back, so that sums go on in the same order."""
-        self.terms, self.measures = list(saved["terms"]), list(saved["measures"])
-        self.sums = torch.tensor(saved["rows"][process], dtype=self.dtype, device=self.device)
+    As of two independent samples; both networks see the same images, so this is on the careful side.
+    """
+    shares = (top1 / 100, other / 100)
+    return 1.96 * 100 * math.sqrt(sum(share * (1 - share) for share in shares) / images)

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 
 from kd.errors import UserError, exit_code, require
-from kd.images.pictures import seen
-from kd.shipping.preprocess import describe
+from kd.export.onnx_runtime import describe
+from kd.utils.images import seen
 
 BATCH = 64  # images in memory at once
 
@@ -44,16 +44,16 @@ class Prediction(NamedTuple):
 def open_predictor(name: str, trust_code: bool = False) -> Predictor:
     """The network of a run folder, a Hub id or an exported .onnx file. Raises UserError where there is none."""
     if name.lower().endswith(".onnx"):
-        from kd.shipping.onnx_runtime import OnnxFile
+        from kd.export.onnx_runtime import OnnxFile
 
         require(Path(name).is_file(), f"{name}: no such file; python -m kd.export RUN --formats onnx makes one")
         answer = OnnxFile(Path(name))
         expects = answer.preprocessing
     else:
-        from kd.hub import local_folder
-        from kd.shipping.deploy import Deployed
-        from kd.shipping.shipped import of_torch
-        from kd.trained import load_network
+        from kd.export.deployed import Deployed
+        from kd.export.measure import of_torch
+        from kd.runs.load import load_network
+        from kd.utils.hub import local_folder
 
         trained = load_network(local_folder(name), trust_code)
         answer, expects = of_torch(Deployed(trained.network, trained.info))(0), describe(trained.info)

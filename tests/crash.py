@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from kd.checkpoint import steps
 from kd.config import METHODS
+from kd.runs.checkpoint import steps
 from tests.forks import PHASES, Command, Started, warm_up
 from tests.runs import differences
 

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from kd.ledger import Ledger
+from kd.training.trainer import Ledger
 
 
 def main() -> None:

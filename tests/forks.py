@@ -18,24 +18,24 @@ from pathlib import Path
 import torch
 
 import distill_student
-import kd.checkpoint
-import kd.data
-import kd.finish
-import kd.fit
-import kd.teacher_cache
+import kd.data.sources
+import kd.runs.checkpoint
+import kd.teachers.cache
+import kd.training.summary
+import kd.training.trainer
 import train_teacher
-from kd.cli import parse
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults, train_defaults
 from kd.errors import exit_code
-from kd.presets import distill_defaults, train_defaults
 
 PHASES = ("start-up", "decoding", "cache build", "step", "save", "validation", "finish", "between")
 WATCHED = {  # the function in whose time a process is in the phase
-    "decoding": (kd.data, "cached"),
-    "cache build": (kd.teacher_cache, "_build"),
-    "step": (kd.fit, "train_step"),
-    "save": (kd.checkpoint, "save"),
-    "validation": (kd.fit, "validate"),
-    "finish": (kd.finish, "finish"),
+    "decoding": (kd.data.sources, "cached"),
+    "cache build": (kd.teachers.cache, "_build"),
+    "step": (kd.training.trainer, "train_step"),
+    "save": (kd.runs.checkpoint, "save"),
+    "validation": (kd.training.trainer, "validate"),
+    "finish": (kd.training.summary, "finish"),
 }
 POLL = 0.0005  # seconds
 PATIENCE = 120.0  # seconds that a run may take before it counts as hung
@@ -109,12 +109,14 @@ def warm_up(folder: Path) -> None:
     """Import here what each child would import anew, torchvision's and matplotlib's parts on first use included."""
     import sklearn.datasets
 
-    import kd.costs
-    import kd.curves
-    import kd.probe
-    import kd.table
+    import kd.report.costs
+    import kd.runs.table
+    import kd.training.setup
+    import kd.training.summary
 
-    kd.curves.draw_curves([{"epoch": 1, "train/loss": 1.0, "train/top1": 1.0}], "warm-up", folder / "warm-up.png")
+    kd.training.summary.draw_curves(
+        [{"epoch": 1, "train/loss": 1.0, "train/top1": 1.0}], "warm-up", folder / "warm-up.png"
+    )
     sklearn.datasets.load_digits()
     for defaults in (distill_defaults, train_defaults):
         parse(defaults, "", [])

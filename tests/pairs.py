@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import METHODS
-from kd.losses import LOSSES, Distiller
+from kd.losses import LOSSES
+from kd.losses.base import Distiller
 from kd.models import probe
-from kd.outputs import Batch, Outputs, Pair, Stages, Tap
+from kd.models.features import Tap
+from kd.types import Batch, Outputs, Pair, Stages
 
 STAGES = Stages(("0", "2"), "6", ("0", "1", "2", "3", "4", "5", "6"))
 SIZE, CLASSES, SAMPLES = (12, 12), 5, 40

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import distill_student
 import train_teacher
-from kd.cli import parse
-from kd.presets import distill_defaults, train_defaults
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults, train_defaults
 from tests.conftest import ROOT
 
 SMALL = ["--data", "synthetic", "--batch-size", "50", "--epochs", "2", "--lr", "0.05", "--log-every", "3"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kd import bench
-from kd.bench import BenchConfig
+from kd.bench import __main__ as bench
+from kd.bench.measure import BenchConfig
 
 KEYS = {
     "bare_images_per_second", "live_images_per_second", "cached_images_per_second", "teacher_images_per_second",

@@ -6,15 +6,14 @@ import sys
 
 import pytest
 
-from kd import config
-from kd.cli import parse
-from kd.config import METHODS, KDConfig, NoneConfig
+from kd.config import METHODS, KDConfig, NoneConfig, flags, jobs
+from kd.config.cli import parse
+from kd.config.presets import PRESETS, distill_defaults, train_defaults
 from kd.errors import UserError
-from kd.presets import PRESETS, distill_defaults, train_defaults
 from tests.conftest import ROOT
 
 
-def student(*args: str) -> config.DistillConfig:
+def student(*args: str) -> jobs.DistillConfig:
     return parse(distill_defaults, "", list(args))
 
 
@@ -63,8 +62,8 @@ def test_the_literatures_schedule_falls_at_its_epochs():
 
 
 def test_no_method_flag_repeats_a_common_one():
-    parts = (config.DataConfig, config.ViewConfig, config.FitConfig, config.RunConfig, config.CompressConfig)
-    parts += (config.DistillConfig,)
+    parts = (flags.DataConfig, flags.ViewConfig, flags.FitConfig, flags.RunConfig, flags.CompressConfig)
+    parts += (jobs.DistillConfig,)
     common = {field.name for part in parts for field in dataclasses.fields(part)}
     for method in METHODS.values():
         assert not common & {field.name for field in dataclasses.fields(method)}

@@ -14,12 +14,12 @@ from PIL import Image
 
 from kd.config import DataConfig
 from kd.data import Split, load_data
+from kd.data.cache import cache_root
+from kd.data.folder import COMMON
+from kd.data.statistics import blocks_of
+from kd.data.storage import fits
 from kd.errors import UserError
-from kd.images import holding
-from kd.images.decode import cache_root
-from kd.images.folder import COMMON
-from kd.images.holding import fits, limit_files, memory_limit
-from kd.images.survey import blocks_of
+from kd.utils.system import limit_files, memory_limit
 from tests.conftest import CIFAR100, needs_cifar100
 
 
@@ -92,7 +92,7 @@ def test_classes_keeps_the_first_n():
 
 def test_the_second_start_decodes_nothing(folder, monkeypatch):
     first = load_data(DataConfig(source=str(folder)))
-    monkeypatch.setattr(holding, "decode_split", None)  # would raise if called
+    monkeypatch.setattr("kd.data.storage.decode_split", None)  # would raise if called
     second = load_data(DataConfig(source=str(folder)))
     assert first.fingerprint == second.fingerprint
     assert torch.equal(first.train.images, second.train.images)
@@ -346,9 +346,9 @@ def test_a_folder_called_like_a_named_set_is_itself(folder, capsys):
 
 def test_statistics_look_at_few_bytes_at_a_time(monkeypatch):
     images = np.zeros((10, 3, 8, 8), np.uint8)
-    monkeypatch.setattr("kd.images.survey.BLOCK_BYTES", 3 * images[0].nbytes)
+    monkeypatch.setattr("kd.data.statistics.BLOCK_BYTES", 3 * images[0].nbytes)
     assert [len(block) for block in blocks_of(images, np.arange(10))] == [3, 3, 3, 1]
-    monkeypatch.setattr("kd.images.survey.BLOCK_BYTES", 1)
+    monkeypatch.setattr("kd.data.statistics.BLOCK_BYTES", 1)
     assert [len(block) for block in blocks_of(images, np.arange(4))] == [1] * 4
 
 
@@ -367,7 +367,7 @@ def test_what_fits_is_measured_by_the_containers_memory(tmp_path, monkeypatch):
     limits = [tmp_path / name for name in ("group", "parent", "absent")]
     limits[0].write_text("max\n")
     limits[1].write_text("1000000\n")
-    monkeypatch.setattr("kd.images.holding.limit_files", lambda: limits)
+    monkeypatch.setattr("kd.utils.system.limit_files", lambda: limits)
     assert memory_limit() == 1_000_000
     assert fits(500_000, DataConfig())[0]
     keep, why = fits(500_001, DataConfig())

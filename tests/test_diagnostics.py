@@ -13,9 +13,9 @@ from scipy.stats import entropy
 
 from kd.config import METHODS, DataConfig
 from kd.data import load_data
-from kd.diagnostics import gradient_norms, warnings
 from kd.metrics import closeness
-from kd.trained import load_network
+from kd.runs.load import load_network
+from kd.training.diagnostics import gradient_norms, warnings
 from tests.pairs import batch_of, build
 from tests.runs import differences, distil, metrics_of, teach
 

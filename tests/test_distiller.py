@@ -11,7 +11,8 @@ from kd.errors import UserError
 from kd.losses import LOSSES
 from kd.losses.crd import Negatives
 from kd.models import MODELS, build_model, probe, stages
-from kd.outputs import Stages, Tap
+from kd.models.features import Tap
+from kd.types import Stages
 from tests.pairs import LABELS, SAMPLES, SIZE, STAGES, batch_of, build, network, terms_of
 
 FEATURES = [name for name, kind in METHODS.items() if "student_layers" in kind.__dataclass_fields__]

@@ -21,13 +21,13 @@ import kd
 from kd.config import DataConfig
 from kd.data import load_data
 from kd.errors import UserError
-from kd.export import main
-from kd.files import read_json, sha256_file, write_folder, write_json, write_weights
+from kd.export import build
+from kd.export.__main__ import main
+from kd.export.deployed import Deployed, bake
+from kd.export.measure import verdicts
 from kd.models import build_model
 from kd.predict import main as predict
-from kd.shipping import contents, formats
-from kd.shipping.cost_table import verdicts
-from kd.shipping.deploy import Deployed, bake
+from kd.utils.files import read_json, sha256_file, write_folder, write_json, write_weights
 from tests.conftest import ROOT
 from tests.runs import distil, teach
 
@@ -116,7 +116,7 @@ def test_a_failure_leaves_the_old_export_and_nothing_half_written(run, monkeypat
         (folder / "model.onnx").write_bytes(b"half")
         raise UserError("the exporter fails")
 
-    monkeypatch.setattr(contents, "make_files", fails)
+    monkeypatch.setattr("kd.export.build.make_files", fails)
     with pytest.raises(UserError, match="the exporter fails"):
         main([str(run), "--formats", "safetensors", "--no-table"])
     assert before == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
@@ -143,7 +143,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
             raise OSError("no space left")
         replace(source, target)
 
-    monkeypatch.setattr("kd.files.os.replace", second_fails)
+    monkeypatch.setattr("kd.utils.files.os.replace", second_fails)
     with pytest.raises(OSError, match="no space"):
         write_folder(folder, lambda partial: (partial / "two").write_text("2"))
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
@@ -219,11 +219,11 @@ def test_a_file_in_the_place_of_the_export_is_one_message(run):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_export_that_is_stopped_leaves_nothing(run, number, code):
     """In the very place where whatever an exporter raises becomes a message."""
-    stop = "import os, sys, time\nfrom kd import export\nfrom kd.errors import exit_code\n"
-    stop += "from kd.shipping import contents\nfrom kd.shipping.onnx_files import making\n"
+    stop = "import os, sys, time\nfrom kd.export import __main__ as export\nfrom kd.errors import exit_code\n"
+    stop += "from kd.export import build\nfrom kd.export.onnx_files import making\n"
     stop += "def half(folder, *rest):\n    (folder / 'model.onnx').write_bytes(b'half')\n"
     stop += f"    with making('model.onnx'):\n        os.kill(os.getpid(), {int(number)})\n        time.sleep(60)\n"
-    stop += "contents.make_files = half\nflags = ['--formats', 'safetensors', '--no-table']\n"
+    stop += "build.make_files = half\nflags = ['--formats', 'safetensors', '--no-table']\n"
     stop += "sys.argv[1:] = [sys.argv[1], *flags]\nimport runpy\nrunpy.run_path(export.__file__, run_name='__main__')\n"
     there = sorted(path.name for path in run.iterdir())
     done = subprocess.run([sys.executable, "-c", stop, str(run)], capture_output=True, text=True, timeout=100)
@@ -398,7 +398,7 @@ def test_the_student_alone_is_of_the_same_network_recipe_and_seed(chain, resnet8
 
 def test_calibration_sees_training_images_alone():
     data = load_data(DataConfig("synthetic"))
-    chosen = formats.calibration_images(data, 100)
+    chosen = build.calibration_images(data, 100)
     assert len({image.tobytes() for image in chosen}) == 100
     train = {image.numpy().tobytes() for image in data.train.images}
     others = {image.numpy().tobytes() for split in (data.val, data.test) for image in split.images}

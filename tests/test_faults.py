@@ -22,14 +22,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kd
-from kd import arrays, checkpoint, files, report
 from kd.data import Data, Split
 from kd.errors import Preempted, UserError, exit_code
-from kd.fit import predict
-from kd.ledger import Ledger
-from kd.metrics import Meter
-from kd.outputs import Step
-from kd.teacher_store import Store
+from kd.report.__main__ import main as report
+from kd.runs import checkpoint
+from kd.teachers.cache import Store
+from kd.training.evaluate import predict
+from kd.training.meter import Meter
+from kd.training.trainer import Ledger
+from kd.types import Step
+from kd.utils import files
 from tests.conftest import ROOT
 from tests.runs import differences, distil, script, teach, torchrun
 from tests.test_data import parquet, picture
@@ -196,7 +198,7 @@ def test_row_32_a_disk_that_fills_up_at_any_file_is_one_line_and_nothing_is_lost
 def test_row_32_a_memory_map_takes_its_room_at_once(small_disk):
     """Written where there is no room, it would end the process with SIGBUS."""
     with pytest.raises(OSError, match="No space left on device") as error:
-        arrays.create_map(small_disk / "logits.npy", np.dtype(np.float32), (1000, 100))
+        files.create_map(small_disk / "logits.npy", np.dtype(np.float32), (1000, 100))
     assert error.value.filename == str(small_disk / "logits.npy")
 
 
@@ -284,7 +286,7 @@ def test_row_49_nothing_of_a_strangers_is_unpickled(finished, name):
     if not name.startswith("test"):
         with pytest.raises(UserError, match=name):
             kd.load("stranger")
-    report.main(["stranger", "--out", "told"])
+    report(["stranger", "--out", "told"])
     assert not Path("exploded").exists()
 
 
@@ -307,7 +309,7 @@ def test_row_49_a_strangers_function_is_not_even_imported(finished, tmp_path):
     (tmp_path / "strangers_code.py").write_text("import os; os.mkdir('exploded')")
     with pytest.raises(UserError, match="trust_code=True"):
         kd.load("stranger")
-    report.main(["stranger", "--out", "told"])
+    report(["stranger", "--out", "told"])
     assert not Path("exploded").exists()
 
 
@@ -333,7 +335,7 @@ def test_row_50_odd_names_are_shown_literally_and_lead_nowhere(tmp_path, capfd):
     source = parquet(work / "set;touch exploded", rows, features)
     out = "runs/[bold]$(touch exploded);<b>x</b>"
     teach("--data", source, "--val-fraction", "0.25", "--batch-size", "4", "--epochs", "1", "--out", out)
-    report.main([out, "--out", "told", "--trust-code"])
+    report([out, "--out", "told", "--trust-code"])
     assert f"run folder: {out}" in capfd.readouterr().out
     assert json.loads(Path(out, "model.json").read_text())["classes"] == names
     page = Path("told/report.html").read_text()

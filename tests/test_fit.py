@@ -14,16 +14,17 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd
-from kd import checkpoint
 from kd.config import DataConfig, FitConfig
 from kd.data import Split, load_data
 from kd.errors import UserError
-from kd.fit import lr_at, predict
-from kd.ledger import Ledger
-from kd.losses import Distiller
+from kd.losses.base import Distiller
 from kd.models import build_model
-from kd.outputs import Tap
-from kd.teacher import folded, load_teacher
+from kd.models.features import Tap
+from kd.runs import checkpoint
+from kd.teachers.live import folded
+from kd.teachers.load import load_teacher
+from kd.training.evaluate import predict
+from kd.training.trainer import Ledger, lr_at
 from tests.conftest import ROOT
 from tests.runs import STUDENT, distil, metrics_of, teach
 
@@ -85,7 +86,7 @@ def test_row_23_the_teacher_is_not_changed_and_the_student_trains_in_train_mode(
         modes.append((self.student.training, trains, any(output.requires_grad for output in outputs)))
         return real_forward(self, batch, teacher)
 
-    monkeypatch.setattr("kd.teacher.Tap", Watched)
+    monkeypatch.setattr("kd.teachers.live.Tap", Watched)
     monkeypatch.setattr(Distiller, "forward", forward)
     small = ["--student", "resnet8", "--epochs", "1", "--diagnose-every", "0"]
     distil("--out", "run", "--teacher", "teacher", *small, method)
@@ -254,13 +255,13 @@ def test_the_host_does_not_wait_between_two_log_points(args, monkeypatch):
 
 
 COMPILED = f"""
-import runpy, sys, torch, kd.launch
+import runpy, sys, torch, kd.training.launch
 real, compiled = torch.compile, []
 def eagerly(model, **options):
     compiled.append(model)
     return real(model, backend="eager", fullgraph=True)
 torch.compile = eagerly
-kd.launch.compiles = lambda fit, on_cpu: True
+kd.training.launch.compiles = lambda fit, on_cpu: True
 sys.argv = ["distill_student.py", *{STUDENT}, "--threads", "1", "--out", "compiled"]
 sys.path.insert(0, {str(ROOT)!r})
 try:

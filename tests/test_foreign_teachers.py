@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from kd.config import DataConfig
+from kd.config.presets import distill_defaults
 from kd.data import load_data
+from kd.data.rows import normalize
 from kd.errors import UserError
-from kd.foreign import match_classes, read
+from kd.export.measure import candidates
+from kd.export.source import read_source
 from kd.models import build_model
-from kd.presets import distill_defaults
-from kd.shipping.shipped import candidates
-from kd.shipping.source import read_source
-from kd.teacher import load_teacher, load_teachers
-from kd.trained import load_network
-from kd.views import normalize
+from kd.models.pretrained import read
+from kd.runs.load import load_network
+from kd.teachers.load import load_teacher, load_teachers, match_classes
 from tests import networks
 from tests.runs import differences, distil, metrics_of, teach
 from tests.test_resume import Killed, die_at

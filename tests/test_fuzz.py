@@ -17,19 +17,18 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kd import checkpoint, files
-from kd.cli import parse
 from kd.config import DataConfig, DistillConfig
-from kd.data import load_data
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults
+from kd.data import cache, load_data
 from kd.errors import UserError
-from kd.images import decode, pictures
-from kd.presets import distill_defaults
-from kd.reporting import results, run_files
-from kd.run_folder import RunFolder, _look
-from kd.state import State
-from kd.table import show_results
-from kd.teacher_store import Store
-from kd.trained import load_network
+from kd.runs import checkpoint, results
+from kd.runs.checkpoint import State
+from kd.runs.folder import RunFolder, _look
+from kd.runs.load import load_network
+from kd.runs.table import show_results
+from kd.teachers.cache import Store
+from kd.utils import files, images
 from tests.runs import distil, teach
 from tests.test_data import picture
 
@@ -205,8 +204,8 @@ def test_the_report_reads_a_run_right_or_lists_it(finished, data, name):
     assert len(runs) + len(others) == 1
     for run in runs:
         assert isinstance(run, results.Run)
-        refused(lambda run=run: run_files.history(run))
-        refused(lambda run=run: run_files.test_answers(run))
+        refused(lambda run=run: results.history(run))
+        refused(lambda run=run: results.test_answers(run))
     if name == "summary.json":
         refused(lambda: show_results(Path("copy")))
 
@@ -235,7 +234,7 @@ def test_row_29_an_image_is_decoded_or_its_row_is_named(data, kind, size):
     picture(0).save(stored, kind)
     cell = {"bytes": data.draw(damaged(stored.getvalue())), "path": data.draw(TEXTS)}
     said = []
-    if not refused(lambda: said.append(pictures.decode(cell, size, "train", 7)), "train row 7"):
+    if not refused(lambda: said.append(images.decode(cell, size, "train", 7)), "train row 7"):
         assert said[0].shape[0] == 3
         assert said[0].dtype == "uint8"
 
@@ -244,13 +243,13 @@ def test_row_29_an_image_is_decoded_or_its_row_is_named(data, kind, size):
 @given(data=st.data())
 def test_decoded_data_is_believed_only_if_it_is_whole(data):
     wanted = load_data(DataConfig(source="synthetic"))
-    folder = next((decode.cache_root() / "data").glob("synthetic-*/meta.json")).parent
+    folder = next((cache.cache_root() / "data").glob("synthetic-*/meta.json")).parent
     shutil.rmtree("copy", ignore_errors=True)
     shutil.copytree(folder, "copy")
     name = data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
     sound = Path("copy", name).read_bytes()
     Path("copy", name).write_bytes(data.draw(broken(json.loads(sound)) if name == "meta.json" else damaged(sound)))
-    found = decode._load(Path("copy"))
+    found = cache._load(Path("copy"))
     assert found is None or found[2] == wanted.fingerprint
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import kd
-from kd import hub as ours
 from kd.errors import UserError
-from kd.export import main as export
+from kd.export.__main__ import main as export
+from kd.utils.hub import NEEDED
 from tests.hub_server import hub
 
 
@@ -26,10 +26,10 @@ def exported(resnet8_run, tmp_path_factory):
 
 
 def ask(server, code: str, token: str = "") -> subprocess.CompletedProcess:
-    """Python with that Hub as its own; kd.hub imports no torch."""
+    """Python with that Hub as its own; kd.utils.hub imports no torch."""
     settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(Path.cwd() / "home"), "HF_HUB_OFFLINE": "0"}
     env = {**os.environ, **settings, "HF_TOKEN": token}
-    command = [sys.executable, "-c", f"from pathlib import Path\nfrom kd.hub import local_folder, push\n{code}"]
+    command = [sys.executable, "-c", f"from pathlib import Path\nfrom kd.utils.hub import local_folder, push\n{code}"]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -41,7 +41,7 @@ def test_a_network_is_fetched_and_nothing_but_safetensors_and_json(exported):
         assert fetched.returncode == 0, fetched.stderr
     assert "api/models/somebody/net/revision/v2" in server.asked
     folder = Path(fetched.stdout.strip())
-    assert {path.name for path in folder.iterdir()} == set(ours.NEEDED)
+    assert {path.name for path in folder.iterdir()} == set(NEEDED)
     images = torch.rand(3, 3, 16, 16)
     assert torch.equal(kd.load(folder)(images), kd.load(exported)(images))
 
@@ -80,13 +80,13 @@ def test_offline_an_unknown_id_is_one_message(name):
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/a/b", "a/b/c", "nothing", "~/runs"])
 def test_a_path_is_never_asked_of_the_hub(name, monkeypatch):
-    monkeypatch.setattr(ours, "_fetch", lambda name: pytest.fail(f"{name} was asked for"))
+    monkeypatch.setattr("kd.utils.hub._fetch", lambda name: pytest.fail(f"{name} was asked for"))
     with pytest.raises(UserError, match="no such run folder"):
         kd.load(name)
 
 
 def test_a_folder_comes_before_an_id_of_the_same_name(exported, monkeypatch):
-    monkeypatch.setattr(ours, "_fetch", lambda name: pytest.fail(f"{name} was asked for"))
+    monkeypatch.setattr("kd.utils.hub._fetch", lambda name: pytest.fail(f"{name} was asked for"))
     shutil.copytree(exported, "runs/mine")
     assert kd.load("runs/mine")(torch.rand(2, 3, 16, 16)).shape == (2, 10)
 

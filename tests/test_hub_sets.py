@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from kd.config import DataConfig
-from kd.data import _newest_revision, load_data
+from kd.config.presets import train_defaults
+from kd.data import load_data
+from kd.data.sources import HUB_SETS, _newest_revision
 from kd.errors import UserError
-from kd.images.hub_sets import HUB_SETS
-from kd.presets import train_defaults
 
 SHA = "c" * 40
 COARSE = [f"coarse {number}" for number in range(2)]
@@ -61,7 +61,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.load_dataset", load)
-    monkeypatch.setattr("kd.data._newest_revision", lambda name, branch: SHA)
+    monkeypatch.setattr("kd.data.sources._newest_revision", lambda name, branch: SHA)
     return asked
 
 
@@ -118,7 +118,7 @@ def test_a_slow_hub_is_no_traceback(monkeypatch, hub):
 
 
 def test_help_lists_every_name(capsys):
-    from kd.cli import parse
+    from kd.config.cli import parse
 
     with pytest.raises(SystemExit):
         parse(train_defaults, "", ["--help"])

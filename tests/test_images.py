@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kd import augment, views
-from kd.batches import TrainingImages
 from kd.config import DataConfig, ViewConfig
-from kd.data import load_data
+from kd.data import augment, load_data, rows
+from kd.data.loader import TrainingImages
 from kd.errors import UserError
-from kd.images.pictures import central, decode
 from kd.models import build_model
+from kd.utils.images import central, decode
 from tests.runs import teach
 from tests.test_workers import images
 
@@ -247,8 +246,8 @@ def test_a_view_depends_on_seed_number_and_index_alone(tmp_path, config):
 
 def test_scoring_sees_the_centre():
     pixels = random_images(2, 16, 16)
-    assert torch.equal(views.centre(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
-    assert torch.equal(views.centre(pixels, (16, 16)), pixels)
+    assert torch.equal(rows.centre(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
+    assert torch.equal(rows.centre(pixels, (16, 16)), pixels)
 
 
 def test_large_images_get_imagenets_stem():

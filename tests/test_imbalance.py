@@ -8,22 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd import views
-from kd.balance import balanced_order, epoch_order
-from kd.cli import parse
 from kd.config import DataConfig
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults, train_defaults
 from kd.data import Split, load_data
+from kd.data.cache import Arrays
+from kd.data.loader import balanced_order, epoch_order
+from kd.data.splits import long_tail
 from kd.errors import UserError
-from kd.images.decode import Arrays
-from kd.images.splits import long_tail
-from kd.losses import class_weights, cross_entropy, log_prior
-from kd.outputs import Batch, Mix
-from kd.plan import teacher_flags
-from kd.presets import distill_defaults, train_defaults
-from kd.reporting.groups import by_data
-from kd.reporting.rare import rare_table
-from kd.reporting.results import collect
-from kd.shots import groups, shot_scores
+from kd.losses.cross_entropy import class_weights, cross_entropy, log_prior
+from kd.metrics import groups, shot_scores
+from kd.report.groups import by_data
+from kd.report.tables import rare_table
+from kd.runs.results import collect
+from kd.study.plan import teacher_flags
+from kd.types import Batch, Mix
+from kd.utils import rng
 from tests.pairs import LABELS, batch_of, build, terms_of
 from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
 from tests.test_resume import Killed, die_at
@@ -87,7 +87,7 @@ def test_the_sampler_draws_all_classes_alike_and_every_image_of_a_class_alike():
     halves = [half for epoch in range(8) for half in labels[balanced_order(7, epoch, labels)].split(302)[:2]]
     assert all(torch.bincount(half, minlength=4).min() > 50 for half in halves), "classes are mixed, not in blocks"
     split = Split(torch.empty(605, 3, 1, 1, dtype=torch.uint8), labels)
-    assert torch.equal(epoch_order("none", 7, 3, split), views.order(7, 3, 605))
+    assert torch.equal(epoch_order("none", 7, 3, split), rng.order(7, 3, 605))
     assert torch.equal(epoch_order("sampler", 7, 3, split), balanced_order(7, 3, labels))
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import kd
-from kd import checkpoint, files
 from kd.errors import Preempted, UserError
-from kd.ledger import Ledger
-from kd.reporting import results, run_files
-from kd.table import show_results
-from kd.teacher_store import Store
-from kd.trained import load_network
+from kd.runs import checkpoint, results
+from kd.runs.load import load_network
+from kd.runs.table import show_results
+from kd.teachers.cache import Store
+from kd.training.trainer import Ledger
+from kd.utils import files
 from tests.conftest import ROOT
 from tests.runs import differences, distil, script, teach
 from tests.test_faults import rewrite_state
@@ -47,7 +47,7 @@ def test_row_27_weights_that_overflow_are_not_saved_though_the_loss_was_finite(m
             next(self.distiller.buffers()).fill_(torch.inf)
 
     monkeypatch.setattr(Ledger, "step", overflow)
-    monkeypatch.setattr("kd.fit.validate", lambda *args: {"val/loss": 1.0, "val/top1": 10.0})
+    monkeypatch.setattr("kd.training.trainer.validate", lambda *args: {"val/loss": 1.0, "val/top1": 10.0})
     with pytest.raises(UserError, match=rf"was not finite after step {step - 1}; the checkpoint of step .* {LOWER}"):
         teach("--out", "run")
     assert checkpoint.steps(Path("run/checkpoint"))[0] < step
@@ -148,7 +148,7 @@ def test_no_history_ends_in_a_traceback(finished, text):
     Path("copy/metrics.jsonl").write_text(text, encoding="latin-1")
     (run,), _ = results.collect(["copy"])
     with pytest.raises(UserError, match=r"copy/metrics.jsonl (cannot be read|holds)"):
-        run_files.history(run)
+        results.history(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int64])
@@ -158,7 +158,7 @@ def test_answers_that_are_no_floats_are_refused(finished, dtype):
     files.write_weights(Path("copy/test_logits.safetensors"), kept | {"logits": kept["logits"].to(dtype)})
     (run,), _ = results.collect(["copy"])
     with pytest.raises(UserError, match="for logits and labels"):
-        run_files.test_answers(run)
+        results.test_answers(run)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import kd
 from kd.config import METHODS, DataConfig
 from kd.data import load_data
 from kd.errors import UserError
-from kd.fit import predict
-from kd.teacher import load_teachers
+from kd.teachers.load import load_teachers
+from kd.training.evaluate import predict
 from tests.runs import differences, distil, metrics_of, teach
 from tests.test_resume import Killed, die_at
 
@@ -36,7 +36,7 @@ FLAGS = {"crd": ["--negatives", "64"], "dkd": ["--ramp-epochs", "2"]}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Neither curves nor power cuts are what these tests are about, and they take half of the time."""
-    monkeypatch.setattr("kd.finish.draw_curves", lambda *args: None)
+    monkeypatch.setattr("kd.training.summary.draw_curves", lambda *args: None)
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 

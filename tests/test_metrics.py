@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from kd import metrics
-from kd.metrics import Meter
-from kd.outputs import Step
+from kd.training.meter import Meter
+from kd.types import Step
 
 
 @pytest.fixture

@@ -6,14 +6,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from scipy.stats import beta
 
-from kd import mixing
-from kd.batches import Batches
-from kd.cli import parse
 from kd.config import DataConfig, ViewConfig
-from kd.data import load_data
-from kd.losses import cross_entropy
-from kd.outputs import Mix
-from kd.presets import train_defaults
+from kd.config.cli import parse
+from kd.config.presets import train_defaults
+from kd.data import augment, load_data
+from kd.data.loader import Batches
+from kd.losses.cross_entropy import cross_entropy
+from kd.types import Mix
 from tests.test_losses import batch_of
 
 INDEX = torch.arange(20_000)
@@ -25,7 +24,7 @@ def test_shares_follow_the_beta_distribution(alpha):
 
     Below one half, where float32 has digits to spare; a Beta(0.2, 0.2) puts 2% so close to 1 that they round to it.
     """
-    drawn = mixing.beta_share(alpha, INDEX, 0, "mixup", 0).double().sort().values
+    drawn = augment.beta_share(alpha, INDEX, 0, "mixup", 0).double().sort().values
     below = (torch.arange(len(INDEX)) + 0.5) / len(INDEX)
     gap = abs(torch.from_numpy(beta(alpha, alpha).cdf(drawn.numpy())) - below)
     assert gap[drawn < 0.5].max() < 0.015
@@ -35,20 +34,20 @@ def test_shares_follow_the_beta_distribution(alpha):
 
 def test_mixup_blends_and_cutmix_pastes():
     image, other = torch.zeros(200, 3, 16, 16), torch.ones(200, 3, 16, 16)
-    up = mixing.blend(ViewConfig(mixup=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
-    mixed = mixing.mix(image, other, up)
+    up = augment.blend(ViewConfig(mixup=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    mixed = augment.mix(image, other, up)
     torch.testing.assert_close(mixed, (1 - up.weight)[:, None, None, None].expand_as(mixed))
-    cut = mixing.blend(ViewConfig(cutmix=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
-    pasted = mixing.mix(image, other, cut)
+    cut = augment.blend(ViewConfig(cutmix=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    pasted = augment.mix(image, other, cut)
     assert set(pasted.unique().tolist()) <= {0.0, 1.0}
     torch.testing.assert_close(1 - pasted.mean((1, 2, 3)), cut.weight)
-    both = mixing.blend(ViewConfig(mixup=1.0, cutmix=1.0), 0, 0, INDEX, 1000, (16, 16))
+    both = augment.blend(ViewConfig(mixup=1.0, cutmix=1.0), 0, 0, INDEX, 1000, (16, 16))
     assert abs(both.paste.float().mean() - 0.5) < 0.02
 
 
 def test_erasing_takes_its_share_of_images_and_area():
     image = torch.ones(2000, 1, 32, 32)
-    erased = 1 - mixing.erase(image, 0.25, 0, 0, INDEX[:2000]).mean((1, 2, 3))
+    erased = 1 - augment.erase(image, 0.25, 0, 0, INDEX[:2000]).mean((1, 2, 3))
     assert abs((erased > 0).float().mean() - 0.25) < 0.03
     assert erased.max() < 0.36
     assert erased[erased > 0].mean() == pytest.approx(0.17, abs=0.03)

@@ -198,9 +198,7 @@ def test_timm_left_out_is_answered(monkeypatch):
         build_model("timm/resnet10t", 5, (32, 32))
 
 
-@pytest.mark.parametrize(
-    "code", ["import kd.models, torchvision", "from kd.models.torchvision_operators import define; define()"]
-)
+@pytest.mark.parametrize("code", ["import kd.models, torchvision", "from kd.models.libraries import define; define()"])
 def test_torchvision_is_importable_once_ours_is(code):
     """In a fresh process: where its operators load they may not be declared again, which would abort it."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 import kd
-from kd import views
 from kd.config import DataConfig
-from kd.data import load_data
+from kd.data import load_data, rows
 from kd.errors import UserError
-from kd.images.pictures import central, decode, open_image, pixels, seen
+from kd.export.onnx_runtime import KEY
 from kd.predict import main, open_predictor, predict
-from kd.shipping.onnx_runtime import KEY
+from kd.utils.images import central, decode, open_image, pixels, seen
 
 CLASSES = ["red", "green", "blue"]
 
@@ -132,7 +131,7 @@ def test_training_and_prediction_bring_an_image_to_the_same_pixels(size):
     decoded = decode({"bytes": file.getvalue(), "path": None}, 16, "train", 0)
     assert np.array_equal(seen(file, (16, 16), None), decoded)
     stored = torch.from_numpy(decode({"bytes": file.getvalue(), "path": None}, 21, "train", 0).copy())
-    assert np.array_equal(seen(file, (16, 16), 21), views.centre(stored[None], (16, 16))[0].numpy())
+    assert np.array_equal(seen(file, (16, 16), 21), rows.centre(stored[None], (16, 16))[0].numpy())
 
 
 def test_an_image_wider_than_high_keeps_its_proportions():

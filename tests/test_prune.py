@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import kd
-from kd.cli import parse
 from kd.compress.prune import prune_channels, resize, sizes
-from kd.compress.sparse import masks
-from kd.costs import count_macs
+from kd.compress.sparsity import masks
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults
 from kd.errors import UserError
-from kd.files import write_json
 from kd.models import build_model
-from kd.presets import distill_defaults
+from kd.models.cost import count_macs
+from kd.utils.files import write_json
 from tests import networks
 from tests.runs import distil
 from tests.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk

@@ -14,25 +14,27 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import kd
-from kd import plan
-from kd.cli import parse
-from kd.compress import compress, plain_weights
-from kd.compress.layers import inner_layers
+import kd.runs.load
+from kd.compress import plain_weights
 from kd.compress.quantize import quantize_activations, rounded_activation, rounded_weight, straight_through
+from kd.compress.sparsity import inner_layers
 from kd.config import CompressConfig, DataConfig
-from kd.costs import Costs
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults
 from kd.data import load_data
 from kd.errors import UserError
-from kd.files import write_json
-from kd.fit import predict
-from kd.losses import soft_cross_entropy
+from kd.losses.apprentice import soft_cross_entropy
 from kd.models import build_model
-from kd.outputs import Outputs
-from kd.presets import distill_defaults
-from kd.reporting.groups import by_data
-from kd.reporting.results import collect
-from kd.run_folder import identity_of
-from kd.teacher import folded
+from kd.report.costs import Costs
+from kd.report.groups import by_data
+from kd.runs.folder import identity_of
+from kd.runs.results import collect
+from kd.study import plan
+from kd.teachers.live import folded
+from kd.training.evaluate import predict
+from kd.training.setup import start_network
+from kd.types import Outputs
+from kd.utils.files import write_json
 from tests import networks
 from tests.conftest import ROOT
 from tests.pairs import batch_of, build, terms_of
@@ -138,8 +140,8 @@ def test_a_low_precision_student_resumes_to_the_same_bytes_and_is_saved_with_its
 def test_fine_tuning_starts_from_the_trained_weights_and_bakes_as_torch_does(trained):
     data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
     config = parse(distill_defaults, "", [*DEEP, *FEW, "--data", "synthetic", "--init", trained, "--weight-bits", "4"])
-    network, full = networks.deep(4), kd.load(trained, trust_code=True)
-    recipe = compress(network, config.job(), data)
+    full = kd.load(trained, trust_code=True)
+    network, recipe = start_network(config.job(), data)
     weights = plain_weights(network)
     assert weights.keys() == full.state_dict().keys()
     for name, tensor in full.state_dict().items():
@@ -203,7 +205,7 @@ def test_only_what_is_asked_is_a_part_of_a_runs_identity(trained):
     job = parse(distill_defaults, "", ["--init", trained, *LOW]).job()
     identity = identity_of(job, data, accelerator, None)
     assert {flag: identity[flag] for flag in flags & identity.keys()} == {
-        "init": kd.trained.load_network(Path(trained), trust_code=True).weights_sha256,
+        "init": kd.runs.load.load_network(Path(trained), trust_code=True).weights_sha256,
         "weight_bits": 2,
         "activation_bits": 4,
     }

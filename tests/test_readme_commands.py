@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.models import torchvision_operators
+from kd.models import libraries
 from tests.conftest import ROOT
 
 HEADING = "## Your own data, from photographs to a student"
@@ -39,7 +39,7 @@ def photographs(folder: Path) -> None:
 
 def pretrained(folder: Path) -> None:
     """What torchvision would fetch, made here: weights of its resnet18 that have learned nothing."""
-    torchvision_operators.define()
+    libraries.define()
     from torchvision.models import ResNet18_Weights, resnet18
 
     folder.mkdir(parents=True)

@@ -17,15 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 
-from kd import metrics, report
+from kd import metrics
 from kd.errors import UserError, exit_code
-from kd.files import write_json, write_weights
-from kd.finish import UNREAD
-from kd.reporting import figures
-from kd.reporting.document import plain
-from kd.reporting.groups import NOT_READ
-from kd.reporting.results import collect
-from kd.reporting.sections import CALIBRATION, EACH, SCORES
+from kd.report import build, plots
+from kd.report.__main__ import main as report
+from kd.report.document import plain
+from kd.report.groups import NOT_READ
+from kd.report.tables import CALIBRATION, EACH, SCORES
+from kd.runs.results import collect
+from kd.training.summary import UNREAD
+from kd.utils.files import write_json, write_weights
 from tests import networks
 from tests.runs import distil
 
@@ -98,7 +99,7 @@ def study(seeds=(0, 1, 2)) -> None:
 @pytest.fixture
 def no_figures(monkeypatch):
     """For tests that look at the tables: drawing is what takes the time."""
-    monkeypatch.setattr(figures, "render", lambda size, draw: (b"light", b"dark"))
+    monkeypatch.setattr(plots, "render", lambda size, draw: (b"light", b"dark"))
 
 
 class Tables(html.parser.HTMLParser):
@@ -140,7 +141,7 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 def test_every_number_is_the_summaries(no_figures):
     study()
     edit(Path("runs/kd2/summary.json"), test_top1_best=None)
-    report.main(["runs/*"])
+    report(["runs/*"])
     page, text = Tables(Path("report/report.html").read_text()), Path("report/report.md").read_text()
     unescaped = [[[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in rows] for rows in markdown_tables(text)]
     assert unescaped == page.tables
@@ -176,7 +177,7 @@ def mean_cell(values: list, style: str) -> str:
 def test_runs_of_one_seed_count_once(no_figures, monkeypatch):
     """Students of two teachers that differ in their seed alone: one group, two runs of each seed."""
     drawn = []
-    monkeypatch.setattr(figures, "draw_class_gain", lambda names, gains: drawn.append(gains) or len)
+    monkeypatch.setattr(plots, "draw_class_gain", lambda names, gains: drawn.append(gains) or len)
     for number in (0, 1):
         fake_run(f"runs/teacher{number}", "teacher", number, label_smoothing=0.0)
         fake_run(f"runs/alone{number}", "none", number, label_smoothing=0.0)
@@ -188,7 +189,7 @@ def test_runs_of_one_seed_count_once(no_figures, monkeypatch):
         scores = {key: value for key, value in scores.items() if key.startswith("test")}
         edit(path / "summary.json", teacher=f"runs/teacher{number}", teacher_model="tests.networks:plain", **scores)
     edit(Path("runs/kd11/summary.json"), val_top1_last=95.0)
-    report.main(["runs"])
+    report(["runs"])
     accuracy, gains, *_ = Tables(Path("report/report.html").read_text()).tables
     top1 = lambda name: json.loads(Path(f"runs/{name}/summary.json").read_text())["test_top1"]  # noqa: E731
     ours = [np.mean([top1(f"kd{number}{seed}") for number in (0, 1)]) for seed in (0, 1)]
@@ -206,7 +207,7 @@ def test_a_cell_of_fewer_seeds_says_so(no_figures):
     edit(Path("runs/kd1/summary.json"), **UNREAD, agreement=None, test_balanced_top1=None)
     for seed in range(3):
         edit(Path(f"runs/smooth{seed}/summary.json"), **UNREAD)
-    report.main(["runs"])
+    report(["runs"])
     accuracy, rare, _, costs, each = Tables(Path("report/report.html").read_text()).tables
     kd = [json.loads(Path(f"runs/kd{seed}/summary.json").read_text()) for seed in range(3)]
     assert accuracy[-1][2:4] == ["3", mean_cell([80.0, 81.0, 82.0], ".2f")]
@@ -228,7 +229,7 @@ def test_a_teacher_from_elsewhere_has_its_row_and_name(no_figures):
         edit(Path(f"runs/kd{seed}/summary.json"), **named)
     path = fake_run("runs/two", "kd", 0, temperature=4.0, alpha=0.9, teacher="d" * 64)
     edit(path / "summary.json", teacher=["a/x", "b/y"], teacher_model=["resnet8", "timm/z"], teacher_test_top1=None)
-    report.main(["runs"])
+    report(["runs"])
     page = Tables(Path("report/report.html").read_text())
     outside = [row for row in page.tables[0] if row[0] == "teacher, no run here"]
     assert [re.sub(" [0-9a-f]{4}$", "", row[1]) for row in outside] == [
@@ -243,21 +244,21 @@ def test_a_teacher_from_elsewhere_has_its_row_and_name(no_figures):
 
 def test_as_many_intervals_as_there_are_are_counted(no_figures):
     study(seeds=(0,))
-    report.main(["runs"])
+    report(["runs"])
     assert "are expected to miss" not in Path("report/report.md").read_text()
     shutil.rmtree("runs")
     study(seeds=(0, 1))
     fake_run("runs/odd", "kd", 0, temperature=9.0, alpha=0.9)
-    report.main(["runs"])
+    report(["runs"])
     assert "Of 2 such intervals 0.1 are expected" in Path("report/report.md").read_text()
 
 
 def test_every_teacher_is_drawn_or_named(no_figures, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "draw_curves", lambda curves: drawn.append(list(curves)) or len)
+    monkeypatch.setattr(plots, "draw_curves", lambda curves: drawn.append(list(curves)) or len)
     for number in range(4):
         fake_run(f"runs/{number}", "teacher", 0, model=f"tests.networks:plain{number}")
-    report.main(["runs"])
+    report(["runs"])
     assert drawn == [[f"teacher, tests.networks:plain{number}" for number in range(3)]]
     assert "Fig. 2: the first 3 of 4 teachers are drawn" in Path("report/report.md").read_text()
 
@@ -272,7 +273,7 @@ def test_a_class_without_test_images_is_no_gain_of_nothing(monkeypatch):
         edit(path.parent / "summary.json", test_top1=top1)
     bars = []
     monkeypatch.setattr("matplotlib.axes.Axes.barh", lambda axes, places, *args, **kw: bars.append(len(places)))
-    report.main(["runs"])
+    report(["runs"])
     assert bars == [4, 4], "for a light and for a dark page"
     assert "gain of each class: 1 of 5 classes have no test images" in Path("report/report.md").read_text()
 
@@ -282,7 +283,7 @@ def test_an_earlier_reports_figures_are_gone(no_figures):
     Path("report").mkdir()
     for name in ("data2_pareto.png", "grid3.png", "mine.png"):
         Path("report", name).write_bytes(b"old")
-    report.main(["runs"])
+    report(["runs"])
     left = {path.name for path in Path("report").glob("*.png")}
     assert left >= {"mine.png", "pareto.png", "fig1_student.png"}
     assert not left & {"data2_pareto.png", "grid3.png"}
@@ -293,7 +294,7 @@ def test_figures_are_there_and_embedded(monkeypatch):
     for t in (2.0, 10.0):
         for a in (0.5, 0.9):
             fake_run(f"runs/grid {t} {a}", "kd", 0, temperature=t, alpha=a)
-    report.main(["runs", "--trust-code"])
+    report(["runs", "--trust-code"])
     names = ["class_gain", "confusion", "fig1_student", "fig2_teacher", "grid1", "pareto", "reliability"]
     assert sorted(path.stem for path in Path("report").glob("*.png")) == names
     page = Path("report/report.html").read_text()
@@ -302,8 +303,8 @@ def test_figures_are_there_and_embedded(monkeypatch):
     assert "What could not be shown" not in page
     costs = json.loads(Path("report/costs.json").read_text())["networks"]
     assert [cost[0] for cost in costs.values()] == [8 * 27 * 64 + 128 * len(CLASSES)]  # by hand: 3x3 conv, linear
-    monkeypatch.setattr(figures, "render", lambda size, draw: (b"light", b"dark"))
-    report.main(["runs"])
+    monkeypatch.setattr(plots, "render", lambda size, draw: (b"light", b"dark"))
+    report(["runs"])
     assert json.loads(Path("report/costs.json").read_text())["networks"] == costs, "measured once"
 
 
@@ -324,7 +325,7 @@ def test_whatever_is_no_finished_run_is_listed(no_figures, capsys):
         edit(shutil.copytree("runs/alone0", Path(f"runs/{name}")) / "summary.json", **changes)
     edit(shutil.copytree("runs/alone0", Path("runs/nobody")) / "config.json", identity=None)
     edit(shutil.copytree("runs/alone0", Path("runs/flagless")) / "config.json", flags=[])
-    report.main(["runs/*", "runs/gone*"])
+    report(["runs/*", "runs/gone*"])
     listed = {row[0]: row[1] for row in Tables(Path("report/report.html").read_text()).tables[-1][1:]}
     kept = ("garbled", "list", "lacking", "binary", "nan", "text", "nobody", "flagless")
     expected = dict.fromkeys([f"runs/{name}" for name in kept], "broken")
@@ -343,7 +344,7 @@ def test_a_damaged_file_costs_its_figures_only(no_figures, name):
     first.unlink()
     for path in others:
         path.write_bytes(b"\x00{")
-    report.main(["runs", "--trust-code"])
+    report(["runs", "--trust-code"])
     page = Path("report/report.html").read_text()
     assert "7 finished runs" in page
     assert "What could not be shown" in page
@@ -374,7 +375,7 @@ def test_odd_values_end_in_no_traceback():
     line = {"epoch": 1, "train/loss": 1.0, "train/top1": 1.0, "val/loss": 1.0, "val/top1": 1.0}
     for number, (key, odd) in enumerate(itertools.product(line, ODD)):
         Path(f"runs/odd{100 + number}/metrics.jsonl").write_text(json.dumps(line | {key: odd}))
-    report.main(["runs"])
+    report(["runs"])
     page = Tables(Path("report/report.html").read_text())
     everything = [row[0] for table in page.tables for row in table]
     assert all(f"runs/odd{number}" in everything for number in range(100, count))
@@ -383,7 +384,7 @@ def test_odd_values_end_in_no_traceback():
 def test_answers_of_another_run_are_refused(no_figures):
     study(seeds=(0,))
     shutil.copy("runs/teacher/test_logits.safetensors", "runs/kd0/test_logits.safetensors")
-    report.main(["runs"])
+    report(["runs"])
     assert "does not give the accuracy in the summary" in Path("report/report.md").read_text()
     assert not Path("report/confusion.png").exists()
 
@@ -393,7 +394,7 @@ def test_row_50_names_cannot_break_the_page():
     study(seeds=(0,))
     os.rename("runs/kd0", evil)
     Path("runs/</td><script>").mkdir(parents=True)
-    report.main(["runs"])
+    report(["runs"])
     page = Tables(Path("report/report.html").read_text())
     assert set(page.tags) & {"script", "svg"} == set()
     assert page.tags.count("img") == 6, "the figures alone"
@@ -407,7 +408,7 @@ def test_row_50_names_cannot_break_the_page():
 def test_a_folders_name_that_is_no_text_is_shown_as_its_bytes(no_figures, capsys):
     os.makedirs(b"runs/\xff\xfe")
     Path(os.fsdecode(b"runs/\xff\xfe"), "summary.json").write_text("{}")
-    assert exit_code(lambda: report.main(["runs"])) == 0
+    assert exit_code(lambda: report(["runs"])) == 0
     assert "\\udcff\\udcfe" in Path("report/report.md").read_text()
 
 
@@ -415,7 +416,7 @@ def test_without_a_test_result_there_is_no_gain(no_figures):
     study(seeds=(0, 1))
     for path in Path("runs").glob("kd*/summary.json"):
         edit(path, **UNREAD, agreement=None)
-    report.main(["runs"])
+    report(["runs"])
     page = Tables(Path("report/report.html").read_text())
     assert page.tables[0][-1][5:] == [NOT_READ] * 3
     assert "No distilled student with a test result" in page.text
@@ -425,7 +426,7 @@ def test_controls_share_the_recipe(no_figures):
     study(seeds=(0, 1))
     for path in Path("runs").glob("alone*"):
         edit_identity(path, epochs=200)
-    report.main(["runs"])
+    report(["runs"])
     text = Path("report/report.md").read_text()
     assert "no student alone by the same recipe among these runs" in text
     assert "student (kd) against student alone, label smoothing 0.1:" in text
@@ -434,7 +435,7 @@ def test_controls_share_the_recipe(no_figures):
 def test_other_images_stand_apart(no_figures):
     study(seeds=(0,))
     edit_identity(Path("runs/alone0"), data="0" * 64)
-    report.main(["runs"])
+    report(["runs"])
     assert Path("report/report.md").read_text().count("\n## On pictures") == 2
 
 
@@ -444,13 +445,13 @@ def test_other_images_stand_apart(no_figures):
 def test_what_the_user_did_wrong(args, words):
     Path("file").write_text("")
     with pytest.raises(UserError, match=words):
-        report.main(args)
+        report(args)
 
 
 def test_real_runs_are_read_without_the_test_set(no_figures, monkeypatch):
     distil("--out", "runs/report/student", "--control")
     monkeypatch.setattr("kd.data.load_data", None)
-    report.main(["runs", "--trust-code"])
+    report(["runs", "--trust-code"])
     finished, others = collect(["runs"])
     assert (len(finished), others) == (3, [])
     text = Path("report/report.md").read_text()
@@ -470,7 +471,7 @@ def test_a_real_browser_shows_the_page():
     Photographed narrow and wide, light and dark: ink on paper of the right colour.
     """
     study()
-    report.main(["runs", "--trust-code"])
+    report(["runs", "--trust-code"])
     probe = """<script>addEventListener("load", () => { const d = document, e = d.documentElement;
       const figures = [...d.images].filter(i => i.complete && i.naturalWidth > 0).length;
       d.title = [e.scrollWidth <= e.clientWidth, figures, d.querySelectorAll("table").length].join(" "); })</script>"""
@@ -502,5 +503,5 @@ def test_a_student_of_kept_answers_has_its_control(capsys):
     edit_identity(
         fake_run("runs/kd", "kd", 0, temperature=4.0), cache_teacher=True, cache_dtype="float16", cache_top_k=None
     )
-    report.write_report(["runs/*"], Path("report"))
+    build.write_report(["runs/*"], Path("report"))
     assert "student (kd) against student alone" in Path("report/report.md").read_text()

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import checkpoint, files
 from kd.errors import Preempted, UserError
-from kd.ledger import Ledger
-from kd.lock import Lock
+from kd.runs import checkpoint
+from kd.training.trainer import Ledger
+from kd.utils import files
+from kd.utils.system import Lock
 from tests import runs
 from tests.conftest import ROOT
 from tests.runs import STUDENT, differences, distil, newest_checkpoint, script, teach
@@ -89,7 +90,7 @@ def test_row_2_killed_during_validation(beside, monkeypatch, save_every):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("kd.fit.validate", dead)
+        patch.setattr("kd.training.trainer.validate", dead)
         distil("--out", "run", "--save-every", save_every)
     distil("--out", "run", "--save-every", save_every, "--resume")
     assert differences(beside, Path("run")) == []
@@ -100,7 +101,7 @@ def test_row_2_killed_after_the_last_step_before_the_summary(beside, monkeypatch
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("kd.finish.draw_curves", dead)
+        patch.setattr("kd.training.summary.draw_curves", dead)
         distil("--out", "run")
     assert not Path("run/summary.json").exists()
     distil("--out", "run", "--resume")
@@ -243,7 +244,7 @@ def test_row_5_a_save_that_dies_leaves_the_checkpoint_before(whole_teacher, monk
 
 
 def test_row_32_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
-    real = checkpoint.write_weights
+    real = files.write_weights
 
     def full(path, weights):
         if "step-" in str(path) or path.parent.name == ".partial-14":
@@ -291,7 +292,7 @@ def test_row_10_auto_resume_says_that_it_starts_afresh(capsys):
 
 def test_row_34_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(tmp_path):
     """As it would with flock: the worker has the open file too."""
-    holder = "import os, time; from kd.lock import Lock; from pathlib import Path; lock = Lock(Path('lock'))\n"
+    holder = "import os, time; from kd.utils.system import Lock; from pathlib import Path; lock = Lock(Path('lock'))\n"
     holder += "lock.acquire()\nworker = os.fork()\nif worker:\n    print(worker, flush=True)\ntime.sleep(60)"
     process = runs.subprocess.Popen([runs.sys.executable, "-c", holder], stdout=runs.subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())
@@ -309,7 +310,7 @@ def test_row_34_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(
 
 
 def test_row_34_a_folder_in_use_is_refused(tmp_path):
-    holder = "import time; from kd.lock import Lock; from pathlib import Path; Path('run').mkdir(); "
+    holder = "import time; from kd.utils.system import Lock; from pathlib import Path; Path('run').mkdir(); "
     holder += "lock = Lock(Path('run/lock')); lock.acquire(); print('held', flush=True); time.sleep(60)"
     process = runs.subprocess.Popen([runs.sys.executable, "-c", holder], stdout=runs.subprocess.PIPE, text=True)
     try:
@@ -325,9 +326,9 @@ def test_row_34_a_folder_in_use_is_refused(tmp_path):
 
 def test_row_36_asked_to_stop_while_the_last_epoch_is_scored(beside, monkeypatch):
     """Else the stop would be lost, and a teacher on the way would go on into its student's training."""
-    from kd import fit
+    from kd.training import evaluate
 
-    real, count = fit.validate, 0
+    real, count = evaluate.validate, 0
 
     def validate(*args):
         nonlocal count
@@ -337,7 +338,7 @@ def test_row_36_asked_to_stop_while_the_last_epoch_is_scored(beside, monkeypatch
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match=f"saved step {STEPS}"):
-        patch.setattr(fit, "validate", validate)
+        patch.setattr("kd.training.trainer.validate", validate)
         distil("--out", "run")
     distil("--out", "run", "--resume")
     assert differences(beside, Path("run")) == []

@@ -7,9 +7,9 @@ from scipy import stats
 
 import kd.models  # noqa: F401  makes torchvision importable, which torchmetrics imports
 from kd import metrics
-from kd.reporting import figures
-from kd.reporting.statistics import images_noise, mean_and_deviation, paired, t_quantile, t_within
-from kd.shots import class_recall
+from kd.metrics import class_recall, images_noise
+from kd.report import plots
+from kd.report.statistics import mean_and_deviation, paired, t_quantile, t_within
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 29, 30, 199])
@@ -73,7 +73,7 @@ def test_calibration_agrees_with_torchmetrics(scored):
 
 
 def test_the_reliability_diagram_shows_what_ece_sums(scored):
-    points = figures.reliability(*scored)
+    points = plots.reliability(*scored)
     assert sum(count for _, _, count in points) == 500
     gap = sum(count * abs(accuracy - confidence) for confidence, accuracy, count in points) / 500
     assert metrics.ece(*scored) == pytest.approx(100 * gap)

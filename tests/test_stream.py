@@ -11,15 +11,15 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from kd import views
-from kd.cli import parse
 from kd.config import DataConfig, ViewConfig
-from kd.data import load_data
+from kd.config.cli import parse
+from kd.config.presets import train_defaults
+from kd.data import load_data, stream
+from kd.data.rows import normalize
+from kd.data.stream import stream_order
 from kd.errors import UserError
-from kd.images import stream
-from kd.images.stream_order import stream_order
-from kd.presets import train_defaults
-from kd.run_folder import identity_of
+from kd.runs.folder import identity_of
+from kd.utils import rng
 from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
 from tests.test_resume import Killed, die_at
 from tests.test_workers import all_batches, images
@@ -88,7 +88,7 @@ def test_an_order_visits_every_row_once_and_keeps_to_its_shards(window):
 
 def test_a_window_over_everything_is_the_order_of_memory():
     where = np.repeat(np.arange(4), 25)
-    assert np.array_equal(stream_order(where, 100, 5, 1), views.order(5, 1, 100).numpy())
+    assert np.array_equal(stream_order(where, 100, 5, 1), rng.order(5, 1, 100).numpy())
 
 
 @pytest.mark.parametrize("rows", [8, 1000])
@@ -99,7 +99,7 @@ def test_batches_hold_the_images_that_their_indices_name(folder, rows):
     for batch in seen:
         pixels = kept.train.images[batch.index]
         mean, std = torch.tensor(kept.mean), torch.tensor(kept.std)
-        assert torch.equal(batch.image, views.normalize(pixels, mean, std))
+        assert torch.equal(batch.image, normalize(pixels, mean, std))
         assert torch.equal(batch.label, kept.train.labels[batch.index])
     rest = all_batches(stream, still, first=1)
     assert [batch.index.tolist() for batch in rest] == [batch.index.tolist() for batch in seen[1:]]

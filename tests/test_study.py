@@ -14,13 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kd import plan, study, tasks
-from kd.cli import parse
 from kd.config import METHODS, DataConfig
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults, train_defaults
 from kd.data import load_data
 from kd.errors import Preempted, UserError, require
-from kd.presets import distill_defaults, train_defaults
-from kd.tasks import Runner, Task
+from kd.study import __main__ as study
+from kd.study import plan, runner
+from kd.study.runner import Runner, Task
 from tests.conftest import ROOT
 from tests.runs import teach
 from tests.test_report import edit, fake_run
@@ -52,8 +53,8 @@ def fake(monkeypatch):
     for name in ("distill_student.py", "train_teacher.py"):
         Path(name).write_text(FAKE)
     monkeypatch.setattr(plan, "_script", lambda name: Path(name))
-    monkeypatch.setattr(tasks, "LAUNCHER", (sys.executable,))
-    monkeypatch.setattr(tasks, "POLL", 0.01)
+    monkeypatch.setattr("kd.study.runner.LAUNCHER", (sys.executable,))
+    monkeypatch.setattr(runner, "POLL", 0.01)
 
 
 def asked(*args: str) -> plan.Study:
@@ -166,7 +167,7 @@ def test_asked_to_stop_it_stops_what_it_runs():
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "LAUNCHER", (sys.executable,))
+        patch.setattr("kd.study.runner.LAUNCHER", (sys.executable,))
         threading.Thread(target=interrupt).start()
         with pytest.raises(Preempted, match="the same command goes on"), Runner(1, (), Path("logs"), 1) as runner:
             runner.run([Task("slow", Path("slow.py"), [])])
@@ -346,9 +347,7 @@ def test_a_grid_of_nine_asks_its_teacher_once(monkeypatch):
 
 
 def test_help_imports_no_torch():
-    code = (
-        "import sys; sys.argv = ['study', '--help']\nfrom kd import study\ntry: study.main()\nexcept SystemExit: pass\n"
-    )
+    code = "import sys; sys.argv = ['study', '--help']\nfrom kd.study import __main__ as study\ntry: study.main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr

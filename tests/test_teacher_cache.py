@@ -11,14 +11,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from kd import batches, teacher_cache
-from kd.cli import parse
+from kd import types
 from kd.config import DataConfig
-from kd.data import load_data
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults
+from kd.data import load_data, loader
 from kd.errors import UserError
-from kd.presets import distill_defaults
-from kd.teacher import live, load_teacher
-from kd.teacher_cache import ROOT, Store, cached
+from kd.teachers.cache import ROOT, Store, cached
+from kd.teachers.live import live
+from kd.teachers.load import load_teacher
 from tests.conftest import ROOT as PROJECT
 from tests.runs import STUDENT, differences, distil, script, teach, torchrun
 
@@ -70,7 +71,7 @@ def test_row_21_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views,
     for seed in (0, 1):
         kept, asked, data, job, accelerator = opened("--cache-dtype", dtype, *views, seed=seed)
         for epoch in range(4):
-            for batch in batches.Batches(data, job, accelerator).epoch(epoch):
+            for batch in loader.Batches(data, job, accelerator).epoch(epoch):
                 one, other = kept(batch).logits, asked(batch).logits
                 if dtype == "float32":
                     assert torch.equal(one, other)
@@ -81,7 +82,7 @@ def test_row_21_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views,
 
 def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypatch):
     asked = 0
-    real = teacher_cache.live
+    real = live
 
     def counting(*args, **options):
         answer = real(*args, **options)
@@ -94,7 +95,7 @@ def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypa
         return count
 
     distil("--out", "live", *CACHED[:-1], "--epochs", "3")
-    monkeypatch.setattr(teacher_cache, "live", counting)
+    monkeypatch.setattr("kd.teachers.cache.live", counting)
     distil("--out", "cached", *CACHED, "--cache-dtype", "float32", "--epochs", "3")
     assert asked == 2 * 18 + 2, "two views of 900 rows in batches of 50, and the two probes"
     assert differences(Path("live"), Path("cached")) == []
@@ -104,7 +105,7 @@ def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypa
 
 def test_rows_are_looked_up_by_index_and_view_not_by_position():
     kept, _, data, job, accelerator = opened("--cache-dtype", "float32")
-    batch = next(iter(batches.Batches(data, job, accelerator).epoch(0)))
+    batch = next(iter(loader.Batches(data, job, accelerator).epoch(0)))
     back = batch._replace(index=batch.index.flip(0))
     assert torch.equal(kept(back).logits, kept(batch).logits.flip(0))
     assert not torch.equal(kept(batch._replace(view=torch.tensor(1))).logits, kept(batch).logits)
@@ -113,7 +114,7 @@ def test_rows_are_looked_up_by_index_and_view_not_by_position():
 def test_top_k_keeps_the_largest_logits_and_the_rests_mass():
     full, *_ = opened("--cache-dtype", "float32")
     kept, _, data, job, accelerator = opened("--cache-dtype", "float32", "--cache-top-k", "3")
-    for batch in batches.Batches(data, job, accelerator).epoch(0):
+    for batch in loader.Batches(data, job, accelerator).epoch(0):
         whole, few = full(batch).logits, kept(batch).logits
         values, classes = whole.topk(3, dim=1)
         assert torch.equal(few.gather(1, classes), values)
@@ -191,7 +192,7 @@ def test_row_17_rows_in_another_order_are_another_cache_and_a_forged_one_is_foun
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_row_20_answers_that_are_not_finite_are_refused_when_built(monkeypatch, value):
-    monkeypatch.setattr(teacher_cache, "_ask", lambda *_: iter([teacher_cache.Outputs(torch.full((50, 10), value))]))
+    monkeypatch.setattr("kd.teachers.cache._ask", lambda *_: iter([types.Outputs(torch.full((50, 10), value))]))
     with pytest.raises(UserError, match=r"not finite as float16: .*--cache-dtype float32"):
         opened()
 
@@ -237,9 +238,7 @@ def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch)
 def test_row_19_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):
     opened()
     folder = cache_folder().resolve()
-    holder = (
-        f"import time; from kd.lock import Lock; from pathlib import Path; lock = Lock(Path({str(folder / 'lock')!r}));"
-    )
+    holder = f"import time; from kd.utils.system import Lock; from pathlib import Path; lock = Lock(Path({str(folder / 'lock')!r}));"
     holder += " lock.acquire(); print('held', flush=True); time.sleep(2)"
     process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kd import tracking
 from kd.config import RunConfig
-from kd.reporting.document import Heading, Table
+from kd.report.document import Heading, Table
+from kd.study.__main__ import track_report
+from kd.training import tracking
 from tests.runs import metrics_of, teach
 
 
@@ -80,7 +81,7 @@ def test_row_42_without_the_library_at_all_nothing_changes(monkeypatch, capsys):
     assert "W&B failed to start" in capsys.readouterr().out
     teach("--out", "quiet")
     assert metrics_of(Path("without")) == metrics_of(Path("quiet"))
-    tracking.track_report([], Path("report"), RunConfig(wandb="offline", wandb_group="study"))
+    track_report([], Path("report"), RunConfig(wandb="offline", wandb_group="study"))
     assert "W&B failed to keep the report" in capsys.readouterr().out
 
 
@@ -111,7 +112,7 @@ def test_each_set_of_images_keeps_its_tables(monkeypatch):
     table = lambda cell: Table(("network",), [(cell,)])  # noqa: E731
     blocks = [Heading(1, "What was gained"), Heading(2, "On a/x"), Heading(3, "Accuracy"), table("x")]
     blocks += [Heading(2, "On a/y"), Heading(3, "Accuracy"), table("y"), Heading(2, "Not counted"), table("z")]
-    tracking.track_report(blocks, Path(), RunConfig(wandb="offline", wandb_group="study"))
+    track_report(blocks, Path(), RunConfig(wandb="offline", wandb_group="study"))
     (media,) = [args[0] for name, args, _ in fake.calls if name == "log"]
     kept = {name: value.data for name, value in media.items() if name != "report"}
     assert kept == {"On a.x/Accuracy": [["x"]], "On a.y/Accuracy": [["y"]], "Not counted": [["z"]]}

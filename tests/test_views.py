@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd import views
 from kd.config import ViewConfig
+from kd.data import augment, rows
+from kd.utils import rng
 
 CROP = ViewConfig(crop_padding=4, flip=True)
 PINNED_BITS = [3536743990, 763792712, 3442930797]
@@ -14,10 +15,10 @@ PINNED_ORDER = [5, 6, 1, 3, 0, 2, 4, 7]
 
 def test_a_view_depends_on_nothing_but_seed_epoch_and_index():
     index = torch.arange(1000)
-    whole = views.view(CROP, 1, 5, index)
+    whole = augment.view(CROP, 1, 5, index)
     shuffled = torch.randperm(1000)
     torch.manual_seed(99)  # torch's own generator plays no part
-    again = views.view(CROP, 1, 5, shuffled)
+    again = augment.view(CROP, 1, 5, shuffled)
     for one, other in zip(whole, again, strict=True):
         assert torch.equal(one[shuffled], other)
 
@@ -25,13 +26,13 @@ def test_a_view_depends_on_nothing_but_seed_epoch_and_index():
 @pytest.mark.parametrize(("seed", "number"), [(2, 5), (1, 6)])
 def test_another_seed_or_epoch_gives_other_views(seed, number):
     index = torch.arange(1000)
-    same = views.view(CROP, 1, 5, index).top == views.view(CROP, seed, number, index).top
+    same = augment.view(CROP, 1, 5, index).top == augment.view(CROP, seed, number, index).top
     assert 0.05 < same.float().mean() < 0.2  # one in nine by chance
 
 
 def test_views_are_evenly_spread_and_independent():
     index = torch.arange(90_000)
-    view = views.view(CROP, 0, 0, index)
+    view = augment.view(CROP, 0, 0, index)
     for offsets in (view.top, view.left):
         counts = torch.bincount(offsets, minlength=9)
         assert (counts - 10_000).abs().max() < 500  # five standard deviations
@@ -43,37 +44,37 @@ def test_views_are_evenly_spread_and_independent():
 def test_no_flip_and_no_padding_leave_images_alone():
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     still = ViewConfig(crop_padding=0, flip=False)
-    assert torch.equal(views.apply(images, views.view(still, 0, 0, torch.arange(6)), 0), images)
+    assert torch.equal(augment.apply(images, augment.view(still, 0, 0, torch.arange(6)), 0), images)
 
 
 def test_apply_agrees_with_cropping_one_by_one():
     images = torch.randint(0, 256, (32, 3, 10, 7), dtype=torch.uint8)
-    view = views.view(CROP, 0, 3, torch.arange(32))
-    seen = views.apply(images, view, 4)
+    view = augment.view(CROP, 0, 3, torch.arange(32))
+    seen = augment.apply(images, view, 4)
     for image, top, left, flip, result in zip(images, view.top, view.left, view.flip, seen):
         crop = F.pad(image, (4, 4, 4, 4))[:, top : top + 10, left : left + 7]
         assert torch.equal(crop.flip(2) if flip else crop, result)
 
 
 def test_row_26_order_visits_every_sample_once_and_changes_with_the_epoch():
-    first, second = views.order(0, 0, 1000), views.order(0, 1, 1000)
+    first, second = rng.order(0, 0, 1000), rng.order(0, 1, 1000)
     assert torch.equal(first.sort().values, torch.arange(1000))
     assert not torch.equal(first, second)
-    assert not torch.equal(first, views.order(1, 0, 1000))
-    assert torch.equal(first, views.order(0, 0, 1000))
+    assert not torch.equal(first, rng.order(1, 0, 1000))
+    assert torch.equal(first, rng.order(0, 0, 1000))
 
 
 def test_values_are_the_same_for_ever():
     """A run resumed with a later version must see the same images: these numbers may never change."""
-    assert views.random_bits(torch.arange(3), 0, "top", 0).tolist() == PINNED_BITS
-    assert views.order(0, 0, 8).tolist() == PINNED_ORDER
+    assert rng.random_bits(torch.arange(3), 0, "top", 0).tolist() == PINNED_BITS
+    assert rng.order(0, 0, 8).tolist() == PINNED_ORDER
 
 
 def test_normalize_gives_mean_zero_and_deviation_one():
     images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
     pixels = images.double() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
-    seen = views.normalize(images, mean.float(), std.float())
+    seen = rows.normalize(images, mean.float(), std.float())
     wanted = (pixels - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(seen, wanted.float(), rtol=1e-4, atol=1e-5)
 
@@ -81,7 +82,7 @@ def test_normalize_gives_mean_zero_and_deviation_one():
 def test_a_step_seeds_each_process_differently_and_repeatably():
     draws = []
     for step, process in ((3, 0), (3, 1), (4, 0), (3, 0)):
-        views.seed_step(7, step, process)
+        rng.seed_step(7, step, process)
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[3])
     assert not torch.equal(draws[0], draws[1])

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from kd.batches import Batches
 from kd.config import DataConfig, FitConfig, Job, NoneConfig, RunConfig, ViewConfig
 from kd.data import load_data
+from kd.data.cache import locked
+from kd.data.loader import Batches
 from kd.errors import UserError, exit_code
-from kd.export import main
-from kd.images.decode import locked
+from kd.export.__main__ import main
 from tests.runs import differences, distil, script, teach
 
 VIEWS = ViewConfig(resized_crop=0.3, colour_jitter=0.4, mixup=1.0, cutmix=1.0, erase=0.3)
@@ -89,7 +89,7 @@ def test_only_the_training_split_has_a_digest(folder):
 
 def test_the_second_start_looks_at_nothing_again(folder, monkeypatch):
     first = load_data(config(folder, "workers"))
-    monkeypatch.setattr("kd.images.workers._look", None)  # would raise if called
+    monkeypatch.setattr("kd.data.workers._look", None)  # would raise if called
     assert load_data(config(folder, "workers")).fingerprint == first.fingerprint
     with pytest.raises(TypeError):  # other training rows have another mean
         load_data(config(folder, "workers", split_seed=7))
@@ -138,7 +138,7 @@ def test_images_of_several_sizes_need_one_size(folder):
 
 def test_what_does_not_fit_is_left_to_workers_and_the_line_says_so(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kd.images.holding.SHARE", 1e-9)
+    monkeypatch.setattr("kd.data.storage.SHARE", 1e-9)
     load_data(config(folder, "auto"))
     assert "by workers in every epoch (their 3.84e-05 GB do not fit half of" in capsys.readouterr().out
     monkeypatch.undo()
@@ -188,7 +188,7 @@ def test_what_is_kept_under_one_key_has_a_lock_of_its_own():
     with locked("set") as folder:
         with locked("set.tables"):
             pass
-        code = "import sys, pathlib, kd.lock; print(kd.lock.Lock(pathlib.Path(sys.argv[1])).acquire())"
+        code = "import sys, pathlib, kd.utils.system; print(kd.utils.system.Lock(pathlib.Path(sys.argv[1])).acquire())"
         command = [sys.executable, "-c", code, f"{folder}.lock"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

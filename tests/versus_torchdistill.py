@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kd import bench
+from kd.bench import __main__ as bench
+from kd.bench import measure
+from kd.bench.measure import Pieces
 from kd.data import load_data
-from kd.launch import start
 from kd.models import build_model
-from kd.pieces import Pieces
+from kd.training.launch import start
 
 STEPS, ROUNDS, BATCH = 10, 5, 64
 
@@ -90,7 +91,7 @@ def their_steps(data):
 
 
 def main(source: str, out: str | None = None) -> None:
-    config = bench.BenchConfig(data=source, model="resnet20", teacher_model="resnet56", steps=STEPS)
+    config = measure.BenchConfig(data=source, model="resnet20", teacher_model="resnet56", steps=STEPS)
     job = config.job()
     accelerator, data = start(job.fit, job.run), load_data(job.data)
     with tempfile.TemporaryDirectory() as folder:

@@ -29,11 +29,11 @@ import tyro
 from PIL import Image
 from rich.progress import track
 
-from kd.batches import TrainingImages
 from kd.config import DataConfig, ViewConfig
-from kd.cores import share_of_cores
 from kd.data import Data, load_data
-from kd.models import torchvision_operators
+from kd.data.loader import TrainingImages
+from kd.models import libraries
+from kd.utils.system import share_of_cores
 
 CLASSES, TEST, FEW = 10, 100, 1000
 SETTLED = 500  # batches after which a process takes no more memory
@@ -94,7 +94,7 @@ def ours(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
 
 
 def theirs(config: Config, source: Path, data: Data, workers: int) -> Callable[[torch.Tensor], None]:
-    torchvision_operators.define()
+    libraries.define()
     from torchvision import datasets, transforms
 
     crop = [transforms.RandomResizedCrop(config.size), transforms.RandomHorizontalFlip()]

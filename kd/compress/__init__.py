@@ -1,48 +1,40 @@
 """Smaller students: pruned channels, zeros for good, few bits; and how such a network is built again."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 
-from kd.compress.layers import inner_layers
 from kd.compress.prune import prune_channels, resize, sizes
 from kd.compress.quantize import Quantized, quantize_activations, quantize_weights
-from kd.compress.sparse import Masked, sparsify
+from kd.compress.sparsity import Masked, inner_layers, sparsify
 from kd.config import Job
-from kd.costs import count_macs
-from kd.data import Data
-from kd.errors import UserError, require
-from kd.files import load_weights
-from kd.trained import read_model
+from kd.models.cost import count_macs
 
-__all__ = ["compress", "compression_summary", "plain_weights", "rebuild"]
+__all__ = ["compress", "compression_summary", "plain_weights", "rebuild", "sizes"]
+
 
 SCALE_BYTES = 4  # of one channel's scale
 
 
-def compress(network: nn.Module, job: Job, data: Data) -> dict:
-    """Make the freshly built `network` the one that `job` asks for, in place: initial weights, channels, zeros, bits.
+def compress(network: nn.Module, job: Job, image_size: tuple[int, int], classes: int, fresh_sizes: dict) -> dict:
+    """Remove channels, set weights to zero and round weights, in place, as `job.compress` asks.
 
-    Returns its recipe for model.json, empty where nothing is asked. A pure function of the job and of --init's weights,
-    so that a resumed run rebuilds what its checkpoint fits.
-    Raises: UserError where --init is no finished run of this network, or the network cannot be compressed so.
+    `fresh_sizes`: the layers' sizes in a newly built network, from `sizes`. Returns the recipe for model.json, empty if
+    nothing is asked. A pure function of the job and the weights, so that a resumed run rebuilds what its checkpoint
+    fits. Raises: UserError where the network cannot be compressed so.
     """
-    config, fresh = job.compress, sizes(network)
+    config = job.compress
     if not config.asked:
         return {}
-    if config.init is not None:
-        _start_from(network, Path(config.init), job, data)
-    macs_before = count_macs(network, data.size)
+    macs_before = count_macs(network, image_size)
     if config.prune:
-        prune_channels(network, config.prune, data.size, job.model, len(data.classes))
-    changed = {name: values for name, values in sizes(network).items() if values != fresh[name]}
+        prune_channels(network, config.prune, image_size, job.model, classes)
+    changed = {name: values for name, values in sizes(network).items() if values != fresh_sizes[name]}
     recipe = {"shapes": changed, "macs_before": macs_before, "layers": []}
     recipe |= {key: getattr(config, key) for key in ("weight_bits", "activation_bits", "sparsity")}
     if config.sparsity or config.weight_bits < 32 or config.activation_bits < 32:
-        layers = inner_layers(network, data.size, job.model)
+        layers = inner_layers(network, image_size, job.model)
         recipe["layers"] = list(layers)
         if config.sparsity:
             sparsify(network, layers, config.sparsity)
@@ -59,32 +51,6 @@ def rebuild(network: nn.Module, recipe: dict) -> nn.Module:
     if recipe["activation_bits"] < 32:
         quantize_activations(network, tuple(recipe["layers"]), recipe["activation_bits"])
     return network
-
-
-def _start_from(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
-    """Load a finished run's weights; of a pruned one also its shapes."""
-    require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
-    info, _ = read_model(folder)
-    model, recipe = info["model"], info.get("compression") or {}
-    require(model == job.model, f"--init {folder}: is a {model}, here is a {job.model}; name a run of the same model")
-    deployed = info.get("deployed") or {}
-    require(not deployed, f"--init {folder}: {deployed.get('method')} added to its network; name another run")
-    ours = (list(data.classes), list(data.size))
-    require(
-        (info["classes"], list(info["image_size"])) == ours,
-        f"--init {folder}: was trained on {len(info['classes'])} classes in images of {info['image_size']},"
-        f" here are {len(ours[0])} in {ours[1]}, or others; name a run on the same data",
-    )
-    try:
-        sparsity = float(recipe.get("sparsity", 0.0))
-        resize(network, recipe.get("shapes", {}))
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{folder / 'model.json'}: compression {recipe} cannot be rebuilt ({error!r})") from error
-    require(
-        job.compress.sparsity >= sparsity,
-        f"--init {folder}: has a sparsity of {sparsity}, which training would fill again; add --sparsity {sparsity}",
-    )
-    load_weights(network, folder / "model.safetensors")
 
 
 @torch.no_grad()

@@ -9,12 +9,13 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from kd.costs import count_macs
-from kd.display import console
 from kd.errors import UserError, require
 from kd.models import stages
+from kd.models.cost import count_macs
+from kd.utils.console import console
 
 STEPS = 100  # the most steps to the target: a percent of each layer's channels at a time
+
 
 SIZES = {
     nn.Conv2d: ("in_channels", "out_channels", "groups"),

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 TERNARY_THRESHOLD = 0.7  # of a channel's mean magnitude; Li et al., arXiv:1605.04711
+
+
 TINY = torch.finfo(torch.float32).tiny
 
 

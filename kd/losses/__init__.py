@@ -2,23 +2,21 @@
 
 from kd.losses.apprentice import Apprentice, soft_cross_entropy
 from kd.losses.at import AttentionTransfer, attention_transfer_loss
-from kd.losses.balance import class_weights, cross_entropy, log_prior
-from kd.losses.base import DistillationLoss, Distiller
+from kd.losses.base import CrossEntropy, DistillationLoss, Distiller
 from kd.losses.cc import CC, correlation_congruence_loss, neighbour_product_loss
 from kd.losses.crd import CRD, contrastive_loss
+from kd.losses.cross_entropy import class_weights, cross_entropy, log_prior
 from kd.losses.dist import DIST, dist_loss
 from kd.losses.dkd import DKD, dkd_loss
 from kd.losses.fitnet import FitNet, hint_loss
-from kd.losses.kd import KD, kd_loss
+from kd.losses.kd import KD, kd_loss, standardize
 from kd.losses.mimic import Mimic, mimic_loss
-from kd.losses.none import CrossEntropy
 from kd.losses.nst import NeuronSelectivity, nst_loss
 from kd.losses.pkt import PKT, pkt_loss
 from kd.losses.reviewkd import ReviewKD, hierarchical_context_loss
 from kd.losses.rkd import RKD, rkd_loss
 from kd.losses.simkd import SimKD
 from kd.losses.sp import SimilarityPreserving, similarity_preserving_loss
-from kd.losses.standardize import standardize
 from kd.losses.tfkd import TFKD, tfkd_loss
 from kd.losses.vid import VID, vid_loss
 
@@ -42,6 +40,7 @@ LOSSES = {
     "tfkd": TFKD,
     "apprentice": Apprentice,
 }
+
 
 __all__ = [
     "KD",

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import ApprenticeConfig
 from kd.losses.base import DistillationLoss
 from kd.losses.kd import check_shapes
-from kd.methods.logits import ApprenticeConfig
-from kd.outputs import Batch, Outputs, Pair
+from kd.types import Batch, Outputs, Pair
 
 
 def soft_cross_entropy(student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import ATConfig
 from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
-from kd.methods.features import ATConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 
 def attention_transfer_loss(

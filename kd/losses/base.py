@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float
+import torch.distributed as distributed
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kd.losses.balance import BalancedCrossEntropy
+from kd.config import NoneConfig
+from kd.losses.cross_entropy import BalancedCrossEntropy
 from kd.metrics import closeness
-from kd.outputs import Batch, Outputs, Pair, Stages, Step, Tap
+from kd.models.features import Tap
+from kd.types import Batch, Outputs, Pair, Stages, Step
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -90,3 +93,48 @@ class Distiller(nn.Module):
 
 def _float(outputs: Outputs) -> Outputs:
     return Outputs(outputs.logits.float(), {name: feature.float() for name, feature in outputs.features.items()})
+
+
+#: (kd.losses.gather) Losses over a whole batch see the global one, however many processes share it.
+
+
+class _Gather(torch.autograd.Function):
+    # torch.distributed.nn.functional.all_gather does this too, and warns that it will go.
+    @staticmethod
+    def forward(ctx, share: Tensor) -> Tensor:
+        parts = [torch.empty_like(share) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, share)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # The sum over processes, each of which computed the loss of the whole batch. Data parallelism then averages
+        # parameters' gradients over processes, and what is left is the gradient of that one loss.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(gradient)
+        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+@torch.compiler.disable  # the compiler would rewrite the collectives; called as they are they cost one graph break
+def global_batch(share: Tensor) -> Tensor:
+    """All processes' equal shares of a batch, in order, with gradients to each; alone, the tensor itself."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return share
+    return _Gather.apply(share.contiguous())
+
+
+#: (kd.losses.none) Cross-entropy alone: the teacher's own loss, and the control that every comparison needs.
+
+
+class CrossEntropy(DistillationLoss):
+    """With label smoothing if asked (Szegedy et al., arXiv:1512.00567, section 7)."""
+
+    config: NoneConfig
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        return {"ce": self.cross_entropy(student.logits, batch, self.config.label_smoothing)}
+
+
+def ramp(epoch: Int[Tensor, ""], epochs: float) -> Float[Tensor, ""]:
+    """min(epoch / epochs, 1), with epochs counted from 1 as in the authors' code; stays on the device."""
+    return ((epoch + 1) / max(epochs, 1e-9)).clamp(max=1)

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kd.config.methods import CCConfig
+from kd.losses.base import global_batch
 from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
-from kd.losses.gather import global_batch
-from kd.methods.features import CCConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 
 def correlation_congruence_loss(

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kd.config.methods import CRDConfig
 from kd.errors import require
+from kd.losses.base import global_batch
 from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
-from kd.losses.gather import global_batch
-from kd.methods.features import CRDConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
-from kd.views import random_bits
+from kd.types import Batch, Outputs, Pair, Stages
+from kd.utils.rng import random_bits
 
 
 def contrastive_loss(scores: Float[Tensor, "b n"], normalizer: Float[Tensor, ""], samples: int) -> Float[Tensor, ""]:

@@ -3,12 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.base import DistillationLoss
-from kd.losses.gather import global_batch
-from kd.losses.kd import check_shapes
-from kd.losses.standardize import logits_of, softened
-from kd.methods.logits import DISTConfig
-from kd.outputs import Batch, Outputs
+from kd.config.methods import DISTConfig
+from kd.losses.base import DistillationLoss, global_batch
+from kd.losses.kd import check_shapes, logits_of, softened
+from kd.types import Batch, Outputs
 
 
 def dist_loss(

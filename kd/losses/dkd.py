@@ -4,11 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kd.losses.base import DistillationLoss
-from kd.losses.kd import check_shapes, kd_loss
-from kd.losses.standardize import logits_of, softened
-from kd.methods.logits import DKDConfig
-from kd.outputs import Batch, Outputs
+from kd.config.methods import DKDConfig
+from kd.losses.base import DistillationLoss, ramp
+from kd.losses.kd import check_shapes, kd_loss, logits_of, softened
+from kd.types import Batch, Outputs
 
 
 def others(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
@@ -61,8 +60,3 @@ class DKD(DistillationLoss):
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
         return softened(self.config, teacher, self.config.temperature)
-
-
-def ramp(epoch: Int[Tensor, ""], epochs: float) -> Float[Tensor, ""]:
-    """min(epoch / epochs, 1), with epochs counted from 1 as in the authors' code; stays on the device."""
-    return ((epoch + 1) / max(epochs, 1e-9)).clamp(max=1)

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import FeatureFlags
 from kd.errors import UserError, require
 from kd.losses.base import DistillationLoss
 from kd.losses.kd import kd_loss
-from kd.methods.flags import FeatureFlags
-from kd.outputs import Batch, Outputs, Pair, Stages, there_are
+from kd.models.features import there_are
+from kd.types import Batch, Outputs, Pair, Stages
 
 
 class FeatureLoss(DistillationLoss):

@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kd.config.methods import FitNetConfig
 from kd.errors import require
 from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
-from kd.methods.features import FitNetConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 
 def hint_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:

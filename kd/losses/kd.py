@@ -4,11 +4,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config import KDConfig
+from kd.config.methods import LogitFlags
 from kd.errors import require
 from kd.losses.base import DistillationLoss
-from kd.losses.standardize import logits_of, softened
-from kd.methods.logits import KDConfig
-from kd.outputs import Batch, Outputs
+from kd.types import Batch, Outputs
 
 
 def kd_loss(
@@ -50,3 +50,30 @@ class KD(DistillationLoss):
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
         return softened(self.config, teacher, self.config.temperature)
+
+
+#: (kd.losses.standardize) Logit standardisation (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427).
+
+
+def standardize(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """Each row to mean 0 and deviation 1: only the order and the ratios of gaps are left to copy.
+
+    (z - mean) / (1e-7 + std), with the unbiased deviation, as the authors' code computes it. Equal logits give 0, with
+    a gradient of 0 in std (torch's own is not finite there).
+    """
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred / (1e-7 + logits.var(dim=1, keepdim=True).clamp_min(1e-24).sqrt())
+
+
+def logits_of(
+    config: LogitFlags, student: Outputs, teacher: Outputs
+) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """Both networks' logits, standardised where --standardize asks."""
+    if config.standardize:
+        return standardize(student.logits), standardize(teacher.logits)
+    return student.logits, teacher.logits
+
+
+def softened(config: LogitFlags, teacher: Outputs, temperature: float) -> Float[Tensor, "b k"]:
+    """The teacher's logits as a method compares them."""
+    return (standardize(teacher.logits) if config.standardize else teacher.logits) / temperature

@@ -3,11 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import MimicConfig
 from kd.losses.base import DistillationLoss
-from kd.losses.kd import check_shapes
-from kd.losses.standardize import logits_of
-from kd.methods.logits import MimicConfig
-from kd.outputs import Batch, Outputs
+from kd.losses.kd import check_shapes, logits_of
+from kd.types import Batch, Outputs
 
 
 def mimic_loss(student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:

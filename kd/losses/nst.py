@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import NSTConfig
 from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
-from kd.methods.features import NSTConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 
 def nst_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:

@@ -3,10 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import PKTConfig
+from kd.losses.base import global_batch
 from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
-from kd.losses.gather import global_batch
-from kd.methods.features import PKTConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 EPS = 1e-7  # the authors'
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kd.config.methods import ReviewKDConfig
 from kd.errors import require
-from kd.losses.dkd import ramp
+from kd.losses.base import ramp
 from kd.losses.features import FeatureLoss, pool_to
-from kd.methods.features import ReviewKDConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 WIDEST = 512  # channels inside the fusion modules
 

@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import RKDConfig
+from kd.losses.base import global_batch
 from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
-from kd.losses.gather import global_batch
-from kd.methods.features import RKDConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 
 def rkd_loss(

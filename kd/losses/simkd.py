@@ -4,11 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kd.config.methods import SimKDConfig
 from kd.errors import require
 from kd.losses.features import FeatureLoss, paired, pool_to, probed_maps
 from kd.losses.fitnet import hint_loss
-from kd.methods.features import SimKDConfig
-from kd.outputs import Batch, Outputs, Pair, Stages, Tap
+from kd.models.features import Tap
+from kd.types import Batch, Outputs, Pair, Stages
 
 NARROWING = 2  # the projector is this much narrower than the teacher's map inside; the authors' choice
 

@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import SPConfig
+from kd.losses.base import global_batch
 from kd.losses.features import FeatureLoss, paired
-from kd.losses.gather import global_batch
-from kd.methods.features import SPConfig
-from kd.outputs import Batch, Outputs, Stages
+from kd.types import Batch, Outputs, Stages
 
 
 def similarity_preserving_loss(

@@ -5,10 +5,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kd.config.methods import TFKDConfig
 from kd.losses.base import DistillationLoss
 from kd.losses.kd import kd_loss
-from kd.methods.logits import TFKDConfig
-from kd.outputs import Batch, Outputs
+from kd.types import Batch, Outputs
 
 
 def tfkd_loss(

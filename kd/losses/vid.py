@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kd.config.methods import VIDConfig
 from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
-from kd.methods.features import VIDConfig
-from kd.outputs import Batch, Outputs, Pair, Stages
+from kd.types import Batch, Outputs, Pair, Stages
 
 EPS = 1e-5  # the smallest variance
 

@@ -10,23 +10,37 @@ import torch
 from torch import nn
 
 from kd.errors import UserError, nearest, require
-from kd.models import cifar_resnet, libraries, mobilenetv2, shufflenetv1, shufflenetv2, torchvision_operators, vgg, wrn
-from kd.outputs import Outputs, Stages, Tap
+from kd.models import (
+    cifar_resnet,
+    libraries,
+    mobilenetv2,
+    resnet,
+    shufflenetv1,
+    shufflenetv2,
+    vgg,
+    wrn,
+)
+from kd.models.features import Tap
+from kd.types import Outputs, Stages
 
-torchvision_operators.define()  # before the first import of torchvision, timm's included
+libraries.define()  # before the first import of torchvision, timm's included
 
-from kd.models import resnet  # noqa: E402
 
 FAMILIES = (resnet, cifar_resnet, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2)
+
 
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 """Name -> f(num_classes, image_size); image_size is (height, width)."""
 
+
 STAGES = {name: family.STAGES for family in FAMILIES for name in family.MODELS}
+
+
 STAGES |= {f"{library}/{name}": resnet.STAGES for library in ("torchvision", "timm") for name in resnet.MODELS}
 """Name -> dotted names of the modules that give the stages' feature maps b x c x h x w, from early to late.
 
 The last one is what is average-pooled into the classifier, the last linear layer over the classes."""
+
 
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
 """What stands before the slash -> f(the name behind it, num_classes, image_size)."""

@@ -70,6 +70,8 @@ def build(depth: int, widths: tuple[int, int, int, int], num_classes: int, image
 
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
+
+
 MODELS: dict[str, Callable] = {
     **{f"resnet{depth}": partial(build, depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(build, depth, WIDE) for depth in (8, 32)},

@@ -14,11 +14,20 @@ from torch import Tensor, nn
 STAGES = ("layer1", "layer2", "layer3", "head")  # the last one is what is pooled
 """What happens at 1/2, 1/4, 1/8 and 1/16 of the resolution; the last output of each is linear, with no ReLU."""
 
+
 # Expansion, channels at full width, blocks, stride of the first block: table 2's rows, by resolution.
 LAYER1 = ((1, 16, 1, 1), (6, 24, 2, 1))
+
+
 LAYER2 = ((6, 32, 3, 2),)
+
+
 LAYER3 = ((6, 64, 4, 2), (6, 96, 3, 1))
+
+
 LAYER4 = ((6, 160, 3, 2), (6, 320, 1, 1))
+
+
 STEM, HEAD = 32, 1280  # channels at full width; below width 1 the head keeps its own (section 4)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 """At full, half, quarter and eighth resolution of the stem's output; with the small stem that is the image's."""
 
+
 SMALL = 64  # images up to this many pixels get the small stem
 
 
@@ -27,4 +28,6 @@ def build(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module
 
 
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
 MODELS: dict[str, Callable] = {name: partial(build, name) for name in NAMES}

@@ -15,8 +15,13 @@ from torch import Tensor, nn
 STAGES = ("layer1", "layer2", "layer3")
 """At 1/2, 1/4 and 1/8 of the resolution; the paper calls them stages 2, 3 and 4."""
 
+
 GROUPS = 3
+
+
 STEM = 24
+
+
 WIDTHS, UNITS = (240, 480, 960), (4, 8, 4)  # table 1, g = 3
 
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 STAGES = ("layer1", "layer2", "head")  # the last one is what is pooled
 """At 1/2, 1/4 and 1/8 of the resolution; the paper calls them stages 2, 3 and 4."""
 
+
 STEM, HEAD = 24, 1024
+
+
 WIDTHS, UNITS = (116, 232, 464), (4, 8, 4)  # table 5, 1x
 
 

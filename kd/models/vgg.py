@@ -17,8 +17,10 @@ from torch import Tensor, nn
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 """The groups after the first: with these four, VGG pairs with the other families' stages. The first is "stem"."""
 
+
 CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
 """Depth -> convolutions in each group; with the three linear layers of the paper they make up the depth."""
+
 
 SMALL = 32  # images up to this many pixels are not pooled before the last group
 

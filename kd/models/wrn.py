@@ -68,4 +68,6 @@ def build(depth: int, widen: int, num_classes: int, image_size: tuple[int, int])
 
 
 SIZES = ((16, 1), (16, 2), (40, 1), (40, 2))
+
+
 MODELS: dict[str, Callable] = {f"wrn-{depth}-{widen}": partial(build, depth, widen) for depth, widen in SIZES}

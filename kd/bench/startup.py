@@ -1,0 +1,37 @@
+"""A process of its own that kd.bench starts: how long from its imports to the end of the first step, and its memory.
+
+python -m kd.bench.startup FLAGS        FLAGS: kd.bench's, as JSON; prints the numbers as one line of JSON
+"""
+
+import json
+import resource
+import sys
+import time
+
+
+def main(flags: dict) -> dict[str, float]:
+    begin = time.perf_counter()
+    from kd.bench.measure import (
+        BenchConfig,
+        Pieces,  # which imports torch
+    )
+
+    imported = time.perf_counter()
+    from kd.data import load_data
+    from kd.training.launch import start
+
+    config = BenchConfig(**flags)
+    job = config.job()
+    accelerator = start(job.fit, job.run)
+    data = load_data(job.data)
+    Pieces(job, config.teacher_model, 1, data, accelerator).bare()()
+    first = time.perf_counter()
+    pieces = Pieces(job, config.teacher_model, 30, data, accelerator)
+    pieces.bare()()
+    pieces.evaluation()()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"import_seconds": imported - begin, "first_step_seconds": first - imported, "peak_gib": peak}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

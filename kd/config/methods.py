@@ -1,0 +1,348 @@
+"""Every method's flags: one dataclass each, with its authors' CIFAR-100 setting. No torch here.
+
+A field must not repeat a common flag's name (tyro refuses; a test checks). Where the literature adds a method to
+cross-entropy, cross-entropy has weight 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Union
+
+from tyro.conf import subcommand
+
+from kd.errors import require
+
+#: (kd.methods.flags) What the methods' flags have in common, and how their values are checked.
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def positive(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0 and math.isfinite(value), f"{_flag(name)} {value}: give a number above 0")
+
+
+def not_negative(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0 and math.isfinite(value), f"{_flag(name)} {value}: give 0 or more")
+
+
+def share(config, name: str) -> None:
+    value = getattr(config, name)
+    require(0 <= value <= 1, f"{_flag(name)} {value}: give a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class MethodFlags:
+    """What scripts ask of a method before anything slow is imported."""
+
+    needs_teacher: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class LogitFlags(MethodFlags):
+    """What every method of logits takes."""
+
+    standardize: bool = False
+    """First bring both networks' logits to mean 0 and deviation 1 per sample (arXiv:2403.01427)."""
+
+
+@dataclass(frozen=True)
+class FeatureFlags(MethodFlags):
+    """What every method of features takes."""
+
+    weight: float = 1.0
+    """Of the method's own term."""
+    student_layers: tuple[str, ...] = ()
+    """Dotted names of the student's modules (or NAME.input); left out: the stages that its model names."""
+    teacher_layers: tuple[str, ...] = ()
+    """The teacher's, paired with the student's in order."""
+    kd_weight: float = 0.0
+    """Adds plain kd with this weight, as the literature's combinations do."""
+    kd_temperature: float = 4.0
+    """Of that kd."""
+
+    def check(self) -> None:
+        not_negative(self, "weight", "kd_weight")
+        positive(self, "kd_temperature")
+
+
+#: (kd.methods.logits) Flags of the methods that compare logits, and of those that need no teacher.
+
+
+@dataclass(frozen=True)
+class NoneConfig(MethodFlags):
+    """Cross-entropy alone: no teacher."""
+
+    needs_teacher: ClassVar[bool] = False
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes (arXiv:1512.00567)."""
+
+    def check(self) -> None:
+        require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: give 0 or more, below 1")
+
+
+@dataclass(frozen=True)
+class KDConfig(LogitFlags):
+    """Hinton et al. 2015: follow the teacher's softened predictions."""
+
+    temperature: float = 5.0
+    """Softens both distributions; larger reveals more of the wrong classes."""
+    alpha: float = 0.7
+    """Weight of the distillation term; cross-entropy has 1 - alpha."""
+    boost: float = 1.0
+    """Multiplies the distillation term. --standardize was published with temperature 2, alpha 0.9 and boost 10."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student), the usual; reverse: KL(student || teacher), as the report's formula reads."""
+
+    def check(self) -> None:
+        positive(self, "temperature", "boost")
+        share(self, "alpha")
+
+
+@dataclass(frozen=True)
+class MimicConfig(LogitFlags):
+    """Ba & Caruana 2014: the teacher's logits themselves."""
+
+    weight: float = 0.1
+    """Of the mean square, beside cross-entropy."""
+
+    def check(self) -> None:
+        not_negative(self, "weight")
+
+
+@dataclass(frozen=True)
+class DKDConfig(LogitFlags):
+    """Zhao et al. 2022: kd split into target and other classes, weighted apart."""
+
+    temperature: float = 4.0
+    """Softens both distributions."""
+    alpha: float = 1.0
+    """Weight of the target class against the rest."""
+    beta: float = 8.0
+    """Weight among the other classes: 2 for resnet56 or 110 to 20 or 32, 6 for WRN and VGG, 8 for the rest."""
+    ramp_epochs: float = 20.0
+    """Epochs over which the term rises to full weight."""
+
+    def check(self) -> None:
+        positive(self, "temperature")
+        not_negative(self, "alpha", "beta", "ramp_epochs")
+
+
+@dataclass(frozen=True)
+class DISTConfig(LogitFlags):
+    """Huang et al. 2022: correlate with the teacher, per sample and per class."""
+
+    temperature: float = 4.0
+    """Softens both distributions."""
+    weight: float = 2.0
+    """Of both terms together."""
+    beta: float = 1.0
+    """Weight of the rows: each sample over its classes."""
+    gamma: float = 1.0
+    """Weight of the columns: each class over the batch."""
+
+    def check(self) -> None:
+        positive(self, "temperature")
+        not_negative(self, "weight", "beta", "gamma")
+
+
+@dataclass(frozen=True)
+class TFKDConfig(MethodFlags):
+    """Yuan et al. 2020: a virtual teacher that is right; no network. A control: nearly label smoothing."""
+
+    needs_teacher: ClassVar[bool] = False
+    temperature: float = 20.0
+    """Softens the virtual teacher."""
+    alpha: float = 0.1
+    """Weight of the virtual teacher; cross-entropy has 1 - alpha."""
+    correct: float = 0.99
+    """Its probability of the right class."""
+
+    def check(self) -> None:
+        positive(self, "temperature")
+        share(self, "alpha")
+        require(0 < self.correct < 1, f"--correct {self.correct}: give a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ApprenticeConfig(MethodFlags):
+    """Mishra & Marr 2017, scheme A: a teacher that is trained together with the student, from scratch."""
+
+    needs_teacher: ClassVar[bool] = False
+    partner: str | None = None
+    """That teacher, always in full precision: names as for --student; left out: the student's own network."""
+    alpha: float = 1.0
+    """Weight of the teacher's cross-entropy with the labels."""
+    beta: float = 0.5
+    """Weight of the student's."""
+    gamma: float = 0.5
+    """Weight of the student's cross-entropy with the teacher's probabilities."""
+
+    def check(self) -> None:
+        not_negative(self, "alpha", "beta", "gamma")
+
+
+#: (kd.methods.features) Flags of the methods that compare features.
+
+
+@dataclass(frozen=True)
+class FitNetConfig(FeatureFlags):
+    """Romero et al. 2015: one middle map, through a regressor."""
+
+    weight: float = 100.0
+    """Of the mean square."""
+    hint_stage: int = 2
+    """Which stage, counted from 1."""
+
+    def check(self) -> None:
+        super().check()
+        require(self.hint_stage >= 1, f"--hint-stage {self.hint_stage}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class ATConfig(FeatureFlags):
+    """Zagoruyko & Komodakis 2017: where each stage is active, summed over channels."""
+
+    weight: float = 1000.0
+    """Of the mean squares, summed over stages."""
+
+
+@dataclass(frozen=True)
+class SPConfig(FeatureFlags):
+    """Tung & Mori 2019: which samples of a batch are alike."""
+
+    weight: float = 3000.0
+    """Of the mean square between the two similarity matrices."""
+
+
+@dataclass(frozen=True)
+class NSTConfig(FeatureFlags):
+    """Huang & Wang 2017: the distribution of each stage's channels."""
+
+    weight: float = 50.0
+    """Of the discrepancy, summed over stages."""
+
+
+@dataclass(frozen=True)
+class PKTConfig(FeatureFlags):
+    """Passalis & Tefas 2018: the probability that samples are neighbours."""
+
+    weight: float = 30000.0
+    """Of the divergence."""
+
+
+@dataclass(frozen=True)
+class RKDConfig(FeatureFlags):
+    """Park et al. 2019: distances and angles between a batch's embeddings."""
+
+    distance_weight: float = 25.0
+    """Of distances between pairs."""
+    angle_weight: float = 50.0
+    """Of angles in triples."""
+
+    def check(self) -> None:
+        super().check()
+        not_negative(self, "distance_weight", "angle_weight")
+
+
+@dataclass(frozen=True)
+class VIDConfig(FeatureFlags):
+    """Ahn et al. 2019: predict the teacher's maps with a learned variance."""
+
+    initial_variance: float = 5.0
+    """Of every channel, before training."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "initial_variance")
+
+
+@dataclass(frozen=True)
+class CCConfig(FeatureFlags):
+    """Peng et al. 2019: the correlation between a batch's samples."""
+
+    weight: float = 0.02
+    """Of the term."""
+    definition: Literal["neighbours", "paper"] = "neighbours"
+    """paper: kernel matrices, as published; neighbours: what the code behind the literature's tables computes."""
+    width: int = 128
+    """Of both networks' learned embeddings, for neighbours."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "width")
+
+
+@dataclass(frozen=True)
+class CRDConfig(FeatureFlags):
+    """Tian et al. 2020: tell the same sample from many others, across the two networks."""
+
+    weight: float = 0.8
+    """Of the two contrastive terms together."""
+    width: int = 128
+    """Of both networks' learned embeddings."""
+    negatives: int = 16384
+    """Samples of other classes to contrast each sample with."""
+    contrast_temperature: float = 0.07
+    """Divides the embeddings' products."""
+    bank_momentum: float = 0.5
+    """Share of a sample's old embedding that its new one keeps."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "width", "negatives", "contrast_temperature")
+        require(0 <= self.bank_momentum < 1, f"--bank-momentum {self.bank_momentum}: give 0 or more, below 1")
+
+
+@dataclass(frozen=True)
+class ReviewKDConfig(FeatureFlags):
+    """Chen et al. 2021: each stage learns from the teacher's earlier ones too."""
+
+    weight: float = 1.0
+    """Of the maps: 0.6 for resnet20, 1 for resnet32, 5 for WRN and resnet8x4."""
+    ramp_epochs: float = 20.0
+    """Epochs over which the term rises to full weight."""
+
+    def check(self) -> None:
+        super().check()
+        not_negative(self, "ramp_epochs")
+
+
+@dataclass(frozen=True)
+class SimKDConfig(FeatureFlags):
+    """Chen et al. 2022: reuse the teacher's classifier behind a projector. No cross-entropy."""
+
+
+METHODS = {
+    "none": NoneConfig,
+    "kd": KDConfig,
+    "mimic": MimicConfig,
+    "dkd": DKDConfig,
+    "dist": DISTConfig,
+    "fitnet": FitNetConfig,
+    "at": ATConfig,
+    "sp": SPConfig,
+    "nst": NSTConfig,
+    "pkt": PKTConfig,
+    "rkd": RKDConfig,
+    "vid": VIDConfig,
+    "cc": CCConfig,
+    "crd": CRDConfig,
+    "reviewkd": ReviewKDConfig,
+    "simkd": SimKDConfig,
+    "tfkd": TFKDConfig,
+    "apprentice": ApprenticeConfig,
+}
+
+
+# tyro makes a subcommand of each member of a union.
+Method = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in METHODS.items())]  # noqa: UP007
+
+
+def method_name(method: object) -> str:
+    return next(name for name, kind in METHODS.items() if type(method) is kind)

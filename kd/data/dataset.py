@@ -1,0 +1,74 @@
+"""Any image classification set as three splits of uint8 images.
+
+How they are held is kd/images/holding.py's to choose. The validation split is held out of the training split, by class;
+the test split is the data's own and is read once, at the end of a run.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.config import DataConfig
+from kd.data.cache import Arrays
+from kd.data.rows import Rows
+from kd.data.sources import BUILT_IN, _find, filled
+from kd.data.splits import hold_out, keep, long_tail
+from kd.errors import require
+from kd.utils.console import say
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Rows
+    val: Rows | None
+    test: Rows
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]  # of the training split, per channel, as shares of 255
+    std: tuple[float, ...]
+    fingerprint: str  # sha256 of all rows and class names in order; of a stream, of its files' names, sizes and times
+    size: tuple[int, int]  # height and width of every image as networks see it
+    held: str = "in memory"  # in words: how, and why so
+
+
+def load_data(config: DataConfig) -> Data:
+    """The three splits of `config.source`.
+
+    Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range.
+    """
+    config = filled(config)
+    config.check_sizes()
+    source = _find(config)
+    splits, classes = source.splits, source.classes
+    if config.classes is not None:
+        require(config.classes <= len(classes), f"--classes {config.classes}: {config.source} has {len(classes)}")
+        classes = classes[: config.classes]
+        splits = {name: keep(split, split.labels < config.classes) for name, split in splits.items()}
+    train, val, test = splits["train"], splits.get("validation"), splits.get("test")
+    if test is None:  # a set with train and validation only: its validation is what others report on
+        val, test = None, val
+    require(test is not None, f"--data {config.source}: only a train split; a test (or validation) split is needed")
+    if val is None:
+        train, val = hold_out(train, config.val_fraction, config.split_seed)
+    # After the hold-out: validation keeps the frequencies that the test has, and is the same for every --imbalance.
+    train = long_tail(train, config.imbalance, len(classes), config.split_seed)
+    for name, split in (("train", train), ("validation", val), ("test", test)):
+        require(split is None or len(split.labels) > 0, f"--data {config.source}: the {name} split is empty")
+    _tell(config, source.how, {"training": train, "validation": val, "test": test}, classes)
+    facts = source.facts(train)
+    train, val, test = (split and source.rows(split) for split in (train, val, test))
+    size = (config.image_size,) * 2 if config.image_size else train.size
+    return Data(train, val, test, classes, *facts, size, source.how)
+
+
+def _tell(config: DataConfig, how: str, splits: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:
+    """How the data is held and how much of it there is; and of which classes nothing can be learned."""
+    sizes = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items() if split is not None)
+    if config.source not in BUILT_IN:
+        say(f"data: {how}; {sizes} images of {len(classes)} classes")
+    missing = np.setdiff1d(splits["test"].labels, splits["training"].labels)
+    if len(missing):
+        names = ", ".join(classes[label] for label in missing[:3].tolist())
+        say(f"data: classes of the test split without a training image: {len(missing)} ({names})")
+
+
+#: (kd.images) Images as they lie somewhere, and how they are held and decoded; kd/data.py makes the three splits of them.

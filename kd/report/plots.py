@@ -1,0 +1,208 @@
+"""The report's figures. Each `draw_*` fills a matplotlib figure; `render` makes PNGs, for a light and a dark page."""
+
+import io
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kd.metrics import BINS, by_confidence, class_recall
+from kd.report.groups import Group
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # told apart by colour-blind eyes
+
+
+DARK = {"paper": "#0d1117", "ink": "#e6edf3"}
+
+
+LIGHT = {"paper": "#ffffff", "ink": "#1c2128"}
+
+
+SHOWN = 30  # classes that a bar chart has room for
+
+
+WORST = 10  # classes in the confusion matrix
+
+
+POINTS = 40  # networks that the Pareto picture's legend has room for
+
+
+Draw = Callable[[object], None]
+
+
+def render(size: tuple[float, float], draw: Draw) -> tuple[bytes, bytes]:
+    """The PNG for a light page and for a dark one."""
+    return _png(size, draw, LIGHT), _png(size, draw, DARK)
+
+
+def _png(size: tuple[float, float], draw: Draw, theme: dict[str, str]) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
+    settings = dict.fromkeys(ink, theme["ink"]) | {"figure.facecolor": theme["paper"], "axes.facecolor": theme["paper"]}
+    settings |= {"legend.facecolor": theme["paper"], "legend.fontsize": "small"}
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script the font lacks
+        figure = Figure(figsize=size, dpi=110, layout="constrained")
+        draw(figure)
+        stream = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()
+
+
+def label(text: str, longest: int = 40) -> str:
+    """As matplotlib writes it letter by letter: no mathematics between dollars, no line of any length."""
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return text.replace("$", r"\$")
+
+
+def draw_curves(curves: dict[str, list[list[dict]]]) -> Draw:
+    """Loss and accuracy of training and validation, the mean over seeds; `curves`: name -> one history a seed."""
+
+    def draw(figure) -> None:
+        for place, (key, name) in enumerate((("loss", "loss"), ("top1", "top-1 accuracy (%)")), start=1):
+            axes = figure.add_subplot(1, 2, place, xlabel="epoch", ylabel=name)
+            for colour, (title, histories) in zip(COLOURS, curves.items()):
+                for part, style in (("train", ":"), ("val", "-")):
+                    points = _mean_curve(histories, f"{part}/{key}")
+                    if points:
+                        what = "training" if part == "train" else "validation"
+                        marker = "o" if len(points) == 1 else None
+                        text = label(f"{title}, {what}", 60)
+                        axes.plot(*zip(*points), style, color=colour, label=text, marker=marker)
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+    return draw
+
+
+def _mean_curve(histories: list[list[dict]], key: str) -> list[tuple[int, float]]:
+    by_epoch: dict[int, list[float]] = {}
+    for line in (line for history in histories for line in history if line.get(key) is not None):
+        by_epoch.setdefault(line["epoch"], []).append(line[key])
+    return [(epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items())]
+
+
+def draw_pareto(points: list[tuple[str, int, float | None, float, float]]) -> Draw:
+    """Accuracy against parameters and latency; points: name, parameters, milliseconds, mean accuracy, deviation."""
+
+    def draw(figure) -> None:
+        for place, (column, name) in enumerate(((1, "parameters"), (2, "CPU latency, one image (ms)")), start=1):
+            axes = figure.add_subplot(1, 2, place, xlabel=name, ylabel="test top-1 (%)", xscale="log")
+            there = [point[column] for point in points if point[column] is not None]
+            if there:  # left to itself a logarithmic axis of a single value has no width
+                axes.set_xlim(min(there) / 1.5, max(there) * 1.5)
+            for number, point in enumerate(points):
+                if point[column] is not None:
+                    look = {"color": COLOURS[number % len(COLOURS)], "fmt": "os^Dv<>P"[number // len(COLOURS) % 8]}
+                    axes.errorbar(point[column], point[3], yerr=point[4], capsize=3, label=label(point[0], 50), **look)
+            axes.grid(alpha=0.3, which="both")
+            if place == 1:
+                figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+    return draw
+
+
+def draw_class_gain(names: list[str], gains: Tensor) -> Draw:
+    """Difference of the accuracy of each class in points, sorted; of many classes the two ends.
+
+    A class of NaN, which has no test images, is left out."""
+    order = gains.argsort()[: int((~gains.isnan()).sum())].tolist()  # NaN comes last
+    if len(order) > SHOWN:
+        order = order[: SHOWN // 2] + order[-SHOWN // 2 :]
+
+    def draw(figure) -> None:
+        axes = figure.add_subplot(xlabel="gain (points of the class's accuracy)")
+        values = [gains[k].item() for k in order]
+        colours = [COLOURS[2] if value >= 0 else COLOURS[4] for value in values]
+        axes.barh(range(len(order)), values, color=colours)
+        axes.set_yticks(range(len(order)), [label(names[k], 24) for k in order])
+        axes.axvline(0, color=COLOURS[0], linewidth=0.8)
+        axes.grid(alpha=0.3, axis="x")
+
+    return draw
+
+
+def draw_confusion(names: list[str], logits: Tensor, labels: Tensor) -> Draw:
+    """What the worst classes are taken for, in percent of their images; the columns are these classes and the rest."""
+    count = len(names)
+    worst = class_recall(logits, labels).nan_to_num(200).argsort()[: min(WORST, count)]
+    predicted = logits.argmax(dim=1)
+    matrix = torch.zeros(count, count, dtype=torch.double)
+    matrix.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.double), accumulate=True)
+    shares = 100 * matrix[worst] / matrix[worst].sum(dim=1, keepdim=True).clamp(min=1)
+    kept = shares[:, worst]
+    table = torch.cat([kept, shares.sum(dim=1, keepdim=True) - kept.sum(dim=1, keepdim=True)], dim=1)
+
+    def draw(figure) -> None:
+        axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+        rows = [label(names[k], 20) for k in worst.tolist()]
+        _heat(axes, table, rows, [*rows, "others"], "{:.0f}")
+        axes.tick_params(axis="x", rotation=45)
+
+    return draw
+
+
+def draw_reliability(answers: dict[str, tuple[Tensor, Tensor]]) -> Draw:
+    """Accuracy against confidence in equal bins (Guo et al., arXiv:1706.04599, figure 1); the diagonal is ideal."""
+
+    def draw(figure) -> None:
+        axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.plot([0, 1], [0, 1], "--", color="#888888", linewidth=1)
+        for colour, (title, (logits, labels)) in zip(COLOURS, answers.items()):
+            points = reliability(logits, labels)
+            confidence, accuracy, counts = zip(*points)
+            axes.plot(confidence, accuracy, color=colour, linewidth=0.8)
+            sizes = [8 + 120 * count / sum(counts) for count in counts]
+            axes.scatter(confidence, accuracy, sizes, color=colour, label=label(title))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left")
+
+    return draw
+
+
+def reliability(logits: Tensor, labels: Tensor) -> list[tuple[float, float, int]]:
+    """Mean confidence, accuracy and number of the images in each bin that has any."""
+    confidence, right, bins = by_confidence(logits, labels)
+    inside = [bins == b for b in range(BINS)]
+    return [(confidence[i].mean().item(), right[i].mean().item(), int(i.sum())) for i in inside if i.any()]
+
+
+def draw_grid(groups: list[Group], seeds: set[int], rows: str, columns: str | None) -> Draw:
+    """Mean validation accuracy of `seeds` over two flags of a method (or one); what read the test set is framed."""
+    across = sorted({group.flags[columns] for group in groups}) if columns else [None]
+    down = sorted({group.flags[rows] for group in groups})
+    table = torch.full((len(down), len(across)), torch.nan, dtype=torch.double)
+    tested = []
+    for group in groups:
+        place = down.index(group.flags[rows]), across.index(group.flags[columns] if columns else None)
+        table[place] = group.mean("val_top1_last", seeds)
+        tested += [place] * bool(group.tested)
+
+    def draw(figure) -> None:
+        from matplotlib.patches import Rectangle
+
+        axes = figure.add_subplot(ylabel=rows.replace("_", " "), xlabel=(columns or "").replace("_", " "))
+        _heat(axes, table, list(map(str, down)), [str(value) if columns else "" for value in across], "{:.2f}")
+        for row, column in tested:
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS[4], linewidth=3, clip_on=False)
+            )
+
+    return draw
+
+
+def _heat(axes, table: Tensor, rows: list[str], columns: list[str], style: str) -> None:
+    axes.imshow(table.numpy(), cmap="cividis", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    there = table[~table.isnan()]
+    middle = (there.max() + there.min()).item() / 2 if len(there) else 0
+    for row, values in enumerate(table.tolist()):
+        for column, value in enumerate(values):
+            if value == value:  # not NaN: a setting that was not run
+                colour = "black" if value > middle else "white"
+                axes.text(column, row, style.format(value), ha="center", va="center", color=colour, fontsize=9)

@@ -1,0 +1,168 @@
+"""What the report says of the groups of one set of images: tables and verdicts, and the figures between them."""
+
+from kd.metrics import BINS
+from kd.report.costs import Costs
+from kd.report.document import Block, Heading, Lines, Table
+from kd.report.figures import Gallery
+from kd.report.groups import ALONE, Group, unread
+from kd.report.statistics import cell
+
+SCORES = (
+    ("val_top1_last", "val, last", ".2f"),
+    ("val_top1_best", "val, best", ".2f"),
+    ("test_top1", "test, last", ".2f"),
+    ("test_top1_best", "test, best", ".2f"),
+    ("test_top5", "test top-5", ".2f"),
+)
+
+
+CALIBRATION = (("test_nll", "NLL", ".4f"), ("test_ece", "ECE", ".2f"), ("agreement", "agreement", ".2f"))
+
+
+EACH = (*SCORES, *CALIBRATION)
+
+
+def accuracy_table(groups: list[Group]) -> Table:
+    rows = taught_from_elsewhere(groups)
+    for group in groups:
+        cells = [group.cell(key, style) for key, _, style in SCORES]
+        rows.append((group.label, group.model, group.count, *cells))
+    note = "Percent; mean ± standard deviation over seeds, of how many in brackets where not all have it; of several "
+    note += "runs of a seed, whose teachers differ in theirs, the mean. last: the last epoch's weights; best: those of "
+    note += "the epoch that was best on validation. The test set was read once, at each run's end; it chose nothing."
+    if any(group.elsewhere for group in groups):
+        note += " A teacher that is no run here: as its students' runs measured it."
+    return Table(("network", "model", "seeds", *(title for _, title, _ in SCORES)), rows, note, words=2)
+
+
+def taught_from_elsewhere(groups: list[Group]) -> list[tuple[str, ...]]:
+    """Rows of the teachers that are no runs here, with the one number that is known of them."""
+    rows = {}
+    for group in groups:
+        if group.elsewhere:
+            measured = group.values("teacher_test_top1")[:1]  # the same of every student: its network does not change
+            cells = {"test_top1": cell(measured, ".2f", 1, unread("test_top1", group.runs))}
+            scores = (cells.get(key, "") for key, _, _ in SCORES)
+            row = ("teacher, no run here", group.elsewhere, "", *scores)
+            rows[group.elsewhere] = row if measured else rows.get(group.elsewhere, row)
+    return list(rows.values())
+
+
+def cost_table(groups: list[Group], costs: Costs) -> Table:
+    rows = []
+    for group in groups:
+        cost = costs.of(group.runs[0])
+        numbers = ("not measured",) * 3
+        if cost:
+            numbers = (f"{cost.macs / 1e6:.2f}M", f"{cost.bytes / 1e6:.2f} MB", f"{cost.milliseconds:.2f} ms")
+        scores = [group.cell(key, style) for key, _, style in CALIBRATION]
+        rows.append((group.label, group.model, f"{group.runs[0].summary['params']:,}", *numbers, *scores))
+    note = "MACs: multiply-accumulates of convolutions and matrix products for one image. size: model.safetensors. "
+    note += f"latency: one image, median of repeated passes ({costs.where}). NLL in nats and ECE (percent, {BINS} "
+    note += "bins) on the test set; agreement: percent of its images on which the network and its teacher say the same."
+    titles = ("parameters", "MACs", "size", "latency", *(title for _, title, _ in CALIBRATION))
+    return Table(("network", "model", *titles), rows, note, words=2)
+
+
+def gain_table(groups: list[Group]) -> Table | None:
+    """Every method against every control, on the same seeds."""
+    rows, intervals = [], 0
+    for group in groups:
+        for control in group.controls:
+            last, best = (group.gain(control, key) for key in ("test_top1", "test_top1_best"))
+            if last:
+                seeds = " ".join(map(str, last.seeds))
+                numbers = (f"{last.mean:+.2f}", last.interval, f"{best.mean:+.2f}" if best else "")
+                rows.append((group.label, control.label, seeds, *numbers, last.words))
+                intervals += last.half is not None
+    if not rows:
+        return None
+    note = "Points of test accuracy, paired by seed; the interval is Student's t over seeds, 95%. It holds the noise "
+    note += "of training, not that of the choice of test images."
+    if intervals > 1:
+        note += f" Of {intervals} such intervals {0.05 * intervals:.1f} are expected to miss 0 by luck alone."
+    head = ("method", "control", "seeds", "gain, last", "95% interval", "gain, best", "verdict")
+    return Table(head, rows, note, words=3, remark=True)
+
+
+def verdicts(groups: list[Group]) -> Lines:
+    """The answer in words, one line a method."""
+    lines = []
+    for group in groups:
+        if not group.distilled or not group.tested:
+            continue
+        for control in group.controls:
+            gain = group.gain(control, "test_top1")
+            if gain is None:
+                lines.append(f"{group.label} against {control.label}: no seed in common with a test result.")
+            else:
+                lines.append(f"{group.label} against {control.label}: {gain.mean:+.2f} points: {gain.words}.")
+        if not any(control.kind == ALONE for control in group.controls):
+            lines.append(f"{group.label}: no student alone by the same recipe among these runs, so no gain is known.")
+    return Lines(tuple(lines) or ("No distilled student with a test result among these runs.",))
+
+
+def run_table(groups: list[Group]) -> Table:
+    """Every run by itself, as its summary.json has it."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            shown = [(run.summary.get(key), style, unread(key, [run])) for key, _, style in EACH]
+            cells = [empty if value is None else f"{value:{style}}" for value, style, empty in shown]
+            best = run.summary["best_epoch"]
+            rows.append((str(run.path), group.label, str(run.seed), "" if best is None else str(best), *cells))
+    head = ("run folder", "network", "seed", "best epoch", *(title for _, title, _ in EACH))
+    return Table(head, rows, words=2, quiet=True)
+
+
+def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[list[Block], list[str]]:
+    """All blocks on one set of images, and what could not be shown."""
+    gallery = Gallery(groups, costs, prefix)
+    blocks: list[Block] = [Heading(2, f"On {name}"), verdicts(groups), Heading(3, "Accuracy"), accuracy_table(groups)]
+    rare = rare_table(groups)
+    if rare:
+        blocks += [Heading(3, "Common and rare classes"), rare]
+    gains = gain_table(groups)
+    if gains:
+        blocks += [Heading(3, "Gain over the controls"), gains]
+    blocks += [Heading(3, "Cost and calibration"), cost_table(groups, costs)]
+    blocks += gallery.draw()
+    blocks += [Heading(3, "Every run", quiet=True), run_table(groups)]
+    return blocks, gallery.notes
+
+
+#: (kd.reporting.rare) The report's table of common and of rare classes, where training classes differ in size.
+
+
+SHOTS = (
+    ("test_top1", "test"),
+    ("test_balanced_top1", "balanced"),
+    ("test_top1_many", "many-shot"),
+    ("test_top1_medium", "medium-shot"),
+    ("test_top1_few", "few-shot"),
+)
+
+
+def rare_table(groups: list[Group]) -> Table | None:
+    groups = [group for group in groups if group.values("test_balanced_top1")]
+    if not groups:
+        return None
+    rows = []
+    for group in groups:
+        rows.append((group.label, group.model, group.count, *(group.cell(key, ".2f") for key, _ in SHOTS)))
+    sizes = dict.fromkeys(_sizes(run.summary.get("shots")) for group in groups for run in group.tested)
+    note = "Percent of test images, last epoch's weights; balanced: the mean over classes. Classes by their number of "
+    note += f"training images: {'; or '.join(filter(None, sizes))}."
+    return Table(("network", "model", "seeds", *(title for _, title in SHOTS)), rows, note, words=2)
+
+
+def _sizes(shots: object) -> str:
+    """'many 3 of 120 to 450, ...', or nothing where a summary does not say it."""
+    try:
+        parts = [(name, part["classes"], part["smallest"], part["largest"]) for name, part in shots.items()]
+        return ", ".join(f"{name} {int(n)} of {int(least)} to {int(most)}" for name, n, least, most in parts)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ""
+
+
+#: (kd.reporting) What kd/report.py writes: runs found and grouped, statistics, tables, figures, the page.

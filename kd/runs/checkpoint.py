@@ -1,0 +1,200 @@
+"""Saving and restoring the state of training, so that a run killed anywhere ends in the same bytes.
+
+A checkpoint is a folder step-N of safetensors and JSON. It is written under another name; its manifest of sha256s comes
+last; then it is renamed, and only then are older ones removed. A bit that flips later is noticed before it is used.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kd.errors import UserError
+from kd.utils.files import (
+    is_number,
+    read_json,
+    read_weights,
+    remove_tree,
+    sha256_file,
+    sync_folder,
+    write_json,
+    write_weights,
+)
+
+#: (kd.state) Where a training is, beside its weights, and what of it may be believed when it is read back.
+
+
+MOST_THREADS = 4096
+
+
+@dataclass
+class State:
+    """Where training is. Weights and optimizer aside, this is all that a resumed run needs to know."""
+
+    step: int = 0
+    seconds: float = 0.0  # spent so far, over all the run's lives
+    history: list[dict] = field(default_factory=list)  # one entry an epoch: the lines of metrics.jsonl
+    sums: dict = field(default_factory=dict)  # of the unfinished epoch: Meter.save
+    threads: int = 0
+    processes: int = 1
+    processes_before: list[int] = field(default_factory=list)  # of --resume-inexact: each number it was trained by
+    scaler: dict = field(default_factory=dict)  # of fp16 gradients
+    timing: dict = field(default_factory=dict)  # images and seconds that images_per_second is made of
+
+
+def sound(state: State) -> State:
+    """The state, seen to be one that a training saves. Raises ValueError naming the first entry that is not."""
+    rows, names = state.sums["rows"], [*state.sums["terms"], *state.sums["measures"]]
+    before = state.processes_before
+    fine = {
+        "step": type(state.step) is int and state.step >= 0,
+        "seconds": is_number(state.seconds) and state.seconds >= 0,
+        "threads": type(state.threads) is int and 1 <= state.threads <= MOST_THREADS,
+        "processes": type(state.processes) is int and state.processes >= 1,
+        "processes_before": isinstance(before, list) and all(type(number) is int for number in before),
+        "history": isinstance(state.history, list)
+        and all(_is_line(line, epoch, state.step) for epoch, line in enumerate(state.history, 1)),
+        "sums": all(isinstance(name, str) for name in names)
+        and len(rows) == state.processes
+        and all(all(map(is_number, row)) for row in rows),
+        "scaler": isinstance(state.scaler, dict),
+        "timing": set(state.timing) <= {"images", "seconds"} and all(map(is_number, state.timing.values())),
+    }
+    for name, well in fine.items():
+        if not well:
+            raise ValueError(f"state.json has {name} {getattr(state, name)!r:.80}")
+    return state
+
+
+def _is_line(line: object, epoch: int, step: int) -> bool:
+    """Whether it is what an epoch up to this step left in metrics.jsonl."""
+    if not isinstance(line, dict) or not {"epoch", "step", "lr", "train/loss", "train/top1"} <= line.keys():
+        return False
+    numbers = all(value is None or is_number(value) for value in line.values())
+    return numbers and line["epoch"] == epoch and line["step"] <= step
+
+
+def check_position(state: State, steps_an_epoch: int, epochs: int) -> None:
+    """Raises UserError where step and history do not fit each other, or the recipe: nobody's training stopped there."""
+    done = len(state.history)
+    # Between an epoch's last step and its line in the history lies its validation.
+    if not done * steps_an_epoch <= state.step <= min(done + 1, epochs) * steps_an_epoch:
+        raise UserError(
+            f"the checkpoint is of step {state.step} after {done} epochs of {steps_an_epoch} steps, where no training"
+            " of this recipe can be; to start again, remove the run folder"
+        )
+
+
+KEEP = 2  # the newest and, should it turn out bad, the one before
+
+
+def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, best: dict[str, Tensor]) -> None:
+    """Write checkpoint `folder`/step-N; raises UserError where the disk does not take it, older ones intact."""
+    partial = folder / f".partial-{state.step}"
+    target = folder / f"step-{state.step}"
+    try:
+        folder.mkdir(exist_ok=True)
+        for killed in folder.glob(".partial-*"):  # in the middle of its save
+            remove_tree(killed)
+        partial.mkdir()
+        write_weights(partial / "model.safetensors", module.state_dict())
+        tensors, rest = _split_optimizer(optimizer.state_dict())
+        write_weights(partial / "optimizer.safetensors", tensors)
+        write_weights(partial / "best.safetensors", best)
+        write_json(partial / "state.json", {"state": asdict(state), "optimizer": rest})
+        write_json(partial / "manifest.json", {path.name: sha256_file(path) for path in sorted(partial.iterdir())})
+        sync_folder(partial)
+        remove_tree(target)  # of an earlier life, at the same step
+        os.rename(partial, target)
+        sync_folder(folder)
+    except OSError as error:
+        remove_tree(partial)
+        raise UserError(
+            f"could not save to {folder} ({error}); free some space, then continue with --resume"
+        ) from error
+    # Newer ones were passed over as damaged when this life began: they must not count as kept.
+    newer = [step for step in steps(folder) if step > state.step]
+    for old in [*newer, *steps(folder)[len(newer) :][KEEP:]]:
+        remove_tree(folder / f"step-{old}")
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, newest first (as numbers: 10 after 9)."""
+    names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there never was one.
+
+    Warns of each that is damaged. Raises UserError where all are: starting again is the user's to decide.
+    """
+    for step in steps(folder):
+        checkpoint = folder / f"step-{step}"
+        fault = _fault(checkpoint)
+        if fault is None:
+            return checkpoint
+        warnings.warn(f"{checkpoint} is damaged ({fault}): passed over", stacklevel=2)
+    if steps(folder):
+        raise UserError(f"every checkpoint in {folder} is damaged; to start again, remove the run folder")
+    return None
+
+
+def _fault(checkpoint: Path) -> str | None:
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        wanted = {"model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"}
+        if missing := wanted - set(manifest):
+            return f"its manifest lacks {', '.join(sorted(missing))}"
+        wrong = [name for name in sorted(wanted) if sha256_file(checkpoint / name) != manifest[name]]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return str(error)
+    return f"{', '.join(wrong)} changed since it was saved" if wrong else None
+
+
+def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[State, dict[str, Tensor]]:
+    """Load weights and optimizer in place; returns the position and the best weights so far."""
+    content = read_json(checkpoint / "state.json")
+    try:
+        state = sound(State(**content["state"]))
+        module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
+        tensors = read_weights(checkpoint / "optimizer.safetensors")
+        optimizer.load_state_dict(_join_optimizer(tensors, content["optimizer"]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{checkpoint} is none that this version can continue ({error!r:.200}); to start again, remove the run"
+        ) from error
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # Saved in plain order; fused optimizers want it to lie in memory as its parameter does.
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return state, read_weights(checkpoint / "best.safetensors")
+
+
+def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
+    """Tensors by "parameter/name", and what JSON can hold."""
+    tensors, rest = {}, {"param_groups": state["param_groups"], "state": {}}
+    for index, entries in state["state"].items():
+        rest["state"][str(index)] = {}
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{name}"] = value
+            else:
+                rest["state"][str(index)][name] = value
+    return tensors, rest
+
+
+def _join_optimizer(tensors: dict[str, Tensor], rest: dict) -> dict:
+    state = {int(index): dict(entries) for index, entries in rest["state"].items()}
+    for key, tensor in tensors.items():
+        index, name = key.split("/")
+        state[int(index)][name] = tensor
+    return {"param_groups": rest["param_groups"], "state": state}

@@ -1,0 +1,202 @@
+"""The folder of one run: whose it is, and whether it is new, to be resumed or finished."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import subprocess
+import uuid
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from kd.config import Job
+from kd.data import Data
+from kd.data.sources import BUILT_IN
+from kd.errors import UserError, require
+from kd.runs import checkpoint
+from kd.runs.results import finished, weights_of
+from kd.utils.files import read_json, write_json
+from kd.utils.processes import wait_for
+from kd.utils.system import Lock
+
+# Flags younger than the first runs: at these values they say nothing, and those runs keep their identity and folder.
+YOUNGER = {"imbalance": 1.0, "balance": "none", "stored_size": None, "stream": False, "shuffle_rows": 4096}
+
+
+YOUNGER |= {"resized_crop": 0.0, "colour_jitter": 0.0}
+
+
+def without_younger(flags: dict) -> dict:
+    return {key: value for key, value in flags.items() if key not in YOUNGER or value != YOUNGER[key]}
+
+
+@dataclass
+class RunFolder:
+    """A run's own folder, locked by this process until it dies or the `with` block ends."""
+
+    path: Path
+    identity: dict
+    wandb_id: str = ""
+    lock: Lock | None = None
+    summary: dict | None = None  # of a finished run
+    resuming: bool = False  # there is a checkpoint to go on from
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release()
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+
+def identity_of(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None) -> dict:
+    """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
+    parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
+    # Where and how it lies does not matter; what it holds does, and of a stream the order that it comes in.
+    for name in ("source", "decode", "workers", *(() if job.data.stream else ("shuffle_rows",))):
+        del parts["data"][name]
+    parts["fit"]["mixed_precision"] = accelerator.mixed_precision
+    flat = {key: value for part in parts.values() for key, value in part.items()}
+    flat = without_younger(flat)
+    if job.cache.cache_teacher and teacher_sha:
+        flat |= dataclasses.asdict(job.cache)
+    if job.compress.asked:
+        init = job.compress.init  # its weights matter, not where it lies
+        flat |= job.compress.asked | ({"init": weights_of(Path(init))} if init else {})
+    if job.origin:
+        flat["origin"] = job.origin.sha256
+    flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha}
+    return json.loads(json.dumps(flat))  # tuples as lists, as they are read back
+
+
+def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None = None) -> RunFolder:
+    """Claim the job's folder: new, to be resumed, or finished. Only the main process looks and writes.
+
+    Raises: UserError where the folder holds something else, another process works in it, or it cannot be written.
+    """
+    identity = identity_of(job, data, accelerator, teacher_sha)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
+    run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
+    main = accelerator.is_main_process
+    try:
+        if main:
+            require(
+                run.path.exists() or not job.run.resume,
+                f"--resume: {run.path} has no checkpoint; leave the flag out to start",
+            )
+            run.lock = _enter(run.path)
+        if job.run.auto_resume:  # a teacher or control on the way may be in the making for another student: share it
+            wait_for(run.lock, f"waiting for another process to finish {run.path}", accelerator)
+        elif main:
+            require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
+        if main:
+            _look(run, job)
+            if run.summary is None and not run.resuming:
+                run.wandb_id = uuid.uuid4().hex[:8]
+                write_json(run.path / "config.json", record(job, run.identity, run.wandb_id, data, accelerator))
+    except BaseException as error:
+        run.release()
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write to {run.path} ({error}); choose another --out") from error
+        raise
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        run.summary = finished(run.path, job.run.test)
+        run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
+    accelerator.wait_for_everyone()  # nobody trains before all have looked
+    return run
+
+
+def _enter(path: Path) -> Lock:
+    """Make the folder, or see that it is a run's."""
+    path.mkdir(parents=True, exist_ok=True)
+    # What a kill in the middle of the very first write leaves is nothing of value.
+    holds = sorted(entry.name for entry in path.iterdir() if entry.name not in ("lock", ".config.json.partial"))
+    require(
+        not holds or "config.json" in holds,
+        f"{path} holds something that is no run ({', '.join(holds[:3])}); choose another --out",
+    )
+    return Lock(path / "lock")
+
+
+def _look(run: RunFolder, job: Job) -> None:
+    """Whether the folder's run is this one, new, to be resumed, or finished; raises UserError where it is none."""
+    path = run.path
+    if (path / "config.json").exists():
+        record = read_json(path / "config.json")
+        theirs = record.get("identity")
+        require(isinstance(theirs, dict), f"{path / 'config.json'} is no run's; choose another --out")
+        _check_same(path, theirs, run.identity)
+        run.wandb_id = str(record.get("wandb_id", ""))
+    run.summary = finished(path, job.run.test)
+    run.resuming = bool(checkpoint.steps(path / "checkpoint"))
+    if run.summary is None and finished(path) is not None:  # trained, and only the test split is unread
+        require(run.resuming, f"{path} never read the test split and has no checkpoint left to do it from; remove it")
+    elif run.summary is None:
+        require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
+        require(
+            not run.resuming or job.run.resume or job.run.auto_resume,
+            f"{path} holds an unfinished run: add --resume to continue it, or remove the folder",
+        )
+        trained = not run.resuming and _has_trained(path)
+        require(
+            not trained or job.run.auto_resume,
+            f"{path} has epochs in metrics.jsonl and no checkpoint to go on from; to start again, remove the folder",
+        )
+        if job.run.auto_resume and not run.resuming and (job.run.out or trained):
+            print(f"{path}: nothing to resume, starting afresh", flush=True)
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether an epoch of it was ever finished."""
+    lines = path / "metrics.jsonl"
+    return lines.exists() and lines.stat().st_size > 0
+
+
+def _check_same(path: Path, theirs: dict, ours: dict) -> None:
+    differ = [
+        f"{key.replace('_', '-')} {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    require(not differ, f"{path} holds another run ({'; '.join(differ)}); choose another --out, or the same flags")
+
+
+#: (kd.record) What config.json tells of a run: its flags, versions and machine.
+
+
+def record(job: Job, identity: dict, wandb_id: str, data: Data, accelerator: Accelerator) -> dict:
+    source = job.data.source
+    packages = ("torch", "torchvision", "accelerate", "datasets", "numpy")
+    return {
+        "identity": identity,
+        "flags": dataclasses.asdict(job),
+        "data": {"rows": len(data.train.labels), "mean": data.mean, "std": data.std, "classes": len(data.classes)}
+        | {"held": data.held}
+        | {"images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()}
+        # A name alone does not tell a folder from a Hub id, once it is read elsewhere.
+        | {"folder": source not in BUILT_IN and Path(source).expanduser().is_dir()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "git_commit": _git_commit(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        "wandb_id": wandb_id,
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,61 @@
+"""What a finished run holds for others: its summary, its weights, and the network built from them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from kd.errors import UserError, require
+from kd.runs.results import _checked, read_model
+from kd.utils.files import load_weights
+
+
+class Trained(NamedTuple):
+    """A finished run's network, in eval mode on the CPU, and what it expects."""
+
+    network: nn.Module
+    info: dict  # model.json: model, num_classes, image_size, mean, std, classes, deployed
+    weights_sha256: str
+    summary: dict
+
+
+def load_network(folder: Path, trust_code: bool) -> Trained:
+    """Read a finished run's network from safetensors and JSON; nothing is unpickled.
+
+    Raises: UserError where the folder is no finished run, or its network is code of the user's own and not trusted.
+    """
+    from kd.models import build_model, is_users_own
+    from kd.models.adapt import take
+
+    info, summary = read_model(folder)
+    require(
+        trust_code or not is_users_own(info["model"]),
+        f"{folder}: building {info['model']} runs its author's code; --trust-code (kd.load: trust_code=True)"
+        " says that you trust it",
+    )
+    try:
+        size = tuple(info.get("resized") or info["image_size"])
+        network = build_model(info["model"], info["num_classes"], size)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"{folder / 'model.json'}: its network cannot be built ({str(error)[:200]})") from error
+    network = _rebuilt(network, info, folder)
+    sha256 = _checked(folder, summary)
+    load_weights(network, folder / "model.safetensors")
+    if size != tuple(info["image_size"]):
+        take(network, size)
+    return Trained(network.eval(), info, sha256, summary)
+
+
+def _rebuilt(network: nn.Module, info: dict, folder: Path) -> nn.Module:
+    """What became of the fresh network: compressed, or a part of what a method deploys."""
+    from kd.compress import rebuild
+    from kd.losses import LOSSES
+
+    steps = {"compression": rebuild, "deployed": lambda part, recipe: LOSSES[recipe["method"]].rebuild(part, recipe)}
+    for key, step in steps.items():
+        if recipe := info.get(key):
+            try:
+                network = step(network, recipe)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise UserError(f"{folder / 'model.json'}: {key} {recipe} cannot be rebuilt ({error!r})") from error
+    return network

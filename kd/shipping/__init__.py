@@ -1,1 +1,0 @@
-"""What kd/export.py and kd/predict.py are made of: files in other formats, their runtimes, and what they cost."""

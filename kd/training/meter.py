@@ -1,0 +1,133 @@
+import time
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kd.types import Step
+
+UNNAMED = 4  # sums of a Meter beside its terms and measures: two gradients' lengths, correct answers, samples
+
+
+SPIKE = 10.0  # times its recent mean: a loss that is worth a warning
+
+
+RECENT = 20  # steps that this mean goes back over, and that have to pass before anything is called a spike
+
+
+class Meter:
+    """Sums of loss terms, measures and correct answers, the first step whose loss was not finite, and the last spike.
+
+    They stay on the device, one row a process, until `read`: nothing in `update` makes the host wait.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.terms: list[str] = []  # known from the first step on, as are the measures
+        self.measures: list[str] = []
+        self.reset()
+        self.bad_step = torch.full((), -1, dtype=self.dtype, device=device)
+        self.usual = torch.zeros((), dtype=self.dtype, device=device)  # the loss's recent mean, in this life
+        self._steps = 0
+        self._spike = torch.full((3,), -1, dtype=self.dtype, device=device)
+        self.spike: tuple[float, float, float] | None = None  # step, loss, recent mean: since the last `read`
+
+    def reset(self) -> None:
+        """Start an epoch's sums: the terms', the measures', both gradients' lengths, correct answers, samples."""
+        self.sums = torch.zeros(len(self.terms) + len(self.measures) + UNNAMED, dtype=self.dtype, device=self.device)
+
+    def update(self, result: Step, labels: Int[Tensor, "b"], step: Int[Tensor, ""]) -> None:
+        if not self.terms:
+            self.terms, self.measures = list(result.terms), list(result.measures)
+            self.reset()
+        losses = torch.stack([result.terms[name].detach() for name in self.terms]).to(self.dtype)
+        seen = [result.measures[name].to(self.dtype)[None] for name in self.measures]
+        correct = (result.logits.detach().argmax(dim=1) == labels).sum().to(self.dtype)
+        count = torch.full_like(correct, len(labels))
+        means = torch.cat([losses, *seen, losses.new_zeros(2)])
+        self.sums += torch.cat([means * count, correct[None], count[None]])
+        bad = ~torch.isfinite(losses).all() & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, step.to(self.dtype), self.bad_step)
+        self._notice(losses.sum(), step.to(self.dtype))
+
+    def _notice(self, loss: Tensor, step: Tensor) -> None:
+        """Remember a finite loss far above the recent ones. For a warning only: no checkpoint knows of it."""
+        if self._steps >= RECENT:
+            spiked = torch.isfinite(loss) & (self.usual > 0) & (loss > SPIKE * self.usual)
+            self._spike = torch.where(spiked, torch.stack([step, loss, self.usual]), self._spike)
+        share = 1 / min(self._steps + 1, RECENT)
+        self.usual = torch.where(torch.isfinite(loss), self.usual + share * (loss - self.usual), self.usual)
+        self._steps += 1
+
+    def add_gradients(self, lengths: Float[Tensor, "2"]) -> None:
+        """Of the distillation terms and of cross-entropy, at some of the steps; the same on every process."""
+        self.sums[-4:-2] += lengths
+
+    def read(self, accelerator: Accelerator, stop: int = 0) -> tuple[dict[str, float], int | None, int]:
+        """Means over all processes so far, the first bad step if any, and the largest `stop` among the processes."""
+        row = torch.cat([self.sums, self._spike, self.bad_step[None], torch.full_like(self.bad_step[None], stop)])
+        rows = accelerator.gather(row[None]).cpu()
+        *sums, distillation, cross_entropy, correct, samples = rows[:, :-5].sum(dim=0).tolist()
+        spikes = [tuple(spike) for spike in rows[:, -5:-2].tolist() if spike[0] >= 0]
+        self.spike = max(spikes, default=None)
+        self._spike = torch.full_like(self._spike, -1)
+        bad = [int(step) for step in rows[:, -2].tolist() if step >= 0]
+        samples = max(samples, 1)
+        names = (f"train/{name}" for name in (*self.terms, *self.measures))
+        means = {name: value / samples for name, value in zip(names, sums, strict=True)}
+        loss = sum(list(means.values())[: len(self.terms)], 0.0)
+        means = {"train/loss": loss, **means, "train/top1": 100 * correct / samples}
+        if cross_entropy:
+            means["train/gradient_ratio"] = distillation / cross_entropy
+        return means, min(bad, default=None), int(rows[:, -1].max())
+
+    def save(self, accelerator: Accelerator) -> dict:
+        return {"terms": self.terms, "measures": self.measures, "rows": accelerator.gather(self.sums[None]).tolist()}
+
+    def restore(self, saved: dict, process: int) -> None:
+        """Each process takes its own row back, so that sums go on in the same order.
+
+        Raises ValueError where a row has another number of sums than the terms and measures need.
+        """
+        self.terms, self.measures = list(saved["terms"]), list(saved["measures"])
+        wanted = len(self.terms) + len(self.measures) + UNNAMED
+        if len(saved["rows"][process]) != wanted:
+            raise ValueError(f"state.json has sums of {len(saved['rows'][process])} numbers, wanted are {wanted}")
+        self.sums = torch.tensor(saved["rows"][process], dtype=self.dtype, device=self.device)
+
+
+SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels are chosen
+
+
+class Clock:
+    """Times training steps alone, from the eleventh of this process on, into `timing` (images, seconds)."""
+
+    def __init__(self, timing: dict[str, float]):
+        self.timing = timing
+        for key in ("images", "seconds"):
+            timing.setdefault(key, 0.0)
+        self._steps = 0
+        self._since: float | None = None
+
+    def step(self, images: int) -> None:
+        self._steps += 1
+        if self._steps == SETTLING and torch.cuda.is_available():
+            torch.cuda.synchronize()  # once a process: the clock starts when the device has caught up
+        if self._since is None and self._steps >= SETTLING:
+            self._since = time.monotonic()
+        elif self._since is not None:
+            self.timing["images"] += images
+
+    def rate(self) -> float | None:
+        """Images per second of this run so far; None before there is anything to tell."""
+        running = time.monotonic() - self._since if self._since is not None else 0.0
+        seconds = self.timing["seconds"] + running
+        return self.timing["images"] / seconds if self.timing["images"] and seconds else None
+
+    def pause(self) -> None:
+        """Before anything else than training, once the device's numbers have been read."""
+        if self._since is not None:
+            self.timing["seconds"] += time.monotonic() - self._since
+            self._since = None

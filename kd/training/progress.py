@@ -1,0 +1,71 @@
+"""What a person sees while a network trains."""
+
+import time
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kd.utils.console import console
+
+
+class Display:
+    """A bar for the run and one for the epoch on a terminal; elsewhere a plain line an epoch."""
+
+    def __init__(self, title: str, epochs: int, steps: int, position: int, shown: bool):
+        self.title, self.epochs, self.steps = title, epochs, steps
+        self._first, self._started = position, time.monotonic()
+        self.shown = shown
+        self.bars = shown and console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not self.bars,
+        )
+        self._run = self._progress.add_task(title, total=epochs * steps, completed=position, numbers="")
+        self._epoch = self._progress.add_task("epoch", total=steps, completed=position % steps, numbers="")
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, numbers: dict[str, float]) -> None:
+        """After `step` steps of the run in all; called where numbers are read anyway."""
+        done = (step - 1) % self.steps + 1
+        self._progress.update(self._run, completed=step)
+        name = f"epoch {(step - 1) // self.steps + 1}/{self.epochs}"
+        short = f"loss {numbers['train/loss']:.3f}  top1 {numbers['train/top1']:.1f}"
+        if (speed := numbers.get("images_per_second")) is not None:
+            short += f"  {speed:.0f} images/s"
+        self._progress.update(self._epoch, description=name, completed=done, numbers=short)
+
+    def epoch(self, line: dict) -> None:
+        """After an epoch, validation included."""
+        if "val/loss" in line:
+            self._progress.update(self._run, numbers=f"val loss {line['val/loss']:.3f}  top1 {line['val/top1']:.1f}")
+        if self.shown and not self.bars:
+            done, whole = line["step"] - self._first, self.epochs * self.steps - self._first
+            left = (time.monotonic() - self._started) * (whole - done) / max(done, 1)
+            print(f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_words(line)}  {_clock(left)} left", flush=True)
+
+    def warn(self, words: str) -> None:
+        """A line above the bars."""
+        if self.shown:
+            console.print(f"warning: {self.title}: {words}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _words(numbers: dict) -> str:
+    keys = ("train/loss", "train/top1", "val/loss", "val/top1", "images_per_second")
+    units = {"top1": ".2f", "loss": ".4f", "images_per_second": ".0f"}
+    shown = [key for key in keys if numbers.get(key) is not None]
+    return "  ".join(f"{key} {numbers[key]:{units[key.rsplit('/', 1)[-1]]}}" for key in shown)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

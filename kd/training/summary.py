@@ -1,0 +1,132 @@
+"""The end of a run: the test set is read, once, and what others need is written."""
+
+import math
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from kd.compress import compression_summary, plain_weights
+from kd.config import Job
+from kd.data import Data
+from kd.errors import require
+from kd.losses.base import Distiller
+from kd.runs.folder import RunFolder
+from kd.teachers.load import Frozen
+from kd.training.evaluate import _read_test
+from kd.training.trainer import LOWER, Ledger
+from kd.utils.files import sha256_file, write_atomically, write_json, write_weights
+
+# The summary's test keys of a run with --no-test.
+UNREAD = dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best"))
+
+
+def finish(
+    distiller: Distiller,
+    ledger: Ledger,
+    data: Data,
+    job: Job,
+    accelerator: Accelerator,
+    run: RunFolder,
+    teacher: Frozen | None,
+    control: Path | None,
+    compression: dict,
+) -> dict:
+    """Score the last and the best-on-validation weights on the test split, and write the run's results.
+
+    summary.json comes last: a run that has one is finished. Raises UserError where a score is not finite.
+    """
+    network = distiller.deployed
+    summary = _training_summary(ledger, job, sum(p.numel() for p in network.parameters())) | UNREAD
+    summary |= compression_summary(network, job, compression, data.size)
+    if job.role != "teacher":
+        summary |= _who_taught(teacher) | {"control": control and str(control)}
+        summary |= {"teacher_test_top1": None, "agreement": None}
+    answers = {}
+    if job.run.test:
+        scores, answers = _read_test(network, ledger.best, data, job, accelerator, teacher)
+        bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
+        require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER}")
+        summary |= scores
+    if accelerator.is_main_process:
+        if answers:
+            write_weights(run.path / "test_logits.safetensors", answers)
+        write_weights(run.path / "model.safetensors", plain_weights(network))
+        if ledger.best:
+            write_weights(run.path / "best.safetensors", plain_weights(network, ledger.best))
+        summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
+        info = _model_info(job, data) | {"deployed": distiller.loss.recipe}
+        write_json(run.path / "model.json", info | ({"compression": compression} if compression else {}))
+        draw_curves(ledger.state.history, f"{job.role} {job.model}", run.path / "curves.png")
+        write_json(run.path / "summary.json", summary)
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def _who_taught(teacher: Frozen | None) -> dict:
+    """Folder and network of the teacher; lists of several; None for none."""
+    asked = (teacher.members or (teacher,)) if teacher else ()
+    told = {"teacher": [str(one.folder) for one in asked], "teacher_model": [one.summary["model"] for one in asked]}
+    return {key: found if len(found) > 1 else next(iter(found), None) for key, found in told.items()}
+
+
+def _training_summary(ledger: Ledger, job: Job, params: int) -> dict:
+    state = ledger.state
+    validated = [line for line in state.history if "val/top1" in line]
+    best = max(validated, key=lambda line: line["val/top1"], default=None)  # the first of equals, as was kept
+    timing = state.timing
+    return {
+        "status": "finished",
+        "script": "train_teacher.py" if job.role == "teacher" else "distill_student.py",
+        "method": "none" if job.role == "teacher" else job.role,
+        "model": job.model,
+        "params": params,
+        "seed": job.fit.seed,
+        "epochs": job.fit.epochs,
+        "steps": state.step,
+        "processes": [*state.processes_before, state.processes],  # more than one entry: not bit-exact
+        "seconds": state.seconds,
+        "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None,
+        "val_top1_last": validated[-1]["val/top1"] if validated else None,
+        "val_top1_best": best["val/top1"] if best else None,
+        "best_epoch": best["epoch"] if best else None,
+    }
+
+
+def _model_info(job: Job, data: Data) -> dict:
+    return {
+        "model": job.model,
+        "num_classes": len(data.classes),
+        "image_size": data.size,
+        "mean": data.mean,
+        "std": data.std,
+        "classes": data.classes,
+        "stored_size": job.data.stored_size,
+        "resized": job.origin and job.origin.image_size,  # what a network from elsewhere takes them at, inside
+    }
+
+
+#: (kd.curves) The report's Fig. 1 and 2: loss and accuracy over the epochs, training and validation.
+
+
+TRAINING, VALIDATION = "#1f6feb", "#d1495b"
+
+
+def draw_curves(history: list[dict], title: str, path: Path) -> None:
+    """One PNG of two panels; the validation lines are left out where there was no validation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    epochs = [line["epoch"] for line in history]
+    for place, (key, name) in enumerate((("loss", "loss"), ("top1", "top-1 accuracy (%)")), start=1):
+        axes = figure.add_subplot(1, 2, place, xlabel="epoch", ylabel=name)
+        marker = "o" if len(history) == 1 else None
+        axes.plot(epochs, [line[f"train/{key}"] for line in history], color=TRAINING, label="training", marker=marker)
+        if f"val/{key}" in history[0]:
+            values = [line[f"val/{key}"] for line in history]
+            axes.plot(epochs, values, color=VALIDATION, label="validation", marker=marker)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    canvas = FigureCanvasAgg(figure)
+    write_atomically(path, lambda partial: canvas.print_png(str(partial)))

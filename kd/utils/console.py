@@ -1,0 +1,11 @@
+import os
+
+from rich.console import Console
+
+
+def say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+console = Console()
