@@ -4,7 +4,8 @@
     accelerate launch distill_student.py --preset digits  the same chain in seconds, on data that needs no download
     accelerate launch distill_student.py --teacher runs/big --student resnet20 kd --temperature 4
 
-Accuracies: see the README; CIFAR-100 at full length is not measured yet.
+resnet20 -> resnet8 on digits: 99.16% test top-1, 98.61% alone (seed 0, last epoch, 2 CPU cores);
+resnet34 -> resnet18 on CIFAR-100: not measured yet
 """
 
 from kd.config import DistillConfig
@@ -14,15 +15,15 @@ from train_teacher import train
 
 
 def find_teacher(config: DistillConfig, data, accelerator):
-    """Those named by --teacher, with a new last layer if asked; else a pruned network's own; else the recipe's, trained
-    if need be."""
+    """The teacher's network: --teacher, with a new last layer if asked for; else what a pruned student was before;
+    else the recipe's own teacher, trained here unless it is already."""
     from kd.teachers.load import load_teachers
-    from kd.training.setup import head_task
+    from kd.training.setup import head_job
 
     names = list(config.teachers) or [train(config.teacher_job(), data, accelerator)]
-    tasks = [head_task(config, name, data) for name in names]
-    names = [train(*task, accelerator) if task else name for name, task in zip(names, tasks, strict=True)]
-    trusted = config.trust_code or not config.teacher or all(tasks)  # what was trained here runs the user's own code
+    jobs = [head_job(config, name, data) for name in names]
+    names = [train(*job, accelerator) if job else name for name, job in zip(names, jobs, strict=True)]
+    trusted = config.trust_code or not config.teacher or all(jobs)  # what was trained here runs the user's own code
     return load_teachers(names, data, accelerator.device, trusted, config.teacher_model)
 
 
@@ -32,7 +33,7 @@ def main(config: DistillConfig) -> None:
     from kd.runs.table import show_results
     from kd.teachers.load import check_teachers
     from kd.training.launch import start
-    from kd.training.setup import try_method, try_out
+    from kd.training.setup import build_distiller, build_network, check_job
 
     job, needs_teacher = config.job(), config.method.needs_teacher
     check_name(config.student)
@@ -42,11 +43,12 @@ def main(config: DistillConfig) -> None:
         check_name(config.teacher_model)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
-    student = try_out(job, data, accelerator)
+    network = build_network(job, data)
+    check_job(job, network, data, accelerator)
     teacher = find_teacher(config, data, accelerator) if needs_teacher else None
-    try_method(job, student, teacher, data)
+    distiller = build_distiller(job, data, teacher, network)
     control = train(config.control_job(), data, accelerator) if config.control and job.method_name != "none" else None
-    folder = train(job, data, accelerator, teacher, control)
+    folder = train(job, data, accelerator, distiller, teacher, control)
     if accelerator.is_main_process:
         show_results(folder, control)
 

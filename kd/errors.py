@@ -47,16 +47,16 @@ def exit_code(work: Callable[[], None], interrupted: str = "the last checkpoint 
     try:
         work()
     except UserError as error:
-        return _say(f"error: {error}", 2)
+        return _print_error(f"error: {error}", 2)
     except Preempted as stop:
-        return _say(f"preempted: {stop}", 128 + stop.signal_number)
+        return _print_error(f"preempted: {stop}", 128 + stop.signal_number)
     except (RuntimeError, MemoryError, OSError) as error:
         remedy = remedy_for(error)
         if remedy is None:
             raise
-        return _say(f"error: {remedy}", 2)
+        return _print_error(f"error: {remedy}", 2)
     except KeyboardInterrupt as stop:
-        return _say(f"interrupted: {interrupted}", 128 + next(iter(stop.args), signal.SIGINT))
+        return _print_error(f"interrupted: {interrupted}", 128 + next(iter(stop.args), signal.SIGINT))
     return 0
 
 
@@ -79,7 +79,7 @@ def remedy_for(error: BaseException) -> str | None:
     return None
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     # All processes of one run fail with the same message; the first is enough, unless it is another's alone.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         message = f"[process {os.environ.get('RANK')}] {message}"

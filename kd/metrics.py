@@ -80,7 +80,7 @@ def _entropy(log_probabilities: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
 MANY, FEW = 100, 20  # more than this, and fewer than this: Liu et al., arXiv:1904.05160, section 4.1
 
 
-NAMES = ("many", "medium", "few")
+SHOT_NAMES = ("many", "medium", "few")
 
 
 def class_recall(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> Float[Tensor, "k"]:
@@ -90,7 +90,7 @@ def class_recall(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> Floa
     return 100 * right.double() / size
 
 
-def groups(counts: Int[Tensor, "k"]) -> dict[str, Int[Tensor, "m"]]:
+def shot_groups(counts: Int[Tensor, "k"]) -> dict[str, Int[Tensor, "m"]]:
     """The classes of each name, by their number of training images.
 
     By the paper's limits, which are made for its sets. Where they leave one of the three without a class, by rank: the
@@ -101,16 +101,16 @@ def groups(counts: Int[Tensor, "k"]) -> dict[str, Int[Tensor, "m"]]:
     if all(len(classes) for classes in found.values()):
         return found
     ranked, third = counts.argsort(descending=True, stable=True), max(round(len(counts) / 3), 1)
-    return dict(zip(NAMES, (ranked[:third], ranked[third:-third], ranked[-third:]), strict=True))
+    return dict(zip(SHOT_NAMES, (ranked[:third], ranked[third:-third], ranked[-third:]), strict=True))
 
 
-def shot_scores(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], counts: Int[Tensor, "k"]) -> dict:
+def rare_class_scores(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], counts: Int[Tensor, "k"]) -> dict:
     """The summary's keys for a training set whose classes have these sizes.
 
     Accuracies in percent, in which each class of a group counts alike (None for a group without test images); `shots`
     says how many classes are in which group, and how large they are.
     """
-    recall, parts = class_recall(logits, labels).cpu(), groups(counts)
+    recall, parts = class_recall(logits, labels).cpu(), shot_groups(counts)
     mean = lambda part: None if part.isnan().all() else part.nanmean().item()  # noqa: E731
     scores = {"test_balanced_top1": mean(recall)}
     scores |= {f"test_top1_{name}": mean(recall[classes]) for name, classes in parts.items()}

@@ -14,13 +14,13 @@ import sys
 
 import torch
 
-from kd.training.trainer import Ledger
+from kd.training.trainer import Trainer
 
 
 def main() -> None:
     fault, script, *args = sys.argv[1:]
     kind, at, *rest = fault.split(":")
-    count, real = 0, Ledger.step
+    count, real = 0, Trainer.record
     mine = not rest or os.environ.get("RANK", "0") == rest[0]
 
     def step(self, result, batch):
@@ -37,7 +37,7 @@ def main() -> None:
                 result = result._replace(terms={name: term * torch.nan for name, term in result.terms.items()})
         real(self, result, batch)
 
-    Ledger.step = step
+    Trainer.record = step
     sys.argv = [script, *args]
     runpy.run_path(script, run_name="__main__")
 

@@ -32,10 +32,10 @@ PHASES = ("start-up", "decoding", "cache build", "step", "save", "validation", "
 WATCHED = {  # the function in whose time a process is in the phase
     "decoding": (kd.data.sources, "cached"),
     "cache build": (kd.teachers.cache, "_build"),
-    "step": (kd.training.trainer, "train_step"),
+    "step": (kd.training.trainer.Trainer, "update"),
     "save": (kd.runs.checkpoint, "save"),
     "validation": (kd.training.trainer, "validate"),
-    "finish": (kd.training.summary, "finish"),
+    "finish": (kd.training.summary, "write_results"),
 }
 POLL = 0.0005  # seconds
 PATIENCE = 120.0  # seconds that a run may take before it counts as hung

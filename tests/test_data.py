@@ -17,7 +17,7 @@ from kd.data import Split, load_data
 from kd.data.cache import cache_root
 from kd.data.folder import COMMON
 from kd.data.statistics import blocks_of
-from kd.data.storage import fits
+from kd.data.storage import fits_memory
 from kd.errors import UserError
 from kd.utils.system import limit_files, memory_limit
 from tests.conftest import CIFAR100, needs_cifar100
@@ -369,8 +369,8 @@ def test_what_fits_is_measured_by_the_containers_memory(tmp_path, monkeypatch):
     limits[1].write_text("1000000\n")
     monkeypatch.setattr("kd.utils.system.limit_files", lambda: limits)
     assert memory_limit() == 1_000_000
-    assert fits(500_000, DataConfig())[0]
-    keep, why = fits(500_001, DataConfig())
+    assert fits_memory(500_000, DataConfig())[0]
+    keep, why = fits_memory(500_001, DataConfig())
     assert (keep, why.split(" free")[0][:53]) == (False, "their 0.0005 GB do not fit half of 0.001 GB of memory")
 
 

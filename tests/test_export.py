@@ -24,7 +24,7 @@ from kd.errors import UserError
 from kd.export import build
 from kd.export.__main__ import main
 from kd.export.deployed import Deployed, bake
-from kd.export.measure import verdicts
+from kd.export.measure import format_verdicts
 from kd.models import build_model
 from kd.predict import main as predict
 from kd.utils.files import read_json, sha256_file, write_folder, write_json, write_weights
@@ -409,7 +409,7 @@ def test_the_verdict_says_slower_where_it_is():
     row = {"top1": 90.0, "bytes": 100, "latency_ms": 2.0, "images_per_second": 100.0}
     rows = [row | {"name": "model.safetensors"}, row | {"name": "model.onnx", "latency_ms": 1.0}]
     rows.append(row | {"name": "model.int8.onnx", "bytes": 26, "latency_ms": 4.0, "images_per_second": 99.0})
-    one, other = verdicts(rows, {"test_top1": 90.0})
+    one, other = format_verdicts(rows, {"test_top1": 90.0})
     assert "2.00 times as fast for one image and no faster (1.00 times) for 64" in one
     assert "0.260 of its size, slower (0.25 times as fast) for one image and no faster (0.99 times)" in other
 

@@ -26,10 +26,10 @@ from kd.data import Data, Split
 from kd.errors import Preempted, UserError, exit_code
 from kd.report.__main__ import main as report
 from kd.runs import checkpoint
-from kd.teachers.cache import Store
-from kd.training.evaluate import predict
+from kd.teachers.cache import LogitStore
+from kd.training.evaluate import predict_logits
 from kd.training.meter import Meter
-from kd.training.trainer import Ledger
+from kd.training.trainer import Trainer
 from kd.types import Step
 from kd.utils import files
 from tests.conftest import ROOT
@@ -131,7 +131,7 @@ def test_row_25_every_row_is_scored_by_exactly_one_process(rows, batch, processe
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     nn.init.constant_(network[1].weight, 255 / 12)
     nn.init.constant_(network[1].bias, 1.0)
-    parts = [predict(network, split, data, Share(number, processes), batch) for number in range(processes)]
+    parts = [predict_logits(network, split, data, Share(number, processes), batch) for number in range(processes)]
     torch.testing.assert_close(sum(parts), (torch.arange(rows) + 1.0)[:, None].expand(rows, 2))
 
 
@@ -145,13 +145,13 @@ def test_row_26_a_last_batch_of_one_is_dropped():
 def test_row_28_a_finite_spike_is_warned_of_and_never_skipped(monkeypatch, capsys):
     teach("--out", "quiet")
     assert "the loss rose" not in capsys.readouterr().out
-    real = Ledger.step
+    real = Trainer.record
 
     def step(self, result, batch):
         scale = 1000.0 if self.state.step == 27 else 1.0
         real(self, result._replace(terms={name: term * scale for name, term in result.terms.items()}), batch)
 
-    monkeypatch.setattr(Ledger, "step", step)
+    monkeypatch.setattr(Trainer, "record", step)
     teach("--out", "run")
     assert capsys.readouterr().out.count("step 27: the loss rose to ") == 1
     weights = [files.read_weights(Path(run, "model.safetensors")) for run in ("run", "quiet")]
@@ -214,7 +214,7 @@ def test_row_32_a_weights_file_on_a_really_full_disk_keeps_the_old_one(small_dis
 
 def test_row_36_asked_to_stop_while_answers_are_kept_it_goes_on_from_there(monkeypatch):
     cached = ["--cache-teacher", "--views", "3", "--epochs", "1", "--out", "run"]
-    real, count = Store.write, 0
+    real, count = LogitStore.write, 0
 
     def write(self, *args):
         nonlocal count
@@ -223,7 +223,7 @@ def test_row_36_asked_to_stop_while_answers_are_kept_it_goes_on_from_there(monke
             signal.raise_signal(signal.SIGTERM)
         real(self, *args)
 
-    monkeypatch.setattr(Store, "write", write)
+    monkeypatch.setattr(LogitStore, "write", write)
     with pytest.raises(Preempted, match=r"1 of 3 views of the teacher's answers are kept.*the same command goes on"):
         distil(*cached)
     distil(*cached)
@@ -231,7 +231,7 @@ def test_row_36_asked_to_stop_while_answers_are_kept_it_goes_on_from_there(monke
 
 
 def test_row_37_a_second_ctrl_c_stops_at_once(monkeypatch):
-    real = Ledger.step
+    real = Trainer.record
 
     def step(self, *args):
         real(self, *args)
@@ -240,7 +240,7 @@ def test_row_37_a_second_ctrl_c_stops_at_once(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Ledger, "step", step)
+        patch.setattr(Trainer, "record", step)
         teach("--out", "run")
     assert checkpoint.steps(Path("run/checkpoint")) == [18, 0], "nothing was saved any more"
     teach("--out", "whole")
@@ -315,7 +315,7 @@ def test_row_49_a_strangers_function_is_not_even_imported(finished, tmp_path):
 
 def test_row_49_an_answers_file_of_objects_is_refused(tmp_path):
     identity = {"views": {"count": 1}, "rows": 2, "classes": 3, "top_k": None, "dtype": "float32"}
-    store = Store(tmp_path, identity)
+    store = LogitStore(tmp_path, identity)
     np.save(tmp_path / "logits.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"logits.npy cannot be read"):
         store.open("logits", "r")
@@ -380,7 +380,7 @@ def test_row_1_row_2_row_3_row_4_row_5_random_kills_are_survived(number):
 @pytest.mark.slow
 def test_the_crash_test_sees_what_a_checkpoint_forgets():
     """Momentum is left out of what is restored: it must go red, and say how to see it again."""
-    forgetful = "import sys; from kd import checkpoint; from tests import crash; real = checkpoint.restore\n"
+    forgetful = "import sys; from kd.runs import checkpoint; from tests import crash; real = checkpoint.restore\n"
     forgetful += "def restore(folder, module, optimizer):\n    found = real(folder, module, optimizer)\n"
     forgetful += "    optimizer.state.clear()\n    return found\n"
     forgetful += "checkpoint.restore = restore; sys.exit(crash.main(['--seed', '5', '--minutes', '2']))"

@@ -21,10 +21,10 @@ from kd.losses.base import Distiller
 from kd.models import build_model
 from kd.models.features import Tap
 from kd.runs import checkpoint
-from kd.teachers.live import folded
+from kd.teachers.live import fold_batchnorm
 from kd.teachers.load import load_teacher
-from kd.training.evaluate import predict
-from kd.training.trainer import Ledger, lr_at
+from kd.training.evaluate import predict_logits
+from kd.training.trainer import Trainer, lr_at
 from tests.conftest import ROOT
 from tests.runs import STUDENT, distil, metrics_of, teach
 
@@ -52,7 +52,7 @@ def test_row_25_every_sample_is_scored_exactly_once_in_eval_mode(rows, batch):
     seen = []
     network.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), module.training)))
     split = Split(data.test.images[:rows], data.test.labels[:rows])
-    logits = predict(network, split, data, Accelerator(cpu=True), batch)
+    logits = predict_logits(network, split, data, Accelerator(cpu=True), batch)
     assert sum(count for count, _ in seen) == rows
     assert not any(training for _, training in seen)
     assert network.training, "left as it was found"
@@ -105,8 +105,8 @@ def test_a_teacher_keeps_its_own_normalisation(monkeypatch):
     theirs = load_data(DataConfig(source="synthetic", split_seed=5))
     accelerator = Accelerator(cpu=True)
     assert theirs.mean != ours.mean
-    one = predict(teacher.network, ours.test, ours, accelerator, 50)
-    other = predict(alone, theirs.test, theirs, accelerator, 50)
+    one = predict_logits(teacher.network, ours.test, ours, accelerator, 50)
+    other = predict_logits(alone, theirs.test, theirs, accelerator, 50)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -128,7 +128,7 @@ def test_row_49_a_teachers_own_code_needs_trust():
 
 
 def test_row_27_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(monkeypatch):
-    real, count = Ledger.step, 0
+    real, count = Trainer.record, 0
 
     def step(self, result, batch):
         nonlocal count
@@ -137,7 +137,7 @@ def test_row_27_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(
             result = result._replace(terms={name: term * torch.nan for name, term in result.terms.items()})
         real(self, result, batch)
 
-    monkeypatch.setattr(Ledger, "step", step)
+    monkeypatch.setattr(Trainer, "record", step)
     with pytest.raises(UserError, match="not finite at step 19; the checkpoint of step 18"):
         teach("--out", "run", "--save-every", "9", "--log-every", "100")
     assert checkpoint.steps(Path("run/checkpoint")) == [18, 9]
@@ -175,7 +175,7 @@ def test_training_learns_and_the_summary_is_complete():
 def test_the_saved_network_is_the_one_that_was_scored():
     teach("--out", "run")
     data = load_data(DataConfig(source="synthetic"))
-    logits = predict(kd.load("run", trust_code=True), data.test, data, Accelerator(cpu=True), 50)
+    logits = predict_logits(kd.load("run", trust_code=True), data.test, data, Accelerator(cpu=True), 50)
     summary = json.loads(Path("run/summary.json").read_text())
     assert 100 * (logits.argmax(1) == data.test.labels).double().mean().item() == summary["test_top1"]
 
@@ -189,7 +189,7 @@ def test_without_validation_its_keys_are_null():
 
 def test_a_finished_run_is_shown_and_not_trained_again(monkeypatch, capsys):
     teach("--out", "run")
-    monkeypatch.setattr(Ledger, "step", None)
+    monkeypatch.setattr(Trainer, "record", None)
     first = capsys.readouterr().out
     teach("--out", "run")
     assert capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
@@ -237,14 +237,14 @@ class NoWaiting(TorchDispatchMode):
     "args", [[], ["--views", "2", "--cache-teacher"], ["--mixup", "1", "--cutmix", "1", "--erase", "0.5"]]
 )
 def test_the_host_does_not_wait_between_two_log_points(args, monkeypatch):
-    real, counts = Ledger.step, []
+    real, counts = Trainer.record, []
     watch = NoWaiting()
 
     def step(self, *arguments):
         real(self, *arguments)
         counts.append(watch.count)
 
-    monkeypatch.setattr(Ledger, "step", step)
+    monkeypatch.setattr(Trainer, "record", step)
     with watch:
         distil("--out", "run", "--log-every", "6", *args)
     student = counts[-36:]
@@ -292,7 +292,7 @@ def test_folding_batchnorm_changes_the_last_bits_alone(name):
     with torch.no_grad():
         network(images)  # running statistics that are not those of a fresh network
         network.eval()
-        quick = folded(network)
+        quick = fold_batchnorm(network)
         assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in quick.modules())
         torch.testing.assert_close(quick(images), network(images), rtol=1e-3, atol=1e-4)
 
@@ -301,22 +301,22 @@ def test_folding_keeps_a_networks_own_hooks_and_shared_layers():
     network = build_model("tests.networks:normalised", 10, (16, 16)).eval()
     images = torch.randn(4, 3, 16, 16)
     network.register_forward_pre_hook(lambda _, inputs: inputs[0] * 3)
-    torch.testing.assert_close(folded(network)(images), network(images))
+    torch.testing.assert_close(fold_batchnorm(network)(images), network(images))
     conv, norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
     norm(torch.randn(50, 3, 4, 4))
     twice = torch.nn.Sequential(conv, norm, conv).eval()
-    torch.testing.assert_close(folded(twice)(images), twice(images))
+    torch.testing.assert_close(fold_batchnorm(twice)(images), twice(images))
 
 
 def test_row_22_a_teachers_classes_are_matched_by_name():
     teach("--out", "teacher")
     data = load_data(DataConfig(source="synthetic"))
     device, accelerator = torch.device("cpu"), Accelerator(cpu=True)
-    plain = predict(load_teacher(Path("teacher"), data, device, True).network, data.test, data, accelerator, 50)
+    plain = predict_logits(load_teacher(Path("teacher"), data, device, True).network, data.test, data, accelerator, 50)
     order = [3, 1, 7]
     fewer = dataclasses.replace(data, classes=tuple(data.classes[number] for number in order))
     matched = load_teacher(Path("teacher"), fewer, device, True)
-    torch.testing.assert_close(predict(matched.network, data.test, fewer, accelerator, 50), plain[:, order])
+    torch.testing.assert_close(predict_logits(matched.network, data.test, fewer, accelerator, 50), plain[:, order])
     other = dataclasses.replace(data, classes=("heron", *data.classes[1:]))
     with pytest.raises(UserError, match="not 'heron' of the data's 10"):
         load_teacher(Path("teacher"), other, device, True)

@@ -18,7 +18,7 @@ from kd.errors import UserError
 from kd.export.measure import candidates
 from kd.export.source import read_source
 from kd.models import build_model
-from kd.models.pretrained import read
+from kd.models.pretrained import load_pretrained
 from kd.runs.load import load_network
 from kd.teachers.load import load_teacher, load_teachers, match_classes
 from tests import networks
@@ -89,11 +89,11 @@ def test_prefixes_are_stripped_and_checkpoints_opened(data):
     torch.save(
         {"epoch": 3, "state_dict": {f"module._orig_mod.{key}": value for key, value in plain.items()}}, "big.pth"
     )
-    found = read(beside("big.pth", classes=data.classes), MODEL)
+    found = load_pretrained(beside("big.pth", classes=data.classes), MODEL)
     assert found.weights.keys() == plain.keys()
     assert all(torch.equal(found.weights[key], plain[key]) for key in plain)
     torch.save(plain, "bare.pt")
-    assert read(beside("bare.pt", classes=data.classes), MODEL).sha256 == found.sha256
+    assert load_pretrained(beside("bare.pt", classes=data.classes), MODEL).sha256 == found.sha256
 
 
 class Bomb:

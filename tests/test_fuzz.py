@@ -24,10 +24,10 @@ from kd.data import cache, load_data
 from kd.errors import UserError
 from kd.runs import checkpoint, results
 from kd.runs.checkpoint import State
-from kd.runs.folder import RunFolder, _look
+from kd.runs.folder import RunFolder, _read_state
 from kd.runs.load import load_network
 from kd.runs.table import show_results
-from kd.teachers.cache import Store
+from kd.teachers.cache import LogitStore
 from kd.utils import files, images
 from tests.runs import distil, teach
 from tests.test_data import picture
@@ -183,7 +183,7 @@ def test_row_14_kept_answers_are_read_right_or_refused(finished, data, name):
     assume(content != sound)
     try:
         (folder / name).write_bytes(content)
-        if not refused(Store(folder, identity).check):
+        if not refused(LogitStore(folder, identity).check):
             assert name == "manifest.json"
             assert {"identity": identity}.items() <= json.loads(content).items()
     finally:
@@ -200,12 +200,12 @@ def test_the_report_reads_a_run_right_or_lists_it(finished, data, name):
     sound = Path("copy", name).read_bytes()
     change = broken(json.loads(sound)) if name.endswith(".json") else damaged(sound)
     Path("copy", name).write_bytes(data.draw(change))
-    runs, others = results.collect(["copy"])
+    runs, others = results.collect_runs(["copy"])
     assert len(runs) + len(others) == 1
     for run in runs:
         assert isinstance(run, results.Run)
-        refused(lambda run=run: results.history(run))
-        refused(lambda run=run: results.test_answers(run))
+        refused(lambda run=run: results.read_history(run))
+        refused(lambda run=run: results.read_test_logits(run))
     if name == "summary.json":
         refused(lambda: show_results(Path("copy")))
 
@@ -219,7 +219,7 @@ def test_row_35_a_run_folder_is_gone_on_with_or_refused(finished, data, name):
     run = RunFolder(Path("copy"), record["identity"])
     Path("copy", name).write_bytes(data.draw(broken(read_sound(Path("copy", name)))))
     job = parse(distill_defaults, "", ["none", "--out", "copy"]).job()
-    if not refused(lambda: _look(run, job)):
+    if not refused(lambda: _read_state(run, job)):
         assert run.summary is None or run.summary["status"] == "finished"
         assert run.identity == record["identity"], "what was asked for is never changed by what lies there"
     refused(lambda: show_results(Path("copy")))

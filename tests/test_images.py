@@ -172,7 +172,7 @@ def random_images(count: int, high: int, wide: int) -> torch.Tensor:
 @pytest.mark.parametrize(("size", "seen"), [((20, 20), (20, 20)), ((24, 24), (20, 20)), ((18, 26), (18, 26))])
 def test_resized_crops_are_torchvisions(size, seen):
     pixels = random_images(50, *size)
-    box = augment.boxes(0.08, size, torch.arange(50), 3, 7)
+    box = augment.draw_boxes(0.08, size, torch.arange(50), 3, 7)
     ours = augment.resized_crop(pixels, box, seen)
     for image, top, left, high, wide, result in zip(pixels, *(part.tolist() for part in box), ours):
         wanted = v2.functional.resized_crop(image.float(), top, left, high, wide, list(seen), antialias=False)
@@ -182,7 +182,7 @@ def test_resized_crops_are_torchvisions(size, seen):
 def test_boxes_are_spread_as_torchvisions():
     """Moments of the area, shape and place of 20,000 boxes beside those of RandomResizedCrop's own."""
     size, count = (40, 40), 20_000
-    box = augment.boxes(0.08, size, torch.arange(count), 0, 0)
+    box = augment.draw_boxes(0.08, size, torch.arange(count), 0, 0)
     assert (box.top >= 0).all()
     assert (box.left >= 0).all()
     assert (box.top + box.height <= 40).all()
@@ -199,13 +199,13 @@ def test_boxes_are_spread_as_torchvisions():
 
 
 def test_an_image_too_long_for_any_box_gives_its_middle():
-    box = augment.boxes(1.0, (10, 100), torch.arange(4), 0, 0)
+    box = augment.draw_boxes(1.0, (10, 100), torch.arange(4), 0, 0)
     assert [part.tolist() for part in box] == [[0] * 4, [43] * 4, [10] * 4, [13] * 4]
 
 
 def test_jitter_is_torchvisions_brightness_contrast_and_saturation():
     pixels = random_images(20, 9, 7)
-    by = augment.factors(0.6, torch.arange(20), 1, 2)
+    by = augment.draw_factors(0.6, torch.arange(20), 1, 2)
     assert all(((part >= 0.4) & (part <= 1.6)).all() for part in by)
     for image, brightness, contrast, saturation, result in zip(pixels, *by, augment.jitter(pixels, by)):
         wanted = v2.functional.adjust_brightness(image / 255, brightness.item())
@@ -217,7 +217,7 @@ def test_jitter_is_torchvisions_brightness_contrast_and_saturation():
 def test_jitter_is_the_same_whatever_the_batch_and_the_threads():
     """A mean of fractions is summed in another order where the batch is shared out otherwise."""
     pixels = random_images(24, 224, 224)
-    by = augment.factors(0.4, torch.arange(24), 1, 2)
+    by = augment.draw_factors(0.4, torch.arange(24), 1, 2)
     threads = torch.get_num_threads()
     try:
         whole = augment.jitter(pixels, by)

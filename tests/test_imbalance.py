@@ -17,10 +17,10 @@ from kd.data.loader import balanced_order, epoch_order
 from kd.data.splits import long_tail
 from kd.errors import UserError
 from kd.losses.cross_entropy import class_weights, cross_entropy, log_prior
-from kd.metrics import groups, shot_scores
+from kd.metrics import rare_class_scores, shot_groups
 from kd.report.groups import by_data
 from kd.report.tables import rare_table
-from kd.runs.results import collect
+from kd.runs.results import collect_runs
 from kd.study.plan import teacher_flags
 from kd.types import Batch, Mix
 from kd.utils import rng
@@ -141,7 +141,7 @@ def test_logit_adjustment_is_undone_in_prediction():
 
 
 def test_shots_by_the_papers_limits_or_by_thirds():
-    of = lambda counts: {name: part.tolist() for name, part in groups(torch.tensor(counts)).items()}  # noqa: E731
+    of = lambda counts: {name: part.tolist() for name, part in shot_groups(torch.tensor(counts)).items()}  # noqa: E731
     assert of([101, 100, 20, 19, 5000]) == {"many": [0, 4], "medium": [1, 2], "few": [3]}
     all_many = [300, 2250, 900, 112, 500, 700]
     assert of(all_many) == {"many": [1, 2], "medium": [5, 4], "few": [0, 3]}
@@ -151,7 +151,7 @@ def test_shots_by_the_papers_limits_or_by_thirds():
 def test_shot_scores_average_classes_not_images():
     logits = F.one_hot(torch.tensor([0, 0, 0, 0, 1, 0, 2, 2, 0, 3]), 4).float()
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 1, 3, 3])
-    scores = shot_scores(logits, labels, torch.tensor([500, 50, 5, 4]))
+    scores = rare_class_scores(logits, labels, torch.tensor([500, 50, 5, 4]))
     third = 100 / 3
     assert scores["test_top1_many"] == 100
     assert scores["test_top1_medium"] == pytest.approx(third)
@@ -175,7 +175,7 @@ def test_a_run_says_what_was_kept_and_how_rare_classes_fared():
     assert teacher["data"]["images_per_class"] == each, "teacher and student learn from the same rows"
     assert teacher["identity"]["balance"] == "logit-adjust"
     assert summary["test_balanced_top1"] == pytest.approx(summary["test_top1"]), "the test set is balanced"
-    (found,) = by_data(collect(["runs/report"])[0]).values()
+    (found,) = by_data(collect_runs(["runs/report"])[0]).values()
     table = rare_table(found)
     assert len(table.rows) == 3
     assert f"{summary['shots']['few']['classes']} of" in table.note
@@ -186,7 +186,7 @@ def test_without_the_flags_identity_and_summary_are_what_they_were():
     identity = json.loads(Path("run/config.json").read_text())["identity"]
     assert not {"imbalance", "balance"} & identity.keys()
     assert "test_balanced_top1" not in json.loads(Path("run/summary.json").read_text())
-    assert rare_table(next(iter(by_data(collect(["run"])[0]).values()))) is None
+    assert rare_table(next(iter(by_data(collect_runs(["run"])[0]).values()))) is None
 
 
 @pytest.mark.parametrize("balance", ["sampler", "weights"])

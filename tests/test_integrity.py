@@ -14,8 +14,8 @@ from kd.errors import Preempted, UserError
 from kd.runs import checkpoint, results
 from kd.runs.load import load_network
 from kd.runs.table import show_results
-from kd.teachers.cache import Store
-from kd.training.trainer import Ledger
+from kd.teachers.cache import LogitStore
+from kd.training.trainer import Trainer
 from kd.utils import files
 from tests.conftest import ROOT
 from tests.runs import differences, distil, script, teach
@@ -39,14 +39,14 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("step", [18, 36], ids=["an epoch's last step", "the run's last step"])
 def test_row_27_weights_that_overflow_are_not_saved_though_the_loss_was_finite(monkeypatch, step):
-    real = Ledger.step
+    real = Trainer.record
 
     def overflow(self, result, batch):
         real(self, result, batch)
         if self.state.step == step:
             next(self.distiller.buffers()).fill_(torch.inf)
 
-    monkeypatch.setattr(Ledger, "step", overflow)
+    monkeypatch.setattr(Trainer, "record", overflow)
     monkeypatch.setattr("kd.training.trainer.validate", lambda *args: {"val/loss": 1.0, "val/top1": 10.0})
     with pytest.raises(UserError, match=rf"was not finite after step {step - 1}; the checkpoint of step .* {LOWER}"):
         teach("--out", "run")
@@ -106,7 +106,7 @@ def test_a_run_from_before_weights_had_a_sha256_still_loads(finished):
 def test_row_14_every_bit_of_an_array_files_header_may_flip(tmp_path):
     """numpy parses it as Python: what comes is the array, or one line."""
     identity = {"views": {"count": 1}, "rows": 2, "classes": 3, "top_k": None, "dtype": "float32"}
-    store, wanted = Store(tmp_path, identity), np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    store, wanted = LogitStore(tmp_path, identity), np.arange(6, dtype=np.float32).reshape(1, 2, 3)
     np.save(tmp_path / "logits.npy", wanted)
     sound, refusals = (tmp_path / "logits.npy").read_bytes(), 0
     for bit in range(8 * (len(sound) - wanted.nbytes)):
@@ -131,7 +131,7 @@ def test_no_entry_of_a_students_summary_ends_in_a_traceback(finished, odd):
     sound = json.loads(Path("copy/summary.json").read_text())
     for key in [*sound, "teachers"]:
         Path("copy/summary.json").write_text(json.dumps(sound | {key: odd}))
-        runs, others = results.collect(["copy"])
+        runs, others = results.collect_runs(["copy"])
         assert len(runs) + len(others) == 1
         try:
             show_results(Path("copy"))
@@ -146,9 +146,9 @@ def test_no_entry_of_a_students_summary_ends_in_a_traceback(finished, odd):
 def test_no_history_ends_in_a_traceback(finished, text):
     shutil.copytree(finished / "run", "copy")
     Path("copy/metrics.jsonl").write_text(text, encoding="latin-1")
-    (run,), _ = results.collect(["copy"])
+    (run,), _ = results.collect_runs(["copy"])
     with pytest.raises(UserError, match=r"copy/metrics.jsonl (cannot be read|holds)"):
-        results.history(run)
+        results.read_history(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int64])
@@ -156,9 +156,9 @@ def test_answers_that_are_no_floats_are_refused(finished, dtype):
     shutil.copytree(finished / "run", "copy")
     kept = files.read_weights(Path("copy/test_logits.safetensors"))
     files.write_weights(Path("copy/test_logits.safetensors"), kept | {"logits": kept["logits"].to(dtype)})
-    (run,), _ = results.collect(["copy"])
+    (run,), _ = results.collect_runs(["copy"])
     with pytest.raises(UserError, match="for logits and labels"):
-        results.test_answers(run)
+        results.read_test_logits(run)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,14 @@ def test_a_damaged_checkpoint_that_was_passed_over_is_not_counted_as_kept(monkey
     """Else the good one behind it would be pruned, and the damaged one be named as standing."""
     saved = half_a_run(monkeypatch)
     (saved / "step-28/model.safetensors").write_bytes(b"")
-    real = Ledger.step
+    real = Trainer.record
 
     def overflow(self, result, batch):
         if self.state.step == 23:
             result = result._replace(terms={name: term * torch.nan for name, term in result.terms.items()})
         real(self, result, batch)
 
-    monkeypatch.setattr(Ledger, "step", overflow)
+    monkeypatch.setattr(Trainer, "record", overflow)
     stands = pytest.raises(UserError, match=r"the checkpoint of step 22 stands")
     with pytest.warns(UserWarning, match="step-28 is damaged"), stands:
         teach("--out", "run", "--save-every", "2", "--resume")
@@ -213,7 +213,7 @@ def test_row_10_a_refused_resume_leaves_nothing_behind():
 
 
 def test_row_36_a_stop_while_the_last_view_is_sealed_is_not_lost(monkeypatch):
-    real = Store.block
+    real = LogitStore.block
 
     def block(self, view):
         if view == 1:
@@ -221,7 +221,7 @@ def test_row_36_a_stop_while_the_last_view_is_sealed_is_not_lost(monkeypatch):
         return real(self, view)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"2 of 2 views .* are kept"):
-        patch.setattr(Store, "block", block)
+        patch.setattr(LogitStore, "block", block)
         distil("--cache-teacher", "--views", "2", "--epochs", "1", "--out", "run")
     distil("--cache-teacher", "--views", "2", "--epochs", "1", "--out", "run")
 

@@ -12,7 +12,7 @@ from kd.config import METHODS, DataConfig
 from kd.data import load_data
 from kd.errors import UserError
 from kd.teachers.load import load_teachers
-from kd.training.evaluate import predict
+from kd.training.evaluate import predict_logits
 from tests.runs import differences, distil, metrics_of, teach
 from tests.test_resume import Killed, die_at
 
@@ -79,7 +79,7 @@ def test_simkd_scores_saves_counts_and_gives_back_what_it_deploys(teacher):
     assert not any(name.startswith("student.fc") for name, _ in network.named_parameters())
     assert summary["params"] != alone
     data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
-    logits = predict(network, data.test, data, Accelerator(cpu=True), 40)
+    logits = predict_logits(network, data.test, data, Accelerator(cpu=True), 40)
     assert 100 * (logits.argmax(1) == data.test.labels).double().mean().item() == summary["test_top1"]
     assert metrics_of(Path("run"))[0].keys() >= {"train/simkd", "val/top1"}
     assert "train/ce" not in metrics_of(Path("run"))[0]

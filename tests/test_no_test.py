@@ -25,18 +25,18 @@ def test_the_test_split_is_read_later_without_training(monkeypatch, capsys):
         raise AssertionError("the test split was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kd.training.summary._read_test", read)
+        patch.setattr("kd.training.summary.score_test_split", read)
         distil("--out", "run", "--no-test")
         distil("--out", "run", "--no-test")  # finished as it was asked for
     assert "the test split was not read" in capsys.readouterr().out
     before, teacher = summary_of("run"), summary_of(next(Path("runs/report").glob("teacher-*")))
     unread = {key for key, value in before.items() if value is None}
-    assert unread == {*summary.UNREAD, "teacher_test_top1", "agreement", "control"}
+    assert unread == {*summary.UNTESTED, "teacher_test_top1", "agreement", "control"}
     assert teacher["test_top1"] is None
     assert not Path("run/test_logits.safetensors").exists()
 
     # There is nothing left to train, in the teacher's run either.
-    monkeypatch.setattr("kd.training.trainer.train_step", read)
+    monkeypatch.setattr("kd.training.trainer.Trainer.update", read)
     distil("--out", "run")
     assert differences(Path("whole"), Path("run")) == []
     assert summary_of(next(Path("runs/report").glob("teacher-*")))["test_top1"] is not None

@@ -27,12 +27,12 @@ from kd.losses.apprentice import soft_cross_entropy
 from kd.models import build_model
 from kd.report.costs import Costs
 from kd.report.groups import by_data
-from kd.runs.folder import identity_of
-from kd.runs.results import collect
+from kd.runs.folder import run_identity
+from kd.runs.results import collect_runs
 from kd.study import plan
-from kd.teachers.live import folded
-from kd.training.evaluate import predict
-from kd.training.setup import start_network
+from kd.teachers.live import fold_batchnorm
+from kd.training.evaluate import predict_logits
+from kd.training.setup import build_network
 from kd.types import Outputs
 from kd.utils.files import write_json
 from tests import networks
@@ -128,7 +128,7 @@ def test_a_low_precision_student_resumes_to_the_same_bytes_and_is_saved_with_its
     assert not torch.equal(network[0].weight, full[0].weight)  # the first layer learns as well
     summary = json.loads(Path("run/summary.json").read_text())
     data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
-    logits = predict(network, data.test, data, Accelerator(cpu=True), 40)
+    logits = predict_logits(network, data.test, data, Accelerator(cpu=True), 40)
     torch.testing.assert_close(logits, load_file("run/test_logits.safetensors")["logits"], rtol=1e-5, atol=1e-5)
     zeros = sum(int((network[index].weight == 0).sum()) for index in (3, 6))
     assert summary["sparsity"] == zeros / (2 * 576)
@@ -141,7 +141,7 @@ def test_fine_tuning_starts_from_the_trained_weights_and_bakes_as_torch_does(tra
     data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
     config = parse(distill_defaults, "", [*DEEP, *FEW, "--data", "synthetic", "--init", trained, "--weight-bits", "4"])
     full = kd.load(trained, trust_code=True)
-    network, recipe = start_network(config.job(), data)
+    network, recipe = build_network(config.job(), data)
     weights = plain_weights(network)
     assert weights.keys() == full.state_dict().keys()
     for name, tensor in full.state_dict().items():
@@ -158,7 +158,7 @@ def test_a_rounded_teacher_answers_the_same_when_it_is_folded():
     image = torch.randn(6, 3, 8, 8)
     plain = networks.deep(4).eval()
     plain.load_state_dict(network.state_dict())
-    torch.testing.assert_close(folded(network)(image), network(image), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fold_batchnorm(network)(image), network(image), rtol=1e-3, atol=1e-4)
     assert (plain(image) - network(image)).abs().max() > 1e-3
 
 
@@ -201,9 +201,9 @@ def test_only_what_is_asked_is_a_part_of_a_runs_identity(trained):
     data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
     flags = {entry.name for entry in dataclasses.fields(CompressConfig)}
     job = parse(distill_defaults, "", []).job()
-    assert not flags & identity_of(job, data, accelerator, None).keys()
+    assert not flags & run_identity(job, data, accelerator, None).keys()
     job = parse(distill_defaults, "", ["--init", trained, *LOW]).job()
-    identity = identity_of(job, data, accelerator, None)
+    identity = run_identity(job, data, accelerator, None)
     assert {flag: identity[flag] for flag in flags & identity.keys()} == {
         "init": kd.runs.load.load_network(Path(trained), trust_code=True).weights_sha256,
         "weight_bits": 2,
@@ -219,7 +219,7 @@ def test_the_report_never_averages_or_compares_a_compressed_student_with_a_plain
             record = json.loads((low / "config.json").read_text())
             record["identity"] |= {"weight_bits": 2, "init": "a" * 64}
             write_json(low / "config.json", record)
-    runs, others = collect(["runs"])
+    runs, others = collect_runs(["runs"])
     assert (len(runs), others) == (8, [])
     (groups,) = by_data(runs).values()
     assert [len(group.runs) for group in groups] == [2] * 4

@@ -23,9 +23,9 @@ from kd.report import build, plots
 from kd.report.__main__ import main as report
 from kd.report.document import plain
 from kd.report.groups import NOT_READ
-from kd.report.tables import CALIBRATION, EACH, SCORES
-from kd.runs.results import collect
-from kd.training.summary import UNREAD
+from kd.report.tables import CALIBRATION, RUN_COLUMNS, SCORES
+from kd.runs.results import collect_runs
+from kd.training.summary import UNTESTED
 from kd.utils.files import write_json, write_weights
 from tests import networks
 from tests.runs import distil
@@ -149,7 +149,7 @@ def test_every_number_is_the_summaries(no_figures):
     assert len(each) == 1 + 10
     for row in each[1:]:
         summary = json.loads((Path(row[0]) / "summary.json").read_text())
-        shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, _, style in EACH]
+        shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, _, style in RUN_COLUMNS]
         assert row[4:] == shown
     for row, cost, name in zip(accuracy[1:], costs[1:], ("teacher", "alone", "smooth", "kd"), strict=True):
         runs = [json.loads(path.read_text()) for path in sorted(Path("runs").glob(f"{name}*/summary.json"))]
@@ -204,9 +204,9 @@ def test_a_cell_of_fewer_seeds_says_so(no_figures):
     study()
     for path in (*Path("runs").glob("alone*/summary.json"), *Path("runs").glob("kd*/summary.json")):
         edit(path, test_balanced_top1=50.0, teacher="gone")
-    edit(Path("runs/kd1/summary.json"), **UNREAD, agreement=None, test_balanced_top1=None)
+    edit(Path("runs/kd1/summary.json"), **UNTESTED, agreement=None, test_balanced_top1=None)
     for seed in range(3):
-        edit(Path(f"runs/smooth{seed}/summary.json"), **UNREAD)
+        edit(Path(f"runs/smooth{seed}/summary.json"), **UNTESTED)
     report(["runs"])
     accuracy, rare, _, costs, each = Tables(Path("report/report.html").read_text()).tables
     kd = [json.loads(Path(f"runs/kd{seed}/summary.json").read_text()) for seed in range(3)]
@@ -415,7 +415,7 @@ def test_a_folders_name_that_is_no_text_is_shown_as_its_bytes(no_figures, capsys
 def test_without_a_test_result_there_is_no_gain(no_figures):
     study(seeds=(0, 1))
     for path in Path("runs").glob("kd*/summary.json"):
-        edit(path, **UNREAD, agreement=None)
+        edit(path, **UNTESTED, agreement=None)
     report(["runs"])
     page = Tables(Path("report/report.html").read_text())
     assert page.tables[0][-1][5:] == [NOT_READ] * 3
@@ -452,7 +452,7 @@ def test_real_runs_are_read_without_the_test_set(no_figures, monkeypatch):
     distil("--out", "runs/report/student", "--control")
     monkeypatch.setattr("kd.data.load_data", None)
     report(["runs", "--trust-code"])
-    finished, others = collect(["runs"])
+    finished, others = collect_runs(["runs"])
     assert (len(finished), others) == (3, [])
     text = Path("report/report.md").read_text()
     assert "student (kd) against student alone:" in text

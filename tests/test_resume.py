@@ -11,7 +11,7 @@ import torch
 
 from kd.errors import Preempted, UserError
 from kd.runs import checkpoint
-from kd.training.trainer import Ledger
+from kd.training.trainer import Trainer
 from kd.utils import files
 from kd.utils.system import Lock
 from tests import runs
@@ -50,9 +50,9 @@ def beside(whole, tmp_path):
     return whole / "run"
 
 
-def die_at(monkeypatch, when: int, where: str = "step") -> None:
-    """Raise once, at the `when`-th call of a method of the ledger."""
-    real, count = getattr(Ledger, where), 0
+def die_at(monkeypatch, when: int, where: str = "record") -> None:
+    """Raise once, at the `when`-th call of a method of the trainer."""
+    real, count = getattr(Trainer, where), 0
 
     def deadly(self, *args):
         nonlocal count
@@ -61,7 +61,7 @@ def die_at(monkeypatch, when: int, where: str = "step") -> None:
             raise Killed
         return real(self, *args)
 
-    monkeypatch.setattr(Ledger, where, deadly)
+    monkeypatch.setattr(Trainer, where, deadly)
 
 
 def differs_when_killed(monkeypatch, run, at: int) -> list[str]:
@@ -157,7 +157,7 @@ def test_the_oracle_sees_what_a_checkpoint_forgets(beside, monkeypatch, forgotte
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_row_36_row_37_asked_to_stop_it_saves_and_resumes_to_the_same_bytes(beside, monkeypatch, number):
-    real, count = Ledger.step, 0
+    real, count = Trainer.record, 0
 
     def step(self, *args):
         nonlocal count
@@ -167,7 +167,7 @@ def test_row_36_row_37_asked_to_stop_it_saves_and_resumes_to_the_same_bytes(besi
         real(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="saved step 10"):
-        patch.setattr(Ledger, "step", step)
+        patch.setattr(Trainer, "record", step)
         distil("--out", "run")
     distil("--out", "run", "--resume")
     assert differences(beside, Path("run")) == []

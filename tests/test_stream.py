@@ -18,7 +18,7 @@ from kd.data import load_data, stream
 from kd.data.rows import normalize
 from kd.data.stream import stream_order
 from kd.errors import UserError
-from kd.runs.folder import identity_of
+from kd.runs.folder import run_identity
 from kd.utils import rng
 from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
 from tests.test_resume import Killed, die_at
@@ -230,7 +230,7 @@ def test_only_a_streams_window_is_a_part_of_its_runs_identity():
     data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
 
     def identity(*flags: str) -> dict:
-        return identity_of(parse(train_defaults, "", [*flags]).job(), data, accelerator, None)
+        return run_identity(parse(train_defaults, "", [*flags]).job(), data, accelerator, None)
 
     assert identity("--shuffle-rows", "8") == identity()
     assert identity("--stream", "--shuffle-rows", "8") != identity("--stream")

@@ -67,7 +67,7 @@ def calls() -> list[str]:
 
 
 def test_everything_runs_once_with_equal_budgets(fake):
-    done = study.carry_out(asked("--seeds", "0", "1", "--epochs", "3", "--threads", "1"))
+    done = study.run_study(asked("--seeds", "0", "1", "--epochs", "3", "--threads", "1"))
     assert not any(task.failure for task in done)
     common = "--epochs 3 --threads 1 --wandb-group study-digits-resnet20-resnet8"
     assert calls() == [
@@ -82,7 +82,7 @@ def test_everything_runs_once_with_equal_budgets(fake):
 
 
 def test_methods_that_ask_no_teacher_have_none_trained(fake):
-    done = study.carry_out(asked("--seeds", "0", "--methods", "tfkd", "apprentice"))
+    done = study.run_study(asked("--seeds", "0", "--methods", "tfkd", "apprentice"))
     assert [task.label for task in done] == [
         f"{name} seed 0" for name in ("none", "none --label-smoothing 0.1", "tfkd", "apprentice")
     ]
@@ -90,7 +90,7 @@ def test_methods_that_ask_no_teacher_have_none_trained(fake):
 
 def test_a_grid_picks_on_validation_and_only_the_picked_setting_is_tested(fake, capsys):
     grid = ["--grid", "temperature=2,5,10", "alpha=0.5,0.9"]
-    done = study.carry_out(asked("--seeds", "4", "7", "--jobs", "2", *grid))
+    done = study.run_study(asked("--seeds", "4", "7", "--jobs", "2", *grid))
     assert not any(task.failure for task in done)
     swept = [call for call in calls() if "--temperature" in call]
     assert len(swept) == 6 + 2
@@ -101,7 +101,7 @@ def test_a_grid_picks_on_validation_and_only_the_picked_setting_is_tested(fake, 
 
 def test_a_failure_loses_only_itself(fake, monkeypatch):
     monkeypatch.setenv("BREAKS", "--seed 1 ")
-    done = study.carry_out(asked("--seeds", "0", "1", "2"))
+    done = study.run_study(asked("--seeds", "0", "1", "2"))
     failed = [task for task in done if task.failure]
     assert [task.label for task in failed] == ["none seed 1", "none --label-smoothing 0.1 seed 1", "kd seed 1"]
     assert all(task.failure.startswith("error: it broke (log: report/logs/") for task in failed)
@@ -110,7 +110,7 @@ def test_a_failure_loses_only_itself(fake, monkeypatch):
 
 def test_without_its_teacher_no_student_is_tried(fake, monkeypatch):
     monkeypatch.setenv("BREAKS", "--model")
-    done = study.carry_out(asked("--seeds", "0", "--grid", "alpha=0.1,0.2"))
+    done = study.run_study(asked("--seeds", "0", "--grid", "alpha=0.1,0.2"))
     assert [task.failure.split(" (")[0] for task in done if task.failure] == [
         "error: it broke",
         *["its teacher failed"] * 3,
@@ -121,7 +121,7 @@ def test_without_its_teacher_no_student_is_tried(fake, monkeypatch):
 def test_a_failed_run_is_in_the_report_and_the_exit_code(monkeypatch, capsys):
     fake_run("runs/alone", "none", 0, label_smoothing=0.0)
     ended = [Task("none seed 0", Path(), [], Path("runs/alone")), Task("kd <b> seed 0", Path(), [], None, "it broke")]
-    monkeypatch.setattr(study, "carry_out", lambda asked: ended)
+    monkeypatch.setattr(study, "run_study", lambda asked: ended)
     assert study.main(["--preset", "digits"]) == ended[1:]
     assert "| kd &lt;b&gt; seed 0 | failed | it broke |" in Path("report/report.md").read_text()
     assert "1 finished run; 1 more listed below" in capsys.readouterr().out
@@ -133,7 +133,7 @@ def test_row_49_a_strangers_code_is_not_run_by_the_report_either(fake, resnet8_r
     edit(Path("stranger/model.json"), model="strangers_code:build")
     (tmp_path / "strangers_code.py").write_text("import os; os.mkdir('exploded')")
     ours = fake_run("runs/kd", "kd", 0)
-    monkeypatch.setattr(study, "carry_out", lambda asked: [Task("kd seed 0", Path(), [], ours)])
+    monkeypatch.setattr(study, "run_study", lambda asked: [Task("kd seed 0", Path(), [], ours)])
     with pytest.raises(UserError, match="--trust-code"):
         study.main(["--preset", "digits", "--teacher", "stranger"])
     monkeypatch.setattr(study, "check_networks", lambda config, methods: None)
@@ -149,7 +149,7 @@ def test_the_teachers_of_finished_students_are_in_the_report(monkeypatch):
     fake_run("runs/head", "teacher", 0)
     student = fake_run("runs/kd", "kd", 0)
     edit(student / "summary.json", teacher="runs/head", teacher_model="resnet20", teacher_test_top1=50.0)
-    monkeypatch.setattr(study, "carry_out", lambda asked: [Task("kd seed 0", Path(), [], student)])
+    monkeypatch.setattr(study, "run_study", lambda asked: [Task("kd seed 0", Path(), [], student)])
     study.main(["--preset", "digits"])
     assert "2 finished runs." in Path("report/report.md").read_text()
 
@@ -232,12 +232,12 @@ def test_what_the_user_did_wrong_is_said_before_anything_runs(args, words, fake)
 def test_a_methods_own_check_comes_before_any_run(fake, methods, monkeypatch):
     monkeypatch.setattr(METHODS["dkd"], "check", lambda self: require(False, "dkd takes none of this"))
     with pytest.raises(UserError, match="dkd takes none"):
-        study.carry_out(asked("--seeds", "0", "--methods", *methods))
+        study.run_study(asked("--seeds", "0", "--methods", *methods))
     assert not Path("calls.jsonl").exists()
 
 
 def test_a_method_that_is_not_swept_is_named(fake, capsys):
-    study.carry_out(asked("--seeds", "0", "--methods", "kd", "dkd", "--grid", "temperature=2,5", "beta=1,2"))
+    study.run_study(asked("--seeds", "0", "--methods", "kd", "dkd", "--grid", "temperature=2,5", "beta=1,2"))
     said = capsys.readouterr().out
     assert "kd: not swept; it has no beta" in said
     assert "dkd: not swept" not in said
@@ -269,8 +269,8 @@ def test_runs_that_somebody_has_touched_since_are_not_picked(tmp_path):
     touched = [("{", "{}"), ("{}", "{}"), ('{"val_top1_last": "x"}', '{"val/loss": 1}'), ('{"val_top1_last": 9}', "")]
     tasks = [task(f"touched{number}", *texts) for number, texts in enumerate(touched)]
     with pytest.raises(UserError, match="no setting of the grid has a validation score"):
-        study.pick(tasks)
-    assert study.pick([*tasks, task("sound", '{"val_top1_last": 1.0}', '{"val/loss": 2.0}')]) == len(tasks)
+        study.pick_setting(tasks)
+    assert study.pick_setting([*tasks, task("sound", '{"val_top1_last": 1.0}', '{"val/loss": 2.0}')]) == len(tasks)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from kd.config.cli import parse
 from kd.config.presets import distill_defaults
 from kd.data import load_data, loader
 from kd.errors import UserError
-from kd.teachers.cache import ROOT, Store, cached
-from kd.teachers.live import live
+from kd.teachers.cache import ROOT, LogitStore, cached_logits
+from kd.teachers.live import live_logits
 from kd.teachers.load import load_teacher
 from tests.conftest import ROOT as PROJECT
 from tests.runs import STUDENT, differences, distil, script, teach, torchrun
@@ -47,7 +47,13 @@ def opened(*args: str, seed: int = 0):
     data = load_data(DataConfig(source="synthetic"))
     frozen = load_teacher(Path("teacher"), data, torch.device("cpu"), trust_code=True)
     accelerator = Accelerator(cpu=True)
-    return cached(frozen, data, job, accelerator), live(frozen.network, accelerator), data, job, accelerator
+    return (
+        cached_logits(frozen, data, job, accelerator),
+        live_logits(frozen.network, accelerator),
+        data,
+        job,
+        accelerator,
+    )
 
 
 def cache_folder() -> Path:
@@ -82,7 +88,7 @@ def test_row_21_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views,
 
 def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypatch):
     asked = 0
-    real = live
+    real = live_logits
 
     def counting(*args, **options):
         answer = real(*args, **options)
@@ -95,7 +101,7 @@ def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypa
         return count
 
     distil("--out", "live", *CACHED[:-1], "--epochs", "3")
-    monkeypatch.setattr("kd.teachers.cache.live", counting)
+    monkeypatch.setattr("kd.teachers.cache.live_logits", counting)
     distil("--out", "cached", *CACHED, "--cache-dtype", "float32", "--epochs", "3")
     assert asked == 2 * 18 + 2, "two views of 900 rows in batches of 50, and the two probes"
     assert differences(Path("live"), Path("cached")) == []
@@ -184,7 +190,7 @@ def test_row_17_rows_in_another_order_are_another_cache_and_a_forged_one_is_foun
     logits[:] = logits[:, ::-1].copy()
     logits.flush()
     manifest = json.loads((store / "manifest.json").read_text())
-    manifest["blocks"] = [Store(store, manifest["identity"]).block(view) for view in range(2)]
+    manifest["blocks"] = [LogitStore(store, manifest["identity"]).block(view) for view in range(2)]
     (store / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="the teacher now says something else of view 0"):
         opened()
@@ -192,7 +198,7 @@ def test_row_17_rows_in_another_order_are_another_cache_and_a_forged_one_is_foun
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_row_20_answers_that_are_not_finite_are_refused_when_built(monkeypatch, value):
-    monkeypatch.setattr("kd.teachers.cache._ask", lambda *_: iter([types.Outputs(torch.full((50, 10), value))]))
+    monkeypatch.setattr("kd.teachers.cache._query", lambda *_: iter([types.Outputs(torch.full((50, 10), value))]))
     with pytest.raises(UserError, match=r"not finite as float16: .*--cache-dtype float32"):
         opened()
 
@@ -204,7 +210,7 @@ def test_row_20_nan_in_a_sealed_cache_is_refused_when_loaded():
     logits[1, 5, 5] = np.nan
     logits.flush()
     manifest = json.loads((store / "manifest.json").read_text())
-    manifest["blocks"] = [Store(store, manifest["identity"]).block(view) for view in range(2)]
+    manifest["blocks"] = [LogitStore(store, manifest["identity"]).block(view) for view in range(2)]
     (store / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="view 1 holds NaN or infinity"):
         opened()
@@ -214,7 +220,7 @@ def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch)
     opened()
     whole = (cache_folder() / "logits.npy").read_bytes()
     shutil.rmtree(ROOT)
-    real, count = Store.write, 0
+    real, count = LogitStore.write, 0
 
     def write(self, *args):
         nonlocal count
@@ -224,12 +230,12 @@ def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch)
         real(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Store, "write", write)
+        patch.setattr(LogitStore, "write", write)
         opened()
     manifest = json.loads((cache_folder() / "manifest.json").read_text())
     assert len(manifest["blocks"]) == 1, "the half-done view is not believed"
     count = -1000
-    monkeypatch.setattr(Store, "write", write)
+    monkeypatch.setattr(LogitStore, "write", write)
     opened()
     assert count == -1000 + 18, "the first view is not computed again"
     assert (cache_folder() / "logits.npy").read_bytes() == whole

@@ -89,7 +89,7 @@ def test_only_the_training_split_has_a_digest(folder):
 
 def test_the_second_start_looks_at_nothing_again(folder, monkeypatch):
     first = load_data(config(folder, "workers"))
-    monkeypatch.setattr("kd.data.workers._look", None)  # would raise if called
+    monkeypatch.setattr("kd.data.workers._scan", None)  # would raise if called
     assert load_data(config(folder, "workers")).fingerprint == first.fingerprint
     with pytest.raises(TypeError):  # other training rows have another mean
         load_data(config(folder, "workers", split_seed=7))
@@ -163,13 +163,13 @@ def test_row_45_a_run_whose_worker_is_killed_ends_and_resumes(folder, tmp_path):
     program = f"""
 import os, runpy, signal, sys
 from pathlib import Path
-from kd.ledger import Ledger
-real = Ledger.step
+from kd.training.trainer import Trainer
+real = Trainer.record
 def step(self, *args):
     if self.state.step == 22:  # with more of the epoch to come than the workers have ready
         os.kill(int(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()[-1]), signal.SIGKILL)
     real(self, *args)
-Ledger.step = step
+Trainer.record = step
 sys.argv = ["train_teacher.py", *{[*flags, "--out", str(tmp_path / "killed")]!r}]
 runpy.run_path(str(Path({str(Path(__file__).parent.parent)!r}) / "train_teacher.py"), run_name="__main__")
 """

@@ -20,7 +20,7 @@ from PIL import Image
 
 from kd.bench import __main__ as bench
 from kd.bench import measure
-from kd.bench.measure import Pieces
+from kd.bench.measure import Workloads
 from kd.data import load_data
 from kd.models import build_model
 from kd.training.launch import start
@@ -95,7 +95,7 @@ def main(source: str, out: str | None = None) -> None:
     job = config.job()
     accelerator, data = start(job.fit, job.run), load_data(job.data)
     with tempfile.TemporaryDirectory() as folder:
-        ours = Pieces(job, config.teacher_model, STEPS, data, accelerator).all(Path(folder))
+        ours = Workloads(job, config.teacher_model, STEPS, data, accelerator).all(Path(folder))
         pieces = {"torchdistill": their_steps(data), "live": ours["live"], "cached": ours["cached"]}
         seconds = bench.take_turns(pieces, ROUNDS, accelerator.device)
     rates = {name: STEPS * BATCH / statistics.median(times) for name, times in seconds.items()}

@@ -27,7 +27,7 @@ from kd.errors import exit_code, require
 
 def main(config: BenchConfig) -> None:
     require(config.steps >= 1 and config.rounds >= 1, "--steps and --rounds: give 1 or more")
-    from kd.bench.measure import Pieces
+    from kd.bench.measure import Workloads
     from kd.data import load_data
     from kd.training.launch import start
 
@@ -37,7 +37,7 @@ def main(config: BenchConfig) -> None:
     data = load_data(job.data)
     steps = len(data.train.labels) // config.batch_size
     require(config.steps <= steps, f"--steps {config.steps}: an epoch has {steps}; give fewer, or a smaller batch")
-    pieces = Pieces(job, config.teacher_model, config.steps, data, accelerator)
+    pieces = Workloads(job, config.teacher_model, config.steps, data, accelerator)
     with tempfile.TemporaryDirectory() as folder:
         times = take_turns(pieces.all(Path(folder)), config.rounds, accelerator.device)
         images = dict.fromkeys(times, config.steps * config.batch_size) | {"evaluation": pieces.scored}

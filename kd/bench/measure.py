@@ -1,6 +1,7 @@
 """What kd.bench times: the student's bare arithmetic, our own epoch, the teacher alone, and scoring."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +15,23 @@ from torch import nn
 from kd.config import CacheConfig, DataConfig, FitConfig, Job, KDConfig, RunConfig, ViewConfig
 from kd.data import Data, Split
 from kd.data.loader import Batches
-from kd.data.rows import centred
-from kd.losses import LOSSES
+from kd.data.rows import iter_centred
 from kd.losses.base import Distiller
 from kd.models import build_model
 from kd.runs.folder import RunFolder
-from kd.teachers.cache import Store
-from kd.teachers.live import Teacher, live
-from kd.training.evaluate import predict
-from kd.training.setup import probe_pair
-from kd.training.trainer import Ledger, layout, make_optimizer, train_epoch
+from kd.teachers.cache import LogitStore
+from kd.teachers.live import TeacherLogits, live_logits
+from kd.training.evaluate import predict_logits
+from kd.training.setup import build_distiller
+from kd.training.trainer import Trainer, make_optimizer, memory_format
 from kd.types import Outputs
 from kd.utils.rng import seed_everything
 
-Piece = Callable[[], None]  # does the same work each time
+Workload = Callable[[], None]  # does the same work each time
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Workloads:
     """Pieces of `steps` steps each, all on the same data, networks and recipe."""
 
     job: Job
@@ -40,7 +40,7 @@ class Pieces:
     data: Data
     accelerator: Accelerator
 
-    def all(self, folder: Path) -> dict[str, Piece]:
+    def all(self, folder: Path) -> dict[str, Workload]:
         """Every one by name; `folder` is for what they write."""
         kept = self._kept(folder / "cached")
         return {
@@ -51,7 +51,7 @@ class Pieces:
             "evaluation": self.evaluation(),
         }
 
-    def bare(self) -> Piece:
+    def bare(self) -> Workload:
         """Forward, loss, backward and update of the student on one batch and one answer that never change."""
         distiller = self._distiller()
         model, optimizer = self.accelerator.prepare(
@@ -60,47 +60,40 @@ class Pieces:
         batch = next(Batches(self.data, self.job, self.accelerator).epoch(0))
         answer = Outputs(torch.randn(len(batch.label), len(self.data.classes), device=self.accelerator.device))
 
-        def piece() -> None:
+        def work() -> None:
             distiller.train()
             for _ in range(self.steps):
                 self.accelerator.backward(sum(model(batch, answer).terms.values()))
                 optimizer.step()
                 optimizer.zero_grad()
 
-        return piece
+        return work
 
-    def epoch(self, folder: Path, teacher: Teacher) -> Piece:
-        """The project's own loop over the first steps of an epoch: everything that kd.fit does between two saves."""
-        distiller = self._distiller()
-        sgd = make_optimizer(distiller, self.job.fit, self.accelerator)
-        ledger = Ledger(distiller, sgd, self.job, RunFolder(folder, {}), self.accelerator)
-        model, optimizer = self.accelerator.prepare(distiller, sgd)
-        batches = Batches(self.data, self.job, self.accelerator)
+    def epoch(self, folder: Path, teacher: TeacherLogits) -> Workload:
+        """The project's own loop over the first steps of an epoch: everything between two saves."""
+        trainer = Trainer(self.job, self.data, self.accelerator, RunFolder(folder, {}), self._distiller(), teacher)
 
-        def piece() -> None:
-            distiller.train()
-            ledger.state.step = 0  # always the first steps, so that no epoch ends within a measurement
-            loop = train_epoch(0, model, optimizer, batches, teacher, ledger, self.accelerator, self.job.fit)
-            for step, _ in zip(range(1, self.steps + 1), loop):
-                if step % self.job.run.log_every == 0:
-                    ledger.look()
+        def work() -> None:
+            trainer.state.step = 0  # always the first steps, so that no epoch ends within a measurement
+            for batch in itertools.islice(trainer.batches(0), self.steps):
+                trainer.step(batch)
 
-        return piece
+        return work
 
-    def teacher(self) -> Piece:
+    def teacher(self) -> Workload:
         answer, batch = self._live(), next(Batches(self.data, self.job, self.accelerator).epoch(0))
 
-        def piece() -> None:
+        def work() -> None:
             for _ in range(self.steps):
                 answer(batch)
 
-        return piece
+        return work
 
-    def evaluation(self) -> Piece:
+    def evaluation(self) -> Workload:
         network, size = self._distiller().deployed, self.job.fit.batch_size
-        images = torch.cat(list(centred(self.data.test, self.data.size, torch.arange(self.scored), size)))
+        images = torch.cat(list(iter_centred(self.data.test, self.data.size, torch.arange(self.scored), size)))
         split = Split(images, self.data.test.labels[: self.scored])
-        return lambda: predict(network, split, self.data, self.accelerator, size)
+        return lambda: predict_logits(network, split, self.data, self.accelerator, size)
 
     @property
     def scored(self) -> int:
@@ -113,22 +106,22 @@ class Pieces:
         return build_model(self.job.model, len(self.data.classes), self.data.size)
 
     def _distiller(self) -> Distiller:
-        """The student with its loss, as train_teacher.train builds it, on the device."""
-        network = self.network()
-        loss = LOSSES[self.job.method_name](self.job.method, probe_pair(self.job, network, None, self.data))
-        return Distiller(network, loss).to(self.accelerator.device, memory_format=layout(self.job.fit))
+        """The student with its loss, as the scripts build it, on the device."""
+        return build_distiller(self.job, self.data).to(
+            self.accelerator.device, memory_format=memory_format(self.job.fit)
+        )
 
-    def _live(self) -> Teacher:
+    def _live(self) -> TeacherLogits:
         network = build_model(self.teacher_model, len(self.data.classes), self.data.size).eval().requires_grad_(False)
         network.to(self.accelerator.device)
-        return live(network, self.accelerator, channels_last=self.job.fit.channels_last)
+        return live_logits(network, self.accelerator, channels_last=self.job.fit.channels_last)
 
-    def _kept(self, folder: Path) -> Teacher:
+    def _kept(self, folder: Path) -> TeacherLogits:
         """A cache of made-up answers: looking them up costs what it costs with true ones."""
         classes, views = len(self.data.classes), dataclasses.asdict(self.job.views)
         spec = {"rows": len(self.data.train.labels), "classes": classes, "views": views}
         folder.mkdir()
-        store = Store(folder, spec | {"dtype": self.job.cache.cache_dtype, "top_k": None})
+        store = LogitStore(folder, spec | {"dtype": self.job.cache.cache_dtype, "top_k": None})
         answers = np.random.default_rng(0).standard_normal(store.shapes["logits"], np.float32)
         np.save(store.path("logits"), answers.astype(np.float16))
         return store.teacher(self.accelerator.device)

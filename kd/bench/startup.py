@@ -13,7 +13,7 @@ def main(flags: dict) -> dict[str, float]:
     begin = time.perf_counter()
     from kd.bench.measure import (
         BenchConfig,
-        Pieces,  # which imports torch
+        Workloads,  # which imports torch
     )
 
     imported = time.perf_counter()
@@ -24,9 +24,9 @@ def main(flags: dict) -> dict[str, float]:
     job = config.job()
     accelerator = start(job.fit, job.run)
     data = load_data(job.data)
-    Pieces(job, config.teacher_model, 1, data, accelerator).bare()()
+    Workloads(job, config.teacher_model, 1, data, accelerator).bare()()
     first = time.perf_counter()
-    pieces = Pieces(job, config.teacher_model, 30, data, accelerator)
+    pieces = Workloads(job, config.teacher_model, 30, data, accelerator)
     pieces.bare()()
     pieces.evaluation()()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

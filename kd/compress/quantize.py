@@ -79,9 +79,9 @@ def quantize_weights(network: nn.Module, layers: tuple[str, ...], bits: int) -> 
 def quantize_activations(network: nn.Module, layers: tuple[str, ...], bits: int) -> None:
     """Round what enters the layers. By hooks, so that modules keep their names and a plain network's weights fit."""
     for name in layers:
-        network.get_submodule(name).register_forward_pre_hook(partial(_enter, bits))
+        network.get_submodule(name).register_forward_pre_hook(partial(_round_input, bits))
 
 
-def _enter(bits: int, module: nn.Module, inputs: tuple) -> tuple:
+def _round_input(bits: int, module: nn.Module, inputs: tuple) -> tuple:
     x = inputs[0]
     return (straight_through(x, rounded_activation(x.float(), bits).to(x.dtype)), *inputs[1:])

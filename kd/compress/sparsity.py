@@ -64,7 +64,7 @@ def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str) -> 
     """
     called: list[str] = []
     layers = {key: module for key, module in network.named_modules() if isinstance(module, KINDS)}
-    hooks = [module.register_forward_hook(partial(_note, called, key)) for key, module in layers.items()]
+    hooks = [module.register_forward_hook(partial(_append_name, called, key)) for key, module in layers.items()]
     try:
         probe(network, image_size, name)
     finally:
@@ -75,5 +75,5 @@ def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str) -> 
     return order[1:-1]
 
 
-def _note(called: list[str], key: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+def _append_name(called: list[str], key: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
     called.append(key)

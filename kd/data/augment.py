@@ -46,7 +46,7 @@ class Factors(NamedTuple):
     saturation: Float[Tensor, "b"]
 
 
-def boxes(smallest: float, size: tuple[int, int], index: Int[Tensor, "b"], seed: int, number: int) -> Boxes:
+def draw_boxes(smallest: float, size: tuple[int, int], index: Int[Tensor, "b"], seed: int, number: int) -> Boxes:
     """Boxes of `smallest` to all of the area of images of `size` (height, width), each in the view `number`.
 
     The first of ten attempts that fits, else the largest in the middle that is not too narrow, as torchvision does.
@@ -88,7 +88,7 @@ def resized_crop(images: UInt8[Tensor, "b c m n"], box: Boxes, size: tuple[int, 
     return seen.round().to(torch.uint8)
 
 
-def factors(strength: float, index: Int[Tensor, "b"], seed: int, number: int) -> Factors:
+def draw_factors(strength: float, index: Int[Tensor, "b"], seed: int, number: int) -> Factors:
     """From 1 - strength to 1 + strength, evenly, each for itself."""
     return Factors(*(1 + strength * (2 * random_share(index, seed, name, number) - 1) for name in Factors._fields))
 
@@ -176,7 +176,7 @@ def blend(
     mixed = beta_share(config.mixup or 1.0, index, seed, "mixup", number)
     kept = beta_share(config.cutmix or 1.0, index, seed, "cutmix", number)
     side = (1 - kept).sqrt()
-    box = _box(side, side, size, index, seed, "cutmix box", number, clipped=True) & paste[:, None, None]
+    box = _cutmix_box(side, side, size, index, seed, "cutmix box", number, clipped=True) & paste[:, None, None]
     # The box may be cut off at the border: the share is what is left of it (arXiv:1905.04899, code).
     weight = torch.where(paste, 1 - box.float().mean(dim=(1, 2)), mixed)
     return Blend(partner, weight, box, paste)
@@ -198,11 +198,11 @@ def erase(
     ratio = (random_share(index, seed, "erase ratio", number) * 2 - 1).mul(np.log(3.3)).exp()
     high, wide = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     chosen = random_share(index, seed, "erase", number) < share
-    box = _box(high, wide, size, index, seed, "erase box", number, clipped=False) & chosen[:, None, None]
+    box = _cutmix_box(high, wide, size, index, seed, "erase box", number, clipped=False) & chosen[:, None, None]
     return image.masked_fill(box[:, None], 0)
 
 
-def _box(
+def _cutmix_box(
     high: Float[Tensor, "b"],
     wide: Float[Tensor, "b"],
     size: tuple[int, int],
@@ -225,7 +225,7 @@ def _box(
 #: processes, and after any resume. There is no random state anywhere in training that has to be saved.
 
 
-def which(config: ViewConfig, seed: int, epoch: int) -> tuple[int, int]:
+def view_seed(config: ViewConfig, seed: int, epoch: int) -> tuple[int, int]:
     """What an epoch's views follow from: (seed, number). With --views K they repeat and do not depend on --seed."""
     return (config.view_seed, epoch % config.count) if config.count else (seed, epoch)
 
@@ -238,7 +238,7 @@ class View(NamedTuple):
     flip: Bool[Tensor, "b"]
 
 
-def view(config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], spare: int = 0) -> View:
+def draw_view(config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], spare: int = 0) -> View:
     """The view `number` (the epoch, where every epoch has its own) of the samples `index`.
 
     `spare`: pixels by which the images are held larger than they are seen, in height and in width.
@@ -250,7 +250,7 @@ def view(config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], sp
     return View(top, left, flip)
 
 
-def apply(
+def apply_view(
     images: UInt8[Tensor, "b c m n"], view: View, padding: int, size: tuple[int, int] | None = None
 ) -> UInt8[Tensor, "b c h w"]:
     """Pad with black, crop to `size` (that of the images if left out) and flip, each by its own view, in one gather."""

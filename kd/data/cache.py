@@ -15,7 +15,7 @@ import numpy as np
 from rich.progress import track
 
 from kd.data.columns import Columns, numbers_of
-from kd.data.statistics import Digest
+from kd.data.statistics import DatasetHash
 from kd.errors import UserError, require
 from kd.utils.files import create_map, read_array, read_json, write_array, write_json
 from kd.utils.images import decode, decode_to, pool
@@ -101,7 +101,7 @@ def _open(folder: Path, name: str) -> Arrays:
 
 
 def _sha256(splits: dict[str, Arrays], classes: tuple[str, ...]) -> str:
-    digest = Digest(splits, classes)
+    digest = DatasetHash(splits, classes)
     for name in sorted(splits):
         digest.begin(splits[name].images.shape)
         digest.update(splits[name].images)
@@ -123,7 +123,7 @@ def decode_split(dataset, columns: Columns, size: int | None, folder: Path, spli
     """
     require(len(dataset) > 0, f"the {split} split is empty")
     labels = numbers_of(dataset[columns.label], columns.classes, split)
-    stored = undecoded(dataset, columns.image)
+    stored = open_undecoded(dataset, columns.image)
     shape = shape or decode(stored[0][columns.image], size, split, 0).shape[1:]
     maps = create_map(folder / f"{split}.images.npy", np.uint8, (len(dataset), 3, *shape))
 
@@ -140,14 +140,14 @@ def decode_split(dataset, columns: Columns, size: int | None, folder: Path, spli
     return tuple(shape)
 
 
-def undecoded(dataset, column: str):
+def open_undecoded(dataset, column: str):
     """The rows of a `datasets` set with their images as {"bytes", "path"}."""
     from datasets import Image as ImageFeature
 
     return dataset.cast_column(column, ImageFeature(decode=False))
 
 
-def opened(key: str, load: Callable) -> dict:
+def open_dataset(key: str, load: Callable) -> dict:
     """What `load()` gives (`datasets` sets by split), from its tables on the disk. Raises UserError as it does."""
     with locked(f"{key}.tables") as folder:
         folder.mkdir(exist_ok=True)

@@ -11,10 +11,10 @@ import numpy as np
 from kd.config import DataConfig
 from kd.data.cache import Arrays
 from kd.data.rows import Rows
-from kd.data.sources import BUILT_IN, _find, filled
-from kd.data.splits import hold_out, keep, long_tail
+from kd.data.sources import BUILT_IN, find_source, with_set_defaults
+from kd.data.splits import hold_out, long_tail, select
 from kd.errors import require
-from kd.utils.console import say
+from kd.utils.console import print_once
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ def load_data(config: DataConfig) -> Data:
 
     Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range.
     """
-    config = filled(config)
+    config = with_set_defaults(config)
     config.check_sizes()
-    source = _find(config)
+    source = find_source(config)
     splits, classes = source.splits, source.classes
     if config.classes is not None:
         require(config.classes <= len(classes), f"--classes {config.classes}: {config.source} has {len(classes)}")
         classes = classes[: config.classes]
-        splits = {name: keep(split, split.labels < config.classes) for name, split in splits.items()}
+        splits = {name: select(split, split.labels < config.classes) for name, split in splits.items()}
     train, val, test = splits["train"], splits.get("validation"), splits.get("test")
     if test is None:  # a set with train and validation only: its validation is what others report on
         val, test = None, val
@@ -53,22 +53,22 @@ def load_data(config: DataConfig) -> Data:
     train = long_tail(train, config.imbalance, len(classes), config.split_seed)
     for name, split in (("train", train), ("validation", val), ("test", test)):
         require(split is None or len(split.labels) > 0, f"--data {config.source}: the {name} split is empty")
-    _tell(config, source.how, {"training": train, "validation": val, "test": test}, classes)
+    _print_summary(config, source.how, {"training": train, "validation": val, "test": test}, classes)
     facts = source.facts(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
     size = (config.image_size,) * 2 if config.image_size else train.size
     return Data(train, val, test, classes, *facts, size, source.how)
 
 
-def _tell(config: DataConfig, how: str, splits: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:
+def _print_summary(config: DataConfig, how: str, splits: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:
     """How the data is held and how much of it there is; and of which classes nothing can be learned."""
     sizes = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items() if split is not None)
     if config.source not in BUILT_IN:
-        say(f"data: {how}; {sizes} images of {len(classes)} classes")
+        print_once(f"data: {how}; {sizes} images of {len(classes)} classes")
     missing = np.setdiff1d(splits["test"].labels, splits["training"].labels)
     if len(missing):
         names = ", ".join(classes[label] for label in missing[:3].tolist())
-        say(f"data: classes of the test split without a training image: {len(missing)} ({names})")
+        print_once(f"data: classes of the test split without a training image: {len(missing)} ({names})")
 
 
 #: (kd.images) Images as they lie somewhere, and how they are held and decoded; kd/data.py makes the three splits of them.

@@ -51,7 +51,7 @@ class TrainingImages(Pixels):
 
     def seen(self, indices: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, Mix | None]]:
         """Of each of `indices` in turn, as `epoch` sees them: normalised images, labels, and how they were mixed."""
-        seed, number = augment.which(self.config, self.seed, epoch)
+        seed, number = augment.view_seed(self.config, self.seed, epoch)
         asked = list(indices)
         if self.config.mixes:  # each batch's partners are fetched right behind it
             asked = [rows for index in indices for rows in (index, augment.partners(self.rows, index, seed, number))]
@@ -70,12 +70,12 @@ class TrainingImages(Pixels):
     def _view(self, images: UInt8[Tensor, "b c m n"], index: Tensor, seed: int, number: int) -> Tensor:
         config = self.config
         if config.resized_crop:
-            box = augment.boxes(config.resized_crop, tuple(images.shape[2:]), index, seed, number)
+            box = augment.draw_boxes(config.resized_crop, tuple(images.shape[2:]), index, seed, number)
             images = augment.resized_crop(images, box, self.size)
-        view = augment.view(config, seed, number, index, spare=images.shape[2] - self.size[0])
-        images = augment.apply(images, view, config.padding, self.size)
+        view = augment.draw_view(config, seed, number, index, spare=images.shape[2] - self.size[0])
+        images = augment.apply_view(images, view, config.padding, self.size)
         if config.colour_jitter:
-            images = augment.jitter(images, augment.factors(config.colour_jitter, index, seed, number))
+            images = augment.jitter(images, augment.draw_factors(config.colour_jitter, index, seed, number))
         return self.normalized(images)
 
 
@@ -96,7 +96,7 @@ class Batches:
         # The whole order goes where the images are at once: a slice of it costs no copy in the step.
         order = epoch_order(self.balance, self.seed, epoch, self.images.split).to(self.images.split.labels.device)
         device, share = self.images.device, self.size // self.processes
-        number = augment.which(self.views, self.seed, epoch)[1]
+        number = augment.view_seed(self.views, self.seed, epoch)[1]
         starts = range(first * self.size + self.process * share, self.steps * self.size, self.size)
         indices = [order[start : start + share] for start in starts]
         for step, (image, label, mixed) in enumerate(self.images.seen(indices, epoch), first):

@@ -89,7 +89,7 @@ class Split(Rows):
             yield gather(self.images, index, device)
 
     def on(self, device: torch.device) -> "Split":
-        images = place(self.images, device)
+        images = place_on(self.images, device)
         return Split(images, self.labels.to(images.device))
 
 
@@ -126,7 +126,7 @@ class Mapped(Rows):
         return self if device.type == "cpu" else Split(self.images, self.labels).on(device)
 
 
-def centred(
+def iter_centred(
     split: Rows, size: tuple[int, int], index: Int[Tensor, "k"], chunk: int
 ) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
     """Pixels as networks are scored on them, `chunk` rows at a time, however they are held."""
@@ -134,7 +134,7 @@ def centred(
         yield centre(images, size)
 
 
-def place(tensor: Tensor, device: torch.device) -> Tensor:
+def place_on(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device if it fits there, else in host memory."""
     if device.type == "cuda" and tensor.nbytes > ROOM * torch.cuda.mem_get_info(device)[0]:
         return tensor

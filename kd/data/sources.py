@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, cached, opened, write_arrays
+from kd.data.cache import Arrays, cached, open_dataset, write_arrays
 from kd.data.folder import state_of
 from kd.data.splits import hold_out
-from kd.data.storage import Kept, Source, hold
+from kd.data.storage import DataSource, InMemory, choose_storage
 from kd.data.stream import Streaming
 from kd.errors import UserError, nearest, require
-from kd.utils.console import say
+from kd.utils.console import print_once
 from kd.utils.images import VERSION
 
 
@@ -48,7 +48,7 @@ HUB_SETS = {
 }
 
 
-def find(source: str) -> HubSet:
+def find_set(source: str) -> HubSet:
     """What is known of `--data source`: an entry of the table, or a Hub id, of which only address and revision are."""
     if source in HUB_SETS:
         return HUB_SETS[source]
@@ -56,7 +56,7 @@ def find(source: str) -> HubSet:
     return HubSet(address, label="", revision=revision or None)
 
 
-def filled(config: DataConfig) -> DataConfig:
+def with_set_defaults(config: DataConfig) -> DataConfig:
     """The same with the named set's own label column and image size, where the flags are left out.
 
     A folder of that name comes before the set, and is none of it.
@@ -110,50 +110,50 @@ BUILT_IN = {"digits": _digits, "synthetic": _synthetic}
 """Name -> f(folder), which writes the splits there and returns the class names."""
 
 
-def _find(config: DataConfig) -> Source:
+def find_source(config: DataConfig) -> DataSource:
     """The data, held as it can be."""
     source = config.source
-    path = _local(source)
+    path = _expand(source)
     if path.is_dir() and source in (*BUILT_IN, *HUB_SETS):
         built_in = f"the built-in set {source}, not the folder, which ./{source} names"
-        say(f"data: {built_in if source in BUILT_IN else f'the folder {source}, not the set of that name'}")
+        print_once(f"data: {built_in if source in BUILT_IN else f'the folder {source}, not the set of that name'}")
     if source in BUILT_IN:
         for flag in ("label", "image_size", "stored_size"):
             given = getattr(config, flag)
             require(given is None, f"--{flag.replace('_', '-')} {given}: leave it out for the built-in set {source}")
         held = config.decode != "workers" and not config.stream
         require(held, f"--data {source}: the built-in set is in memory; leave --decode workers and --stream out")
-        return Kept(*cached(f"{source}-v1", BUILT_IN[source]))
+        return InMemory(*cached(f"{source}-v1", BUILT_IN[source]))
     if path.is_dir():
         state, layout = state_of(path)
         require(state is not None, f"--data {source}: the folder is empty")
         if left_out := layout.check(source):
-            say(f"data: {left_out}")
+            print_once(f"data: {left_out}")
         key, content = _key(str(path.resolve()), state, config), _key(state, config)
-        return _held(config, key, content, lambda **how: _open_folder(path, **how))
+        return _data_source(config, key, content, lambda **how: _open_folder(path, **how))
     looks_like_id = source in HUB_SETS or ("/" in source and not source.startswith((".", "/", "~")))
     require(
         looks_like_id,
         f"--data {source}: no such folder, named set or Hub id (user/name); {nearest(source, [*BUILT_IN, *HUB_SETS])}",
     )
-    known = find(source)
+    known = find_set(source)
     revision = known.revision if _is_commit(known.revision) else _newest_revision(known.address, known.revision)
     place = known.address if known.folder is None else f"{known.address}/{known.folder}"
     key = _key(place, revision, config)
-    return _held(config, key, key, lambda **how: _open_hub(known, revision, source, **how))
+    return _data_source(config, key, key, lambda **how: _open_hub(known, revision, source, **how))
 
 
-def _local(source: str) -> Path:
+def _expand(source: str) -> Path:
     try:
         return Path(source).expanduser()
     except RuntimeError as error:
         raise UserError(f"--data {source}: no such folder ({error})") from error
 
 
-def _held(config: DataConfig, key: str, content: str, load: Callable) -> Source:
+def _data_source(config: DataConfig, key: str, content: str, load: Callable) -> DataSource:
     """`key` says where it lies too, `content` only what it holds, as far as that is known without reading it."""
     if not config.stream:
-        return hold(config, key, lambda: opened(key, load))
+        return choose_storage(config, key, lambda: open_dataset(key, load))
     return Streaming(config, key, content, load)
 
 

@@ -17,10 +17,10 @@ def hold_out(train: Arrays, fraction: float, seed: int) -> tuple[Arrays, Arrays 
         rows = np.flatnonzero(train.labels == label)
         count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
         held[np.random.default_rng([seed, int(label)]).permutation(rows)[:count]] = True
-    return keep(train, ~held), keep(train, held)
+    return select(train, ~held), select(train, held)
 
 
-def keep(split: Arrays, mask: np.ndarray) -> Arrays:
+def select(split: Arrays, mask: np.ndarray) -> Arrays:
     # Boolean indexing of a memory map gives a plain array; the map itself is never written.
     return split if mask.all() else Arrays(split.images[mask], split.labels[mask])
 
@@ -49,4 +49,4 @@ def long_tail(train: Arrays, ratio: float, classes: int, seed: int) -> Arrays:
     for label in range(classes):
         rows = np.random.default_rng([seed, label, 1]).permutation(np.flatnonzero(train.labels == label))
         kept[rows[: max(int(counts.min() * ratio ** (label / (classes - 1))), 1)]] = True
-    return keep(train, kept)
+    return select(train, kept)

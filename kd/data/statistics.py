@@ -18,7 +18,7 @@ class Facts(NamedTuple):
     fingerprint: str  # of all splits and class names
 
 
-class Levels:
+class ChannelHistogram:
     """How often each channel has each of its 256 levels: exact, in any order, in one pass."""
 
     def __init__(self) -> None:
@@ -49,13 +49,13 @@ def blocks_of(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel as shares of 255, from exact integer counts."""
-    levels = Levels()
+    levels = ChannelHistogram()
     for images in blocks:
         levels.add(images)
     return levels.mean_and_deviation()
 
 
-class Digest:
+class DatasetHash:
     """The sha256 of splits and class names, fed in the order of the splits' names, a block of images at a time."""
 
     def __init__(self, splits: Iterable[str], classes: Iterable[str]):

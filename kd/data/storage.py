@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Int, UInt8
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, cache_root, cached, decode_split, undecoded
+from kd.data.cache import Arrays, cache_root, cached, decode_split, open_undecoded
 from kd.data.columns import Columns, check_columns, find_columns, numbers_of
 from kd.data.rows import Mapped, Rows, Selected, Split
 from kd.data.statistics import Facts, blocks_of, channel_statistics
-from kd.data.workers import Encoded, StoredRows, survey
+from kd.data.workers import Encoded, StoredRows, scan
 from kd.errors import require
 from kd.utils.images import decode
 from kd.utils.system import memory_limit, share_of_cores
@@ -26,7 +26,7 @@ SHARE = 0.5  # of the memory and of the disk's free space that decoded images ma
 NAMES = {"val": "validation", "valid": "validation"}
 
 
-class Source(ABC):
+class DataSource(ABC):
     """Splits by name, to select from, and what is made of the selected ones."""
 
     splits: dict[str, Arrays]
@@ -54,7 +54,7 @@ class Decoded(Selected):
         return cls(images, tuple(images.shape[2:]), np.arange(len(images)))
 
 
-class Kept(Source):
+class InMemory(DataSource):
     """Decoded images, in memory maps."""
 
     def __init__(self, splits: dict[str, Arrays], classes: tuple[str, ...], fingerprint: str):
@@ -70,10 +70,10 @@ class Kept(Source):
         return Split(images, labels) if whole else Mapped(images, torch.from_numpy(split.images.rows), labels)
 
 
-class Stored(Source):
+class ByWorkers(DataSource):
     """Images as they are stored, for workers to decode."""
 
-    def __init__(self, opened: "Opened", config: DataConfig, key: str):
+    def __init__(self, opened: "OpenedDataset", config: DataConfig, key: str):
         self.key, self.classes = key, opened.columns.classes
         workers = share_of_cores() if config.workers is None else config.workers
         sides, column = opened.sides, opened.columns.image
@@ -81,13 +81,13 @@ class Stored(Source):
         for name, rows in opened.splits.items():
             labels = numbers_of(rows[opened.columns.label], self.classes, name)
             numbers = np.arange(len(rows))
-            cells = undecoded(rows, column).select_columns(column)
+            cells = open_undecoded(rows, column).select_columns(column)
             self.splits[name] = Arrays(Encoded(cells, column, name, opened.size, sides, workers, numbers), labels)
         self._train, self._train_sha256 = None, ""
 
     def facts(self, train: Arrays) -> Facts:
         self._train = train.images
-        found, self._train_sha256 = survey(self.key, self.splits, self.classes, train)
+        found, self._train_sha256 = scan(self.key, self.splits, self.classes, train)
         return found
 
     def rows(self, split: Arrays) -> Rows:
@@ -95,7 +95,7 @@ class Stored(Source):
         return StoredRows(split.images, torch.from_numpy(split.labels), known)
 
 
-class Opened:
+class OpenedDataset:
     """A `datasets` set with its columns found, and the size that its images have or get."""
 
     def __init__(self, dataset, config: DataConfig):
@@ -108,7 +108,7 @@ class Opened:
             check_columns(self.columns, rows.column_names, name, config.source)
             require(len(rows) > 0, f"the {name} split is empty")
         self.size = config.stored_size or config.image_size
-        first = undecoded(train, self.columns.image)[0][self.columns.image]
+        first = open_undecoded(train, self.columns.image)[0][self.columns.image]
         self.sides = (self.size, self.size) if self.size else decode(first, None, "train", 0).shape[1:]
 
     @property
@@ -121,28 +121,28 @@ class Opened:
         return self.columns.classes
 
 
-def hold(config: DataConfig, key: str, load: Callable) -> Source:
+def choose_storage(config: DataConfig, key: str, load: Callable) -> DataSource:
     """The data that `load` opens (`datasets` sets by split), held as the flags say or as it fits."""
     opened, why = None, ""
 
     def produce(folder: Path) -> tuple[str, ...] | None:
         nonlocal opened, why
-        opened = Opened(load(), config)
-        keep, why = fits(opened.decoded_bytes, config)
+        opened = OpenedDataset(load(), config)
+        keep, why = fits_memory(opened.decoded_bytes, config)
         return opened.decode(folder) if keep else None
 
     found = None if config.decode == "workers" else cached(key, produce)
     if found is not None:
         size = sum(split.images.nbytes for split in found[0].values())
-        source: Source = Kept(*found)
+        source: DataSource = InMemory(*found)
         source.how = f"in memory, decoded once ({_gigabytes(size)}{why})"
     else:
-        source = Stored(opened or Opened(load(), config), config, key)
+        source = ByWorkers(opened or OpenedDataset(load(), config), config, key)
         source.how = f"decoded by workers in every epoch ({why or 'as --decode says'})"
     return source
 
 
-def fits(size: int, config: DataConfig) -> tuple[bool, str]:
+def fits_memory(size: int, config: DataConfig) -> tuple[bool, str]:
     """Whether `size` bytes of decoded images are to be kept, and why."""
     if config.decode == "memory":
         return True, ", as --decode says"

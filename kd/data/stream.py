@@ -22,14 +22,14 @@ from rich.progress import track
 from torch import Tensor
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, locked, undecoded
+from kd.data.cache import Arrays, locked, open_undecoded
 from kd.data.columns import check_columns, find_columns, numbers_of
 from kd.data.rows import Rows, Selected
 from kd.data.statistics import Facts, channel_statistics
-from kd.data.storage import NAMES, Source
+from kd.data.storage import NAMES, DataSource
 from kd.errors import UserError, require
 from kd.utils import rng
-from kd.utils.console import console, say
+from kd.utils.console import console, print_once
 from kd.utils.files import read_json, write_json
 from kd.utils.images import decode, decode_to
 from kd.utils.system import share_of_cores
@@ -66,8 +66,8 @@ class Streamed(Selected):
         reader, deep = _Reader(self, wanted), self.window // max(map(len, wanted), default=1) + 1
         reading, decoding = ThreadPoolExecutor(1), ThreadPoolExecutor(self.threads)
         try:
-            read = _ahead((reading.submit(reader.cells, rows) for rows in wanted), deep)
-            for images in _ahead((self._decoded(decoding, *batch) for batch in zip(wanted, read)), 1):
+            read = _prefetch((reading.submit(reader.cells, rows) for rows in wanted), deep)
+            for images in _prefetch((self._decoded(decoding, *batch) for batch in zip(wanted, read)), 1):
                 yield torch.from_numpy(np.stack([image.result() for image in images]))
         finally:
             for pool in (reading, decoding):
@@ -78,7 +78,7 @@ class Streamed(Selected):
         return [pool.submit(decode_to, self.sides, cell, *how, row) for row, cell in zip(rows.tolist(), cells.result())]
 
 
-def _ahead(items: Iterator, count: int) -> Iterator:
+def _prefetch(items: Iterator, count: int) -> Iterator:
     """The items, each once `count` more have been begun."""
     begun: deque = deque()
     for item in items:
@@ -199,7 +199,7 @@ def stream_order(shards: Int[np.ndarray, "n"], window: int, seed: int, epoch: in
     return sequence[np.lexsort((sequence, bits, np.arange(len(shards)) // window))]
 
 
-def few_classes(labels: Int[np.ndarray, "n"], window: int) -> str:
+def sorted_stream_advice(labels: Int[np.ndarray, "n"], window: int) -> str:
     """What to do about windows that hold few of the classes, in words; nothing where they hold about as many as rows
     drawn at random would. `labels` are in the order of an epoch."""
     shares = np.bincount(labels) / len(labels)
@@ -227,7 +227,7 @@ SAMPLE = 16_384  # rows that mean and deviation are taken from; all, of a smalle
 BLOCK = 256  # rows of the sample at a time
 
 
-class Streaming(Source):
+class Streaming(DataSource):
     """A `datasets` set opened with streaming=True: `load(**how)` gives it."""
 
     def __init__(self, config: DataConfig, key: str, content: str, load: Callable):
@@ -242,7 +242,7 @@ class Streaming(Source):
         threads = max(share_of_cores() if config.workers is None else config.workers, 1)
         self.splits = {}
         for name, starts in found["starts"].items():
-            cells = undecoded(streams[name], column).select_columns([column])
+            cells = open_undecoded(streams[name], column).select_columns([column])
             first = next(iter(cells))[column] if size is None else None
             sides = (size, size) if size else decode(first, None, name, 0).shape[1:]
             labels = np.load(self.folder / f"{name}.npy")
@@ -253,8 +253,8 @@ class Streaming(Source):
     def facts(self, train: Arrays) -> Facts:
         """Mean and deviation of the first rows of an epoch's order, or of all where they are few."""
         images = train.images
-        if words := few_classes(train.labels[images.order(0, 0)], images.window):
-            say(f"data: {words}")
+        if words := sorted_stream_advice(train.labels[images.order(0, 0)], images.window):
+            print_once(f"data: {words}")
         chosen = images.order(0, 0)[:SAMPLE] if len(images.rows) > SAMPLE else np.arange(len(images.rows))
         path = self.folder / f"{hashlib.sha256(images.rows[chosen].tobytes()).hexdigest()[:16]}.json"
         with locked(f"{self.key}.stream"):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd.data.cache import Arrays, locked
 from kd.data.rows import Rows, Selected
-from kd.data.statistics import Digest, Facts, Levels
+from kd.data.statistics import ChannelHistogram, DatasetHash, Facts
 from kd.errors import UserError
 from kd.utils.files import read_json, write_json
 from kd.utils.images import decode_to
@@ -59,9 +59,9 @@ class Encoded(Selected, Dataset):
             prefetch_factor=AHEAD if self.workers else None,
             pin_memory=pinned,
             generator=torch.Generator(),  # it draws a number for its workers, not to be taken from ours
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
         )
-        for images in _received(loader):
+        for images in _receive(loader):
             if isinstance(images, str):
                 raise UserError(images)
             yield images
@@ -93,7 +93,7 @@ class _Reader(Dataset):
         return torch.from_numpy(batch)
 
 
-def _received(loader: DataLoader) -> Iterator[Tensor | str]:
+def _receive(loader: DataLoader) -> Iterator[Tensor | str]:
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:  # it died while it handed a batch over, which torch does not notice
@@ -103,7 +103,7 @@ def _received(loader: DataLoader) -> Iterator[Tensor | str]:
         raise RuntimeError(f"a DataLoader worker died ({error!r})") from error
 
 
-def _as_it_is(batch: Tensor | str) -> Tensor | str:
+def _unchanged(batch: Tensor | str) -> Tensor | str:
     return batch
 
 
@@ -130,7 +130,7 @@ class StoredRows(Rows):
             yield images.to(device, non_blocking=True)
 
 
-def survey(key: str, splits: dict[str, Arrays], classes: tuple[str, ...], train: Arrays) -> tuple[Facts, str]:
+def scan(key: str, splits: dict[str, Arrays], classes: tuple[str, ...], train: Arrays) -> tuple[Facts, str]:
     """The very facts that decoded arrays would give, and the sha256 of the training rows `train`.
 
     Decodes everything once without keeping it, which also finds every row that cannot be read before training starts;
@@ -141,13 +141,13 @@ def survey(key: str, splits: dict[str, Arrays], classes: tuple[str, ...], train:
         path = folder / f"{chosen}.json"
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            write_json(path, _look(splits, classes, train))
+            write_json(path, _scan(splits, classes, train))
         found = read_json(path)
     return Facts(tuple(found["mean"]), tuple(found["std"]), found["fingerprint"]), found["train_sha256"]
 
 
-def _look(splits: dict[str, Arrays], classes: tuple[str, ...], train: Arrays) -> dict:
-    whole, levels, part = Digest(splits, classes), Levels(), hashlib.sha256()
+def _scan(splits: dict[str, Arrays], classes: tuple[str, ...], train: Arrays) -> dict:
+    whole, levels, part = DatasetHash(splits, classes), ChannelHistogram(), hashlib.sha256()
     for name in sorted(splits):
         images, start = splits[name].images, 0
         wanted = np.isin(images.rows, train.images.rows) & (name == train.images.split)

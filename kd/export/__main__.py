@@ -35,10 +35,18 @@ CALIBRATION = 512  # training images, unless --calibration says otherwise
 NEEDS = {"onnx": ONNX, "int8": ONNX}  # modules of the extra `export`
 
 
-OURS = {"model.json", "summary.json", "config.json", "preprocessing.json", "README.md", "export.json", "export.md"}
+EXPORT_FILES = {
+    "model.json",
+    "summary.json",
+    "config.json",
+    "preprocessing.json",
+    "README.md",
+    "export.json",
+    "export.md",
+}
 
 
-OURS |= {"model.safetensors", "model.onnx", "model.int8.onnx", "model.pt2"}
+EXPORT_FILES |= {"model.safetensors", "model.onnx", "model.int8.onnx", "model.pt2"}
 
 
 def export(given: argparse.Namespace) -> Path:
@@ -61,7 +69,7 @@ def export(given: argparse.Namespace) -> Path:
     calibration = calibration_images(data, given.calibration) if "int8" in given.formats else None
     folder = given.run / "export"
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file, and no export; move it elsewhere")
-    held = {entry.name for entry in folder.iterdir()} - OURS if folder.exists() else set()
+    held = {entry.name for entry in folder.iterdir()} - EXPORT_FILES if folder.exists() else set()
     require(not held, f"{folder} holds {', '.join(sorted(held)[:3])}, which is no export; move it elsewhere")
     lock = Lock(given.run / "lock")
     try:

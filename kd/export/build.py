@@ -10,15 +10,15 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from kd.data import Data
-from kd.data.rows import centred
+from kd.data.rows import iter_centred
 from kd.errors import require
 from kd.export.card import Subject, write_card
 from kd.export.deployed import open_pt2, rounds, trace, write_pt2
-from kd.export.measure import CHUNK, Answer, candidates, measure, of_torch, table, verdicts
+from kd.export.measure import CHUNK, Answer, candidates, format_table, format_verdicts, measure_files, of_torch
 from kd.export.onnx_files import write_int8, write_onnx
 from kd.export.onnx_runtime import OnnxFile, describe
-from kd.export.source import Source, alone, copy_run
-from kd.models.cost import machine
+from kd.export.source import ExportedRun, alone, copy_run
+from kd.models.cost import describe_machine
 from kd.report.document import Block, Heading, Lines, markdown
 from kd.utils import rng
 from kd.utils.console import console
@@ -33,7 +33,7 @@ CLOSE, CLOSE_ON_AVERAGE = 1e-4, 0.02
 
 
 def make_files(
-    folder: Path, source: Source, formats: set[str], calibration: UInt8[np.ndarray, "n 3 h w"] | None
+    folder: Path, source: ExportedRun, formats: set[str], calibration: UInt8[np.ndarray, "n 3 h w"] | None
 ) -> dict:
     """Write the formats asked for; returns, by file, the largest difference of a logit from torch's.
 
@@ -66,10 +66,10 @@ def make_files(
 def calibration_images(data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
     """`count` training images of a fixed random order, unaugmented; validation and test images set no range."""
     chosen = rng.order(0, 0, len(data.train.labels))[:count].sort().values  # a stream reads them in its own order
-    return torch.cat(list(centred(data.train, data.size, chosen, CHUNK))).numpy()
+    return torch.cat(list(iter_centred(data.train, data.size, chosen, CHUNK))).numpy()
 
 
-def compare(source: Source, rounding: bool, name: str, answer: Answer) -> float:
+def compare(source: ExportedRun, rounding: bool, name: str, answer: Answer) -> float:
     """The largest difference of a logit from torch's on random pixels, in batches of 1 and 7. Raises UserError where it
     is more than another order of sums makes."""
     rng, differences, scale = np.random.default_rng(0), [], 1.0
@@ -96,7 +96,7 @@ def compare(source: Source, rounding: bool, name: str, answer: Answer) -> float:
 
 def fill(
     folder: Path,
-    source: Source,
+    source: ExportedRun,
     data: Data | None,
     calibration: UInt8[np.ndarray, "n 3 h w"] | None,
     given: argparse.Namespace,
@@ -116,14 +116,14 @@ def fill(
 
 
 def _tabulate(
-    folder: Path, source: Source, data: Data, differences: dict[str, float], given: argparse.Namespace
+    folder: Path, source: ExportedRun, data: Data, differences: dict[str, float], given: argparse.Namespace
 ) -> list[Block]:
     """Measure every file in `folder`; export.json and export.md are written, and the same shown."""
     listed, notes = candidates(folder, source, data, given.trust_code)
-    rows = measure(listed, data, given.threads)
-    where = machine(given.threads)
-    notes = (*verdicts(rows, source.summary), *notes)
-    blocks = [table(rows, where, len(data.test.labels)), Lines(notes)]
+    rows = measure_files(listed, data, given.threads)
+    where = describe_machine(given.threads)
+    notes = (*format_verdicts(rows, source.summary), *notes)
+    blocks = [format_table(rows, where, len(data.test.labels)), Lines(notes)]
     numbers = {"rows": rows, "machine": where, "threads": given.threads, "test_images": len(data.test.labels)}
     if "int8" in given.formats:
         numbers["calibration_images"] = min(given.calibration, len(data.train.labels))

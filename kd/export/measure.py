@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from kd import metrics
 from kd.data import Data
-from kd.data.rows import centred
+from kd.data.rows import iter_centred
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed, open_pt2
 from kd.export.onnx_runtime import OnnxFile, needed
-from kd.export.source import Source
-from kd.models.cost import count_macs, interleaved
-from kd.models.pretrained import is_foreign
+from kd.export.source import ExportedRun
+from kd.models.cost import count_macs, time_interleaved
+from kd.models.pretrained import is_pretrained
 from kd.report.document import Table
 from kd.teachers.load import load_teachers
 from kd.utils.console import console
@@ -65,7 +65,9 @@ def of_torch(network: nn.Module) -> Callable[[int], Answer]:
     return opened
 
 
-def candidates(folder: Path, source: Source, data: Data, trust_code: bool) -> tuple[list[Candidate], tuple[str, ...]]:
+def candidates(
+    folder: Path, source: ExportedRun, data: Data, trust_code: bool
+) -> tuple[list[Candidate], tuple[str, ...]]:
     """The student, the exported files in `folder` and the teacher; and what could not be measured, in words."""
     network, torch_runtime = source.network, f"torch {torch.__version__}"
     counted = {"params": source.summary["params"], "macs": count_macs(network.network, network.image_size)}
@@ -87,11 +89,11 @@ def candidates(folder: Path, source: Source, data: Data, trust_code: bool) -> tu
         return found, (f"The teacher's cost is not measured: {error}.",)
 
 
-def _teacher(source: Source, data: Data, trust_code: bool) -> Candidate:
+def _teacher(source: ExportedRun, data: Data, trust_code: bool) -> Candidate:
     """Its accuracy is what the run itself measured. Raises UserError where that very network is no longer there."""
     named, model = (source.summary.get(key) for key in ("teacher", "teacher_model"))
     names, models = (each if isinstance(each, list) else [each] for each in (named, model))
-    of_files = next((str(model) for name, model in zip(names, models) if is_foreign(name)), "")  # --teacher-model
+    of_files = next((str(model) for name, model in zip(names, models) if is_pretrained(name)), "")  # --teacher-model
     teacher = load_teachers(names, data, torch.device("cpu"), trust_code, of_files)
     same = teacher.sha256 == source.record["identity"].get("teacher")
     require(same, f"what lies at {teacher.folder} now is not the network that taught")
@@ -107,12 +109,12 @@ def score(candidate: Candidate, data: Data) -> Float[Tensor, "n k"]:
     """Its logits for every test image."""
     answer, index = candidate.open(0), torch.arange(len(data.test.labels))
     title, total = f"scoring {candidate.name}", -(-len(index) // CHUNK)
-    images = centred(data.test, data.size, index, CHUNK)
+    images = iter_centred(data.test, data.size, index, CHUNK)
     bar = track(images, title, total, console=console, disable=not console.is_terminal, transient=True)
     return torch.cat([torch.from_numpy(answer(block.numpy())) for block in bar])
 
 
-def measure(candidates: list[Candidate], data: Data, threads: int) -> list[dict]:
+def measure_files(candidates: list[Candidate], data: Data, threads: int) -> list[dict]:
     """A row for each candidate; the student is the first of them, and the others are compared with it.
 
     Accuracy and agreement in percent of the test images; differences in logits; latency in milliseconds for
@@ -136,7 +138,7 @@ def measure(candidates: list[Candidate], data: Data, threads: int) -> list[dict]
         torch.set_num_threads(threads)
         answers = {candidate.name: candidate.open(threads) for candidate in candidates}
         few = torch.arange(MANY) % len(labels)
-        (images,) = centred(data.test, data.size, few.sort().values, MANY)
+        (images,) = iter_centred(data.test, data.size, few.sort().values, MANY)
         one, many = (_times(answers, images[:count].numpy()) for count in (1, MANY))
     for row in rows:
         row |= {"latency_ms": 1000 * one[row["name"]], "images_per_second": MANY / many[row["name"]]}
@@ -144,7 +146,7 @@ def measure(candidates: list[Candidate], data: Data, threads: int) -> list[dict]
 
 
 def _times(answers: dict[str, Answer], batch: UInt8[np.ndarray, "b 3 h w"]) -> dict[str, float]:
-    return interleaved({name: lambda answer=answer: answer(batch) for name, answer in answers.items()})
+    return time_interleaved({name: lambda answer=answer: answer(batch) for name, answer in answers.items()})
 
 
 #: (kd.shipping.cost_table) The table that goes with an export, and what it says in words.
@@ -171,7 +173,7 @@ PACKED = (
 )
 
 
-def table(rows: list[dict], where: str, images: int) -> Table:
+def format_table(rows: list[dict], where: str, images: int) -> Table:
     packed = any(row["packed_bytes"] for row in rows)
     titles = [title for title in COLUMNS if title != "packed" or packed]
     runtimes = "; ".join(dict.fromkeys(f"{row['name']}: {row['runtime']}" for row in rows))
@@ -193,7 +195,7 @@ def _megabytes(count: int | None) -> str:
     return _or_blank(count and count / 1e6, "{:.2f} MB")
 
 
-def verdicts(rows: list[dict], summary: dict) -> tuple[str, ...]:
+def format_verdicts(rows: list[dict], summary: dict) -> tuple[str, ...]:
     """What a file gains or loses against what it was made from, in words: also where it gains nothing."""
     by_name, lines = {row["name"]: row for row in rows}, []
     if abs(rows[0]["top1"] - summary["test_top1"]) > 1e-6:

@@ -15,7 +15,7 @@ from kd.models import LIBRARIES
 from kd.models.pretrained import PICKLED
 from kd.report.groups import ALONE, group_runs
 from kd.runs.load import load_network
-from kd.runs.results import checked_summary, collect
+from kd.runs.results import checked_summary, collect_runs
 from kd.utils.files import read_json, write_json
 
 PARTS = ("data", "views", "fit", "method", "compress")  # of the flags: all that shaped the result
@@ -24,7 +24,7 @@ PARTS = ("data", "views", "fit", "method", "compress")  # of the flags: all that
 WEIGHTS = (*PICKLED, ".safetensors")  # of a file that a teacher was read from
 
 
-class Source(NamedTuple):
+class ExportedRun(NamedTuple):
     folder: Path
     network: Deployed
     info: dict  # model.json
@@ -32,14 +32,14 @@ class Source(NamedTuple):
     record: dict  # config.json
 
 
-def read_source(folder: Path, trust_code: bool) -> Source:
+def read_source(folder: Path, trust_code: bool) -> ExportedRun:
     """Raises UserError where the folder holds no finished run, or its network is code that is not trusted."""
     trained = load_network(folder, trust_code)
     summary, record = checked_summary(folder / "summary.json"), read_json(folder / "config.json")
     require(_sound(record), f"{folder / 'config.json'} has no flags of a run; copy the whole run folder again")
     init = summary.get("init")
     require(init is None or isinstance(init, str), f"{folder / 'summary.json'} has init {init!r}")
-    return Source(folder, Deployed(trained.network, trained.info), trained.info, summary, record)
+    return ExportedRun(folder, Deployed(trained.network, trained.info), trained.info, summary, record)
 
 
 def _sound(record: dict) -> bool:
@@ -61,7 +61,7 @@ def _named(flags: dict) -> list[tuple[dict, str]]:
     return [(flags.get("compress", {}), "init"), (flags.get("origin") or {}, "source")]
 
 
-def read_data(source: Source, moved: str | None) -> Data:
+def read_data(source: ExportedRun, moved: str | None) -> Data:
     """The images that the run was trained on. Raises UserError where they are not there, or are others."""
     flags = source.record["flags"]["data"] | ({"source": moved} if moved else {})
     try:
@@ -75,7 +75,7 @@ def read_data(source: Source, moved: str | None) -> Data:
     return data
 
 
-def copy_run(source: Source, folder: Path) -> tuple[dict, dict]:
+def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:
     """Into `folder`, all that kd.load reads; returns summary and configuration as they are written there.
 
     They name no folder of this machine: where a run lay is nobody else's business, and of no use to them.
@@ -118,11 +118,11 @@ def public_name(name: str | list) -> str | list:
     return "{}/{}@{}".format(*fetched.groups()) if fetched else Path(name).name
 
 
-def alone(source: Source) -> dict | None:
+def alone(source: ExportedRun) -> dict | None:
     """The summary of the same network trained alone, by the same recipe and seed; None where that run is not there."""
     control = source.summary.get("control")
     if not isinstance(control, str):
         return None
-    groups = group_runs(collect([str(source.folder), control])[0], {})
+    groups = group_runs(collect_runs([str(source.folder), control])[0], {})
     controls = [one for group in groups for one in group.controls if one.kind == ALONE]
     return next((run.summary for one in controls for run in one.runs if run.seed == source.summary["seed"]), None)

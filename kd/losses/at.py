@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd.config.methods import ATConfig
-from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
+from kd.losses.features import FeatureLoss, pair_layers, probed_maps, same_size
 from kd.types import Batch, Outputs, Pair, Stages
 
 
@@ -40,5 +40,5 @@ class AttentionTransfer(FeatureLoss):
         probed_maps(pair)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        term = sum(attention_transfer_loss(*maps) for maps in paired(student, teacher))
+        term = sum(attention_transfer_loss(*maps) for maps in pair_layers(student, teacher))
         return self.usual_terms(student, teacher, batch) | {"at": self.config.weight * term}

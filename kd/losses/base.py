@@ -57,12 +57,15 @@ class DistillationLoss(nn.Module, ABC):
 
 
 class Distiller(nn.Module):
-    """Everything trainable behind one forward, so that data parallelism sees all of it."""
+    """Everything trainable behind one forward, so that data parallelism sees all of it.
 
-    def __init__(self, student: nn.Module, loss: DistillationLoss):
+    `compression`: how the student was compressed, for model.json; empty if it was not.
+    """
+
+    def __init__(self, student: nn.Module, loss: DistillationLoss, compression: dict | None = None):
         super().__init__()
         self.student = loss.deployed(student)
-        self.loss = loss
+        self.loss, self.compression = loss, compression or {}
         self.tap = Tap(self.student, loss.student_layers)
 
     @property

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kd.config.methods import DISTConfig
 from kd.losses.base import DistillationLoss, global_batch
-from kd.losses.kd import check_shapes, logits_of, softened
+from kd.losses.kd import check_shapes, logits_of, soft_logits
 from kd.types import Batch, Outputs
 
 
@@ -47,4 +47,4 @@ class DIST(DistillationLoss):
         }
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
-        return softened(self.config, teacher, self.config.temperature)
+        return soft_logits(self.config, teacher, self.config.temperature)

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from kd.config.methods import DKDConfig
 from kd.losses.base import DistillationLoss, ramp
-from kd.losses.kd import check_shapes, kd_loss, logits_of, softened
+from kd.losses.kd import check_shapes, kd_loss, logits_of, soft_logits
 from kd.types import Batch, Outputs
 
 
-def others(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
+def mask_label(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
     """Each row without its label's logit."""
     column = torch.arange(logits.shape[1] - 1, device=logits.device)
     return logits.gather(1, column + (column >= labels[:, None]))
@@ -34,13 +34,15 @@ def dkd_loss(
     check_shapes(student_logits, teacher_logits)
     student_binary, teacher_binary = (_binary(z / temperature, labels) for z in (student_logits, teacher_logits))
     target = kd_loss(student_binary, teacher_binary, 1.0)
-    rest = kd_loss(others(student_logits, labels), others(teacher_logits, labels), temperature)
+    rest = kd_loss(mask_label(student_logits, labels), mask_label(teacher_logits, labels), temperature)
     return alpha * temperature**2 * target + beta * rest
 
 
 def _binary(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 2"]:
     """Logits of the label against all other classes together."""
-    return torch.cat([logits.gather(1, labels[:, None]), others(logits, labels).logsumexp(dim=1, keepdim=True)], dim=1)
+    return torch.cat(
+        [logits.gather(1, labels[:, None]), mask_label(logits, labels).logsumexp(dim=1, keepdim=True)], dim=1
+    )
 
 
 class DKD(DistillationLoss):
@@ -59,4 +61,4 @@ class DKD(DistillationLoss):
         }
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
-        return softened(self.config, teacher, self.config.temperature)
+        return soft_logits(self.config, teacher, self.config.temperature)

@@ -11,7 +11,7 @@ from kd.config.methods import FeatureFlags
 from kd.errors import UserError, require
 from kd.losses.base import DistillationLoss
 from kd.losses.kd import kd_loss
-from kd.models.features import there_are
+from kd.models.features import list_layers
 from kd.types import Batch, Outputs, Pair, Stages
 
 
@@ -55,7 +55,7 @@ class FeatureLoss(DistillationLoss):
         if not names:
             raise UserError(
                 f"the {whose}'s model does not say where its features are; name some with --{whose}-layers:"
-                f" {there_are(stages.modules)}"
+                f" {list_layers(stages.modules)}"
             )
         return names
 
@@ -67,7 +67,7 @@ class FeatureLoss(DistillationLoss):
         return terms
 
 
-def paired(student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
+def pair_layers(student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
     """The features that belong together, in order of depth."""
     return zip(student.features.values(), teacher.features.values(), strict=True)
 
@@ -89,12 +89,12 @@ def probed_embeddings(pair: Pair) -> tuple[int, int]:
 def _probed(pair: Pair, only_one: bool) -> list[tuple[Tensor, Tensor]]:
     given = len(pair.student.features)
     require(given == 1 or not only_one, f"this method compares one layer, {given} were given: name one")
-    return list(paired(pair.student, pair.teacher))
+    return list(pair_layers(pair.student, pair.teacher))
 
 
 def embeddings(student: Outputs, teacher: Outputs) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b e"]]:
     """The one feature of each network, flattened."""
-    ((ours, theirs),) = paired(student, teacher)
+    ((ours, theirs),) = pair_layers(student, teacher)
     return ours.flatten(1), theirs.flatten(1)
 
 

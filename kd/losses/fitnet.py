@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kd.config.methods import FitNetConfig
 from kd.errors import require
-from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
+from kd.losses.features import FeatureLoss, pair_layers, probed_maps, same_size
 from kd.types import Batch, Outputs, Pair, Stages
 
 
@@ -37,7 +37,7 @@ class FitNet(FeatureLoss):
         self.regressor = nn.Sequential(nn.Conv2d(student.shape[1], channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        ((student_map, teacher_map),) = paired(student, teacher)
+        ((student_map, teacher_map),) = pair_layers(student, teacher)
         student_map, teacher_map = same_size(student_map, teacher_map)
         term = hint_loss(self.regressor(student_map), teacher_map)
         return self.usual_terms(student, teacher, batch) | {"fitnet": self.config.weight * term}

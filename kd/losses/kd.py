@@ -49,7 +49,7 @@ class KD(DistillationLoss):
         }
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
-        return softened(self.config, teacher, self.config.temperature)
+        return soft_logits(self.config, teacher, self.config.temperature)
 
 
 #: (kd.losses.standardize) Logit standardisation (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427).
@@ -74,6 +74,6 @@ def logits_of(
     return student.logits, teacher.logits
 
 
-def softened(config: LogitFlags, teacher: Outputs, temperature: float) -> Float[Tensor, "b k"]:
+def soft_logits(config: LogitFlags, teacher: Outputs, temperature: float) -> Float[Tensor, "b k"]:
     """The teacher's logits as a method compares them."""
     return (standardize(teacher.logits) if config.standardize else teacher.logits) / temperature

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kd.config.methods import SimKDConfig
 from kd.errors import require
-from kd.losses.features import FeatureLoss, paired, pool_to, probed_maps
+from kd.losses.features import FeatureLoss, pair_layers, pool_to, probed_maps
 from kd.losses.fitnet import hint_loss
 from kd.models.features import Tap
 from kd.types import Batch, Outputs, Pair, Stages
@@ -80,7 +80,7 @@ class SimKD(FeatureLoss):
         self.student_layers = ("projector",)  # of the deployed network
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        ((ours, theirs),) = paired(student, teacher)
+        ((ours, theirs),) = pair_layers(student, teacher)
         term = hint_loss(ours, pool_to(theirs, ours.shape[2:]))
         terms = self.usual_terms(student, teacher, batch) | {"simkd": self.config.weight * term}
         del terms["ce"]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd.config.methods import SPConfig
 from kd.losses.base import global_batch
-from kd.losses.features import FeatureLoss, paired
+from kd.losses.features import FeatureLoss, pair_layers
 from kd.types import Batch, Outputs, Stages
 
 
@@ -31,6 +31,6 @@ class SimilarityPreserving(FeatureLoss):
         return stages.maps[-1:]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        pairs = [(global_batch(ours), global_batch(theirs)) for ours, theirs in paired(student, teacher)]
+        pairs = [(global_batch(ours), global_batch(theirs)) for ours, theirs in pair_layers(student, teacher)]
         term = sum(similarity_preserving_loss(*maps) for maps in pairs)
         return self.usual_terms(student, teacher, batch) | {"sp": self.config.weight * term}

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd.config.methods import VIDConfig
-from kd.losses.features import FeatureLoss, paired, probed_maps, same_size
+from kd.losses.features import FeatureLoss, pair_layers, probed_maps, same_size
 from kd.types import Batch, Outputs, Pair, Stages
 
 EPS = 1e-5  # the smallest variance
@@ -61,5 +61,5 @@ class VID(FeatureLoss):
         self.predictors = nn.ModuleList(Predictor(*size, config.initial_variance) for size in sizes)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        term = sum(predictor(*maps) for predictor, maps in zip(self.predictors, paired(student, teacher)))
+        term = sum(predictor(*maps) for predictor, maps in zip(self.predictors, pair_layers(student, teacher)))
         return self.usual_terms(student, teacher, batch) | {"vid": self.config.weight * term}

@@ -35,10 +35,10 @@ class Resize(nn.Module):
 def resized(network: nn.Module, size: tuple[int, int], data: Data) -> None:
     """Make it take the data's images, where it expects another size."""
     if size != tuple(data.size):
-        take(network, size)
+        resize_input(network, size)
 
 
-def take(network: nn.Module, size: tuple[int, int]) -> None:
+def resize_input(network: nn.Module, size: tuple[int, int]) -> None:
     """Bring whatever enters the network to `size` first, before what it may do to images already."""
     resize = Resize(size)
     network.register_forward_pre_hook(lambda _, images: resize(*images), prepend=True)

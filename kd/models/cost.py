@@ -12,7 +12,7 @@ from torch import nn
 ROUNDS, PATIENCE = (5, 100), 30.0  # at least and at most; seconds
 
 
-def interleaved(pieces: Mapping[str, Callable[[], object]], patience: float = PATIENCE) -> dict[str, float]:
+def time_interleaved(pieces: Mapping[str, Callable[[], object]], patience: float = PATIENCE) -> dict[str, float]:
     """Median seconds of each piece, the pieces taking turns: what disturbs the machine disturbs all alike.
 
     The first round warms up and is not counted. After `patience` seconds no more than the least rounds are made.
@@ -45,7 +45,7 @@ def count_macs(network: nn.Module, image_size: tuple[int, int]) -> int:
     return counter.get_total_flops() // 2  # the library counts a multiply-accumulate as two
 
 
-def machine(threads: int = THREADS) -> str:
+def describe_machine(threads: int = THREADS) -> str:
     """The CPU's name as far as the system tells it, and the threads used: what a latency belongs to."""
     name = platform.processor() or platform.machine()
     try:

@@ -28,7 +28,7 @@ class Tap:
             return modules[layer].register_forward_hook(partial(self._keep_output, layer))
         module = layer.removesuffix(INPUT)
         if layer == module or module not in modules:
-            raise UserError(f"no layer {layer!r}: {there_are(modules, layer)}")
+            raise UserError(f"no layer {layer!r}: {list_layers(modules, layer)}")
         return modules[module].register_forward_pre_hook(partial(self._keep_input, layer))
 
     def _keep_output(self, layer: str, module: nn.Module, inputs: tuple, output: object) -> None:
@@ -58,7 +58,7 @@ class Tap:
             hook.remove()
 
 
-def there_are(modules: Collection[str], wrong: str = "") -> str:
+def list_layers(modules: Collection[str], wrong: str = "") -> str:
     """Which layers a network has: those like a wrong name, else all that are not inside another one."""
     close = difflib.get_close_matches(wrong, modules, n=3, cutoff=0.6)
     if close:

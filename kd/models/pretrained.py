@@ -19,13 +19,13 @@ from kd.errors import UserError, require
 from kd.models import LIBRARIES, build_model, check_name, libraries
 from kd.utils.files import not_finite, read_json, read_weights, without_prefixes
 
-NEW_HEAD = "--fine-tune-teacher trains a last layer for them"
+NEW_HEAD_ADVICE = "--fine-tune-teacher trains a last layer for them"
 
 
-WITHOUT = ("googlenet", "inception_v3")  # rescale their images inside when pretrained, and only then
+RESCALES_INSIDE = ("googlenet", "inception_v3")  # rescale their images inside when pretrained, and only then
 
 
-class Foreign(NamedTuple):
+class Pretrained(NamedTuple):
     """A network from elsewhere, as it expects to be used."""
 
     model: str  # as build_model takes it
@@ -45,52 +45,55 @@ class Foreign(NamedTuple):
         return digest.hexdigest()
 
 
-def is_foreign(name: str) -> bool:
+def is_pretrained(name: str) -> bool:
     """Whether --teacher names no run: torchvision/NAME, timm/NAME, or a file of weights."""
     library, _, short = name.partition("/")
     pretrained = library in LIBRARIES and bool(short) and not Path(name).is_dir()
     return pretrained or Path(name).suffix in (*PICKLED, ".safetensors")
 
 
-def read(name: str, model: str) -> Foreign:
+def load_pretrained(name: str, model: str) -> Pretrained:
     """Fetch or open it; `model` says what network the weights of a file are for.
 
     Raises: UserError where it cannot be fetched or read, or does not say what it expects.
     """
     library, _, short = name.partition("/")
     if library not in LIBRARIES or Path(name).is_file():
-        path = expanded(name)
+        path = expand_user(name)
         expects = expectations(path)
-        return Foreign(model, weights_in(path), *expects)
-    check(name, model)
+        return Pretrained(model, read_tensors(path), *expects)
+    check_pretrained(name, model)
     return {"torchvision": _from_torchvision, "timm": _from_timm}[library](name, short)
 
 
-def check(name: str, model: str) -> None:
+def check_pretrained(name: str, model: str) -> None:
     """Raises UserError where it cannot be what `read` wants, as far as is known without fetching or reading weights."""
     library, _, short = name.partition("/")
     if library not in LIBRARIES or Path(name).is_file():
-        expectations(expanded(name))
+        expectations(expand_user(name))
         check_name(model)
         return
     check_name(name)
-    rescales = library == "torchvision" and short in WITHOUT
+    rescales = library == "torchvision" and short in RESCALES_INSIDE
     require(not rescales, f"--teacher {name}: rescales its images inside; take timm/{short}, which does not")
 
 
-def build(foreign: Foreign, name: str) -> nn.Module:
+def build_pretrained(foreign: Pretrained, name: str) -> nn.Module:
     """The network as it is, with its own classes."""
-    require(bool(foreign.classes), f"--teacher {name}: its classes have no names to match with the data's; {NEW_HEAD}")
+    require(
+        bool(foreign.classes),
+        f"--teacher {name}: its classes have no names to match with the data's; {NEW_HEAD_ADVICE}",
+    )
     network = build_model(foreign.model, len(foreign.classes), foreign.image_size)
-    _load(network, foreign.weights, name, foreign.model)
+    load_into(network, foreign.weights, name, foreign.model)
     return network
 
 
-def origin_of(foreign: Foreign, name: str) -> Origin:
+def origin_of(foreign: Pretrained, name: str) -> Origin:
     return Origin(name, foreign.sha256, foreign.image_size, foreign.mean, foreign.std)
 
 
-def _load(network: nn.Module, weights: dict[str, Tensor], name: str, model: str) -> None:
+def load_into(network: nn.Module, weights: dict[str, Tensor], name: str, model: str) -> None:
     bad = not_finite(weights)
     require(bad is None, f"--teacher {name}: {bad} holds NaN or infinity; no network was ever scored with that")
     try:
@@ -103,7 +106,7 @@ def _load(network: nn.Module, weights: dict[str, Tensor], name: str, model: str)
         ) from error
 
 
-def _from_torchvision(name: str, short: str) -> Foreign:
+def _from_torchvision(name: str, short: str) -> Pretrained:
     import torchvision
 
     weights = torchvision.models.get_model_weights(short).DEFAULT
@@ -116,10 +119,10 @@ def _from_torchvision(name: str, short: str) -> Foreign:
     # DenseNets' files name their layers as torchvision did before 2018.
     tensors = {re.sub(r"(layer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key): value for key, value in tensors.items()}
     size = (expects.crop_size[0],) * 2
-    return Foreign(name, tensors, tuple(weights.meta["categories"]), size, tuple(expects.mean), tuple(expects.std))
+    return Pretrained(name, tensors, tuple(weights.meta["categories"]), size, tuple(expects.mean), tuple(expects.std))
 
 
-def _from_timm(name: str, short: str) -> Foreign:
+def _from_timm(name: str, short: str) -> Pretrained:
     timm = libraries.timm_library()
     try:
         network = timm.create_model(short, pretrained=True)
@@ -130,7 +133,7 @@ def _from_timm(name: str, short: str) -> Foreign:
     if not classes and subset:
         classes = timm.data.ImageNetInfo(subset).label_descriptions()
     size = tuple(expects["input_size"][1:])
-    return Foreign(name, network.state_dict(), tuple(classes), size, tuple(expects["mean"]), tuple(expects["std"]))
+    return Pretrained(name, network.state_dict(), tuple(classes), size, tuple(expects["mean"]), tuple(expects["std"]))
 
 
 def _unreachable(name: str, error: Exception, also: str) -> str:
@@ -150,7 +153,9 @@ PICKLED = (".pth", ".pt")
 NESTED = ("state_dict", "model_state_dict", "model")  # under which other people's checkpoints keep the weights
 
 
-BESIDE = '{"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "classes": [...]}'
+EXPECTED_JSON = (
+    '{"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "classes": [...]}'
+)
 
 
 class Expected(NamedTuple):
@@ -162,7 +167,7 @@ class Expected(NamedTuple):
     std: tuple[float, ...]
 
 
-def expanded(name: str) -> Path:
+def expand_user(name: str) -> Path:
     """`name` with its ~ resolved. Raises UserError for a user that is not there."""
     try:
         return Path(name).expanduser()
@@ -174,7 +179,10 @@ def expectations(path: Path) -> Expected:
     """What FILE.json beside a file of weights says. Raises UserError where it says too little, or of another scale."""
     require(path.is_file(), f"--teacher {path}: no such file")
     beside = path.with_suffix(".json")
-    require(beside.is_file(), f"--teacher {path}: weights alone do not say what they expect; write {beside}: {BESIDE}")
+    require(
+        beside.is_file(),
+        f"--teacher {path}: weights alone do not say what they expect; write {beside}: {EXPECTED_JSON}",
+    )
     info = read_json(beside)
     whole = f"{beside} is of a run, which is more than its weights: name the run folder, --teacher {path.parent}"
     require("model" not in info, whole)
@@ -185,13 +193,13 @@ def expectations(path: Path) -> Expected:
         sound = len(size) == 2 and len(mean) == len(std) == 3 and min(size) > 0
     except (KeyError, TypeError, ValueError):
         sound = False
-    require(sound, f"{beside}: wanted is {BESIDE}")
+    require(sound, f"{beside}: wanted is {EXPECTED_JSON}")
     shares = all(0 <= part <= 1 for part in mean) and all(0 < part <= 1 for part in std)
-    require(shares, f"{beside}: mean and std are shares of 255, from 0 to 1; wanted is {BESIDE}")
+    require(shares, f"{beside}: mean and std are shares of 255, from 0 to 1; wanted is {EXPECTED_JSON}")
     return Expected(classes, size, mean, std)
 
 
-def weights_in(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises UserError where it holds anything else."""
     return _unpickled(path) if path.suffix in PICKLED else read_weights(path)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kd.errors import UserError, require
 from kd.report.document import Block, Heading, Lines, Table, markdown, page
-from kd.runs.results import Other, collect
+from kd.runs.results import Other, collect_runs
 from kd.utils.console import console
 from kd.utils.files import write_atomically
 
@@ -31,7 +31,7 @@ def write_report(
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        runs, others = collect(patterns)
+        runs, others = collect_runs(patterns)
         nothing = not runs and not failures and all(other.state == "missing" for other in others)
         require(not nothing, f"{' '.join(patterns)}: no such folder, and no folder matches; a study makes some")
         costs = Costs(out / "costs.json", trust_code, afresh, trained)

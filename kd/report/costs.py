@@ -10,7 +10,7 @@ import torch
 
 from kd.config import CompressConfig
 from kd.errors import UserError
-from kd.models.cost import THREADS, count_macs, interleaved, machine
+from kd.models.cost import THREADS, count_macs, describe_machine, time_interleaved
 from kd.runs.load import load_network
 from kd.runs.results import Run
 from kd.utils.files import read_json, write_json
@@ -31,7 +31,7 @@ class Cost(NamedTuple):
     milliseconds: float
 
 
-def measure(folder: Path, trust_code: bool) -> Cost:
+def measure_cost(folder: Path, trust_code: bool) -> Cost:
     """Load the run's network and time it. Raises UserError where it cannot be loaded."""
     trained = load_network(folder, trust_code)
     size = tuple(trained.info["image_size"])
@@ -39,7 +39,7 @@ def measure(folder: Path, trust_code: bool) -> Cost:
     with same_threads(), torch.no_grad():
         torch.set_num_threads(THREADS)
         macs = count_macs(trained.network, size)
-        (seconds,) = interleaved({"network": lambda: trained.network(image)}, PATIENCE).values()
+        (seconds,) = time_interleaved({"network": lambda: trained.network(image)}, PATIENCE).values()
     return Cost(macs, (folder / "model.safetensors").stat().st_size, 1000 * seconds)
 
 
@@ -49,7 +49,7 @@ class Costs:
     def __init__(self, path: Path, trust_code: bool, afresh: bool, trained: Collection[Path] = ()):
         self.path, self.trust_code = path, trust_code
         self.trained = {folder.resolve() for folder in trained}  # runs whose code this command has run already
-        self.where, self.notes = machine(), {}
+        self.where, self.notes = describe_machine(), {}
         self._kept: dict[str, Cost] = {}
         if not afresh and path.exists():
             try:
@@ -66,7 +66,7 @@ class Costs:
         key += f" {json.dumps(asked, sort_keys=True)}" if asked else ""
         if key not in self._kept:
             try:
-                self._kept[key] = measure(run.path, self.trust_code or run.path.resolve() in self.trained)
+                self._kept[key] = measure_cost(run.path, self.trust_code or run.path.resolve() in self.trained)
             except Exception as error:  # the network may be anybody's code: whatever it raises, the report goes on
                 self.notes[str(run.path)] = str(error)
                 return None

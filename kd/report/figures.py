@@ -12,7 +12,7 @@ from kd.report.costs import Costs
 from kd.report.document import Block, Figure
 from kd.report.groups import ALONE, TEACHER, Group
 from kd.report.statistics import mean_and_deviation
-from kd.runs.results import Run, class_names, history, test_answers
+from kd.runs.results import Run, class_names, read_history, read_test_logits
 
 TEACHERS = 3  # that Fig. 2 has room for
 
@@ -35,7 +35,7 @@ def grids(groups: list[Group]) -> list[tuple[list[Group], list[str]]]:
     return found
 
 
-def chosen(groups: list[Group]) -> Group | None:
+def chosen_runs(groups: list[Group]) -> Group | None:
     """The method that the figures show: the best on validation, or the first where there is no validation."""
     methods = [group for group in groups if group.distilled and group.tested]
     return max(methods, key=lambda group: group.mean("val_top1_last") or 0.0, default=None)
@@ -56,7 +56,7 @@ class Gallery:
         self.groups, self.costs, self.prefix = groups, costs, prefix
         self.notes: list[str] = []
         self.figures: list[Block] = []
-        method = chosen(groups)
+        method = chosen_runs(groups)
         self.method = method
         self.alone = next((c for c in method.controls if c.kind == ALONE), None) if method else None
         self.teachers = [group for group in groups if group.kind == TEACHER]
@@ -97,7 +97,7 @@ class Gallery:
         return group.label if len(alike) == 1 else f"{group.label}, {group.model}"
 
     def _curves(self, name: str, title: str, groups: list[Group]) -> None:
-        curves = {self._title(group): self._read(group.runs, history) for group in groups}
+        curves = {self._title(group): self._read(group.runs, read_history) for group in groups}
         curves = {label: histories for label, histories in curves.items() if histories}
         if curves:
             caption = "Mean over seeds. The training loss is the method's own sum of terms, on augmented images."
@@ -122,7 +122,7 @@ class Gallery:
         """The figures that need the logits which runs keep; the test set itself is not read."""
         method, alone = self.method, self.alone
         groups = [group for group in (*self.teachers[:1], alone, method) if group]
-        read = {group.label: self._read(group.tested, lambda r: (r.seed, *test_answers(r))) for group in groups}
+        read = {group.label: self._read(group.tested, lambda r: (r.seed, *read_test_logits(r))) for group in groups}
         if not read[method.label]:
             return
         shape = read[method.label][0][1].shape

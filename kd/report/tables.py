@@ -19,11 +19,11 @@ SCORES = (
 CALIBRATION = (("test_nll", "NLL", ".4f"), ("test_ece", "ECE", ".2f"), ("agreement", "agreement", ".2f"))
 
 
-EACH = (*SCORES, *CALIBRATION)
+RUN_COLUMNS = (*SCORES, *CALIBRATION)
 
 
 def accuracy_table(groups: list[Group]) -> Table:
-    rows = taught_from_elsewhere(groups)
+    rows = external_teachers(groups)
     for group in groups:
         cells = [group.cell(key, style) for key, _, style in SCORES]
         rows.append((group.label, group.model, group.count, *cells))
@@ -35,7 +35,7 @@ def accuracy_table(groups: list[Group]) -> Table:
     return Table(("network", "model", "seeds", *(title for _, title, _ in SCORES)), rows, note, words=2)
 
 
-def taught_from_elsewhere(groups: list[Group]) -> list[tuple[str, ...]]:
+def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:
     """Rows of the teachers that are no runs here, with the one number that is known of them."""
     rows = {}
     for group in groups:
@@ -85,7 +85,7 @@ def gain_table(groups: list[Group]) -> Table | None:
     return Table(head, rows, note, words=3, remark=True)
 
 
-def verdicts(groups: list[Group]) -> Lines:
+def format_verdicts(groups: list[Group]) -> Lines:
     """The answer in words, one line a method."""
     lines = []
     for group in groups:
@@ -107,18 +107,23 @@ def run_table(groups: list[Group]) -> Table:
     rows = []
     for group in groups:
         for run in group.runs:
-            shown = [(run.summary.get(key), style, unread(key, [run])) for key, _, style in EACH]
+            shown = [(run.summary.get(key), style, unread(key, [run])) for key, _, style in RUN_COLUMNS]
             cells = [empty if value is None else f"{value:{style}}" for value, style, empty in shown]
             best = run.summary["best_epoch"]
             rows.append((str(run.path), group.label, str(run.seed), "" if best is None else str(best), *cells))
-    head = ("run folder", "network", "seed", "best epoch", *(title for _, title, _ in EACH))
+    head = ("run folder", "network", "seed", "best epoch", *(title for _, title, _ in RUN_COLUMNS))
     return Table(head, rows, words=2, quiet=True)
 
 
 def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[list[Block], list[str]]:
     """All blocks on one set of images, and what could not be shown."""
     gallery = Gallery(groups, costs, prefix)
-    blocks: list[Block] = [Heading(2, f"On {name}"), verdicts(groups), Heading(3, "Accuracy"), accuracy_table(groups)]
+    blocks: list[Block] = [
+        Heading(2, f"On {name}"),
+        format_verdicts(groups),
+        Heading(3, "Accuracy"),
+        accuracy_table(groups),
+    ]
     rare = rare_table(groups)
     if rare:
         blocks += [Heading(3, "Common and rare classes"), rare]

@@ -18,20 +18,30 @@ from kd.data import Data
 from kd.data.sources import BUILT_IN
 from kd.errors import UserError, require
 from kd.runs import checkpoint
-from kd.runs.results import finished, weights_of
+from kd.runs.results import finished_summary, weights_sha256
 from kd.utils.files import read_json, write_json
 from kd.utils.processes import wait_for
 from kd.utils.system import Lock
 
 # Flags younger than the first runs: at these values they say nothing, and those runs keep their identity and folder.
-YOUNGER = {"imbalance": 1.0, "balance": "none", "stored_size": None, "stream": False, "shuffle_rows": 4096}
+DEFAULTS_OF_NEWER_FLAGS = {
+    "imbalance": 1.0,
+    "balance": "none",
+    "stored_size": None,
+    "stream": False,
+    "shuffle_rows": 4096,
+}
 
 
-YOUNGER |= {"resized_crop": 0.0, "colour_jitter": 0.0}
+DEFAULTS_OF_NEWER_FLAGS |= {"resized_crop": 0.0, "colour_jitter": 0.0}
 
 
-def without_younger(flags: dict) -> dict:
-    return {key: value for key, value in flags.items() if key not in YOUNGER or value != YOUNGER[key]}
+def without_newer_defaults(flags: dict) -> dict:
+    return {
+        key: value
+        for key, value in flags.items()
+        if key not in DEFAULTS_OF_NEWER_FLAGS or value != DEFAULTS_OF_NEWER_FLAGS[key]
+    }
 
 
 @dataclass
@@ -56,7 +66,7 @@ class RunFolder:
             self.lock.close()
 
 
-def identity_of(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None) -> dict:
+def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None) -> dict:
     """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
     parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
     # Where and how it lies does not matter; what it holds does, and of a stream the order that it comes in.
@@ -64,12 +74,12 @@ def identity_of(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str
         del parts["data"][name]
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     flat = {key: value for part in parts.values() for key, value in part.items()}
-    flat = without_younger(flat)
+    flat = without_newer_defaults(flat)
     if job.cache.cache_teacher and teacher_sha:
         flat |= dataclasses.asdict(job.cache)
     if job.compress.asked:
         init = job.compress.init  # its weights matter, not where it lies
-        flat |= job.compress.asked | ({"init": weights_of(Path(init))} if init else {})
+        flat |= job.compress.asked | ({"init": weights_sha256(Path(init))} if init else {})
     if job.origin:
         flat["origin"] = job.origin.sha256
     flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha}
@@ -81,7 +91,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
 
     Raises: UserError where the folder holds something else, another process works in it, or it cannot be written.
     """
-    identity = identity_of(job, data, accelerator, teacher_sha)
+    identity = run_identity(job, data, accelerator, teacher_sha)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
     run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
@@ -92,16 +102,16 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
                 run.path.exists() or not job.run.resume,
                 f"--resume: {run.path} has no checkpoint; leave the flag out to start",
             )
-            run.lock = _enter(run.path)
+            run.lock = _make_folder(run.path)
         if job.run.auto_resume:  # a teacher or control on the way may be in the making for another student: share it
             wait_for(run.lock, f"waiting for another process to finish {run.path}", accelerator)
         elif main:
             require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
         if main:
-            _look(run, job)
+            _read_state(run, job)
             if run.summary is None and not run.resuming:
                 run.wandb_id = uuid.uuid4().hex[:8]
-                write_json(run.path / "config.json", record(job, run.identity, run.wandb_id, data, accelerator))
+                write_json(run.path / "config.json", run_config(job, run.identity, run.wandb_id, data, accelerator))
     except BaseException as error:
         run.release()
         if isinstance(error, OSError):
@@ -109,13 +119,13 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
         raise
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        run.summary = finished(run.path, job.run.test)
+        run.summary = finished_summary(run.path, job.run.test)
         run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
     accelerator.wait_for_everyone()  # nobody trains before all have looked
     return run
 
 
-def _enter(path: Path) -> Lock:
+def _make_folder(path: Path) -> Lock:
     """Make the folder, or see that it is a run's."""
     path.mkdir(parents=True, exist_ok=True)
     # What a kill in the middle of the very first write leaves is nothing of value.
@@ -127,7 +137,7 @@ def _enter(path: Path) -> Lock:
     return Lock(path / "lock")
 
 
-def _look(run: RunFolder, job: Job) -> None:
+def _read_state(run: RunFolder, job: Job) -> None:
     """Whether the folder's run is this one, new, to be resumed, or finished; raises UserError where it is none."""
     path = run.path
     if (path / "config.json").exists():
@@ -136,9 +146,9 @@ def _look(run: RunFolder, job: Job) -> None:
         require(isinstance(theirs, dict), f"{path / 'config.json'} is no run's; choose another --out")
         _check_same(path, theirs, run.identity)
         run.wandb_id = str(record.get("wandb_id", ""))
-    run.summary = finished(path, job.run.test)
+    run.summary = finished_summary(path, job.run.test)
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
-    if run.summary is None and finished(path) is not None:  # trained, and only the test split is unread
+    if run.summary is None and finished_summary(path) is not None:  # trained, and only the test split is unread
         require(run.resuming, f"{path} never read the test split and has no checkpoint left to do it from; remove it")
     elif run.summary is None:
         require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
@@ -173,7 +183,7 @@ def _check_same(path: Path, theirs: dict, ours: dict) -> None:
 #: (kd.record) What config.json tells of a run: its flags, versions and machine.
 
 
-def record(job: Job, identity: dict, wandb_id: str, data: Data, accelerator: Accelerator) -> dict:
+def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator: Accelerator) -> dict:
     source = job.data.source
     packages = ("torch", "torchvision", "accelerate", "datasets", "numpy")
     return {

@@ -6,11 +6,11 @@ from typing import NamedTuple
 from torch import nn
 
 from kd.errors import UserError, require
-from kd.runs.results import _checked, read_model
+from kd.runs.results import checked_weights_sha256, read_model
 from kd.utils.files import load_weights
 
 
-class Trained(NamedTuple):
+class TrainedNetwork(NamedTuple):
     """A finished run's network, in eval mode on the CPU, and what it expects."""
 
     network: nn.Module
@@ -19,13 +19,13 @@ class Trained(NamedTuple):
     summary: dict
 
 
-def load_network(folder: Path, trust_code: bool) -> Trained:
+def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
     """Read a finished run's network from safetensors and JSON; nothing is unpickled.
 
     Raises: UserError where the folder is no finished run, or its network is code of the user's own and not trusted.
     """
     from kd.models import build_model, is_users_own
-    from kd.models.adapt import take
+    from kd.models.adapt import resize_input
 
     info, summary = read_model(folder)
     require(
@@ -39,11 +39,11 @@ def load_network(folder: Path, trust_code: bool) -> Trained:
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{folder / 'model.json'}: its network cannot be built ({str(error)[:200]})") from error
     network = _rebuilt(network, info, folder)
-    sha256 = _checked(folder, summary)
+    sha256 = checked_weights_sha256(folder, summary)
     load_weights(network, folder / "model.safetensors")
     if size != tuple(info["image_size"]):
-        take(network, size)
-    return Trained(network.eval(), info, sha256, summary)
+        resize_input(network, size)
+    return TrainedNetwork(network.eval(), info, sha256, summary)
 
 
 def _rebuilt(network: nn.Module, info: dict, folder: Path) -> nn.Module:

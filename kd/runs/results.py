@@ -14,7 +14,7 @@ from kd.metrics import top_k
 from kd.runs import checkpoint
 from kd.utils.files import is_number, read_json, read_json_lines, read_weights, sha256_file
 
-MARKS = ("config.json", "summary.json", "model.json", "checkpoint")  # any of them makes a folder a run's
+RUN_FILES = ("config.json", "summary.json", "model.json", "checkpoint")  # any of them makes a folder a run's
 
 
 TEXT, NUMBER = (str,), (int, float)
@@ -73,7 +73,7 @@ class Run:
         return self.summary["test_top1"] is not None
 
 
-def collect(patterns: list[str]) -> tuple[list[Run], list[Other]]:
+def collect_runs(patterns: list[str]) -> tuple[list[Run], list[Other]]:
     """Every run that the folders or globs name, those in folders of runs included; nothing is left out silently."""
     runs, others, seen = {}, [], set()
     for pattern in patterns:
@@ -106,7 +106,7 @@ def _search(path: Path) -> list[tuple[Path, str | None]]:
         entries = sorted(path.iterdir())
     except OSError as error:
         return [(path, f"cannot be read ({error.strerror})")]
-    if any(entry.name in MARKS for entry in entries):
+    if any(entry.name in RUN_FILES for entry in entries):
         return [(path, None)]
     below = [found for entry in entries if entry.is_dir() for found in _follow(entry)]
     if any(why is None for _, why in below):
@@ -116,7 +116,7 @@ def _search(path: Path) -> list[tuple[Path, str | None]]:
 
 def _follow(entry: Path) -> list[tuple[Path, str | None]]:
     """Links are followed to run folders alone: others might lead round in a circle."""
-    if entry.is_symlink() and not any((entry / mark).exists() for mark in MARKS):
+    if entry.is_symlink() and not any((entry / mark).exists() for mark in RUN_FILES):
         return [(entry, "a link; name the folder that it points to")]
     return _search(entry)
 
@@ -232,7 +232,7 @@ WHOLE = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def history(run: Run) -> list[dict]:
+def read_history(run: Run) -> list[dict]:
     """The epochs' lines of metrics.jsonl. Raises UserError where they cannot be read."""
     path = run.path / "metrics.jsonl"
     lines = read_json_lines(path)
@@ -243,7 +243,7 @@ def history(run: Run) -> list[dict]:
     return lines
 
 
-def test_answers(run: Run) -> tuple:
+def read_test_logits(run: Run) -> tuple:
     """Logits (n x k) and labels (n) of the test split as they were scored. Raises UserError where they are not there.
 
     What does not give the summary's accuracy is another run's, and refused.
@@ -277,7 +277,7 @@ def class_names(run: Run, count: int) -> list[str]:
     )
 
 
-def finished(path: Path, tested: bool = False) -> dict | None:
+def finished_summary(path: Path, tested: bool = False) -> dict | None:
     """A finished run's summary; with `tested`, of one that has read the test split as well."""
     if not (path / "summary.json").exists():
         return None
@@ -289,7 +289,7 @@ def finished(path: Path, tested: bool = False) -> dict | None:
 def read_model(folder: Path) -> tuple[dict, dict]:
     """A finished run's model.json and summary.json. Raises UserError where the folder holds none."""
     require(folder.is_dir(), f"{folder}: no such run folder")
-    summary = finished(folder)
+    summary = finished_summary(folder)
     require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
     require(isinstance(summary.get("model"), str), f"{folder / 'summary.json'} names no model")
     info = read_json(folder / "model.json")
@@ -297,13 +297,13 @@ def read_model(folder: Path) -> tuple[dict, dict]:
     return info, summary
 
 
-def weights_of(folder: Path) -> str:
+def weights_sha256(folder: Path) -> str:
     """The sha256 of a finished run's weights. Raises UserError where the folder holds none, or others."""
     _, summary = read_model(folder)
-    return _checked(folder, summary)
+    return checked_weights_sha256(folder, summary)
 
 
-def _checked(folder: Path, summary: dict) -> str:
+def checked_weights_sha256(folder: Path, summary: dict) -> str:
     """The sha256 of the weights, seen to be the one that the run wrote down (since it does)."""
     path = folder / "model.safetensors"
     require(path.is_file(), f"{path} is not there: copy the whole run folder")

@@ -41,7 +41,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
     elif control is None and summary["method"] != "none":
         wide.print(Text("student alone: not measured; the same command with --control measures it"))
     elif control is not None:
-        wide.print(Text(verdict(summary, control)))
+        wide.print(Text(format_verdict(summary, control)))
     wide.print(Text(f"run folder: {student}"), soft_wrap=True)  # one line, for programs that read it
 
 
@@ -115,7 +115,7 @@ def _count(params: int | None) -> str:
     return f"{params / 1e6:.2f}M" if params >= 1e6 else f"{params / 1e3:.1f}k"
 
 
-def verdict(student: dict, control: dict) -> str:
+def format_verdict(student: dict, control: dict) -> str:
     """What one seed's difference in test accuracy says, beside the noise of a test set of that size."""
     gain, images = student["test_top1"] - control["test_top1"], student["test_images"]
     noise = images_noise(student["test_top1"], control["test_top1"], images)

@@ -23,7 +23,7 @@ from kd.study.plan import Study, read_command_line
 from kd.study.runner import Runner, Task
 
 
-def pick(tasks: list[Task]) -> int:
+def pick_setting(tasks: list[Task]) -> int:
     """The setting that was best on validation after its last epoch; of equals the one with the lower loss.
 
     Raises UserError where none has finished, or there is no validation split.
@@ -45,7 +45,7 @@ def pick(tasks: list[Task]) -> int:
     return min(scores, key=scores.get)
 
 
-def carry_out(study: Study) -> list[Task]:
+def run_study(study: Study) -> list[Task]:
     """Run everything there is to run; each task knows how it ended. Raises UserError before any has started."""
     first, controls = study.teacher(), study.controls()
     sweeps = {method: study.settings(method) for method in study.methods}
@@ -69,7 +69,7 @@ def carry_out(study: Study) -> list[Task]:
             flags, why = settings[0], without
             if method in swept and not without:
                 try:
-                    flags = settings[pick(trials[method])]
+                    flags = settings[pick_setting(trials[method])]
                     runner.say(f"{method}: picked {' '.join(flags)} on validation")
                 except UserError as error:
                     why = str(error)
@@ -97,13 +97,13 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
     if not config.teachers:
         check_name(config.teacher_model)
     for name in config.teachers:
-        if not pretrained.is_foreign(name):
+        if not pretrained.is_pretrained(name):
             load_network(local_folder(name), config.trust_code or not config.teacher)  # --init is the user's own
             continue
-        found = pretrained.read(name, config.teacher_model)
+        found = pretrained.load_pretrained(name, config.teacher_model)
         check_name(found.model)
         if not config.fine_tune_teacher:
-            pretrained.build(found, name)
+            pretrained.build_pretrained(found, name)
 
 
 def teachers_of(runs: list[Path]) -> list[str]:
@@ -132,7 +132,7 @@ def main(args: list[str] | None = None) -> list[Task]:
     from kd.report.build import show, write_report  # they import torch, which --help need not wait for
     from kd.runs.results import Other
 
-    tasks = carry_out(study)
+    tasks = run_study(study)
     failed = [task for task in tasks if task.failure]
     trained = [task.folder for task in tasks if task.folder]
     folders = [*map(str, trained), *teachers_of(trained), *(name for name in config.teachers if Path(name).is_dir())]

@@ -10,7 +10,7 @@ from kd.config import METHODS, DistillConfig
 from kd.config.cli import parse
 from kd.config.presets import PRESETS, distill_defaults, train_defaults
 from kd.errors import nearest, require
-from kd.study.runner import Task, read_launch
+from kd.study.runner import Task, parse_launch_flags
 from kd.utils.system import cores
 
 GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views says otherwise: what one cache holds
@@ -19,7 +19,16 @@ GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views sa
 SMOOTHING = "0.1"  # of the second control; the share that its paper uses (arXiv:1512.00567, section 7)
 
 
-OURS = ("--seed", "--resume", "--auto-resume", "--resume-inexact", "--control", "--no-control", "--test", "--no-test")
+STUDY_FLAGS = (
+    "--seed",
+    "--resume",
+    "--auto-resume",
+    "--resume-inexact",
+    "--control",
+    "--no-control",
+    "--test",
+    "--no-test",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +120,7 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     given, rest = parser.parse_known_args(args)
     rest = [_as_we_write_it(word) for word in rest]
     _check(given, rest)
-    launch = read_launch(given.launch, given.jobs)
+    launch = parse_launch_flags(given.launch, given.jobs)
     if given.jobs > 1 and not any(word.startswith("--threads") for word in rest):
         rest += ["--threads", str(max(cores() // given.jobs, 1))]
     methods, seeds = tuple(dict.fromkeys(given.methods)), tuple(dict.fromkeys(given.seeds))
@@ -140,7 +149,7 @@ def _check(given: argparse.Namespace, rest: list[str]) -> None:
         require(method != "none", "--methods none: the student alone is always run, as a control")
         require(method in METHODS, f"--methods {method}: no such method; {nearest(method, METHODS)}")
     for flag in (word.split("=")[0] for word in rest):
-        require(flag not in OURS, f"{flag}: the study sets it itself; --seeds chooses the seeds")
+        require(flag not in STUDY_FLAGS, f"{flag}: the study sets it itself; --seeds chooses the seeds")
     require(given.jobs >= 1, f"--jobs {given.jobs}: give 1 or more")
     require(not given.out.exists() or given.out.is_dir(), f"--out {given.out}: is a file; name a folder")
 

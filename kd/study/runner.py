@@ -30,7 +30,7 @@ FOLDER = re.compile(r"^run folder: (.+)$", re.MULTILINE)  # what a script prints
 EPOCH = re.compile(r" epoch (\d+)/(\d+) ")
 
 
-def read_launch(words: str, jobs: int) -> tuple[str, ...]:
+def parse_launch_flags(words: str, jobs: int) -> tuple[str, ...]:
     """--launch as single words. Raises UserError where they are none, or want several processes for each of `jobs`."""
     try:
         launch = tuple(shlex.split(words))

@@ -22,11 +22,11 @@ from torch import Tensor
 from kd.config import Job
 from kd.data import Data
 from kd.data.loader import TrainingImages
-from kd.data.rows import place
+from kd.data.rows import place_on
 from kd.errors import Preempted, UserError, require
-from kd.runs.folder import without_younger
-from kd.teachers.live import Teacher, live
-from kd.teachers.load import Frozen
+from kd.runs.folder import without_newer_defaults
+from kd.teachers.live import TeacherLogits, live_logits
+from kd.teachers.load import TeacherNetwork
 from kd.types import Batch, Outputs
 from kd.utils.console import console
 from kd.utils.files import create_map, read_array, read_json, sync_file, write_json
@@ -36,7 +36,7 @@ from kd.utils.system import Lock, StopRequests
 #: (kd.teacher_store) The files that a teacher's kept answers are in, and looking them up.
 
 
-class Store:
+class LogitStore:
     """The files of one cache: `logits.npy` [K, N, W], of W = C columns or k and the rest's; `classes.npy` [K, N, k]."""
 
     def __init__(self, folder: Path, identity: dict):
@@ -119,10 +119,10 @@ class Store:
         for name, array in arrays.items():
             self.open(name, "r+")[view, rows] = array
 
-    def teacher(self, device: torch.device) -> Teacher:
+    def teacher(self, device: torch.device) -> TeacherLogits:
         """Look rows up by (view, index); from the device's memory if they fit there."""
         parts = {name: torch.from_numpy(self.open(name, "c")).flatten(0, 1) for name in self.shapes}
-        placed = {name: place(part, device) for name, part in parts.items()}
+        placed = {name: place_on(part, device) for name, part in parts.items()}
 
         def answer(batch: Batch) -> Outputs:
             # One flat index: a tensor as first of two indices would make the host wait for its value.
@@ -148,25 +148,29 @@ PROBES = 16  # the fewest rows asked at once: 12 or more in a batch give a CPU's
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; halves keep 11 bits
 
 
-def answers(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, layers: tuple[str, ...] = ()) -> Teacher:
+def teacher_logits(
+    teacher: TeacherNetwork, data: Data, job: Job, accelerator: Accelerator, layers: tuple[str, ...] = ()
+) -> TeacherLogits:
     """The teacher as the job asks for it: looked up, or asked at every step, as where features of `layers` are due."""
     if job.cache.cache_teacher and not layers:
-        return cached(teacher, data, job, accelerator)
+        return cached_logits(teacher, data, job, accelerator)
     if job.cache.cache_teacher and accelerator.is_main_process:
         print(f"{job.role} follows features, which --cache-teacher does not keep: the teacher is asked at every step")
-    return live(teacher.network, accelerator, layers, job.fit.channels_last)
+    return live_logits(teacher.network, accelerator, layers, job.fit.channels_last)
 
 
-def cached(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, root: Path = ROOT) -> Teacher:
+def cached_logits(
+    teacher: TeacherNetwork, data: Data, job: Job, accelerator: Accelerator, root: Path = ROOT
+) -> TeacherLogits:
     """A teacher that looks its answers up, after building what is missing; all processes call this together.
 
     Raises: UserError where the cache on disk is another's, is damaged, holds NaN, or is not what the teacher says now.
     """
-    identity = identity_of(teacher, data, job, accelerator)
+    identity = cache_identity(teacher, data, job, accelerator)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    store = Store(root / f"{teacher.folder.name}-{digest}", identity)
+    store = LogitStore(root / f"{teacher.folder.name}-{digest}", identity)
     images = TrainingImages(data, job.views, job.fit.seed, accelerator.device)
-    ask = live(teacher.network, accelerator, channels_last=job.fit.channels_last)
+    ask = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder, accelerator)
     try:
         share = max(job.fit.batch_size // accelerator.num_processes, PROBES)
@@ -180,11 +184,11 @@ def cached(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator, root
     return store.teacher(accelerator.device)
 
 
-def identity_of(teacher: Frozen, data: Data, job: Job, accelerator: Accelerator) -> dict:
+def cache_identity(teacher: TeacherNetwork, data: Data, job: Job, accelerator: Accelerator) -> dict:
     """Everything that the answers depend on."""
     spec = {"rows": len(data.train.labels), "classes": len(data.classes), "rows_sha256": data.train.sha256}
     spec |= {"teacher_sha256": teacher.sha256, "normalisation": [data.mean, data.std]}
-    spec |= {"views": without_younger(asdict(job.views)), "precision": accelerator.mixed_precision}
+    spec |= {"views": without_newer_defaults(asdict(job.views)), "precision": accelerator.mixed_precision}
     spec |= {"device": accelerator.device.type, "deterministic": job.fit.deterministic}
     spec |= {"dtype": job.cache.cache_dtype, "top_k": job.cache.cache_top_k, "class_names": data.classes}
     if job.data.stored_size:  # rows_sha256 is of the images as they are stored
@@ -208,7 +212,7 @@ def _claim(folder: Path, accelerator: Accelerator) -> Lock | None:
     return lock
 
 
-def _build(store: Store, images: TrainingImages, ask: Teacher, accelerator: Accelerator, share: int) -> None:
+def _build(store: LogitStore, images: TrainingImages, ask: TeacherLogits, accelerator: Accelerator, share: int) -> None:
     """Compute the views that are not sealed yet, each process its share of the rows."""
     blocks = store.sealed()
     main = accelerator.is_main_process
@@ -223,42 +227,44 @@ def _build(store: Store, images: TrainingImages, ask: Teacher, accelerator: Acce
             hidden = not (main and console.is_terminal)
             # The last batch is padded: a small one would be computed in another order and differ in its last bits.
             indices = [torch.arange(start, start + share).clamp(max=store.rows - 1) for start in chunks]
-            said = _ask(ask, images, indices, view)
+            said = _query(ask, images, indices, view)
             for start, answer in zip(track(chunks, title, console=console, disable=hidden, transient=True), said):
                 if requests.number and accelerator.num_processes == 1:
                     _stop(requests.number, store, view)
                 rows = slice(start, min(start + share, store.rows))
                 store.write(view, rows, answer.logits[: rows.stop - start])
-            stop = _asked(requests, accelerator)  # also the moment when all have written their rows
+            stop = _stop_requested(requests, accelerator)  # also the moment when all have written their rows
             if main:
                 for name in store.shapes:
                     sync_file(store.path(name))
                 blocks = [*blocks, store.block(view)]
                 store.seal(blocks)
                 print(f"{store.folder}: view {view + 1} of {store.views} kept", flush=True)
-            if stop := stop or _asked(requests, accelerator):
+            if stop := stop or _stop_requested(requests, accelerator):
                 _stop(stop, store, view + 1)
     accelerator.wait_for_everyone()
 
 
-def _asked(requests: StopRequests, accelerator: Accelerator) -> int:
+def _stop_requested(requests: StopRequests, accelerator: Accelerator) -> int:
     """The signal by which any process was asked to stop, the same on all; 0 for none."""
     return int(accelerator.gather(torch.tensor([requests.number], device=accelerator.device)).max())
 
 
-def _stop(signal_number: int, store: Store, kept: int) -> None:
+def _stop(signal_number: int, store: LogitStore, kept: int) -> None:
     """Raises Preempted between two batches; several processes between two views, where they agree."""
     done = f"{kept} of {store.views} views of the teacher's answers are kept in {store.folder}"
     raise Preempted(signal_number, f"{done}; the same command goes on")
 
 
-def _ask(ask: Teacher, images: TrainingImages, indices: list[Tensor], view: int) -> Iterator[Outputs]:
+def _query(ask: TeacherLogits, images: TrainingImages, indices: list[Tensor], view: int) -> Iterator[Outputs]:
     numbers = [torch.full((), number, device=images.device) for number in (view, view, 0)]
     for index, (image, label, mixed) in zip(indices, images.seen(indices, view)):
         yield ask(Batch(image, label, index.to(images.device), *numbers, mixed))
 
 
-def _compare(store: Store, images: TrainingImages, ask: Teacher, accelerator: Accelerator, share: int) -> None:
+def _compare(
+    store: LogitStore, images: TrainingImages, ask: TeacherLogits, accelerator: Accelerator, share: int
+) -> None:
     """Ask the teacher about a few rows again: what is kept must be what it says today, of what the student will see."""
     index = images.split.sample(share)
     tolerance = TOLERANCE[store.identity["dtype"]]
@@ -267,7 +273,7 @@ def _compare(store: Store, images: TrainingImages, ask: Teacher, accelerator: Ac
     if accelerator.mixed_precision != "no":
         tolerance = max(tolerance, 2**-5)  # half-precision arithmetic depends on the batch it runs in
     for view in {0, store.views - 1}:
-        now = next(_ask(ask, images, [index], view)).logits.float().cpu()
+        now = next(_query(ask, images, [index], view)).logits.float().cpu()
         kept = torch.from_numpy(np.asarray(store.open("logits", "r")[view, index.numpy()])).float()
         if store.top_k is not None:
             kept, now = kept[:, :-1], now.topk(store.top_k, dim=1).values

@@ -10,10 +10,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from kd.models.features import Tap
 from kd.types import Batch, Outputs
 
-Teacher = Callable[[Batch], Outputs]
+TeacherLogits = Callable[[Batch], Outputs]
 
 
-def folded(network: nn.Module) -> nn.Module:
+def fold_batchnorm(network: nn.Module) -> nn.Module:
     """A copy with each BatchNorm folded into the convolution before it; the network itself where it cannot be traced.
 
     Logits differ in their last bits.
@@ -38,11 +38,11 @@ def folded(network: nn.Module) -> nn.Module:
     return traced
 
 
-def live(
+def live_logits(
     network: nn.Module, accelerator: Accelerator, layers: tuple[str, ...] = (), channels_last: bool = True
-) -> Teacher:
+) -> TeacherLogits:
     """Ask the network at every step, for these layers' features too."""
-    quick = network if layers else folded(network)
+    quick = network if layers else fold_batchnorm(network)
     if channels_last:
         quick = quick.to(memory_format=torch.channels_last)
     tap = Tap(quick, layers)

@@ -15,13 +15,20 @@ from kd.config import DistillConfig
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.models.adapt import Renormalize, resized
-from kd.models.pretrained import NEW_HEAD, build, check, expanded, is_foreign, read
+from kd.models.pretrained import (
+    NEW_HEAD_ADVICE,
+    build_pretrained,
+    check_pretrained,
+    expand_user,
+    is_pretrained,
+    load_pretrained,
+)
 from kd.runs.load import load_network
 from kd.runs.results import read_model
 from kd.utils.hub import local_folder
 
 
-class Frozen(NamedTuple):
+class TeacherNetwork(NamedTuple):
     """A teacher's network, ready to be asked: on the device, in eval mode, without gradients."""
 
     network: nn.Module
@@ -29,7 +36,7 @@ class Frozen(NamedTuple):
     sha256: str  # of its weights and of what it expects
     summary: dict
     classes: int  # of its own classifier, before they are matched with the data's
-    members: tuple["Frozen", ...] = ()  # of several teachers
+    members: tuple["TeacherNetwork", ...] = ()  # of several teachers
 
 
 class Average(nn.Module):
@@ -50,27 +57,27 @@ class Average(nn.Module):
 def check_teachers(config: DistillConfig) -> None:
     """Raises UserError for a teacher that is not there, or cannot be what its flags say: before any data is read."""
     require(
-        not config.fine_tune_teacher or any(map(is_foreign, config.teachers)),
+        not config.fine_tune_teacher or any(map(is_pretrained, config.teachers)),
         f"--fine-tune-teacher: {', '.join(config.teachers)} is a run, which has learned its last layer; leave the flag"
         " out, or name a teacher from elsewhere",
     )
     for name in config.teachers:
-        if is_foreign(name):
-            check(name, config.teacher_model)
+        if is_pretrained(name):
+            check_pretrained(name, config.teacher_model)
         else:
-            read_model(local_folder(expanded(name)))
+            read_model(local_folder(expand_user(name)))
 
 
 def load_teachers(
     names: Sequence[str | Path], data: Data, device: torch.device, trust_code: bool, model: str = ""
-) -> Frozen:
+) -> TeacherNetwork:
     """The one teacher named, or the average of several; `model` is the network of those that are files of weights.
 
     Raises UserError as load_teacher and kd.foreign do.
     """
     load = lambda name: (  # noqa: E731
         _load_foreign(str(name), model, data, device)
-        if is_foreign(str(name))
+        if is_pretrained(str(name))
         else load_teacher(local_folder(name), data, device, trust_code)
     )
     members = tuple(load(name) for name in names)
@@ -80,27 +87,27 @@ def load_teachers(
     sha256 = hashlib.sha256("".join(member.sha256 for member in members).encode()).hexdigest()
     name = Path(" + ".join(str(member.folder) for member in members))
     model = " + ".join(member.summary["model"] for member in members)
-    return Frozen(network, name, sha256, {"model": model}, len(data.classes), members)
+    return TeacherNetwork(network, name, sha256, {"model": model}, len(data.classes), members)
 
 
-def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> Frozen:
+def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> TeacherNetwork:
     """A finished run as teacher for students on `data`.
 
     Its normalisation and image size are kept, its classes are matched by name. Raises: UserError where it lacks a class
     of `data`, or its network is a `module:function` and not trusted.
     """
     network, info, sha256, summary = load_network(folder, trust_code)
-    adapt(network, info, data, device, f"teacher {folder}", "train one on this data")
+    match_to_data(network, info, data, device, f"teacher {folder}", "train one on this data")
     # What it says follows from its normalisation and classes as well.
     identity = hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()
-    return Frozen(network, folder, identity, summary, len(info["classes"]))
+    return TeacherNetwork(network, folder, identity, summary, len(info["classes"]))
 
 
-def _load_foreign(name: str, model: str, data: Data, device: torch.device) -> Frozen:
-    found = read(name, model)
-    network = build(found, name)
-    adapt(network, found._asdict(), data, device, f"--teacher {name}", NEW_HEAD)
-    return Frozen(network, Path(name), found.sha256, {"model": found.model}, len(found.classes))
+def _load_foreign(name: str, model: str, data: Data, device: torch.device) -> TeacherNetwork:
+    found = load_pretrained(name, model)
+    network = build_pretrained(found, name)
+    match_to_data(network, found._asdict(), data, device, f"--teacher {name}", NEW_HEAD_ADVICE)
+    return TeacherNetwork(network, Path(name), found.sha256, {"model": found.model}, len(found.classes))
 
 
 def match_classes(theirs: tuple[str, ...], ours: tuple[str, ...]) -> list[int] | None:
@@ -122,7 +129,7 @@ def _plain(name: str) -> str:
     return " ".join(name.split(",")[0].replace("_", " ").casefold().split())
 
 
-def adapt(network: nn.Module, info: dict, data: Data, device: torch.device, who: str, remedy: str) -> None:
+def match_to_data(network: nn.Module, info: dict, data: Data, device: torch.device, who: str, remedy: str) -> None:
     """Freeze it and make it answer for `data`, by hooks, so that its layers keep their names.
 
     `info` is what it expects: mean, std, image_size, classes. Raises UserError, which says `who` it is and what the

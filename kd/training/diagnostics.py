@@ -11,10 +11,14 @@ from torch.func import functional_call
 from kd.losses.base import Distiller
 from kd.types import Batch, Outputs
 
-SILENT = 0.01  # of log(classes): a teacher surer than this says what the labels say (for 100 classes, 99.5% on one)
+SURE_TEACHER = (
+    0.01  # of log(classes): a teacher surer than this says what the labels say (for 100 classes, 99.5% on one)
+)
 
 
-DROWNED = 100.0  # times: the weaker gradient is then lost in the noise of the stronger one. Both are our own choices.
+DROWNED_RATIO = (
+    100.0  # times: the weaker gradient is then lost in the noise of the stronger one. Both are our own choices.
+)
 
 
 def gradient_norms(distiller: Distiller, batch: Batch, answer: Outputs, accelerator: Accelerator) -> Float[Tensor, "2"]:
@@ -47,17 +51,17 @@ def warnings(history: list[dict], classes: int) -> list[str]:
 def _findings(line: dict, classes: int) -> dict[str, str]:
     found = {}
     entropy, ratio = line.get("train/soft_entropy"), line.get("train/gradient_ratio")
-    if entropy is not None and entropy < SILENT * math.log(classes):
+    if entropy is not None and entropy < SURE_TEACHER * math.log(classes):
         found["silent"] = (
             f"the teacher's soft labels say hardly more than the labels: their entropy is {entropy:.2g} nats of at most"
             f" {math.log(classes):.2g}; raise --temperature, or take a teacher that is less sure of its training images"
         )
-    if ratio is not None and ratio > DROWNED:
+    if ratio is not None and ratio > DROWNED_RATIO:
         found["loud"] = (
             f"the distillation term drowns cross-entropy: its gradient is {ratio:.0f} times as long; weigh it less,"
             " unless that is what you want"
         )
-    if ratio is not None and ratio < 1 / DROWNED:
+    if ratio is not None and ratio < 1 / DROWNED_RATIO:
         found["faint"] = (
             f"cross-entropy drowns the distillation term, whose gradient is {ratio:.2g} times as long: the student"
             " hardly follows its teacher; weigh it more"

@@ -9,13 +9,13 @@ from kd.data import Data
 from kd.data.loader import Pixels
 from kd.data.rows import Rows
 from kd.data.splits import is_imbalanced
-from kd.metrics import shot_scores
-from kd.teachers.load import Frozen
+from kd.metrics import rare_class_scores
+from kd.teachers.load import TeacherNetwork
 from kd.utils.processes import broadcast_buffers
 
 
 @torch.no_grad()
-def predict(
+def predict_logits(
     network: nn.Module, split: Rows, data: Data, accelerator: Accelerator, batch_size: int
 ) -> Float[Tensor, "n k"]:
     """The network's logits for every row of the split, in eval mode; all processes share the work and get all rows.
@@ -44,24 +44,29 @@ def validate(network: nn.Module, data: Data, accelerator: Accelerator, batch_siz
     """Loss and top-1 on the validation split; nothing where there is none."""
     if data.val is None:
         return {}
-    logits = predict(network, data.val, data, accelerator, batch_size)
+    logits = predict_logits(network, data.val, data, accelerator, batch_size)
     labels = data.val.labels.to(logits.device)
     return {"val/loss": metrics.nll(logits, labels), "val/top1": metrics.top_k(logits, labels, 1)}
 
 
-def _read_test(
-    network: nn.Module, best: dict[str, Tensor], data: Data, job: Job, accelerator: Accelerator, teacher: Frozen | None
+def score_test_split(
+    network: nn.Module,
+    best: dict[str, Tensor],
+    data: Data,
+    job: Job,
+    accelerator: Accelerator,
+    teacher: TeacherNetwork | None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """The summary's test keys; and logits with labels, so that whoever asks later need not read the test split again.
 
     ImageNet's 50,000 x 1,000 logits take 200 MB, what two sets of ResNet-50's weights take; CIFAR-100's take 4 MB.
     """
-    ask = lambda net: predict(net, data.test, data, accelerator, job.fit.batch_size)  # noqa: E731
+    ask = lambda net: predict_logits(net, data.test, data, accelerator, job.fit.batch_size)  # noqa: E731
     logits = ask(network)
     labels = data.test.labels.to(logits.device)
     scores = test_scores(logits, labels)
     if is_imbalanced(data.train.labels.numpy(), len(data.classes)):
-        scores |= shot_scores(logits, labels, torch.bincount(data.train.labels, minlength=len(data.classes)))
+        scores |= rare_class_scores(logits, labels, torch.bincount(data.train.labels, minlength=len(data.classes)))
     if best:
         last = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         network.load_state_dict(best)
@@ -72,11 +77,13 @@ def _read_test(
         scores["teacher_test_top1"] = metrics.top_k(theirs, labels, 1)
         scores["agreement"] = metrics.agreement(logits, theirs)
         if teacher.members:
-            scores["teachers"] = [_member(member, ask(member.network), logits, labels) for member in teacher.members]
+            scores["teachers"] = [
+                member_scores(member, ask(member.network), logits, labels) for member in teacher.members
+            ]
     return scores, {"logits": logits, "labels": labels}
 
 
-def _member(member: Frozen, theirs: Tensor, logits: Tensor, labels: Tensor) -> dict:
+def member_scores(member: TeacherNetwork, theirs: Tensor, logits: Tensor, labels: Tensor) -> dict:
     """One of several teachers: how good it is, and how far the student agrees with it (percent of test images)."""
     top1, agreement = metrics.top_k(theirs, labels, 1), metrics.agreement(logits, theirs)
     return {"folder": str(member.folder), "test_top1": top1, "agreement": agreement}

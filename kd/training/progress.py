@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kd.utils.console import console
 
 
-class Display:
+class ProgressDisplay:
     """A bar for the run and one for the epoch on a terminal; elsewhere a plain line an epoch."""
 
     def __init__(self, title: str, epochs: int, steps: int, position: int, shown: bool):
@@ -27,7 +27,7 @@ class Display:
         self._run = self._progress.add_task(title, total=epochs * steps, completed=position, numbers="")
         self._epoch = self._progress.add_task("epoch", total=steps, completed=position % steps, numbers="")
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "ProgressDisplay":
         self._progress.start()
         return self
 

@@ -1,8 +1,9 @@
-"""Trying things before anything expensive starts."""
+"""What a training needs before its first step: the network, its method, and checks before anything slow."""
 
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from torch import nn
@@ -13,94 +14,32 @@ from kd.config import DistillConfig, Job
 from kd.data import Data
 from kd.data.loader import check_batch
 from kd.errors import UserError, require
-from kd.losses import LOSSES
+from kd.losses import LOSSES, Distiller
 from kd.models import build_model, probe, stages
 from kd.models.adapt import resized
 from kd.models.pretrained import (
-    _load,
-    is_foreign,
+    is_pretrained,
+    load_into,
+    load_pretrained,
     origin_of,
-    read,
 )
 from kd.runs.results import read_model
-from kd.teachers.load import Frozen
+from kd.teachers.load import TeacherNetwork
 from kd.types import Pair, Stages
 from kd.utils.files import load_weights
+from kd.utils.rng import seed_everything
 
 
-def probe_pair(job: Job, student: nn.Module, teacher: Frozen | None, data: Data) -> Pair:
-    """What the job's method may know of its networks: both ones' outputs on two grey images, and where they come from.
+class BuiltNetwork(NamedTuple):
+    """A network as its training begins."""
 
-    Neither network is changed. Raises: UserError for layers that are not there, or that do not pair up.
-    """
-    layers, classes, labels = LOSSES[job.method_name].layers, len(data.classes), data.train.labels
-    ours = stages(job.model, student, classes)
-    if teacher is None:
-        name = LOSSES[job.method_name].partner(job.method, job.model)
-        partner = build_model(name, classes, data.size) if name else None
-        outputs = probe(student, data.size, "student", layers(job.method, ours, None)[0])
-        return Pair(outputs, None, labels, ours, balance=job.fit.balance, partner=partner)
-    theirs = stages(teacher.summary["model"], teacher.network, teacher.classes)
-    if teacher.members:  # whose features are meant, the flags must say: networks.0.layer3
-        theirs = Stages(modules=theirs.modules)
-    names = layers(job.method, ours, theirs)
-    outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
-    head = teacher.network.get_submodule(theirs.classifier) if theirs.classifier else None
-    return Pair(*outputs, labels, ours, theirs, head, job.fit.balance)
+    module: nn.Module
+    compression: dict  # the recipe for model.json; empty if it is not compressed
 
 
-def try_out(job: Job, data: Data, accelerator: Accelerator) -> nn.Module:
-    """Raises UserError where the job could not start later: its network, layers, batch, folder. Trains nothing.
-
-    Returns such a network as will be trained, for `try_method`.
-    """
-    require(
-        not (job.views.mixes and LOSSES[job.method_name].needs_hard_labels),
-        f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
-    )
-    if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
-        print(f"{job.role} asks no teacher: --cache-teacher has nothing to keep", flush=True)
-    require(
-        LOSSES[job.method_name].has_cross_entropy or job.fit.balance in ("none", "sampler"),
-        f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",
-    )
-    network, _ = start_network(job, data)
-    layers, _ = LOSSES[job.method_name].layers(job.method, stages(job.model, network, len(data.classes)), None)
-    probe(network, data.size, "student", layers)
-    check_batch(job.fit.batch_size, len(data.train.labels), accelerator.num_processes)
-    if job.run.out:
-        out = Path(job.run.out)
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
-        try:
-            if there != out or not out.is_dir():  # one that is there is its run's to judge
-                tempfile.TemporaryDirectory(dir=there).cleanup()  # what is refused later must leave nothing behind
-        except OSError as error:
-            raise UserError(f"cannot write to {out} ({error}); choose another --out") from error
-    return network
-
-
-def try_method(job: Job, student: nn.Module, teacher: Frozen | None, data: Data) -> None:
-    """Raises UserError where the job's method cannot work on student and teacher; its folder is still untouched."""
-    LOSSES[job.method_name](job.method, probe_pair(job, student, teacher, data))
-
-
-def head_task(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, Data] | None:
-    """What trains a new last layer upon a teacher from elsewhere: the job, and the data normalised as that one expects.
-
-    None where that is not asked, or for a run, which has learned its last layer.
-    """
-    if not (config.fine_tune_teacher and is_foreign(str(name))):
-        return None
-    found = read(str(name), config.teacher_model)
-    job = config.head_job(found.model, origin_of(found, str(name)))
-    return job, dataclasses.replace(data, mean=found.mean, std=found.std)
-
-
-def start_network(job: Job, data: Data) -> tuple[nn.Module, dict]:
-    """The job's network as its training begins, and its compression's recipe for model.json (empty if there is none).
-
-    Fresh, from --init's weights, or from elsewhere and fresh in its last layer alone; then compressed.
-    """
+def build_network(job: Job, data: Data) -> BuiltNetwork:
+    """The job's network: fresh, from --init's weights, or pretrained with a fresh last layer; then compressed."""
+    seed_everything(job.fit.seed, "network")
     if job.origin is None:
         network = build_model(job.model, len(data.classes), data.size)
     else:
@@ -108,11 +47,11 @@ def start_network(job: Job, data: Data) -> tuple[nn.Module, dict]:
         resized(network, job.origin.image_size, data)
     fresh_sizes = sizes(network)
     if job.compress.init is not None:
-        _start_from(network, Path(job.compress.init), job, data)
-    return network, compress(network, job, data.size, len(data.classes), fresh_sizes)
+        load_initial_weights(network, Path(job.compress.init), job, data)
+    return BuiltNetwork(network, compress(network, job, data.size, len(data.classes), fresh_sizes))
 
 
-def _start_from(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
+def load_initial_weights(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
     """Load a finished run's weights; of a pruned one also its shapes."""
     require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
     info, _ = read_model(folder)
@@ -141,12 +80,88 @@ def _start_from(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
 def with_fresh_head(job: Job, classes: int) -> nn.Module:
     """The job's network with its origin's weights, all of it frozen but a new last linear layer over `classes`."""
     origin = job.origin
-    foreign = read(origin.source, job.model)
+    foreign = load_pretrained(origin.source, job.model)
     network = build_model(foreign.model, classes, foreign.image_size)
     head = stages(foreign.model, network, classes).classifier
     require(head is not None, f"--fine-tune-teacher: {foreign.model} ends in no linear layer to put in place")
     fresh = {key: value for key, value in network.state_dict().items() if key.startswith(f"{head}.")}
     kept = {key: value for key, value in foreign.weights.items() if not key.startswith(f"{head}.")}
-    _load(network, kept | fresh, origin.source, foreign.model)
+    load_into(network, kept | fresh, origin.source, foreign.model)
     network.requires_grad_(False).get_submodule(head).requires_grad_(True)
     return network
+
+
+def head_job(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, Data] | None:
+    """What trains a new last layer upon a teacher from elsewhere: the job, and the data normalised as that one expects.
+
+    None where that is not asked, or for a run, which has learned its last layer.
+    """
+    if not (config.fine_tune_teacher and is_pretrained(str(name))):
+        return None
+    found = load_pretrained(str(name), config.teacher_model)
+    job = config.head_job(found.model, origin_of(found, str(name)))
+    return job, dataclasses.replace(data, mean=found.mean, std=found.std)
+
+
+def build_distiller(
+    job: Job, data: Data, teacher: TeacherNetwork | None = None, network: BuiltNetwork | None = None
+) -> Distiller:
+    """The student behind its method's loss; `network` is built here if left out.
+
+    Raises UserError if the method cannot work on these two networks.
+    """
+    student, compression = network or build_network(job, data)
+    seed_everything(job.fit.seed, "method")
+    loss = LOSSES[job.method_name](job.method, probe_networks(job, student, teacher, data))
+    return Distiller(student, loss, compression)
+
+
+def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None, data: Data) -> Pair:
+    """What the job's method may know of its networks: both ones' outputs on two grey images, and where they come from.
+
+    Neither network is changed. Raises: UserError for layers that are not there, or that do not pair up.
+    """
+    layers, classes, labels = LOSSES[job.method_name].layers, len(data.classes), data.train.labels
+    ours = stages(job.model, student, classes)
+    if teacher is None:
+        name = LOSSES[job.method_name].partner(job.method, job.model)
+        partner = build_model(name, classes, data.size) if name else None
+        outputs = probe(student, data.size, "student", layers(job.method, ours, None)[0])
+        return Pair(outputs, None, labels, ours, balance=job.fit.balance, partner=partner)
+    theirs = stages(teacher.summary["model"], teacher.network, teacher.classes)
+    if teacher.members:  # whose features are meant, the flags must say: networks.0.layer3
+        theirs = Stages(modules=theirs.modules)
+    names = layers(job.method, ours, theirs)
+    outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
+    head = teacher.network.get_submodule(theirs.classifier) if theirs.classifier else None
+    return Pair(*outputs, labels, ours, theirs, head, job.fit.balance)
+
+
+def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:
+    """Raises UserError if `network` cannot be trained as `job` says: labels, layers, batch size, output folder."""
+    loss = LOSSES[job.method_name]
+    require(
+        not (job.views.mixes and loss.needs_hard_labels),
+        f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
+    )
+    if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
+        print(f"{job.role} asks no teacher: --cache-teacher has nothing to keep", flush=True)
+    require(
+        loss.has_cross_entropy or job.fit.balance in ("none", "sampler"),
+        f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",
+    )
+    layers, _ = loss.layers(job.method, stages(job.model, network.module, len(data.classes)), None)
+    probe(network.module, data.size, "student", layers)
+    check_batch(job.fit.batch_size, len(data.train.labels), accelerator.num_processes)
+    if job.run.out:
+        check_writable(Path(job.run.out))
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError if a new folder `out` could not be made; leaves nothing behind."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        if there != out or not out.is_dir():  # a folder that exists already is checked when the run is opened
+            tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error}); choose another --out") from error

@@ -3,74 +3,63 @@
 import math
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.data import Data
 from kd.errors import require
-from kd.losses.base import Distiller
-from kd.runs.folder import RunFolder
-from kd.teachers.load import Frozen
-from kd.training.evaluate import _read_test
-from kd.training.trainer import LOWER, Ledger
+from kd.runs.checkpoint import State
+from kd.teachers.load import TeacherNetwork
+from kd.training.evaluate import score_test_split
+from kd.training.trainer import LOWER_LR_ADVICE, Trainer
 from kd.utils.files import sha256_file, write_atomically, write_json, write_weights
 
 # The summary's test keys of a run with --no-test.
-UNREAD = dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best"))
+UNTESTED = dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best"))
 
 
-def finish(
-    distiller: Distiller,
-    ledger: Ledger,
-    data: Data,
-    job: Job,
-    accelerator: Accelerator,
-    run: RunFolder,
-    teacher: Frozen | None,
-    control: Path | None,
-    compression: dict,
-) -> dict:
+def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Path | None) -> dict:
     """Score the last and the best-on-validation weights on the test split, and write the run's results.
 
-    summary.json comes last: a run that has one is finished. Raises UserError where a score is not finite.
+    `control` is the run of the student alone. summary.json comes last: a run that has one is finished.
+    Raises UserError if a score is not finite.
     """
-    network = distiller.deployed
-    summary = _training_summary(ledger, job, sum(p.numel() for p in network.parameters())) | UNREAD
+    job, data, run, accelerator = trainer.job, trainer.data, trainer.run, trainer.accelerator
+    network, compression = trainer.distiller.deployed, trainer.distiller.compression
+    summary = _training_summary(trainer.state, job, sum(p.numel() for p in network.parameters())) | UNTESTED
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         summary |= _who_taught(teacher) | {"control": control and str(control)}
         summary |= {"teacher_test_top1": None, "agreement": None}
     answers = {}
     if job.run.test:
-        scores, answers = _read_test(network, ledger.best, data, job, accelerator, teacher)
+        scores, answers = score_test_split(network, trainer.best, data, job, accelerator, teacher)
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
-        require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER}")
+        require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
         summary |= scores
     if accelerator.is_main_process:
         if answers:
             write_weights(run.path / "test_logits.safetensors", answers)
         write_weights(run.path / "model.safetensors", plain_weights(network))
-        if ledger.best:
-            write_weights(run.path / "best.safetensors", plain_weights(network, ledger.best))
+        if trainer.best:
+            write_weights(run.path / "best.safetensors", plain_weights(network, trainer.best))
         summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
-        info = _model_info(job, data) | {"deployed": distiller.loss.recipe}
+        info = _model_info(job, data) | {"deployed": trainer.distiller.loss.recipe}
         write_json(run.path / "model.json", info | ({"compression": compression} if compression else {}))
-        draw_curves(ledger.state.history, f"{job.role} {job.model}", run.path / "curves.png")
+        draw_curves(trainer.state.history, f"{job.role} {job.model}", run.path / "curves.png")
         write_json(run.path / "summary.json", summary)
     accelerator.wait_for_everyone()
+    trainer.tracker.finish(summary)
     return summary
 
 
-def _who_taught(teacher: Frozen | None) -> dict:
+def _who_taught(teacher: TeacherNetwork | None) -> dict:
     """Folder and network of the teacher; lists of several; None for none."""
     asked = (teacher.members or (teacher,)) if teacher else ()
     told = {"teacher": [str(one.folder) for one in asked], "teacher_model": [one.summary["model"] for one in asked]}
     return {key: found if len(found) > 1 else next(iter(found), None) for key, found in told.items()}
 
 
-def _training_summary(ledger: Ledger, job: Job, params: int) -> dict:
-    state = ledger.state
+def _training_summary(state: State, job: Job, params: int) -> dict:
     validated = [line for line in state.history if "val/top1" in line]
     best = max(validated, key=lambda line: line["val/top1"], default=None)  # the first of equals, as was kept
     timing = state.timing

@@ -3,7 +3,7 @@ import os
 from rich.console import Console
 
 
-def say(line: str) -> None:
+def print_once(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
