@@ -53,8 +53,8 @@ def resnet8_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> str:
     """A finished run of a network with a layer that is neither the first nor the last."""
+    from tests.losses.test_methods import FEW
     from tests.runs import teach
-    from tests.test_methods import FEW
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

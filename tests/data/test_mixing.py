@@ -13,7 +13,7 @@ from kd.data import augment, load_data
 from kd.data.loader import Batches
 from kd.losses.cross_entropy import cross_entropy
 from kd.types import Mix
-from tests.test_losses import batch_of
+from tests.losses.test_reference import batch_of
 
 INDEX = torch.arange(20_000)
 

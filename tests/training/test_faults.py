@@ -33,9 +33,9 @@ from kd.training.trainer import Trainer
 from kd.types import Step
 from kd.utils import files
 from tests.conftest import ROOT
+from tests.data.test_dataset import parquet, picture
 from tests.runs import differences, distil, script, teach, torchrun
-from tests.test_data import parquet, picture
-from tests.test_resume import half_a_run
+from tests.training.test_resume import half_a_run
 
 
 @pytest.fixture

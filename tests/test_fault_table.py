@@ -12,7 +12,7 @@ WITHOUT = {48}  # needs a GPU
 def held(row: int) -> dict[str, int]:
     """File -> how many of its tests are named after the row."""
     name = rf"^def test_(?:row_\d+_)*row_{row}_\w+\("
-    counts = {path.stem: len(re.findall(name, path.read_text(), re.M)) for path in (ROOT / "tests").glob("test_*.py")}
+    counts = {path.stem: len(re.findall(name, path.read_text(), re.M)) for path in (ROOT / "tests").rglob("test_*.py")}
     return {file: count for file, count in counts.items() if count}
 
 

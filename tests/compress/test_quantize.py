@@ -37,11 +37,11 @@ from kd.types import Outputs
 from kd.utils.files import write_json
 from tests import networks
 from tests.conftest import ROOT
+from tests.losses.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
 from tests.pairs import batch_of, build, terms_of
+from tests.report.test_report import fake_run
 from tests.runs import TEACHER, distil, script, torchrun
-from tests.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
-from tests.test_report import fake_run
-from tests.test_resume import differs_when_killed
+from tests.training.test_resume import differs_when_killed
 
 DEEP = ["--student", "tests.networks:deep"]
 LOW = ["--weight-bits", "2", "--activation-bits", "4"]

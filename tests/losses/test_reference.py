@@ -14,7 +14,7 @@ from kd.losses.kd import KD, kd_loss
 from kd.types import Batch, Outputs, Pair
 from tests.networks import plain
 
-REFERENCE = json.loads((Path(__file__).parent / "data" / "reference_losses.json").read_text())["cases"]
+REFERENCE = json.loads((Path(__file__).parent / "reference_losses.json").read_text())["cases"]
 PAIR = Pair(Outputs(torch.zeros(2, 10)), Outputs(torch.zeros(2, 10)))
 FUNCTIONS = {
     "kd": lambda student, teacher, *, temperature: kd_loss(student, teacher, temperature),

@@ -23,7 +23,7 @@ from kd.runs.load import load_network
 from kd.teachers.load import load_teacher, load_teachers, match_classes
 from tests import networks
 from tests.runs import differences, distil, metrics_of, teach
-from tests.test_resume import Killed, die_at
+from tests.training.test_resume import Killed, die_at
 
 CPU = torch.device("cpu")
 EXPECTS = {"image_size": [24, 20], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}

@@ -23,8 +23,8 @@ from kd.study import __main__ as study
 from kd.study import plan, runner
 from kd.study.runner import Runner, Task
 from tests.conftest import ROOT
+from tests.report.test_report import edit, fake_run
 from tests.runs import teach
-from tests.test_report import edit, fake_run
 
 # Stands in for both scripts: notes what it was asked, and leaves the little that the study reads.
 FAKE = """

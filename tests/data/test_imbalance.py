@@ -26,7 +26,7 @@ from kd.types import Batch, Mix
 from kd.utils import rng
 from tests.pairs import LABELS, batch_of, build, terms_of
 from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
-from tests.test_resume import Killed, die_at
+from tests.training.test_resume import Killed, die_at
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
 COUNTS = torch.tensor([450, 120, 30, 5])

@@ -14,7 +14,7 @@ from kd.errors import UserError
 from kd.teachers.load import load_teachers
 from kd.training.evaluate import predict_logits
 from tests.runs import differences, distil, metrics_of, teach
-from tests.test_resume import Killed, die_at
+from tests.training.test_resume import Killed, die_at
 
 FEW = [
     "--classes",

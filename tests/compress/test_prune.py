@@ -20,10 +20,10 @@ from kd.models import build_model
 from kd.models.cost import count_macs
 from kd.utils.files import write_json
 from tests import networks
+from tests.compress.test_quantize import DEEP
+from tests.losses.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
 from tests.runs import distil
-from tests.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
-from tests.test_quantize import DEEP
-from tests.test_resume import differs_when_killed
+from tests.training.test_resume import differs_when_killed
 
 SIZE = (16, 16)
 FAMILIES = ("resnet8", "wrn-16-1", "tests.networks:deep")

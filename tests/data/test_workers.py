@@ -17,6 +17,7 @@ from kd.data.cache import locked
 from kd.data.loader import Batches
 from kd.errors import UserError, exit_code
 from kd.export.__main__ import main
+from tests.conftest import ROOT
 from tests.runs import differences, distil, script, teach
 
 VIEWS = ViewConfig(resized_crop=0.3, colour_jitter=0.4, mixup=1.0, cutmix=1.0, erase=0.3)
@@ -171,7 +172,7 @@ def step(self, *args):
     real(self, *args)
 Trainer.record = step
 sys.argv = ["train_teacher.py", *{[*flags, "--out", str(tmp_path / "killed")]!r}]
-runpy.run_path(str(Path({str(Path(__file__).parent.parent)!r}) / "train_teacher.py"), run_name="__main__")
+runpy.run_path(str(Path({str(ROOT)!r}) / "train_teacher.py"), run_name="__main__")
 """
     (tmp_path / "fault.py").write_text(program)
     killed = script(str(tmp_path / "fault.py"), timeout=120)

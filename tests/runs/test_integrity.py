@@ -19,8 +19,8 @@ from kd.training.trainer import Trainer
 from kd.utils import files
 from tests.conftest import ROOT
 from tests.runs import differences, distil, script, teach
-from tests.test_faults import rewrite_state
-from tests.test_resume import half_a_run
+from tests.training.test_faults import rewrite_state
+from tests.training.test_resume import half_a_run
 
 SMALL = ["--epochs", "2", "--classes", "4", "--batch-size", "90"]
 LOWER = "start another run with a lower --lr"
