@@ -43,7 +43,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def resnet8_run(tmp_path_factory):
     """A finished run of a network that needs no trust: resnet8 on the synthetic pictures, read by several tests."""
-    from tests.runs import teach
+    from tests.run_scripts import teach
 
     folder = tmp_path_factory.mktemp("shared") / "resnet8"
     teach("--model", "resnet8", "--out", str(folder))
@@ -54,7 +54,7 @@ def resnet8_run(tmp_path_factory):
 def trained(tmp_path_factory) -> str:
     """A finished run of a network with a layer that is neither the first nor the last."""
     from tests.losses.test_methods import FEW
-    from tests.runs import teach
+    from tests.run_scripts import teach
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,7 @@
 Each run is of a random method on random settings, with a teacher trained on the way, given, or kept in a cache; on
 one process or two. A kill is SIGKILL from outside, aimed at a phase (a step, a save, a validation, ...) and counted
 under the phase that it really met. After every kill the same command goes on, until it ends by itself; then the one
-oracle (tests/runs.py) compares weights, optimizer, metrics and summary, and the kept answers byte by byte.
+oracle (tests/run_scripts.py) compares weights, optimizer, metrics and summary, and the kept answers byte by byte.
 Exit code 1 where anything differs, fails or hangs; its folders are kept then.
 """
 
@@ -31,7 +31,7 @@ from rich.table import Table
 from kd.config import METHODS
 from kd.runs.checkpoint import steps
 from tests.forks import PHASES, Command, Started, warm_up
-from tests.runs import differences
+from tests.run_scripts import differences
 
 SMALL = ["--classes", "4", "--epochs", "2", "--lr", "0.005", "--threads", "1", "--wandb", "disabled"]
 SMALL += ["--auto-resume", "--out", "run"]

@@ -30,7 +30,7 @@ from kd.runs.table import show_results
 from kd.teachers.cache import LogitStore
 from kd.utils import files, images
 from tests.data.test_dataset import picture
-from tests.runs import distil, teach
+from tests.run_scripts import distil, teach
 
 # More of them: KD_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py
 EXAMPLES = int(os.environ.get("KD_FUZZ_EXAMPLES", "15"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CIFAR100, ROOT, needs_cifar100
-from tests.runs import SMALL, STUDENT, TEACHER, metrics_of, script
+from tests.run_scripts import SMALL, STUDENT, TEACHER, metrics_of, script
 from tests.wandb_offline import read_offline
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -125,7 +125,7 @@ def test_the_offline_file_holds_all_that_wandb_sync_would_send(monkeypatch):
 DIES = """
 import os, signal
 from kd import tracking
-from tests.runs import teach
+from tests.run_scripts import teach
 log = tracking.Tracker.log
 def dies(self, line):
     log(self, line)

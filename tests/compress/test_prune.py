@@ -22,7 +22,7 @@ from kd.utils.files import write_json
 from tests import networks
 from tests.compress.test_quantize import DEEP
 from tests.losses.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
-from tests.runs import distil
+from tests.run_scripts import distil
 from tests.training.test_resume import differs_when_killed
 
 SIZE = (16, 16)

@@ -40,7 +40,7 @@ from tests.conftest import ROOT
 from tests.losses.test_methods import FEW, quick  # noqa: F401  the fixture: no curves, no waiting for the disk
 from tests.pairs import batch_of, build, terms_of
 from tests.report.test_report import fake_run
-from tests.runs import TEACHER, distil, script, torchrun
+from tests.run_scripts import TEACHER, distil, script, torchrun
 from tests.training.test_resume import differs_when_killed
 
 DEEP = ["--student", "tests.networks:deep"]

@@ -14,7 +14,7 @@ from kd.errors import UserError
 from kd.models import build_model
 from kd.utils.images import central, decode
 from tests.data.test_workers import images
-from tests.runs import teach
+from tests.run_scripts import teach
 
 v2 = importlib.import_module("torchvision.transforms.v2")  # kd.models has made it importable
 

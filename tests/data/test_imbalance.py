@@ -25,7 +25,7 @@ from kd.study.plan import teacher_flags
 from kd.types import Batch, Mix
 from kd.utils import rng
 from tests.pairs import LABELS, batch_of, build, terms_of
-from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
+from tests.run_scripts import SMALL, differences, distil, metrics_of, script, teach, torchrun
 from tests.training.test_resume import Killed, die_at
 
 CPU = {"ACCELERATE_USE_CPU": "true"}

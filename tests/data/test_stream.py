@@ -21,7 +21,7 @@ from kd.errors import UserError
 from kd.runs.folder import run_identity
 from kd.utils import rng
 from tests.data.test_workers import all_batches, images
-from tests.runs import SMALL, differences, distil, metrics_of, script, teach, torchrun
+from tests.run_scripts import SMALL, differences, distil, metrics_of, script, teach, torchrun
 from tests.training.test_resume import Killed, die_at
 
 CPU = {"ACCELERATE_USE_CPU": "true"}

@@ -18,7 +18,7 @@ from kd.data.loader import Batches
 from kd.errors import UserError, exit_code
 from kd.export.__main__ import main
 from tests.conftest import ROOT
-from tests.runs import differences, distil, script, teach
+from tests.run_scripts import differences, distil, script, teach
 
 VIEWS = ViewConfig(resized_crop=0.3, colour_jitter=0.4, mixup=1.0, cutmix=1.0, erase=0.3)
 

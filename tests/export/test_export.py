@@ -29,7 +29,7 @@ from kd.models import build_model
 from kd.predict import main as predict
 from kd.utils.files import read_json, sha256_file, write_folder, write_json, write_weights
 from tests.conftest import ROOT
-from tests.runs import distil, teach
+from tests.run_scripts import distil, teach
 
 PARTS = {"model.safetensors", "model.json", "summary.json", "config.json", "preprocessing.json", "README.md"}
 TABLES = {"export.json", "export.md"}

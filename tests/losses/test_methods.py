@@ -13,7 +13,7 @@ from kd.data import load_data
 from kd.errors import UserError
 from kd.teachers.load import load_teachers
 from kd.training.evaluate import predict_logits
-from tests.runs import differences, distil, metrics_of, teach
+from tests.run_scripts import differences, distil, metrics_of, teach
 from tests.training.test_resume import Killed, die_at
 
 FEW = [

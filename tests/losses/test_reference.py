@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kd import losses
 from kd.config import METHODS, KDConfig, NoneConfig
-from kd.losses import LOSSES, at, cc, dist, dkd, fitnet, kd, nst, pkt, rkd, sp
-from kd.losses.base import CrossEntropy, DistillationLoss, Distiller
-from kd.losses.kd import KD, kd_loss
+from kd.losses import KD, LOSSES, CrossEntropy, DistillationLoss, Distiller, kd_loss
 from kd.types import Batch, Outputs, Pair
 from tests.networks import plain
 
@@ -19,17 +18,17 @@ PAIR = Pair(Outputs(torch.zeros(2, 10)), Outputs(torch.zeros(2, 10)))
 FUNCTIONS = {
     "kd": lambda student, teacher, *, temperature: kd_loss(student, teacher, temperature),
     "kd_standardized": lambda student, teacher, *, temperature, standardize: kd_loss(
-        kd.standardize(student), kd.standardize(teacher), temperature
+        losses.standardize(student), losses.standardize(teacher), temperature
     ),
-    "dkd": dkd.dkd_loss,
-    "dist": dist.dist_loss,
-    "at": lambda student, teacher, *, power: at.attention_transfer_loss(student, teacher),
-    "sp": sp.similarity_preserving_loss,
-    "nst": nst.nst_loss,
-    "hint": fitnet.hint_loss,
-    "pkt": lambda student, teacher, *, epsilon: pkt.pkt_loss(student, teacher),
-    "rkd": rkd.rkd_loss,
-    "cc_restructured": cc.neighbour_product_loss,
+    "dkd": losses.dkd_loss,
+    "dist": losses.dist_loss,
+    "at": lambda student, teacher, *, power: losses.attention_transfer_loss(student, teacher),
+    "sp": losses.similarity_preserving_loss,
+    "nst": losses.nst_loss,
+    "hint": losses.hint_loss,
+    "pkt": lambda student, teacher, *, epsilon: losses.pkt_loss(student, teacher),
+    "rkd": losses.rkd_loss,
+    "cc_restructured": losses.neighbour_product_loss,
 }
 
 

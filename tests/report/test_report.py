@@ -28,7 +28,7 @@ from kd.runs.results import collect_runs
 from kd.training.summary import UNTESTED
 from kd.utils.files import write_json, write_weights
 from tests import networks
-from tests.runs import distil
+from tests.run_scripts import distil
 
 CLASSES = ["plain", "a|b", "<script>alert(1)</script>", "$\\frac$", "../up"]
 RECIPE = {"epochs": 2, "lr": 0.05, "data": "f" * 64, "classes": None}

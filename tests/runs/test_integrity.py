@@ -18,7 +18,7 @@ from kd.teachers.cache import LogitStore
 from kd.training.trainer import Trainer
 from kd.utils import files
 from tests.conftest import ROOT
-from tests.runs import differences, distil, script, teach
+from tests.run_scripts import differences, distil, script, teach
 from tests.training.test_faults import rewrite_state
 from tests.training.test_resume import half_a_run
 

@@ -24,7 +24,7 @@ from kd.study import plan, runner
 from kd.study.runner import Runner, Task
 from tests.conftest import ROOT
 from tests.report.test_report import edit, fake_run
-from tests.runs import teach
+from tests.run_scripts import teach
 
 # Stands in for both scripts: notes what it was asked, and leaves the little that the study reads.
 FAKE = """

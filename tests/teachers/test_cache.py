@@ -21,7 +21,7 @@ from kd.teachers.cache import ROOT, LogitStore, cached_logits
 from kd.teachers.live import live_logits
 from kd.teachers.load import load_teacher
 from tests.conftest import ROOT as PROJECT
-from tests.runs import STUDENT, differences, distil, script, teach, torchrun
+from tests.run_scripts import STUDENT, differences, distil, script, teach, torchrun
 
 CACHED = ["--views", "2", "--teacher", "teacher", "--trust-code", "--cache-teacher"]
 

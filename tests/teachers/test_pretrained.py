@@ -22,7 +22,7 @@ from kd.models.pretrained import load_pretrained
 from kd.runs.load import load_network
 from kd.teachers.load import load_teacher, load_teachers, match_classes
 from tests import networks
-from tests.runs import differences, distil, metrics_of, teach
+from tests.run_scripts import differences, distil, metrics_of, teach
 from tests.training.test_resume import Killed, die_at
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from kd.metrics import closeness
 from kd.runs.load import load_network
 from kd.training.diagnostics import gradient_norms, warnings
 from tests.pairs import batch_of, build
-from tests.runs import differences, distil, metrics_of, teach
+from tests.run_scripts import differences, distil, metrics_of, teach
 
 INDEX = torch.arange(12)
 TRUSTED = ("--teacher", "teacher", "--trust-code")

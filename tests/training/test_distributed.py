@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs import SMALL, differences, metrics_of, script, torchrun
+from tests.run_scripts import SMALL, differences, metrics_of, script, torchrun
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
 # 101 validation images and 250 test images: shares that do not come out even.

@@ -34,7 +34,7 @@ from kd.types import Step
 from kd.utils import files
 from tests.conftest import ROOT
 from tests.data.test_dataset import parquet, picture
-from tests.runs import differences, distil, script, teach, torchrun
+from tests.run_scripts import differences, distil, script, teach, torchrun
 from tests.training.test_resume import half_a_run
 
 

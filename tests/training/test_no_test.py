@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from kd import metrics
 from kd.errors import UserError
 from kd.training import summary
-from tests.runs import differences, distil, teach
+from tests.run_scripts import differences, distil, teach
 
 
 def summary_of(folder: str) -> dict:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,8 @@ from kd.runs import checkpoint
 from kd.training.trainer import Trainer
 from kd.utils import files
 from kd.utils.system import Lock
-from tests import runs
 from tests.conftest import ROOT
-from tests.runs import STUDENT, differences, distil, newest_checkpoint, script, teach
+from tests.run_scripts import STUDENT, differences, distil, newest_checkpoint, script, teach
 
 STEPS = 36  # two epochs of the synthetic set's 900 training images in batches of 50
 
@@ -294,7 +295,7 @@ def test_row_34_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(
     """As it would with flock: the worker has the open file too."""
     holder = "import os, time; from kd.utils.system import Lock; from pathlib import Path; lock = Lock(Path('lock'))\n"
     holder += "lock.acquire()\nworker = os.fork()\nif worker:\n    print(worker, flush=True)\ntime.sleep(60)"
-    process = runs.subprocess.Popen([runs.sys.executable, "-c", holder], stdout=runs.subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())
     try:
         assert not Lock(Path("lock")).acquire()
@@ -312,7 +313,7 @@ def test_row_34_a_lock_does_not_outlive_its_process_in_a_worker_that_was_forked(
 def test_row_34_a_folder_in_use_is_refused(tmp_path):
     holder = "import time; from kd.utils.system import Lock; from pathlib import Path; Path('run').mkdir(); "
     holder += "lock = Lock(Path('run/lock')); lock.acquire(); print('held', flush=True); time.sleep(60)"
-    process = runs.subprocess.Popen([runs.sys.executable, "-c", holder], stdout=runs.subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="run is in use by another process"):

@@ -9,7 +9,7 @@ from kd.config import RunConfig
 from kd.report.document import Heading, Table
 from kd.study.__main__ import track_report
 from kd.training import tracking
-from tests.runs import metrics_of, teach
+from tests.run_scripts import metrics_of, teach
 
 
 class FakeRun:

@@ -26,7 +26,7 @@ from kd.teachers.load import load_teacher
 from kd.training.evaluate import predict_logits
 from kd.training.trainer import Trainer, lr_at
 from tests.conftest import ROOT
-from tests.runs import STUDENT, distil, metrics_of, teach
+from tests.run_scripts import STUDENT, distil, metrics_of, teach
 
 
 def test_cosine_rises_linearly_and_falls_to_zero():
