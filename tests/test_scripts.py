@@ -72,7 +72,7 @@ def test_row_42_wandb_without_a_key_goes_offline_and_changes_nothing(monkeypatch
     monkeypatch.setenv("NETRC", "/nonexistent")
     done = script("train_teacher.py", *TEACHER, "--out", "kept")
     assert done.returncode == 0, done.stderr
-    assert "kept offline" in done.stdout
+    assert "stored offline" in done.stdout
     assert list(Path("kept/wandb").glob("offline-run-*/*.wandb"))
     script("train_teacher.py", *TEACHER, "--out", "without", "--wandb", "disabled")
     assert metrics_of(Path("kept")) == metrics_of(Path("without"))

@@ -1,7 +1,7 @@
-"""Saving and restoring the state of training, so that a run killed anywhere ends in the same bytes.
+"""Checkpoints: saving and restoring the state of a training, so that a run killed anywhere ends in the same bytes.
 
-A checkpoint is a folder step-N of safetensors and JSON. It is written under another name; its manifest of sha256s comes
-last; then it is renamed, and only then are older ones removed. A bit that flips later is noticed before it is used.
+A checkpoint is a folder step-N of safetensors and JSON. It is written under another name, its manifest of sha256s last;
+then it is renamed, and only then are older ones removed. A bit that flips later is noticed before it is used.
 """
 
 import json
@@ -26,32 +26,30 @@ from kd.utils.files import (
     write_weights,
 )
 
-#: (kd.state) Where a training is, beside its weights, and what of it may be believed when it is read back.
-
-
+KEEP = 2  # the newest and, in case it is damaged, the one before
 MOST_THREADS = 4096
 
 
 @dataclass
 class State:
-    """Where training is. Weights and optimizer aside, this is all that a resumed run needs to know."""
+    """The position of a training: all that a resumed run needs beside weights and optimizer."""
 
     step: int = 0
-    seconds: float = 0.0  # spent so far, over all the run's lives
+    seconds: float = 0.0  # spent so far, over all processes that worked on the run in turn
     history: list[dict] = field(default_factory=list)  # one entry an epoch: the lines of metrics.jsonl
     sums: dict = field(default_factory=dict)  # of the unfinished epoch: Meter.save
     threads: int = 0
     processes: int = 1
-    processes_before: list[int] = field(default_factory=list)  # of --resume-inexact: each number it was trained by
+    processes_before: list[int] = field(default_factory=list)  # with --resume-inexact: the earlier numbers
     scaler: dict = field(default_factory=dict)  # of fp16 gradients
-    timing: dict = field(default_factory=dict)  # images and seconds that images_per_second is made of
+    timing: dict = field(default_factory=dict)  # images and seconds, for images_per_second
 
 
-def sound(state: State) -> State:
-    """The state, seen to be one that a training saves. Raises ValueError naming the first entry that is not."""
+def _checked(state: State) -> State:
+    """The state. Raises ValueError naming the first entry that no training saves."""
     rows, names = state.sums["rows"], [*state.sums["terms"], *state.sums["measures"]]
     before = state.processes_before
-    fine = {
+    valid = {
         "step": type(state.step) is int and state.step >= 0,
         "seconds": is_number(state.seconds) and state.seconds >= 0,
         "threads": type(state.threads) is int and 1 <= state.threads <= MOST_THREADS,
@@ -65,14 +63,14 @@ def sound(state: State) -> State:
         "scaler": isinstance(state.scaler, dict),
         "timing": set(state.timing) <= {"images", "seconds"} and all(map(is_number, state.timing.values())),
     }
-    for name, well in fine.items():
-        if not well:
+    for name, fine in valid.items():
+        if not fine:
             raise ValueError(f"state.json has {name} {getattr(state, name)!r:.80}")
     return state
 
 
 def _is_line(line: object, epoch: int, step: int) -> bool:
-    """Whether it is what an epoch up to this step left in metrics.jsonl."""
+    """Whether it is an epoch's line of metrics.jsonl, of this epoch and at most this step."""
     if not isinstance(line, dict) or not {"epoch", "step", "lr", "train/loss", "train/top1"} <= line.keys():
         return False
     numbers = all(value is None or is_number(value) for value in line.values())
@@ -80,27 +78,24 @@ def _is_line(line: object, epoch: int, step: int) -> bool:
 
 
 def check_position(state: State, steps_an_epoch: int, epochs: int) -> None:
-    """Raises UserError where step and history do not fit each other, or the recipe: nobody's training stopped there."""
+    """Raises UserError if no training of this recipe can be at that step after that many epochs."""
     done = len(state.history)
-    # Between an epoch's last step and its line in the history lies its validation.
+    # An epoch's line enters the history after its validation, so step may be a whole epoch ahead.
     if not done * steps_an_epoch <= state.step <= min(done + 1, epochs) * steps_an_epoch:
         raise UserError(
-            f"the checkpoint is of step {state.step} after {done} epochs of {steps_an_epoch} steps, where no training"
-            " of this recipe can be; to start again, remove the run folder"
+            f"the checkpoint is of step {state.step} after {done} epochs of {steps_an_epoch} steps, which no training"
+            " of this recipe reaches; to start again, remove the run folder"
         )
 
 
-KEEP = 2  # the newest and, should it turn out bad, the one before
-
-
 def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, best: dict[str, Tensor]) -> None:
-    """Write checkpoint `folder`/step-N; raises UserError where the disk does not take it, older ones intact."""
+    """Write checkpoint `folder`/step-N. Raises UserError if the disk is full; older checkpoints stay intact."""
     partial = folder / f".partial-{state.step}"
     target = folder / f"step-{state.step}"
     try:
         folder.mkdir(exist_ok=True)
-        for killed in folder.glob(".partial-*"):  # in the middle of its save
-            remove_tree(killed)
+        for leftover in folder.glob(".partial-*"):  # of a process killed while it saved
+            remove_tree(leftover)
         partial.mkdir()
         write_weights(partial / "model.safetensors", module.state_dict())
         tensors, rest = _split_optimizer(optimizer.state_dict())
@@ -109,7 +104,7 @@ def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, be
         write_json(partial / "state.json", {"state": asdict(state), "optimizer": rest})
         write_json(partial / "manifest.json", {path.name: sha256_file(path) for path in sorted(partial.iterdir())})
         sync_folder(partial)
-        remove_tree(target)  # of an earlier life, at the same step
+        remove_tree(target)  # an earlier process's, at the same step
         os.rename(partial, target)
         sync_folder(folder)
     except OSError as error:
@@ -117,7 +112,7 @@ def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, be
         raise UserError(
             f"could not save to {folder} ({error}); free some space, then continue with --resume"
         ) from error
-    # Newer ones were passed over as damaged when this life began: they must not count as kept.
+    # Newer ones were skipped as damaged when this process resumed: they must not count as kept.
     newer = [step for step in steps(folder) if step > state.step]
     for old in [*newer, *steps(folder)[len(newer) :][KEEP:]]:
         remove_tree(folder / f"step-{old}")
@@ -130,22 +125,23 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None where there never was one.
+    """The newest undamaged checkpoint; None if there is no checkpoint.
 
-    Warns of each that is damaged. Raises UserError where all are: starting again is the user's to decide.
+    Warns of each damaged one. Raises UserError if all are damaged: starting again is the user's decision.
     """
     for step in steps(folder):
         checkpoint = folder / f"step-{step}"
         fault = _fault(checkpoint)
         if fault is None:
             return checkpoint
-        warnings.warn(f"{checkpoint} is damaged ({fault}): passed over", stacklevel=2)
+        warnings.warn(f"{checkpoint} is damaged ({fault}): skipped", stacklevel=2)
     if steps(folder):
         raise UserError(f"every checkpoint in {folder} is damaged; to start again, remove the run folder")
     return None
 
 
 def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if its files are as they were saved."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         wanted = {"model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"}
@@ -161,7 +157,7 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
     """Load weights and optimizer in place; returns the position and the best weights so far."""
     content = read_json(checkpoint / "state.json")
     try:
-        state = sound(State(**content["state"]))
+        state = _checked(State(**content["state"]))
         module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
         tensors = read_weights(checkpoint / "optimizer.safetensors")
         optimizer.load_state_dict(_join_optimizer(tensors, content["optimizer"]))
@@ -169,18 +165,18 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{checkpoint} is none that this version can continue ({error!r:.200}); to start again, remove the run"
+            f"{checkpoint} cannot be resumed by this version ({error!r:.200}); to start again, remove the run folder"
         ) from error
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                # Saved in plain order; fused optimizers want it to lie in memory as its parameter does.
+                # Saved contiguously; fused optimizers need the memory layout of the parameter.
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return state, read_weights(checkpoint / "best.safetensors")
 
 
 def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """Tensors by "parameter/name", and what JSON can hold."""
+    """Tensors by "parameter/name", and the rest for JSON."""
     tensors, rest = {}, {"param_groups": state["param_groups"], "state": {}}
     for index, entries in state["state"].items():
         rest["state"][str(index)] = {}

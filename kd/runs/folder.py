@@ -1,4 +1,4 @@
-"""The folder of one run: whose it is, and whether it is new, to be resumed or finished."""
+"""The folder of one run: its identity, its lock, its config.json, and whether it is new, resumable or finished."""
 
 import dataclasses
 import hashlib
@@ -18,30 +18,25 @@ from kd.data import Data
 from kd.data.sources import BUILT_IN
 from kd.errors import UserError, require
 from kd.runs import checkpoint
-from kd.runs.results import finished_summary, weights_sha256
-from kd.utils.files import read_json, write_json
+from kd.runs.results import finished_summary, read_config, weights_sha256
+from kd.utils.files import write_json
 from kd.utils.processes import wait_for
 from kd.utils.system import Lock
 
-# Flags younger than the first runs: at these values they say nothing, and those runs keep their identity and folder.
+# Flags added after the first runs. At these values they change nothing, so older runs keep their identity and folder.
 DEFAULTS_OF_NEWER_FLAGS = {
     "imbalance": 1.0,
     "balance": "none",
     "stored_size": None,
     "stream": False,
     "shuffle_rows": 4096,
+    "resized_crop": 0.0,
+    "colour_jitter": 0.0,
 }
 
 
-DEFAULTS_OF_NEWER_FLAGS |= {"resized_crop": 0.0, "colour_jitter": 0.0}
-
-
 def without_newer_defaults(flags: dict) -> dict:
-    return {
-        key: value
-        for key, value in flags.items()
-        if key not in DEFAULTS_OF_NEWER_FLAGS or value != DEFAULTS_OF_NEWER_FLAGS[key]
-    }
+    return {key: value for key, value in flags.items() if DEFAULTS_OF_NEWER_FLAGS.get(key, ...) != value}
 
 
 @dataclass
@@ -53,7 +48,7 @@ class RunFolder:
     wandb_id: str = ""
     lock: Lock | None = None
     summary: dict | None = None  # of a finished run
-    resuming: bool = False  # there is a checkpoint to go on from
+    resuming: bool = False  # there is a checkpoint to continue from
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -66,32 +61,31 @@ class RunFolder:
             self.lock.close()
 
 
-def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None) -> dict:
+def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None) -> dict:
     """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
     parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
-    # Where and how it lies does not matter; what it holds does, and of a stream the order that it comes in.
+    # Not where the data lies and how it is stored; its content counts, and for a stream also the order of its rows.
     for name in ("source", "decode", "workers", *(() if job.data.stream else ("shuffle_rows",))):
         del parts["data"][name]
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
-    flat = {key: value for part in parts.values() for key, value in part.items()}
-    flat = without_newer_defaults(flat)
-    if job.cache.cache_teacher and teacher_sha:
+    flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
+    if job.cache.cache_teacher and teacher_sha256:
         flat |= dataclasses.asdict(job.cache)
     if job.compress.asked:
-        init = job.compress.init  # its weights matter, not where it lies
+        init = job.compress.init  # its weights count, not its path
         flat |= job.compress.asked | ({"init": weights_sha256(Path(init))} if init else {})
     if job.origin:
         flat["origin"] = job.origin.sha256
-    flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha}
-    return json.loads(json.dumps(flat))  # tuples as lists, as they are read back
+    flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha256}
+    return json.loads(json.dumps(flat))  # tuples become lists, as in a file read back
 
 
-def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | None = None) -> RunFolder:
-    """Claim the job's folder: new, to be resumed, or finished. Only the main process looks and writes.
+def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None = None) -> RunFolder:
+    """Claim the job's folder: new, to be resumed, or finished. Only the main process inspects and writes it.
 
-    Raises: UserError where the folder holds something else, another process works in it, or it cannot be written.
+    Raises: UserError if the folder has something else, is in use by another process, or cannot be written.
     """
-    identity = run_identity(job, data, accelerator, teacher_sha)
+    identity = run_identity(job, data, accelerator, teacher_sha256)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
     run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
@@ -103,7 +97,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
                 f"--resume: {run.path} has no checkpoint; leave the flag out to start",
             )
             run.lock = _make_folder(run.path)
-        if job.run.auto_resume:  # a teacher or control on the way may be in the making for another student: share it
+        if job.run.auto_resume:  # another student may be training this very teacher or control: wait and share it
             wait_for(run.lock, f"waiting for another process to finish {run.path}", accelerator)
         elif main:
             require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
@@ -121,31 +115,29 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha: str | 
     if not accelerator.is_main_process:
         run.summary = finished_summary(run.path, job.run.test)
         run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
-    accelerator.wait_for_everyone()  # nobody trains before all have looked
+    accelerator.wait_for_everyone()  # nobody trains before all have read the folder's state
     return run
 
 
 def _make_folder(path: Path) -> Lock:
-    """Make the folder, or see that it is a run's."""
+    """Make the folder, or check that it is a run's; returns its lock, not yet acquired."""
     path.mkdir(parents=True, exist_ok=True)
-    # What a kill in the middle of the very first write leaves is nothing of value.
-    holds = sorted(entry.name for entry in path.iterdir() if entry.name not in ("lock", ".config.json.partial"))
+    # A kill during the very first write leaves these two; they are of no value.
+    names = sorted(entry.name for entry in path.iterdir() if entry.name not in ("lock", ".config.json.partial"))
     require(
-        not holds or "config.json" in holds,
-        f"{path} holds something that is no run ({', '.join(holds[:3])}); choose another --out",
+        not names or "config.json" in names,
+        f"{path} is not a run folder (it has {', '.join(names[:3])}); choose another --out",
     )
     return Lock(path / "lock")
 
 
 def _read_state(run: RunFolder, job: Job) -> None:
-    """Whether the folder's run is this one, new, to be resumed, or finished; raises UserError where it is none."""
+    """Set whether the folder's run is new, to be resumed, or finished. Raises UserError if it is another run."""
     path = run.path
     if (path / "config.json").exists():
-        record = read_json(path / "config.json")
-        theirs = record.get("identity")
-        require(isinstance(theirs, dict), f"{path / 'config.json'} is no run's; choose another --out")
-        _check_same(path, theirs, run.identity)
-        run.wandb_id = str(record.get("wandb_id", ""))
+        config = read_config(path)
+        _check_same(path, config["identity"], run.identity)
+        run.wandb_id = str(config.get("wandb_id", ""))
     run.summary = finished_summary(path, job.run.test)
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
     if run.summary is None and finished_summary(path) is not None:  # trained, and only the test split is unread
@@ -154,46 +146,51 @@ def _read_state(run: RunFolder, job: Job) -> None:
         require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
         require(
             not run.resuming or job.run.resume or job.run.auto_resume,
-            f"{path} holds an unfinished run: add --resume to continue it, or remove the folder",
+            f"{path} has an unfinished run: add --resume to continue it, or remove the folder",
         )
-        trained = not run.resuming and _has_trained(path)
+        trained = not run.resuming and _has_epochs(path)
         require(
             not trained or job.run.auto_resume,
-            f"{path} has epochs in metrics.jsonl and no checkpoint to go on from; to start again, remove the folder",
+            f"{path} has epochs in metrics.jsonl and no checkpoint to continue from; to start again, remove the folder",
         )
         if job.run.auto_resume and not run.resuming and (job.run.out or trained):
             print(f"{path}: nothing to resume, starting afresh", flush=True)
 
 
-def _has_trained(path: Path) -> bool:
-    """Whether an epoch of it was ever finished."""
+def _has_epochs(path: Path) -> bool:
     lines = path / "metrics.jsonl"
     return lines.exists() and lines.stat().st_size > 0
 
 
-def _check_same(path: Path, theirs: dict, ours: dict) -> None:
-    differ = [
-        f"{key.replace('_', '-')} {theirs.get(key)} there, {ours.get(key)} here"
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
+def _check_same(path: Path, existing: dict, wanted: dict) -> None:
+    differences = [
+        f"{key.replace('_', '-')} {existing.get(key)} there, {wanted.get(key)} here"
+        for key in sorted({*existing, *wanted})
+        if existing.get(key) != wanted.get(key)
     ]
-    require(not differ, f"{path} holds another run ({'; '.join(differ)}); choose another --out, or the same flags")
-
-
-#: (kd.record) What config.json tells of a run: its flags, versions and machine.
+    require(
+        not differences,
+        f"{path} has another run ({'; '.join(differences)}); choose another --out, or the same flags",
+    )
 
 
 def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator: Accelerator) -> dict:
+    """The content of config.json: identity, flags, versions and machine."""
     source = job.data.source
     packages = ("torch", "torchvision", "accelerate", "datasets", "numpy")
     return {
         "identity": identity,
         "flags": dataclasses.asdict(job),
-        "data": {"rows": len(data.train.labels), "mean": data.mean, "std": data.std, "classes": len(data.classes)}
-        | {"held": data.held}
-        | {"images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()}
-        # A name alone does not tell a folder from a Hub id, once it is read elsewhere.
-        | {"folder": source not in BUILT_IN and Path(source).expanduser().is_dir()},
+        "data": {
+            "rows": len(data.train.labels),
+            "mean": data.mean,
+            "std": data.std,
+            "classes": len(data.classes),
+            "held": data.held,
+            "images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist(),
+            # A name alone does not tell a folder from a Hub id once the file is read on another machine.
+            "folder": source not in BUILT_IN and Path(source).expanduser().is_dir(),
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "git_commit": _git_commit(),
         "processes": accelerator.num_processes,

@@ -1,4 +1,4 @@
-"""What a finished run holds for others: its summary, its weights, and the network built from them."""
+"""The network of a finished run, built from model.json and its weights."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +20,9 @@ class TrainedNetwork(NamedTuple):
 
 
 def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
-    """Read a finished run's network from safetensors and JSON; nothing is unpickled.
+    """Load a finished run's network from safetensors and JSON; nothing is unpickled.
 
-    Raises: UserError where the folder is no finished run, or its network is code of the user's own and not trusted.
+    Raises: UserError if the folder has no finished run, or its network is the user's own code and not trusted.
     """
     from kd.models import build_model, is_users_own
     from kd.models.adapt import resize_input
@@ -38,7 +38,7 @@ def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
         network = build_model(info["model"], info["num_classes"], size)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{folder / 'model.json'}: its network cannot be built ({str(error)[:200]})") from error
-    network = _rebuilt(network, info, folder)
+    network = _rebuild(network, info, folder)
     sha256 = checked_weights_sha256(folder, summary)
     load_weights(network, folder / "model.safetensors")
     if size != tuple(info["image_size"]):
@@ -46,8 +46,8 @@ def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
     return TrainedNetwork(network.eval(), info, sha256, summary)
 
 
-def _rebuilt(network: nn.Module, info: dict, folder: Path) -> nn.Module:
-    """What became of the fresh network: compressed, or a part of what a method deploys."""
+def _rebuild(network: nn.Module, info: dict, folder: Path) -> nn.Module:
+    """The fresh network compressed as the trained one was, and inside whatever its method deploys."""
     from kd.compress import rebuild
     from kd.losses import LOSSES
 

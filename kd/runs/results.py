@@ -1,4 +1,7 @@
-"""Run folders as they lie on the disk: finished runs, and whatever else was found instead of one."""
+"""Reading run folders: one reader for each file, and the finished runs among many folders.
+
+A file may come from a stranger or be damaged, so each reader checks that it holds what a run writes.
+"""
 
 import glob
 import json
@@ -14,13 +17,10 @@ from kd.metrics import top_k
 from kd.runs import checkpoint
 from kd.utils.files import is_number, read_json, read_json_lines, read_weights, sha256_file
 
-RUN_FILES = ("config.json", "summary.json", "model.json", "checkpoint")  # any of them makes a folder a run's
-
+RUN_FILES = ("config.json", "summary.json", "model.json", "checkpoint")  # a folder with any of them is a run's
 
 TEXT, NUMBER = (str,), (int, float)
-
-
-# What the report reads of a summary: the kind, and whether null is allowed (no validation split, or --no-test).
+# Keys of summary.json that others read: the type, and whether null is allowed (no validation split, or --no-test).
 KEYS = {
     "script": (TEXT, False),
     "method": (TEXT, False),
@@ -31,23 +31,166 @@ KEYS = {
     **dict.fromkeys(("val_top1_last", "val_top1_best", "best_epoch"), (NUMBER, True)),
     **dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images"), (NUMBER, True)),
     **dict.fromkeys(("test_top1_best", "agreement", "teacher_test_top1"), (NUMBER, True)),
-    # Only of a run whose training classes differ in size (kd/shots.py).
+    # Only if the training classes differ in size (kd.metrics.rare_class_scores).
     **dict.fromkeys(("test_balanced_top1", "test_top1_many", "test_top1_medium", "test_top1_few"), (NUMBER, True)),
 }
-
-
 PERCENT = [key for key in KEYS if "top" in key or key in ("test_ece", "agreement")]
+TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them or none
+
+FLAG_PARTS = ("data", "views", "fit", "method", "compress")  # of config.json's flags: what shapes the result
+
+LARGEST_SIDE = 4096  # pixels: a larger image would fill the memory before anything is known to be wrong
+
+INTEGERS = (torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them, or none
+def finished_summary(folder: Path, tested: bool = False) -> dict | None:
+    """summary.json of a finished run; None for an unfinished one, or with `tested` if the test split is unread.
+
+    Raises UserError if the file is damaged.
+    """
+    if not (folder / "summary.json").exists():
+        return None
+    summary = read_json(folder / "summary.json")
+    if summary.get("status") != "finished" or (tested and summary.get("test_top1") is None):
+        return None
+    return summary
 
 
-class Other(NamedTuple):
-    """Something that was asked for and is no finished run."""
+def checked_summary(path: Path) -> dict:
+    """A summary.json. Raises UserError at the first value that no run writes."""
+    summary = read_json(path)
+    try:
+        _check_summary(summary)
+    except UserError as error:
+        raise UserError(f"{path.parent}: {error}") from error
+    return summary
 
-    path: str
-    state: str
-    why: str
+
+def teachers_of(summary: dict) -> list[str]:
+    """The run folders or names of a student's teachers; summary.json has a string for one, a list for several."""
+    return _as_list(summary.get("teacher"))
+
+
+def teacher_models_of(summary: dict) -> list[str]:
+    """The networks of a student's teachers, in the order of `teachers_of`."""
+    return _as_list(summary.get("teacher_model"))
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _check_summary(summary: dict) -> None:
+    for key, (types, may_be_null) in KEYS.items():
+        value = summary.get(key)
+        right_type = is_number(value) if types is NUMBER else isinstance(value, types)
+        require(right_type or (value is None and may_be_null), f"summary.json has {key} {value!r}")
+        percentage = value is None or key not in PERCENT or 0 <= value <= 100
+        require(percentage, f"summary.json has {key} {value!r}, which is no percentage")
+    require(summary["params"] >= 1, f"summary.json has params {summary['params']!r}")
+    for key in ("teacher", "teacher_model", "control"):
+        require(_are_names(summary.get(key)), f"summary.json has {key} {summary.get(key)!r}")
+    teachers = summary.get("teachers", [])
+    require(isinstance(teachers, list) and all(map(_is_member, teachers)), f"summary.json has teachers {teachers!r}")
+    present = [key for key in TESTED if summary.get(key) is not None]
+    complete = not present or (len(present) == len(TESTED) and summary["test_images"] >= 1)
+    require(complete, f"summary.json has only {', '.join(present)} of a test result")
+
+
+def _are_names(value: object) -> bool:
+    """Whether it names one folder or network, several, or none."""
+    names = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(name, str) and "\0" not in name for name in names)
+
+
+def _is_member(value: object) -> bool:
+    """Whether it is one of several teachers, as kd.training.evaluate writes it."""
+    return isinstance(value, dict) and isinstance(value.get("folder"), str) and is_number(value.get("agreement"))
+
+
+def read_config(folder: Path) -> dict:
+    """A run's config.json: identity, flags, versions and machine. Raises UserError if it is not what a run writes."""
+    path = folder / "config.json"
+    config = read_json(path)
+    identity, flags = config.get("identity"), config.get("flags")
+    require(isinstance(identity, dict), f"{path} has no identity of a run")
+    texts = all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
+    require(texts and isinstance(identity.get("classes"), int | None), f"{path} has no identity of a run")
+    require(isinstance(flags, dict) and _are_flags(flags), f"{path} has no flags of a run")
+    parts = all(isinstance(config.get(key, {}), dict) for key in ("versions", "data"))
+    require(parts, f"{path} has no versions or data of a run")
+    return config
+
+
+def _are_flags(flags: dict) -> bool:
+    """Whether config.json's flags have the parts and the names that a job has."""
+    parts = [flags.get("method"), flags.get("data"), flags.get("run", {}), flags.get("origin") or {}]
+    parts += [flags[part] for part in FLAG_PARTS if part in flags]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    names = [flags["data"].get("source")] + [part.get(key) or "" for part, key in named_paths(flags)]
+    return all(isinstance(name, str) for name in names)
+
+
+def named_paths(flags: dict) -> list[tuple[dict, str]]:
+    """The entries of config.json's flags, --data aside, that may name a path of the machine: (part, key)."""
+    return [(flags.get("compress", {}), "init"), (flags.get("origin") or {}, "source")]
+
+
+def read_model(folder: Path) -> tuple[dict, dict]:
+    """A finished run's model.json and summary.json. Raises UserError if the folder has no finished run."""
+    require(folder.is_dir(), f"{folder}: no such run folder")
+    summary = finished_summary(folder)
+    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
+    require(isinstance(summary.get("model"), str), f"{folder / 'summary.json'} names no model")
+    info = read_json(folder / "model.json")
+    _check_model(folder / "model.json", info)
+    return info, summary
+
+
+def _check_model(path: Path, info: dict) -> None:
+    missing = {"model", "num_classes", "image_size", "mean", "std", "classes"} - set(info)
+    require(not missing, f"{path} lacks {', '.join(sorted(missing))}")
+    valid = {
+        "model": isinstance(info["model"], str),
+        "classes": _is_list(info["classes"], lambda name: isinstance(name, str)),
+        "num_classes": isinstance(info["classes"], list) and info["num_classes"] == len(info["classes"]) > 0,
+        "image_size": _is_list(info["image_size"], _is_side, 2),
+        "mean": _is_list(info["mean"], is_number, 3),
+        "std": _is_list(info["std"], lambda std: is_number(std) and std > 0, 3),
+        "stored_size": _is_side(info.get("stored_size") or LARGEST_SIDE),
+        "resized": _is_list(info.get("resized") or [1, 1], _is_side, 2),
+    }
+    if valid["image_size"] and valid["stored_size"] and info.get("stored_size"):
+        valid["stored_size"] = info["stored_size"] >= max(info["image_size"])
+    wrong = [name for name, fine in valid.items() if not fine]
+    require(not wrong, f"{path} has {', '.join(wrong)} that no run writes")
+
+
+def _is_list(value: object, valid: Callable[[object], bool], length: int | None = None) -> bool:
+    return isinstance(value, list) and len(value) == (length or len(value)) and all(map(valid, value))
+
+
+def _is_side(side: object) -> bool:
+    return type(side) is int and 0 < side <= LARGEST_SIDE
+
+
+def weights_sha256(folder: Path) -> str:
+    """The sha256 of a finished run's weights. Raises UserError if they are missing or have changed."""
+    _, summary = read_model(folder)
+    return checked_weights_sha256(folder, summary)
+
+
+def checked_weights_sha256(folder: Path, summary: dict) -> str:
+    """The sha256 of model.safetensors. Raises UserError if it differs from the summary's; older runs have none."""
+    path = folder / "model.safetensors"
+    require(path.is_file(), f"{path} is not there: copy the whole run folder")
+    sha256 = sha256_file(path)
+    same = summary.get("weights_sha256", sha256) == sha256
+    require(same, f"{path} changed since its run wrote it: copy the run folder again, or train it anew")
+    return sha256
 
 
 @dataclass(frozen=True)
@@ -73,20 +216,28 @@ class Run:
         return self.summary["test_top1"] is not None
 
 
+class Other(NamedTuple):
+    """A folder that was named and has no finished run."""
+
+    path: str
+    state: str
+    why: str
+
+
 def collect_runs(patterns: list[str]) -> tuple[list[Run], list[Other]]:
-    """Every run that the folders or globs name, those in folders of runs included; nothing is left out silently."""
+    """Every run that the folders or globs name, also inside folders of runs; nothing is left out silently."""
     runs, others, seen = {}, [], set()
     for pattern in patterns:
         paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
         if not paths:
             others.append(Other(pattern, "missing", "no such folder, and no folder matches"))
         for path in paths:
-            for folder, state in _search(path):
+            for folder, reason in _search(path):
                 if folder.resolve() in seen:
                     continue
                 seen.add(folder.resolve())
                 try:
-                    run = _read(folder) if state is None else Other(str(folder), "no run", state)
+                    run = _read_run(folder) if reason is None else Other(str(folder), "no run", reason)
                 except UserError as error:
                     run = Other(str(folder), "broken", str(error))
                 if isinstance(run, Run):
@@ -99,7 +250,7 @@ def collect_runs(patterns: list[str]) -> tuple[list[Run], list[Other]]:
 
 
 def _search(path: Path) -> list[tuple[Path, str | None]]:
-    """Run folders at or below `path`, with None; what is none, with the reason. A tree without runs is one entry."""
+    """Run folders at or below `path`, with None; other paths with the reason. A tree without runs is one entry."""
     if not path.is_dir():
         return [(path, "a file")]
     try:
@@ -108,206 +259,75 @@ def _search(path: Path) -> list[tuple[Path, str | None]]:
         return [(path, f"cannot be read ({error.strerror})")]
     if any(entry.name in RUN_FILES for entry in entries):
         return [(path, None)]
-    below = [found for entry in entries if entry.is_dir() for found in _follow(entry)]
-    if any(why is None for _, why in below):
+    below = [result for entry in entries if entry.is_dir() for result in _follow(entry)]
+    if any(reason is None for _, reason in below):
         return below
     return [(path, f"holds {', '.join(entry.name for entry in entries[:3])}" if entries else "empty")]
 
 
 def _follow(entry: Path) -> list[tuple[Path, str | None]]:
-    """Links are followed to run folders alone: others might lead round in a circle."""
-    if entry.is_symlink() and not any((entry / mark).exists() for mark in RUN_FILES):
+    """As `_search`; links are followed to run folders only, since others might lead round in a circle."""
+    if entry.is_symlink() and not any((entry / name).exists() for name in RUN_FILES):
         return [(entry, "a link; name the folder that it points to")]
     return _search(entry)
 
 
-def _read(folder: Path) -> Run | Other:
+def _read_run(folder: Path) -> Run | Other:
     if not (folder / "summary.json").exists():
-        return Other(str(folder), "unfinished", _position(folder))
-    summary, record = read_json(folder / "summary.json"), read_json(folder / "config.json")
+        return Other(str(folder), "unfinished", _progress(folder))
+    summary = read_json(folder / "summary.json")
     if summary.get("status") != "finished":
         return Other(str(folder), "unfinished", f"its summary's status is {summary.get('status')!r}")
-    _check(summary)
-    identity, flags = record.get("identity"), record.get("flags")
-    texts = isinstance(identity, dict) and all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
-    if not texts or not isinstance(identity.get("classes"), int | None):
-        raise UserError("config.json has no identity of a run")
-    try:
-        return Run(folder, summary, identity, dict(flags["method"]), str(flags["data"]["source"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"config.json has no flags of a run ({error!r})") from error
+    _check_summary(summary)
+    config = read_config(folder)
+    flags = config["flags"]
+    return Run(folder, summary, config["identity"], flags["method"], flags["data"]["source"])
 
 
-def checked_summary(path: Path) -> dict:
-    """A summary.json. Raises UserError where it is none that a run writes."""
-    summary = read_json(path)
-    try:
-        _check(summary)
-    except UserError as error:
-        raise UserError(f"{path.parent}: {error}") from error
-    return summary
-
-
-def _check(summary: dict) -> None:
-    """Raises UserError at the first value that is none which a run writes."""
-    for key, (kinds, may_be_null) in KEYS.items():
-        value = summary.get(key)
-        sound = is_number(value) if kinds is NUMBER else isinstance(value, kinds)
-        if not sound and not (value is None and may_be_null):
-            raise UserError(f"summary.json has {key} {value!r}")
-        if value is not None and key in PERCENT and not 0 <= value <= 100:
-            raise UserError(f"summary.json has {key} {value!r}, which is no percentage")
-    if summary["params"] < 1:
-        raise UserError(f"summary.json has params {summary['params']!r}")
-    for key in ("teacher", "teacher_model", "control"):
-        if not _names_some(summary.get(key)):
-            raise UserError(f"summary.json has {key} {summary[key]!r}")
-    teachers = summary.get("teachers", [])
-    if not isinstance(teachers, list) or not all(map(_is_member, teachers)):
-        raise UserError(f"summary.json has teachers {teachers!r}")
-    there = [key for key in TESTED if summary.get(key) is not None]
-    if there and (len(there) < len(TESTED) or summary["test_images"] < 1):
-        raise UserError(f"summary.json has only {', '.join(there)} of a test result")
-
-
-def _names_some(value: object) -> bool:
-    """One folder or network, several, or none."""
-    names = value if isinstance(value, list) else [value]
-    return value is None or all(isinstance(name, str) and "\0" not in name for name in names)
-
-
-def _is_member(value: object) -> bool:
-    """One of several teachers, as kd.finish writes it."""
-    return isinstance(value, dict) and isinstance(value.get("folder"), str) and is_number(value.get("agreement"))
-
-
-def _position(folder: Path) -> str:
+def _progress(folder: Path) -> str:
     """How far an unfinished run has come."""
     steps = checkpoint.steps(folder / "checkpoint")
-    if not steps:
-        return "no checkpoint yet"
-    return f"step {steps[0]} is saved; continue it with --resume"
-
-
-#: (kd.model_info) What model.json must hold before a network is built from it: the file may be anybody's.
-
-
-LARGEST = 4096  # pixels of an image's side: more would fill the memory before anything is known to be wrong
-
-
-def check_info(path: Path, info: dict) -> None:
-    """Raises UserError where model.json does not hold what a run writes: it may be anybody's."""
-    missing = {"model", "num_classes", "image_size", "mean", "std", "classes"} - set(info)
-    require(not missing, f"{path} lacks {', '.join(sorted(missing))}")
-    sound = {
-        "model": isinstance(info["model"], str),
-        "classes": _list_of(info["classes"], lambda name: isinstance(name, str)),
-        "num_classes": isinstance(info["classes"], list) and info["num_classes"] == len(info["classes"]) > 0,
-        "image_size": _list_of(info["image_size"], _is_size, 2),
-        "mean": _list_of(info["mean"], is_number, 3),
-        "std": _list_of(info["std"], lambda std: is_number(std) and std > 0, 3),
-        "stored_size": _is_size(info.get("stored_size") or LARGEST),
-        "resized": _list_of(info.get("resized") or [1, 1], _is_size, 2),
-    }
-    if sound["image_size"] and sound["stored_size"] and info.get("stored_size"):
-        sound["stored_size"] = info["stored_size"] >= max(info["image_size"])
-    wrong = [name for name, fine in sound.items() if not fine]
-    require(not wrong, f"{path} has {', '.join(wrong)} that no run writes")
-
-
-def _list_of(value: object, sound: Callable[[object], bool], length: int | None = None) -> bool:
-    return isinstance(value, list) and len(value) == (length or len(value)) and all(map(sound, value))
-
-
-def _is_size(side: object) -> bool:
-    return type(side) is int and 0 < side <= LARGEST
-
-
-#: (kd.reporting.run_files) What a finished run keeps beside its summary, for the report: the epochs' history, its answers, its class names.
-
-
-WHOLE = (torch.int64, torch.int32)
-
-
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    return f"step {steps[0]} is saved; continue it with --resume" if steps else "no checkpoint yet"
 
 
 def read_history(run: Run) -> list[dict]:
-    """The epochs' lines of metrics.jsonl. Raises UserError where they cannot be read."""
+    """The epochs' lines of metrics.jsonl. Raises UserError if they cannot be read."""
     path = run.path / "metrics.jsonl"
     lines = read_json_lines(path)
     needed = [line.get(key) for line in lines for key in ("epoch", "train/loss", "train/top1")]
     optional = [line[key] for line in lines for key in ("val/loss", "val/top1") if line.get(key) is not None]
-    if not lines or not all(map(is_number, needed + optional)):
-        raise UserError(f"{path} holds no epochs, or numbers that are none")
+    require(
+        bool(lines) and all(map(is_number, needed + optional)), f"{path} has no epochs, or values that are not numbers"
+    )
     return lines
 
 
-def read_test_logits(run: Run) -> tuple:
-    """Logits (n x k) and labels (n) of the test split as they were scored. Raises UserError where they are not there.
+def read_test_logits(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n x k) and labels (n) of the test split, as they were scored.
 
-    What does not give the summary's accuracy is another run's, and refused.
+    Raises UserError if they are missing, malformed, or do not give the summary's accuracy.
     """
     path = run.path / "test_logits.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} is not there: the run read no test split, or was made before these were kept")
-    kept = read_weights(path)
-    logits, labels = kept.get("logits"), kept.get("labels")
-    if logits is None or labels is None or logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise UserError(f"{path} holds no logits and labels")
-    if labels.dtype not in WHOLE or logits.dtype not in FLOATS:
-        raise UserError(f"{path} holds {logits.dtype} and {labels.dtype} for logits and labels")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise UserError(f"{path} holds labels that are none")
-    if abs(top_k(logits, labels, 1) - run.summary["test_top1"]) > 1e-6:
-        raise UserError(f"{path} does not give the accuracy in the summary")
+    require(path.exists(), f"{path} is not there: the run read no test split, or an older version made it")
+    tensors = read_weights(path)
+    logits, labels = tensors.get("logits"), tensors.get("labels")
+    shapes = logits is not None and labels is not None and logits.ndim == 2 and labels.shape == logits.shape[:1]
+    require(shapes and len(labels) > 0, f"{path} has no logits and labels")
+    types = labels.dtype in INTEGERS and logits.dtype in FLOATS
+    require(types, f"{path} has {logits.dtype} and {labels.dtype} for logits and labels")
+    in_range = bool(labels.min() >= 0) and bool(labels.max() < logits.shape[1])
+    require(in_range, f"{path} has labels outside 0..{logits.shape[1] - 1}")
+    same = abs(top_k(logits, labels, 1) - run.summary["test_top1"]) <= 1e-6
+    require(same, f"{path} does not give the accuracy in the summary")
     return logits, labels
 
 
 def class_names(run: Run, count: int) -> list[str]:
-    """Of model.json; numbers where it is not readable or does not fit."""
+    """The class names in model.json; numbers if it is not readable or has another number of them."""
     try:
         names = read_json(run.path / "model.json").get("classes", [])
     except UserError:
         names = []
-    return (
-        [str(name) for name in names]
-        if isinstance(names, list) and len(names) == count
-        else [str(number) for number in range(count)]
-    )
-
-
-def finished_summary(path: Path, tested: bool = False) -> dict | None:
-    """A finished run's summary; with `tested`, of one that has read the test split as well."""
-    if not (path / "summary.json").exists():
-        return None
-    summary = read_json(path / "summary.json")
-    finished = summary.get("status") == "finished" and not (tested and summary.get("test_top1") is None)
-    return summary if finished else None
-
-
-def read_model(folder: Path) -> tuple[dict, dict]:
-    """A finished run's model.json and summary.json. Raises UserError where the folder holds none."""
-    require(folder.is_dir(), f"{folder}: no such run folder")
-    summary = finished_summary(folder)
-    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
-    require(isinstance(summary.get("model"), str), f"{folder / 'summary.json'} names no model")
-    info = read_json(folder / "model.json")
-    check_info(folder / "model.json", info)
-    return info, summary
-
-
-def weights_sha256(folder: Path) -> str:
-    """The sha256 of a finished run's weights. Raises UserError where the folder holds none, or others."""
-    _, summary = read_model(folder)
-    return checked_weights_sha256(folder, summary)
-
-
-def checked_weights_sha256(folder: Path, summary: dict) -> str:
-    """The sha256 of the weights, seen to be the one that the run wrote down (since it does)."""
-    path = folder / "model.safetensors"
-    require(path.is_file(), f"{path} is not there: copy the whole run folder")
-    sha256 = sha256_file(path)
-    same = summary.get("weights_sha256", sha256) == sha256
-    require(same, f"{path} changed since its run wrote it: copy the run folder again, or train it anew")
-    return sha256
+    if isinstance(names, list) and len(names) == count:
+        return [str(name) for name in names]
+    return [str(number) for number in range(count)]

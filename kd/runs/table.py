@@ -1,4 +1,4 @@
-"""The report's Table I with true numbers, and what may be concluded from it."""
+"""The results table that ends a run (the report's Table I), and the verdict on what distillation gained."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.metrics import images_noise
-from kd.runs.results import checked_summary
+from kd.runs.results import checked_summary, teachers_of
 from kd.utils.console import console
 
 COLUMNS = (
@@ -22,14 +22,13 @@ COLUMNS = (
     ("agreement", "agreement", ".2f"),
 )
 
-
-NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # what a terminal of 80 columns has room for
+NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a terminal of 80 columns
 
 
 def show_results(student: Path, control: Path | None = None) -> None:
-    """Print a finished run's table: its teacher, the student alone and the student itself, as far as there are.
+    """Print a finished run's table: teacher, student alone and student, as far as they exist.
 
-    `control`: the student alone, for a run that was finished before there was one.
+    `control`: the run of the student alone, if this run was finished before it.
     """
     summary = checked_summary(student / "summary.json")
     rows = _rows(summary, control)
@@ -42,19 +41,19 @@ def show_results(student: Path, control: Path | None = None) -> None:
         wide.print(Text("student alone: not measured; the same command with --control measures it"))
     elif control is not None:
         wide.print(Text(format_verdict(summary, control)))
-    wide.print(Text(f"run folder: {student}"), soft_wrap=True)  # one line, for programs that read it
+    wide.print(Text(f"run folder: {student}"), soft_wrap=True)
 
 
 def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
-    """Every network that belongs to the result, by what it is called; None for one that was not measured."""
-    rows = []
-    for one in summary.get("teachers", []):
-        read = _read(one["folder"])
-        rows.append(("teacher", read and read | {"agreement": one["agreement"]}))
-    if summary.get("teacher") and "teachers" not in summary:
-        named = summary["teacher"]
-        read = [_read(folder) for folder in (named if isinstance(named, list) else [named])]
-        rows += [("teacher", one) for one in (read if any(read) else [_elsewhere(summary)])]
+    """Each network of the result: its name in the table, and its summary or None if it was not measured."""
+    teachers = [_read(folder) for folder in teachers_of(summary)]
+    agreement = {member["folder"]: member["agreement"] for member in summary.get("teachers", [])}
+    for folder, teacher in zip(teachers_of(summary), teachers, strict=True):
+        if teacher and folder in agreement:
+            teacher["agreement"] = agreement[folder]
+    if teachers and not agreement and not any(teachers):
+        teachers = [_external_teacher(summary)]
+    rows = [("teacher", teacher) for teacher in teachers]
     alone = summary.get("control") or control
     if summary["method"] != "none":
         rows.append(("student alone", _read(str(alone)) if alone else None))
@@ -62,7 +61,7 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
 
 
 def plain_table(summary: dict) -> tuple[list[str], list[list]]:
-    """The same table as titles and rows of unrounded values, for programs."""
+    """The same table as titles and rows of unrounded values, for W&B."""
     keys = ("model", "params", *(key for key, _, _ in COLUMNS))
     rows = [[name, *(network.get(key) for key in keys)] for name, network in _rows(summary) if network is not None]
     return ["network", *keys], rows
@@ -74,14 +73,16 @@ def _name(summary: dict) -> str:
     return "student alone" if summary["method"] == "none" else f"student ({summary['method']})"
 
 
-def _elsewhere(summary: dict) -> dict | None:
-    """A teacher that is no run here: its name, and what the student's own run measured of it."""
-    known = summary.get("teacher_test_top1")
-    return {"model": str(summary["teacher"]), "params": None, "test_top1": known} if known is not None else None
+def _external_teacher(summary: dict) -> dict | None:
+    """A pretrained teacher without a run folder: its name and the test accuracy that the student's run measured."""
+    top1 = summary.get("teacher_test_top1")
+    if top1 is None:
+        return None
+    return {"model": " + ".join(teachers_of(summary)), "params": None, "test_top1": top1}
 
 
 def _read(folder: str) -> dict | None:
-    """A run's summary; None where there is none, or what is there is none that a run writes."""
+    """A run's summary; None if it is missing or malformed."""
     path = Path(folder) / "summary.json"
     try:
         return checked_summary(path) if path.exists() else None
@@ -90,7 +91,7 @@ def _read(folder: str) -> dict | None:
 
 
 def _table(rows: list[tuple[str, dict | None]], columns: list[tuple[str, str, str]]) -> Table:
-    table = Table(title="percent, NLL aside; of the last epoch's weights, but for best val and test@best")
+    table = Table(title="percent, except NLL; weights of the last epoch, except for best val and test@best")
     table.add_column("network", no_wrap=True)
     table.add_column("model", overflow="fold")
     table.add_column("params", justify="right")
@@ -116,7 +117,7 @@ def _count(params: int | None) -> str:
 
 
 def format_verdict(student: dict, control: dict) -> str:
-    """What one seed's difference in test accuracy says, beside the noise of a test set of that size."""
+    """One seed's difference in test accuracy, compared with the noise of a test set of that size."""
     gain, images = student["test_top1"] - control["test_top1"], student["test_images"]
     noise = images_noise(student["test_top1"], control["test_top1"], images)
     counted = f"{gain:+.2f} points ({round(gain * images / 100):+d} of {images} test images)"

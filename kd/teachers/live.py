@@ -1,3 +1,5 @@
+"""A teacher whose network runs at every step."""
+
 import copy
 from collections import Counter
 from collections.abc import Callable
@@ -11,14 +13,15 @@ from kd.models.features import Tap
 from kd.types import Batch, Outputs
 
 TeacherLogits = Callable[[Batch], Outputs]
+"""A teacher as the training loop sees it: live or cached, the loop cannot tell."""
 
 
 def fold_batchnorm(network: nn.Module) -> nn.Module:
-    """A copy with each BatchNorm folded into the convolution before it; the network itself where it cannot be traced.
+    """A copy with each BatchNorm folded into the convolution before it; the network itself if it cannot be traced.
 
     Logits differ in their last bits.
     """
-    inside = nn.Sequential(copy.deepcopy(network))  # so that hooks of the network itself are traced, or refuse to be
+    inside = nn.Sequential(copy.deepcopy(network))  # so that the network's own hooks are traced too, or tracing fails
     try:
         traced = torch.fx.symbolic_trace(inside)
     except Exception:  # tracing fails in as many ways as there are networks
@@ -41,17 +44,17 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
 def live_logits(
     network: nn.Module, accelerator: Accelerator, layers: tuple[str, ...] = (), channels_last: bool = True
 ) -> TeacherLogits:
-    """Ask the network at every step, for these layers' features too."""
-    quick = network if layers else fold_batchnorm(network)
+    """A teacher that runs `network` on each batch, without gradients; its outputs include the features of `layers`."""
+    fast = network if layers else fold_batchnorm(network)
     if channels_last:
-        quick = quick.to(memory_format=torch.channels_last)
-    tap = Tap(quick, layers)
+        fast = fast.to(memory_format=torch.channels_last)
+    tap = Tap(fast, layers)
 
     # no_grad, not inference_mode: the latter's tensors cannot take part in a later backward pass.
     @torch.no_grad()
-    def answer(batch: Batch) -> Outputs:
+    def run(batch: Batch) -> Outputs:
         with accelerator.autocast():
             logits, features = tap(batch.image)
         return Outputs(logits.float(), features)
 
-    return answer
+    return run

@@ -1,4 +1,4 @@
-"""Teachers: anything that answers a Batch with Outputs. The training loop cannot tell one from another."""
+"""Loading teachers: run folders, Hub ids, pretrained networks and files of weights, adapted to the student's data."""
 
 import hashlib
 import json
@@ -29,11 +29,11 @@ from kd.utils.hub import local_folder
 
 
 class TeacherNetwork(NamedTuple):
-    """A teacher's network, ready to be asked: on the device, in eval mode, without gradients."""
+    """A teacher's network, ready for use: on the device, in eval mode, without gradients."""
 
     network: nn.Module
-    folder: Path  # or the name of a network from elsewhere
-    sha256: str  # of its weights and of what it expects
+    folder: Path  # or the name of a pretrained network
+    sha256: str  # of its weights and of the inputs it expects
     summary: dict
     classes: int  # of its own classifier, before they are matched with the data's
     members: tuple["TeacherNetwork", ...] = ()  # of several teachers
@@ -42,7 +42,7 @@ class TeacherNetwork(NamedTuple):
 class Average(nn.Module):
     """Several networks as one: the logarithm of their mean probabilities, which are logits again.
 
-    The mean is that of the probabilities as they are; a method's temperature softens it afterwards.
+    Probabilities are averaged at temperature 1; a method's temperature softens the mean afterwards.
     """
 
     def __init__(self, networks: Sequence[nn.Module]):
@@ -55,11 +55,11 @@ class Average(nn.Module):
 
 
 def check_teachers(config: DistillConfig) -> None:
-    """Raises UserError for a teacher that is not there, or cannot be what its flags say: before any data is read."""
+    """Raises UserError for a teacher that is missing or does not fit its flags, before any data is read."""
     require(
         not config.fine_tune_teacher or any(map(is_pretrained, config.teachers)),
-        f"--fine-tune-teacher: {', '.join(config.teachers)} is a run, which has learned its last layer; leave the flag"
-        " out, or name a teacher from elsewhere",
+        f"--fine-tune-teacher: {', '.join(config.teachers)} is a run, whose last layer is trained already; leave the"
+        " flag out, or name a pretrained network or a file of weights",
     )
     for name in config.teachers:
         if is_pretrained(name):
@@ -71,16 +71,16 @@ def check_teachers(config: DistillConfig) -> None:
 def load_teachers(
     names: Sequence[str | Path], data: Data, device: torch.device, trust_code: bool, model: str = ""
 ) -> TeacherNetwork:
-    """The one teacher named, or the average of several; `model` is the network of those that are files of weights.
+    """The one teacher named, or the average of several; `model` is the network that files of weights are for.
 
-    Raises UserError as load_teacher and kd.foreign do.
+    Raises UserError as load_teacher and kd.models.pretrained do.
     """
-    load = lambda name: (  # noqa: E731
-        _load_foreign(str(name), model, data, device)
+    members = tuple(
+        _load_pretrained_teacher(str(name), model, data, device)
         if is_pretrained(str(name))
         else load_teacher(local_folder(name), data, device, trust_code)
+        for name in names
     )
-    members = tuple(load(name) for name in names)
     if len(members) == 1:
         return members[0]
     network = Average([member.network for member in members]).eval()
@@ -93,59 +93,61 @@ def load_teachers(
 def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> TeacherNetwork:
     """A finished run as teacher for students on `data`.
 
-    Its normalisation and image size are kept, its classes are matched by name. Raises: UserError where it lacks a class
-    of `data`, or its network is a `module:function` and not trusted.
+    It sees images with its own normalisation and size; its classes are matched by name. Raises: UserError if it lacks a
+    class of `data`, or its network is a `module:function` and not trusted.
     """
     network, info, sha256, summary = load_network(folder, trust_code)
     match_to_data(network, info, data, device, f"teacher {folder}", "train one on this data")
-    # What it says follows from its normalisation and classes as well.
+    # Its logits depend on its normalisation and classes as well.
     identity = hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()
     return TeacherNetwork(network, folder, identity, summary, len(info["classes"]))
 
 
-def _load_foreign(name: str, model: str, data: Data, device: torch.device) -> TeacherNetwork:
-    found = load_pretrained(name, model)
-    network = build_pretrained(found, name)
-    match_to_data(network, found._asdict(), data, device, f"--teacher {name}", NEW_HEAD_ADVICE)
-    return TeacherNetwork(network, Path(name), found.sha256, {"model": found.model}, len(found.classes))
+def _load_pretrained_teacher(name: str, model: str, data: Data, device: torch.device) -> TeacherNetwork:
+    pretrained = load_pretrained(name, model)
+    network = build_pretrained(pretrained, name)
+    match_to_data(network, pretrained._asdict(), data, device, f"--teacher {name}", NEW_HEAD_ADVICE)
+    summary = {"model": pretrained.model}
+    return TeacherNetwork(network, Path(name), pretrained.sha256, summary, len(pretrained.classes))
 
 
-def match_classes(theirs: tuple[str, ...], ours: tuple[str, ...]) -> list[int] | None:
-    """For each of our classes the place of theirs with its name; None where that cannot be told.
+def match_classes(teacher: tuple[str, ...], data: tuple[str, ...]) -> list[int] | None:
+    """For each class of the data, the teacher's column of that name; None if one is missing or ambiguous.
 
-    The same name, or one that differs only in case, '_' for a space, or what follows a comma: of synonyms the first
-    counts. Two lists of a thousand that agree in nine of ten places are both ImageNet's, whose other names are spelt in
+    Names match if they are equal, or differ only in case, '_' for a space, or what follows a comma (of synonyms the
+    first counts). Two lists of a thousand names that agree in nine of ten places are both ImageNet's, which is spelt in
     many ways.
     """
-    for same in (lambda name: name, _plain):
-        named = [same(name) for name in theirs]
-        if all(named.count(same(name)) == 1 for name in ours) and len({same(name) for name in ours}) == len(ours):
-            return [named.index(same(name)) for name in ours]
-    agree = sum(_plain(one) == _plain(other) for one, other in zip(theirs, ours, strict=False))
-    return list(range(len(ours))) if len(ours) == len(theirs) == 1000 and agree >= 900 else None
+    for spelling in (lambda name: name, _simplified):
+        columns = [spelling(name) for name in teacher]
+        wanted = [spelling(name) for name in data]
+        if all(columns.count(name) == 1 for name in wanted) and len(set(wanted)) == len(wanted):
+            return [columns.index(name) for name in wanted]
+    agree = sum(_simplified(one) == _simplified(other) for one, other in zip(teacher, data, strict=False))
+    return list(range(len(data))) if len(data) == len(teacher) == 1000 and agree >= 900 else None
 
 
-def _plain(name: str) -> str:
+def _simplified(name: str) -> str:
     return " ".join(name.split(",")[0].replace("_", " ").casefold().split())
 
 
 def match_to_data(network: nn.Module, info: dict, data: Data, device: torch.device, who: str, remedy: str) -> None:
-    """Freeze it and make it answer for `data`, by hooks, so that its layers keep their names.
+    """Freeze the network and adapt its input and classes to `data`, by hooks, so that its layers keep their names.
 
-    `info` is what it expects: mean, std, image_size, classes. Raises UserError, which says `who` it is and what the
-    `remedy` is, where it lacks a class.
+    `info` is what it expects: mean, std, image_size, classes. Raises UserError, with `who` and `remedy`, if it lacks a
+    class.
     """
-    theirs, ours = tuple(info["classes"]), data.classes
-    columns = match_classes(theirs, ours)
+    classes = tuple(info["classes"])
+    columns = match_classes(classes, data.classes)
     if columns is None:
-        missing = [name for name in ours if name not in theirs]
+        missing = [name for name in data.classes if name not in classes]
         lacks = f"not {', '.join(map(repr, missing[:3]))} of" if missing else "some of these names twice; of"
-        raise UserError(f"{who} knows {len(theirs)} classes and {lacks} the data's {len(ours)}: {remedy}")
+        raise UserError(f"{who} knows {len(classes)} classes and {lacks} the data's {len(data.classes)}: {remedy}")
     if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
         renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
         network.register_forward_pre_hook(lambda _, images: renormalize(*images))
     resized(network, tuple(info["image_size"]), data)
-    if columns != list(range(len(theirs))):  # by name: ours may come in another order, or be some of theirs
+    if columns != list(range(len(classes))):  # the data's classes may be a part of the teacher's, or in another order
         chosen = torch.tensor(columns, device=device)
         network.register_forward_hook(lambda _, images, logits: logits[:, chosen])
     network.eval().requires_grad_(False).to(device)

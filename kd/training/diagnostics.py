@@ -1,4 +1,7 @@
-"""Which of the loss terms pulls harder, and what gives reason to warn. Nothing here changes the training."""
+"""Warnings about a training: how the gradients of its loss terms compare, and whether the soft labels are soft.
+
+Nothing here changes the training.
+"""
 
 import math
 
@@ -12,30 +15,30 @@ from kd.losses.base import Distiller
 from kd.types import Batch, Outputs
 
 SURE_TEACHER = (
-    0.01  # of log(classes): a teacher surer than this says what the labels say (for 100 classes, 99.5% on one)
+    0.01  # of log(classes): soft labels of less entropy are nearly the labels (for 100 classes, 99.5% on one)
 )
 
 
-DROWNED_RATIO = (
-    100.0  # times: the weaker gradient is then lost in the noise of the stronger one. Both are our own choices.
-)
+DROWNED_RATIO = 100.0  # ratio of gradient norms beyond which the weaker one is lost in noise. Both are our own choices.
 
 
-def gradient_norms(distiller: Distiller, batch: Batch, answer: Outputs, accelerator: Accelerator) -> Float[Tensor, "2"]:
-    """Lengths of the student's gradients of all distillation terms together and of cross-entropy, as they are weighted.
+def gradient_norms(
+    distiller: Distiller, batch: Batch, teacher_outputs: Outputs, accelerator: Accelerator
+) -> Float[Tensor, "2"]:
+    """Norms of the student's gradients: of all weighted distillation terms together, and of weighted cross-entropy.
 
-    Both over the global batch, and 0 where either is not finite. Costs a forward and two backward passes beside the
-    step; buffers (BatchNorm's statistics, a method's bank) are copies, so that nothing is left of it.
+    Both over the global batch; both 0 if either is not finite. Costs a forward and two backward passes beside the step;
+    works on copies of the buffers (BatchNorm's statistics, a method's bank), so that training is not affected.
     """
     buffers = {name: buffer.clone() for name, buffer in distiller.named_buffers()}
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
     with accelerator.autocast():
-        terms = dict(functional_call(distiller, buffers, (batch, answer)).terms)
+        terms = dict(functional_call(distiller, buffers, (batch, teacher_outputs)).terms)
     cross_entropy, distillation = terms.pop("ce"), sum(terms.values())
     norms = []
     for term in (distillation, cross_entropy):
         if accelerator.scaler is not None:
-            term = accelerator.scaler.scale(term)  # both alike: only their ratio is kept
+            term = accelerator.scaler.scale(term)  # both alike: only their ratio is used
         gradients = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
         norms.append(accelerator.reduce(torch.cat([part.flatten() for part in gradients]), "mean").norm())
     lengths = torch.stack(norms)
@@ -43,27 +46,28 @@ def gradient_norms(distiller: Distiller, batch: Batch, answer: Outputs, accelera
 
 
 def warnings(history: list[dict], classes: int) -> list[str]:
-    """What the last epoch's line gives reason to say, and none before it did."""
-    found = [_findings(line, classes) for line in history]
-    return [words for kind, words in found[-1].items() if not any(kind in before for before in found[:-1])]
+    """The warnings that the last epoch gives reason for and no earlier epoch did."""
+    *earlier, last = [_warnings_of(line, classes) for line in history]
+    return [warning for kind, warning in last.items() if not any(kind in before for before in earlier)]
 
 
-def _findings(line: dict, classes: int) -> dict[str, str]:
-    found = {}
+def _warnings_of(line: dict, classes: int) -> dict[str, str]:
+    """Kind -> warning, for one epoch's line of metrics.jsonl."""
+    warnings_by_kind = {}
     entropy, ratio = line.get("train/soft_entropy"), line.get("train/gradient_ratio")
     if entropy is not None and entropy < SURE_TEACHER * math.log(classes):
-        found["silent"] = (
-            f"the teacher's soft labels say hardly more than the labels: their entropy is {entropy:.2g} nats of at most"
+        warnings_by_kind["silent"] = (
+            f"the teacher's soft labels are nearly the hard labels: their entropy is {entropy:.2g} nats of at most"
             f" {math.log(classes):.2g}; raise --temperature, or take a teacher that is less sure of its training images"
         )
     if ratio is not None and ratio > DROWNED_RATIO:
-        found["loud"] = (
+        warnings_by_kind["loud"] = (
             f"the distillation term drowns cross-entropy: its gradient is {ratio:.0f} times as long; weigh it less,"
             " unless that is what you want"
         )
     if ratio is not None and ratio < 1 / DROWNED_RATIO:
-        found["faint"] = (
+        warnings_by_kind["faint"] = (
             f"cross-entropy drowns the distillation term, whose gradient is {ratio:.2g} times as long: the student"
             " hardly follows its teacher; weigh it more"
         )
-    return found
+    return warnings_by_kind

@@ -1,3 +1,5 @@
+"""Scoring a network on the validation split and, once, on the test split."""
+
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -20,8 +22,7 @@ def predict_logits(
 ) -> Float[Tensor, "n k"]:
     """The network's logits for every row of the split, in eval mode; all processes share the work and get all rows.
 
-    Each row is written by one process and zero on the others, so that their sum holds each exactly once, whatever
-    the remainder.
+    One process writes each row and the others leave it zero, so that the sum over processes has every row exactly once.
     """
     training = network.training
     network.eval()
@@ -37,11 +38,11 @@ def predict_logits(
             logits[start : start + share] = network(images).float()
     network.train(training)
     total = accelerator.reduce(logits, "sum")
-    return total.cpu() if total.device.type == "mps" else total  # which has no float64 to score them in
+    return total.cpu() if total.device.type == "mps" else total  # MPS has no float64, which scoring uses
 
 
 def validate(network: nn.Module, data: Data, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-    """Loss and top-1 on the validation split; nothing where there is none."""
+    """Loss and top-1 accuracy on the validation split; empty if there is none."""
     if data.val is None:
         return {}
     logits = predict_logits(network, data.val, data, accelerator, batch_size)
@@ -57,12 +58,12 @@ def score_test_split(
     accelerator: Accelerator,
     teacher: TeacherNetwork | None,
 ) -> tuple[dict, dict[str, Tensor]]:
-    """The summary's test keys; and logits with labels, so that whoever asks later need not read the test split again.
+    """The summary's test keys; and logits and labels, so that later analyses need not read the test split again.
 
-    ImageNet's 50,000 x 1,000 logits take 200 MB, what two sets of ResNet-50's weights take; CIFAR-100's take 4 MB.
+    ImageNet's 50,000 x 1,000 logits take 200 MB, as much as ResNet-50's weights twice; CIFAR-100's take 4 MB.
     """
-    ask = lambda net: predict_logits(net, data.test, data, accelerator, job.fit.batch_size)  # noqa: E731
-    logits = ask(network)
+    predict = lambda net: predict_logits(net, data.test, data, accelerator, job.fit.batch_size)  # noqa: E731
+    logits = predict(network)
     labels = data.test.labels.to(logits.device)
     scores = test_scores(logits, labels)
     if is_imbalanced(data.train.labels.numpy(), len(data.classes)):
@@ -70,22 +71,22 @@ def score_test_split(
     if best:
         last = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         network.load_state_dict(best)
-        scores["test_top1_best"] = metrics.top_k(ask(network), labels, 1)
+        scores["test_top1_best"] = metrics.top_k(predict(network), labels, 1)
         network.load_state_dict(last)
     if teacher is not None:
-        theirs = ask(teacher.network)
-        scores["teacher_test_top1"] = metrics.top_k(theirs, labels, 1)
-        scores["agreement"] = metrics.agreement(logits, theirs)
+        teacher_logits = predict(teacher.network)
+        scores["teacher_test_top1"] = metrics.top_k(teacher_logits, labels, 1)
+        scores["agreement"] = metrics.agreement(logits, teacher_logits)
         if teacher.members:
             scores["teachers"] = [
-                member_scores(member, ask(member.network), logits, labels) for member in teacher.members
+                member_scores(member, predict(member.network), logits, labels) for member in teacher.members
             ]
     return scores, {"logits": logits, "labels": labels}
 
 
-def member_scores(member: TeacherNetwork, theirs: Tensor, logits: Tensor, labels: Tensor) -> dict:
-    """One of several teachers: how good it is, and how far the student agrees with it (percent of test images)."""
-    top1, agreement = metrics.top_k(theirs, labels, 1), metrics.agreement(logits, theirs)
+def member_scores(member: TeacherNetwork, teacher_logits: Tensor, logits: Tensor, labels: Tensor) -> dict:
+    """One of several teachers: its accuracy, and the student's agreement with it (percent of test images)."""
+    top1, agreement = metrics.top_k(teacher_logits, labels, 1), metrics.agreement(logits, teacher_logits)
     return {"folder": str(member.folder), "test_top1": top1, "agreement": agreement}
 
 

@@ -1,4 +1,4 @@
-"""Starting: processes, threads and precision, as the launcher promised them."""
+"""Starting a process: Accelerate, threads and precision; refuses a launch that would train something else."""
 
 import os
 
@@ -22,8 +22,8 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     elif torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True  # every batch has one shape: the fastest kernels are worth looking for
-        torch.set_float32_matmul_precision("high")  # TF32 where the precision is not half already
+        torch.backends.cudnn.benchmark = True  # every batch has one shape: searching for the fastest kernels pays
+        torch.set_float32_matmul_precision("high")  # TF32, if the precision is not half already
     precision = fit.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     on_cpu = asked_for_cpu() or not torch.accelerator.is_available()
     require(
@@ -49,22 +49,24 @@ def asked_for_cpu() -> bool:
 
 
 def default_threads() -> int:
-    """Under a launcher (which sets OMP_NUM_THREADS=1 on a CPU: half of a 2-core machine) the cores we may use, shared
-    between the local processes; under plain python what torch chose, which honours OMP_NUM_THREADS."""
+    """CPU threads: under a launcher this process's share of the cores, else what torch chose, by OMP_NUM_THREADS.
+
+    Launchers set OMP_NUM_THREADS=1 on a CPU, which is half of a 2-core machine.
+    """
     if not any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
         return torch.get_num_threads()
     return share_of_cores()
 
 
 def _check_processes(accelerator: Accelerator) -> None:
-    """Both of these run one process, or several that know nothing of each other, without a word."""
+    """Raises UserError for two launches that silently run one process, or several independent ones."""
     promised = int(os.environ.get("WORLD_SIZE", "0"))
     remedy = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT ... runs N processes on a CPU"
     require(
         promised in (0, accelerator.num_processes),
         f"the launcher started {promised} processes and each trains alone, because there is no GPU: {remedy}",
     )
-    # `accelerate launch --cpu --num_processes 2` sets an address to meet at and starts one process.
+    # `accelerate launch --cpu --num_processes 2` sets a rendezvous address and starts one process.
     alone = accelerator.distributed_type == DistributedType.NO
     require(
         not (alone and promised == 0 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ),

@@ -1,3 +1,5 @@
+"""What is measured during training: sums of loss terms and correct answers on the device, and the speed of steps."""
+
 import time
 
 import torch
@@ -7,17 +9,14 @@ from torch import Tensor
 
 from kd.types import Step
 
-UNNAMED = 4  # sums of a Meter beside its terms and measures: two gradients' lengths, correct answers, samples
-
-
-SPIKE = 10.0  # times its recent mean: a loss that is worth a warning
-
-
-RECENT = 20  # steps that this mean goes back over, and that have to pass before anything is called a spike
+OTHER_SUMS = 4  # of a Meter, beside terms and measures: two gradient norms, correct predictions, samples
+SPIKE = 10.0  # a loss this many times its recent mean is worth a warning
+RECENT = 20  # steps in that mean; there is no warning before as many have passed
+SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels are chosen
 
 
 class Meter:
-    """Sums of loss terms, measures and correct answers, the first step whose loss was not finite, and the last spike.
+    """Sums of loss terms, measures and correct predictions, the first step with a non-finite loss, and the last spike.
 
     They stay on the device, one row a process, until `read`: nothing in `update` makes the host wait.
     """
@@ -29,31 +28,33 @@ class Meter:
         self.measures: list[str] = []
         self.reset()
         self.bad_step = torch.full((), -1, dtype=self.dtype, device=device)
-        self.usual = torch.zeros((), dtype=self.dtype, device=device)  # the loss's recent mean, in this life
+        self.usual = torch.zeros(
+            (), dtype=self.dtype, device=device
+        )  # the loss's recent mean, since this process began
         self._steps = 0
         self._spike = torch.full((3,), -1, dtype=self.dtype, device=device)
         self.spike: tuple[float, float, float] | None = None  # step, loss, recent mean: since the last `read`
 
     def reset(self) -> None:
-        """Start an epoch's sums: the terms', the measures', both gradients' lengths, correct answers, samples."""
-        self.sums = torch.zeros(len(self.terms) + len(self.measures) + UNNAMED, dtype=self.dtype, device=self.device)
+        """Start an epoch's sums: terms, measures, both gradient norms, correct predictions, samples."""
+        self.sums = torch.zeros(len(self.terms) + len(self.measures) + OTHER_SUMS, dtype=self.dtype, device=self.device)
 
     def update(self, result: Step, labels: Int[Tensor, "b"], step: Int[Tensor, ""]) -> None:
         if not self.terms:
             self.terms, self.measures = list(result.terms), list(result.measures)
             self.reset()
         losses = torch.stack([result.terms[name].detach() for name in self.terms]).to(self.dtype)
-        seen = [result.measures[name].to(self.dtype)[None] for name in self.measures]
+        measures = [result.measures[name].to(self.dtype)[None] for name in self.measures]
         correct = (result.logits.detach().argmax(dim=1) == labels).sum().to(self.dtype)
         count = torch.full_like(correct, len(labels))
-        means = torch.cat([losses, *seen, losses.new_zeros(2)])
+        means = torch.cat([losses, *measures, losses.new_zeros(2)])
         self.sums += torch.cat([means * count, correct[None], count[None]])
         bad = ~torch.isfinite(losses).all() & (self.bad_step < 0)
         self.bad_step = torch.where(bad, step.to(self.dtype), self.bad_step)
-        self._notice(losses.sum(), step.to(self.dtype))
+        self._track_spike(losses.sum(), step.to(self.dtype))
 
-    def _notice(self, loss: Tensor, step: Tensor) -> None:
-        """Remember a finite loss far above the recent ones. For a warning only: no checkpoint knows of it."""
+    def _track_spike(self, loss: Tensor, step: Tensor) -> None:
+        """Record a finite loss far above the recent ones. For a warning only: it is in no checkpoint."""
         if self._steps >= RECENT:
             spiked = torch.isfinite(loss) & (self.usual > 0) & (loss > SPIKE * self.usual)
             self._spike = torch.where(spiked, torch.stack([step, loss, self.usual]), self._spike)
@@ -61,9 +62,9 @@ class Meter:
         self.usual = torch.where(torch.isfinite(loss), self.usual + share * (loss - self.usual), self.usual)
         self._steps += 1
 
-    def add_gradients(self, lengths: Float[Tensor, "2"]) -> None:
-        """Of the distillation terms and of cross-entropy, at some of the steps; the same on every process."""
-        self.sums[-4:-2] += lengths
+    def add_gradients(self, norms: Float[Tensor, "2"]) -> None:
+        """Add the gradient norms of the distillation terms and of cross-entropy; the same on every process."""
+        self.sums[-4:-2] += norms
 
     def read(self, accelerator: Accelerator, stop: int = 0) -> tuple[dict[str, float], int | None, int]:
         """Means over all processes so far, the first bad step if any, and the largest `stop` among the processes."""
@@ -87,18 +88,15 @@ class Meter:
         return {"terms": self.terms, "measures": self.measures, "rows": accelerator.gather(self.sums[None]).tolist()}
 
     def restore(self, saved: dict, process: int) -> None:
-        """Each process takes its own row back, so that sums go on in the same order.
+        """Take this process's own row back, so that sums continue in the same order.
 
         Raises ValueError where a row has another number of sums than the terms and measures need.
         """
         self.terms, self.measures = list(saved["terms"]), list(saved["measures"])
-        wanted = len(self.terms) + len(self.measures) + UNNAMED
+        wanted = len(self.terms) + len(self.measures) + OTHER_SUMS
         if len(saved["rows"][process]) != wanted:
             raise ValueError(f"state.json has sums of {len(saved['rows'][process])} numbers, wanted are {wanted}")
         self.sums = torch.tensor(saved["rows"][process], dtype=self.dtype, device=self.device)
-
-
-SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels are chosen
 
 
 class Clock:
@@ -121,13 +119,13 @@ class Clock:
             self.timing["images"] += images
 
     def rate(self) -> float | None:
-        """Images per second of this run so far; None before there is anything to tell."""
+        """Images per second of this run so far; None in the first steps."""
         running = time.monotonic() - self._since if self._since is not None else 0.0
         seconds = self.timing["seconds"] + running
         return self.timing["images"] / seconds if self.timing["images"] and seconds else None
 
     def pause(self) -> None:
-        """Before anything else than training, once the device's numbers have been read."""
+        """Stop the clock before other work than training, once the device's numbers have been read."""
         if self._since is not None:
             self.timing["seconds"] += time.monotonic() - self._since
             self._since = None

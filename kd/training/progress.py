@@ -1,4 +1,4 @@
-"""What a person sees while a network trains."""
+"""The progress display of a training."""
 
 import time
 
@@ -8,7 +8,7 @@ from kd.utils.console import console
 
 
 class ProgressDisplay:
-    """A bar for the run and one for the epoch on a terminal; elsewhere a plain line an epoch."""
+    """On a terminal, a bar for the run and one for the epoch; elsewhere a plain line an epoch."""
 
     def __init__(self, title: str, epochs: int, steps: int, position: int, shown: bool):
         self.title, self.epochs, self.steps = title, epochs, steps
@@ -35,7 +35,7 @@ class ProgressDisplay:
         self._progress.stop()
 
     def step(self, step: int, numbers: dict[str, float]) -> None:
-        """After `step` steps of the run in all; called where numbers are read anyway."""
+        """Show the numbers after `step` steps of the run; called only when they are read anyway."""
         done = (step - 1) % self.steps + 1
         self._progress.update(self._run, completed=step)
         name = f"epoch {(step - 1) // self.steps + 1}/{self.epochs}"
@@ -45,21 +45,23 @@ class ProgressDisplay:
         self._progress.update(self._epoch, description=name, completed=done, numbers=short)
 
     def epoch(self, line: dict) -> None:
-        """After an epoch, validation included."""
+        """Show an epoch's numbers, validation included."""
         if "val/loss" in line:
             self._progress.update(self._run, numbers=f"val loss {line['val/loss']:.3f}  top1 {line['val/top1']:.1f}")
         if self.shown and not self.bars:
             done, whole = line["step"] - self._first, self.epochs * self.steps - self._first
             left = (time.monotonic() - self._started) * (whole - done) / max(done, 1)
-            print(f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_words(line)}  {_clock(left)} left", flush=True)
+            print(
+                f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_format(line)}  {_clock(left)} left", flush=True
+            )
 
-    def warn(self, words: str) -> None:
-        """A line above the bars."""
+    def warn(self, warning: str) -> None:
+        """Print a line above the bars."""
         if self.shown:
-            console.print(f"warning: {self.title}: {words}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"warning: {self.title}: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _words(numbers: dict) -> str:
+def _format(numbers: dict) -> str:
     keys = ("train/loss", "train/top1", "val/loss", "val/top1", "images_per_second")
     units = {"top1": ".2f", "loss": ".4f", "images_per_second": ".0f"}
     shown = [key for key in keys if numbers.get(key) is not None]

@@ -52,18 +52,18 @@ def build_network(job: Job, data: Data) -> BuiltNetwork:
 
 
 def load_initial_weights(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
-    """Load a finished run's weights; of a pruned one also its shapes."""
+    """Load a finished run's weights, and for a pruned one its shapes. Raises UserError if they do not fit the job."""
     require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
     info, _ = read_model(folder)
     model, recipe = info["model"], info.get("compression") or {}
-    require(model == job.model, f"--init {folder}: is a {model}, here is a {job.model}; name a run of the same model")
+    require(model == job.model, f"--init {folder}: is a {model}, not a {job.model}; name a run of the same model")
     deployed = info.get("deployed") or {}
     require(not deployed, f"--init {folder}: {deployed.get('method')} added to its network; name another run")
-    ours = (list(data.classes), list(data.size))
+    classes, size = list(data.classes), list(data.size)
     require(
-        (info["classes"], list(info["image_size"])) == ours,
-        f"--init {folder}: was trained on {len(info['classes'])} classes in images of {info['image_size']},"
-        f" here are {len(ours[0])} in {ours[1]}, or others; name a run on the same data",
+        (info["classes"], list(info["image_size"])) == (classes, size),
+        f"--init {folder}: was trained on {len(info['classes'])} classes in images of {info['image_size']}, this data"
+        f" has {len(classes)} in images of {size}, or classes of other names; name a run on the same data",
     )
     try:
         sparsity = float(recipe.get("sparsity", 0.0))
@@ -78,29 +78,29 @@ def load_initial_weights(network: nn.Module, folder: Path, job: Job, data: Data)
 
 
 def with_fresh_head(job: Job, classes: int) -> nn.Module:
-    """The job's network with its origin's weights, all of it frozen but a new last linear layer over `classes`."""
+    """The job's pretrained network, frozen except for a new last linear layer over `classes`."""
     origin = job.origin
-    foreign = load_pretrained(origin.source, job.model)
-    network = build_model(foreign.model, classes, foreign.image_size)
-    head = stages(foreign.model, network, classes).classifier
-    require(head is not None, f"--fine-tune-teacher: {foreign.model} ends in no linear layer to put in place")
+    pretrained = load_pretrained(origin.source, job.model)
+    network = build_model(pretrained.model, classes, pretrained.image_size)
+    head = stages(pretrained.model, network, classes).classifier
+    require(head is not None, f"--fine-tune-teacher: {pretrained.model} ends in no linear layer to put in place")
     fresh = {key: value for key, value in network.state_dict().items() if key.startswith(f"{head}.")}
-    kept = {key: value for key, value in foreign.weights.items() if not key.startswith(f"{head}.")}
-    load_into(network, kept | fresh, origin.source, foreign.model)
+    kept = {key: value for key, value in pretrained.weights.items() if not key.startswith(f"{head}.")}
+    load_into(network, kept | fresh, origin.source, pretrained.model)
     network.requires_grad_(False).get_submodule(head).requires_grad_(True)
     return network
 
 
 def head_job(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, Data] | None:
-    """What trains a new last layer upon a teacher from elsewhere: the job, and the data normalised as that one expects.
+    """The job that trains a new last layer on a pretrained teacher, and the data normalised as that network expects.
 
-    None where that is not asked, or for a run, which has learned its last layer.
+    None without --fine-tune-teacher, or for a run, whose last layer is trained already.
     """
     if not (config.fine_tune_teacher and is_pretrained(str(name))):
         return None
-    found = load_pretrained(str(name), config.teacher_model)
-    job = config.head_job(found.model, origin_of(found, str(name)))
-    return job, dataclasses.replace(data, mean=found.mean, std=found.std)
+    pretrained = load_pretrained(str(name), config.teacher_model)
+    job = config.head_job(pretrained.model, origin_of(pretrained, str(name)))
+    return job, dataclasses.replace(data, mean=pretrained.mean, std=pretrained.std)
 
 
 def build_distiller(
@@ -117,24 +117,25 @@ def build_distiller(
 
 
 def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None, data: Data) -> Pair:
-    """What the job's method may know of its networks: both ones' outputs on two grey images, and where they come from.
+    """What the job's method gets to know of its networks: their outputs for two grey images, and their layers' names.
 
-    Neither network is changed. Raises: UserError for layers that are not there, or that do not pair up.
+    Neither network is changed. Raises: UserError for layers that do not exist or do not pair up.
     """
     layers, classes, labels = LOSSES[job.method_name].layers, len(data.classes), data.train.labels
-    ours = stages(job.model, student, classes)
+    student_stages = stages(job.model, student, classes)
     if teacher is None:
         name = LOSSES[job.method_name].partner(job.method, job.model)
         partner = build_model(name, classes, data.size) if name else None
-        outputs = probe(student, data.size, "student", layers(job.method, ours, None)[0])
-        return Pair(outputs, None, labels, ours, balance=job.fit.balance, partner=partner)
-    theirs = stages(teacher.summary["model"], teacher.network, teacher.classes)
-    if teacher.members:  # whose features are meant, the flags must say: networks.0.layer3
-        theirs = Stages(modules=theirs.modules)
-    names = layers(job.method, ours, theirs)
+        outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
+        return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner)
+    teacher_stages = stages(teacher.summary["model"], teacher.network, teacher.classes)
+    if teacher.members:  # the flags must name the teacher as well: networks.0.layer3
+        teacher_stages = Stages(modules=teacher_stages.modules)
+    names = layers(job.method, student_stages, teacher_stages)
     outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
-    head = teacher.network.get_submodule(theirs.classifier) if theirs.classifier else None
-    return Pair(*outputs, labels, ours, theirs, head, job.fit.balance)
+    classifier = teacher_stages.classifier
+    head = teacher.network.get_submodule(classifier) if classifier else None
+    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance)
 
 
 def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:
@@ -145,7 +146,7 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
     )
     if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
-        print(f"{job.role} asks no teacher: --cache-teacher has nothing to keep", flush=True)
+        print(f"{job.role} has no teacher: --cache-teacher does nothing", flush=True)
     require(
         loss.has_cross_entropy or job.fit.balance in ("none", "sampler"),
         f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",

@@ -1,4 +1,4 @@
-"""The end of a run: the test set is read, once, and what others need is written."""
+"""The results of a run: test scores, weights, model.json, curves and summary.json."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, Weights & Biases beside it. Neither can stop the training."""
+"""Logging of a run's numbers: metrics.jsonl always, Weights & Biases beside it. Neither can stop the training."""
 
 import dataclasses
 import json
@@ -42,9 +42,9 @@ class Tracker:
         self._wandb.define_metric("*", step_metric="epoch")
 
     def rewrite(self, history: list[dict]) -> None:
-        """Bring metrics.jsonl to what a checkpoint knows: no gap, no epoch twice; and a W&B run that begins empty.
+        """Write the checkpoint's history to metrics.jsonl, so that no epoch is missing or there twice; and to W&B.
 
-        Offline every resumption is a folder of its own; so the newest one holds the whole run.
+        Offline, W&B starts an empty folder at each resumption; the newest one then has the whole run.
         """
         if self.main:
             text = "".join(json.dumps(line) + "\n" for line in history)
@@ -56,14 +56,14 @@ class Tracker:
             self._wandb.log(line)
 
     def log(self, line: dict) -> None:
-        """One epoch's numbers."""
+        """Log one epoch's numbers."""
         if self.main:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
             self._guard("log", lambda: self._wandb.log(line))
 
     def finish(self, summary: dict) -> None:
-        """The run's last word: summary.json under its own keys, the curves, and the table that the terminal gets."""
+        """Log summary.json under its own keys, the curves, and the results table, and close the W&B run."""
 
         def close() -> None:
             import wandb
@@ -77,18 +77,18 @@ class Tracker:
         self._guard("finish", close)
 
     def _guard(self, what: str, work) -> None:
-        """Do it if W&B is on; whatever it raises is said once, and the run goes on without it."""
+        """Do W&B work, if W&B is on. If it raises, print that once, and continue the run without W&B."""
         if what != "start" and self._wandb is None:
             return
         try:
             work()
-        except Exception as error:  # theirs to raise, ours to survive
+        except Exception as error:  # W&B may raise anything
             self._wandb = None
-            print(f"W&B failed to {what} ({_line(error)}); the run goes on without it", flush=True)
+            print(f"W&B failed to {what} ({_line(error)}); the run continues without it", flush=True)
 
 
 def start_wandb(project: str, mode: str, options: dict):
-    """W&B's run. Where the service cannot be reached it is kept on disk; `wandb sync` sends it later."""
+    """W&B's run; offline if the service cannot be reached, to be sent later by `wandb sync`."""
     import wandb
 
     settings = wandb.Settings(silent=True, init_timeout=30)
@@ -99,7 +99,7 @@ def start_wandb(project: str, mode: str, options: dict):
         except Exception as error:
             if attempt == "offline":
                 raise
-            print(f"W&B: {_line(error)}; keeping the run offline", flush=True)
+            print(f"W&B: {_line(error)}; the run is stored offline", flush=True)
     print(f"W&B: {run.dir if run.offline else run.url}", flush=True)
     return run
 
@@ -109,14 +109,14 @@ def _line(error: Exception) -> str:
 
 
 def wandb_mode(asked: str) -> str:
-    """online, offline or disabled; never one that would prompt for a key."""
+    """online, offline or disabled; never a mode that would prompt for a key."""
     if asked == "auto":
         asked = os.environ.get("WANDB_MODE", "auto")
     if asked in ("offline", "disabled", "dryrun"):
         return "offline" if asked == "dryrun" else asked
     if has_wandb_key():
         return "online"
-    print("W&B: no API key found (WANDB_API_KEY, or `wandb login`), so the run is kept offline", flush=True)
+    print("W&B: no API key found (WANDB_API_KEY, or `wandb login`), so the run is stored offline", flush=True)
     return "offline"
 
 

@@ -165,8 +165,8 @@ def test_a_rounded_teacher_answers_the_same_when_it_is_folded():
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--student", "tests.networks:normalised"], "is a tests.networks:deep, here is a tests.networks:normalised"),
-        (["--classes", "3"], r"was trained on 4 classes in images of \[16, 16\], here are 3"),
+        (["--student", "tests.networks:normalised"], "is a tests.networks:deep, not a tests.networks:normalised"),
+        (["--classes", "3"], r"was trained on 4 classes in images of \[16, 16\], this data has 3"),
         (["--init", "nothing"], "--init nothing: no such run folder; name where that run lies now"),
         (["--init", "unfinished"], "unfinished is no finished run"),
     ],

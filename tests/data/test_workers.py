@@ -117,7 +117,7 @@ def test_a_cached_teacher_is_found_whichever_way_the_data_is_held(folder, capsys
     flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--epochs", "1", "--views", "1"]
     flags += ["--cache-teacher", "--workers", "2", "--resized-crop", "0.5"]
     distil(*flags, "--decode", "workers", "--out", "one")
-    assert "view 1 of 1 kept" in capsys.readouterr().out
+    assert "view 1 of 1 stored" in capsys.readouterr().out
     distil(*flags, "--decode", "memory", "--out", "other")
     assert "kept" not in capsys.readouterr().out
     assert not differences(Path("one"), Path("other"))

@@ -152,7 +152,7 @@ def test_row_15_another_caches_manifest_is_refused_with_both_values(key, value):
     ours = manifest["identity"][key]
     manifest["identity"][key] = value
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="holds other answers") as error:
+    with pytest.raises(UserError, match="has other logits") as error:
         opened()
     assert f"{key}: {value} there, {ours} here" in str(error.value)
 
@@ -192,7 +192,7 @@ def test_row_17_rows_in_another_order_are_another_cache_and_a_forged_one_is_foun
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["blocks"] = [LogitStore(store, manifest["identity"]).block(view) for view in range(2)]
     (store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="the teacher now says something else of view 0"):
+    with pytest.raises(UserError, match="the teacher now gives other logits for view 0"):
         opened()
 
 
@@ -212,7 +212,7 @@ def test_row_20_nan_in_a_sealed_cache_is_refused_when_loaded():
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["blocks"] = [LogitStore(store, manifest["identity"]).block(view) for view in range(2)]
     (store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="view 1 holds NaN or infinity"):
+    with pytest.raises(UserError, match="view 1 has NaN or infinity"):
         opened()
 
 
@@ -269,7 +269,7 @@ def test_row_19_two_builders_at_once_build_once():
     ]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sorted(text.count("of 2 kept") for text in said) == [0, 2]
+    assert sorted(text.count("of 2 stored") for text in said) == [0, 2]
 
 
 @pytest.mark.slow

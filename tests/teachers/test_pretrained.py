@@ -201,7 +201,9 @@ def test_a_teacher_that_lacks_a_class_leaves_no_folder_behind(data):
 
 
 def test_a_run_has_learned_its_last_layer(resnet8_run):
-    with pytest.raises(UserError, match=r"--fine-tune-teacher: .*resnet8 is a run, which has learned its last layer"):
+    with pytest.raises(
+        UserError, match=r"--fine-tune-teacher: .*resnet8 is a run, whose last layer is trained already"
+    ):
         distil("--teacher", str(resnet8_run), "--fine-tune-teacher")
 
 

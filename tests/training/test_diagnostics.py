@@ -92,7 +92,7 @@ def test_the_teachers_accuracy_on_training_views_is_what_it_says_of_them():
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"soft_entropy": 0.02}, "soft labels say hardly more"),
+        ({"soft_entropy": 0.02}, "soft labels are nearly the hard labels"),
         ({"gradient_ratio": 250.0}, "drowns cross-entropy: its gradient is 250 times"),
         ({"gradient_ratio": 0.001}, "cross-entropy drowns the distillation term"),
         ({"soft_entropy": 0.06, "gradient_ratio": 50.0}, ""),
@@ -111,6 +111,6 @@ def test_a_teacher_without_doubt_is_warned_of(capsys):
     teach("--out", "teacher")
     distil("--out", "student", *TRUSTED, "kd", "--temperature", "0.001")
     out = capsys.readouterr().out
-    assert out.count("warning: kd tests.networks:normalised: the teacher's soft labels say hardly more") == 1
+    assert out.count("warning: kd tests.networks:normalised: the teacher's soft labels are nearly the hard labels") == 1
     entropy_there = json.loads(Path("student/metrics.jsonl").read_text().splitlines()[0])["train/soft_entropy"]
     assert entropy_there < 0.01 * math.log(10)

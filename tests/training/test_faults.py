@@ -224,7 +224,7 @@ def test_row_36_asked_to_stop_while_answers_are_kept_it_goes_on_from_there(monke
         real(self, *args)
 
     monkeypatch.setattr(LogitStore, "write", write)
-    with pytest.raises(Preempted, match=r"1 of 3 views of the teacher's answers are kept.*the same command goes on"):
+    with pytest.raises(Preempted, match=r"1 of 3 views of the teacher's logits are stored.*the same command continues"):
         distil(*cached)
     distil(*cached)
     assert count == 20 + 2 * 18, "the first view is not computed again"
@@ -347,7 +347,7 @@ def test_row_50_odd_names_are_shown_literally_and_lead_nowhere(tmp_path, capfd):
 
 def test_a_cache_for_a_method_without_a_teacher_is_said(capsys):
     distil("--cache-teacher", "--views", "2", "--epochs", "1", "tfkd")
-    assert "tfkd asks no teacher: --cache-teacher has nothing to keep" in capsys.readouterr().out
+    assert "tfkd has no teacher: --cache-teacher does nothing" in capsys.readouterr().out
 
 
 def test_row_22_simkd_refuses_a_teacher_whose_classes_had_to_be_matched(finished):

@@ -267,9 +267,9 @@ def test_row_11_checkpoints_are_ordered_as_numbers(tmp_path):
 
 def test_row_12_other_flags_are_refused_with_their_difference(monkeypatch):
     half_a_run(monkeypatch)
-    with pytest.raises(UserError, match=r"holds another run \(epochs 2 there, 3 here; lr 0.05 there, 0.1 here\)"):
+    with pytest.raises(UserError, match=r"has another run \(epochs 2 there, 3 here; lr 0.05 there, 0.1 here\)"):
         teach("--out", "run", "--resume", "--lr", "0.1", "--epochs", "3")
-    with pytest.raises(UserError, match=r"holds another run \(.*role teacher there, tfkd here"):
+    with pytest.raises(UserError, match=r"has another run \(.*role teacher there, tfkd here"):
         distil("--out", "run", "--resume", "tfkd")
 
 
@@ -282,7 +282,7 @@ def test_row_10_row_35_resume_needs_something_and_a_new_start_an_empty_folder(mo
     teach("--out", "run", "--auto-resume")
     Path("other").mkdir()
     Path("other/thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"other holds something that is no run \(thesis.tex\)"):
+    with pytest.raises(UserError, match=r"other is not a run folder \(it has thesis.tex\)"):
         teach("--out", "other")
 
 

@@ -68,7 +68,7 @@ def test_row_42_wandb_gets_the_same_numbers_under_the_same_names(wandb):
 @pytest.mark.parametrize("fail", ["define_metric", "log", "finish"])
 def test_row_42_wandb_raising_anywhere_changes_nothing(wandb, fail, capsys):
     wandb(fail)
-    assert "the run goes on without it" in capsys.readouterr().out
+    assert "the run continues without it" in capsys.readouterr().out
     teach("--out", "quiet")
     assert metrics_of(Path(f"run-{fail}")) == metrics_of(Path("quiet"))
     assert Path(f"run-{fail}/summary.json").exists()
@@ -122,7 +122,7 @@ def test_an_unreachable_service_falls_back_to_offline(wandb, monkeypatch, capsys
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     _, started = wandb("", "--wandb", "online")
     assert [options["mode"] for options in started] == ["online", "offline"]
-    assert "keeping the run offline" in capsys.readouterr().out
+    assert "the run is stored offline" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
