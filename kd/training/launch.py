@@ -4,18 +4,48 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 from kd.config import FitConfig, RunConfig
 from kd.errors import require
 from kd.utils.system import share_of_cores
 
+PRECISIONS = ("no", "fp16", "bf16")
+
+# Variables that an Accelerate configuration, its launcher or torch's libraries set, and that would change or silently
+# not change the training: the values that are harmless (those that `accelerate launch` always sets among them), and
+# what to do about any other.
+HARMLESS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "gradients are not accumulated: remove it, or set it to 1"),
+    "ACCELERATE_GRADIENT_CLIPPING": ((), "remove it; --clip-norm clips gradients"),
+    "ACCELERATE_USE_FSDP": (("false",), "FSDP is not supported: take distributed_type MULTI_GPU"),
+    "ACCELERATE_USE_DEEPSPEED": (("false",), "DeepSpeed is not supported: take distributed_type MULTI_GPU"),
+    "ACCELERATE_USE_MEGATRON_LM": (("false",), "Megatron-LM is not supported: take distributed_type MULTI_GPU"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (("false",), "only data parallelism is supported: remove parallelism_config"),
+    "ACCELERATE_USE_SAGEMAKER": (("false",), "SageMaker is not supported: remove it"),
+    "ACCELERATE_IN_TPU_POD": (("0", "false"), "TPUs are not supported: remove it"),
+    "ACCELERATE_DOWNCAST_BF16": (("no", "false", "0"), "remove it; --mixed-precision bf16 computes in bf16"),
+    "XLA_USE_BF16": (("0", "false"), "remove it; --mixed-precision bf16 computes in bf16"),
+    "XLA_DOWNCAST_BF16": (("0", "false"), "remove it; --mixed-precision bf16 computes in bf16"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no", "inductor"), "remove it; --compile compiles with inductor on a GPU"),
+    "ACCELERATE_DYNAMO_MODE": (("default",), "remove it; --compile uses torch.compile's default mode"),
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": (("false", "0"), "remove it; --compile allows graph breaks"),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": (("false", "0"), "remove it; --compile compiles for one batch size"),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": (("false", "0"), "remove it; --compile compiles the whole step"),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (("strict",), "remove it; --mixed-precision bf16 computes in bf16"),
+    "DNNL_DEFAULT_FPMATH_MODE": (("strict",), "remove it; --mixed-precision bf16 computes in bf16"),
+    "NVIDIA_TF32_OVERRIDE": ((), "remove it; TF32 is used unless --deterministic is given"),
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ((), "remove it; TF32 is used unless --deterministic is given"),
+}
+
 
 def start(fit: FitConfig, run: RunConfig) -> Accelerator:
     """The Accelerator of this process, with its CPU threads set.
 
-    Raises UserError for fp16 on a CPU, or fewer processes than the launcher was asked for.
+    Raises UserError for fp16 on a CPU, fewer processes than the launcher was asked for, or settings of the launcher
+    that would change the training behind the flags.
     """
+    check_environment()
     torch.set_num_threads(run.threads or default_threads())
     if fit.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
@@ -25,19 +55,36 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         torch.backends.cudnn.benchmark = True  # every batch has one shape: searching for the fastest kernels pays
         torch.set_float32_matmul_precision("high")  # TF32, if the precision is not half already
     precision = fit.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    require(precision in PRECISIONS, f"ACCELERATE_MIXED_PRECISION={precision}: give --mixed-precision no, bf16 or fp16")
     on_cpu = asked_for_cpu() or not torch.accelerator.is_available()
     require(
         not (on_cpu and precision == "fp16"),
         "--mixed-precision fp16: a CPU would silently compute in fp32; use bf16, or no",
     )
-    backend = "inductor" if compiles(fit, on_cpu) else "no"
-    accelerator = Accelerator(mixed_precision=fit.mixed_precision, dynamo_backend=backend)
+    accelerator = Accelerator(mixed_precision=fit.mixed_precision, dynamo_plugin=_dynamo_plugin(fit, on_cpu))
     _check_processes(accelerator)
     require(
         not fit.sync_batchnorm or accelerator.device.type == "cuda",
         "--sync-batchnorm: works on GPUs only; leave it out",
     )
     return accelerator
+
+
+def check_environment() -> None:
+    """Raises UserError for an environment variable that would change the training, or be ignored, without a word."""
+    for name, (harmless, remedy) in HARMLESS.items():
+        value = os.environ.get(name)
+        require(
+            not value or value.lower() in harmless, f"{name}={value} (set by the launcher's configuration?): {remedy}"
+        )
+
+
+def _dynamo_plugin(fit: FitConfig, on_cpu: bool) -> TorchDynamoPlugin:
+    """Every field is given: those left out would be read from the environment."""
+    backend = "inductor" if compiles(fit, on_cpu) else "no"
+    return TorchDynamoPlugin(
+        backend=backend, mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
+    )
 
 
 def compiles(fit: FitConfig, on_cpu: bool) -> bool:
@@ -65,6 +112,11 @@ def _check_processes(accelerator: Accelerator) -> None:
     require(
         promised in (0, accelerator.num_processes),
         f"the launcher started {promised} processes and each trains alone, because there is no GPU: {remedy}",
+    )
+    kind = accelerator.distributed_type.name
+    require(
+        kind == "NO" or kind.startswith("MULTI_"),
+        f"distributed_type {kind} is not supported: take MULTI_GPU, MULTI_CPU or NO in the launcher's configuration",
     )
     # `accelerate launch --cpu --num_processes 2` sets a rendezvous address and starts one process.
     alone = accelerator.distributed_type == DistributedType.NO
