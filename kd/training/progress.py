@@ -4,11 +4,14 @@ import time
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd.utils.console import console
+from kd.utils.console import console, shorten
+
+NUMBERS_WIDTH = 60  # columns of the run's bar, beside its name
+MIN_NAME_WIDTH = 12
 
 
 class ProgressDisplay:
-    """On a terminal, a bar for the run and one for the epoch; elsewhere a plain line an epoch."""
+    """A line an epoch; on a terminal also a bar for the run and one for the epoch, below the lines."""
 
     def __init__(self, title: str, epochs: int, steps: int, position: int, shown: bool):
         self.title, self.epochs, self.steps = title, epochs, steps
@@ -24,7 +27,8 @@ class ProgressDisplay:
             console=console,
             disable=not self.bars,
         )
-        self._run = self._progress.add_task(title, total=epochs * steps, completed=position, numbers="")
+        name = shorten(title, max(console.width - NUMBERS_WIDTH, MIN_NAME_WIDTH))
+        self._run = self._progress.add_task(name, total=epochs * steps, completed=position, numbers="")
         self._epoch = self._progress.add_task("epoch", total=steps, completed=position % steps, numbers="")
 
     def __enter__(self) -> "ProgressDisplay":
@@ -48,9 +52,14 @@ class ProgressDisplay:
         """Show an epoch's numbers, validation included."""
         if "val/loss" in line:
             self._progress.update(self._run, numbers=f"val loss {line['val/loss']:.3f}  top1 {line['val/top1']:.1f}")
-        if self.shown and not self.bars:
-            done, whole = line["step"] - self._first, self.epochs * self.steps - self._first
-            left = (time.monotonic() - self._started) * (whole - done) / max(done, 1)
+        if self.bars:
+            numbers = f"epoch {line['epoch']}/{self.epochs}  {_format_short(line)}"
+            name = shorten(self.title, max(console.width - len(numbers) - 2, MIN_NAME_WIDTH))
+            row = f"{name}  {numbers}"
+            console.print(row, markup=False, highlight=False, no_wrap=True, overflow="ellipsis", crop=True)
+        elif self.shown:
+            done, total = line["step"] - self._first, self.epochs * self.steps - self._first
+            left = (time.monotonic() - self._started) * (total - done) / max(done, 1)
             print(
                 f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_format(line)}  {_clock(left)} left", flush=True
             )
@@ -59,6 +68,14 @@ class ProgressDisplay:
         """Print a line above the bars."""
         if self.shown:
             console.print(f"warning: {self.title}: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _format_short(line: dict) -> str:
+    """An epoch's numbers for one line of a terminal."""
+    names = {"train/loss": "loss", "train/top1": "top1", "val/loss": "val loss", "val/top1": "val top1"}
+    parts = [f"{name} {line[key]:.{3 if 'loss' in key else 1}f}" for key, name in names.items() if key in line]
+    speed = line.get("images_per_second")
+    return "  ".join(parts + ([f"{speed:.0f} images/s"] if speed is not None else []))
 
 
 def _format(numbers: dict) -> str:
