@@ -32,7 +32,7 @@ def main(config: DistillConfig) -> None:
     from kd.models import check_name
     from kd.runs.table import show_results
     from kd.teachers.load import check_teachers
-    from kd.training.launch import start
+    from kd.training.launch import print_plan, start
     from kd.training.setup import build_distiller, build_network, check_job
 
     job, needs_teacher = config.job(), config.method.needs_teacher
@@ -41,6 +41,7 @@ def main(config: DistillConfig) -> None:
         check_teachers(config)
     elif needs_teacher:
         check_name(config.teacher_model)
+    print_plan(job, (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
     network = build_network(job, data)

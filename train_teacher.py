@@ -46,11 +46,12 @@ def main(config: TrainConfig) -> None:
     from kd.data import load_data
     from kd.models import check_name
     from kd.runs.table import show_results
-    from kd.training.launch import start
+    from kd.training.launch import print_plan, start
     from kd.training.setup import build_distiller, build_network, check_job
 
     job = config.job()
     check_name(config.model)
+    print_plan(job)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
     network = build_network(job, data)

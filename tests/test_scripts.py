@@ -81,8 +81,8 @@ def test_row_42_wandb_without_a_key_goes_offline_and_changes_nothing(monkeypatch
 REPORT = """
 from pathlib import Path
 from kd.config import RunConfig
-from kd.report import write_report
-from kd.tracking import track_report
+from kd.report.build import write_report
+from kd.study.__main__ import track_report
 out = Path("report")
 track_report(write_report(["kept"], out), out, RunConfig(wandb="offline", wandb_group="study"))
 """

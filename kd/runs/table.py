@@ -1,5 +1,6 @@
 """The results table that ends a run (the report's Table I), and the verdict on what distillation gained."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -42,6 +43,13 @@ def show_results(student: Path, control: Path | None = None) -> None:
     elif control is not None:
         wide.print(Text(format_verdict(summary, control)))
     wide.print(Text(f"run folder: {student}"), soft_wrap=True)
+    related = [("teacher", folder) for folder in teachers_of(summary)]
+    alone = summary.get("control") or control
+    related += [("student alone", str(alone))] if alone and summary["method"] != "none" else []
+    for name, folder in related:
+        wide.print(Text(f"{name}: {folder}"), soft_wrap=True)
+    trust = " --trust-code" if ":" in summary["model"] else ""
+    wide.print(Text(f"next: python -m kd.export {shlex.quote(str(student))}{trust}"), soft_wrap=True)
 
 
 def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:

@@ -1,5 +1,6 @@
 """Loading teachers: run folders, Hub ids, pretrained networks and files of weights, adapted to the student's data."""
 
+import difflib
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kd.config import DistillConfig
+from kd.config import METHODS, DistillConfig
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.models.adapt import Renormalize, resized
@@ -64,8 +65,14 @@ def check_teachers(config: DistillConfig) -> None:
     for name in config.teachers:
         if is_pretrained(name):
             check_pretrained(name, config.teacher_model)
-        else:
-            read_model(local_folder(expand_user(name)))
+            continue
+        method = difflib.get_close_matches(name, METHODS, n=1)
+        require(
+            not method or expand_user(name).exists(),
+            f"--teacher {name}: no such run folder; did you mean the method {method and method[0]}? A method follows"
+            " the teachers: --teacher RUN METHOD",
+        )
+        read_model(local_folder(expand_user(name)))
 
 
 def load_teachers(

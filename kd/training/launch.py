@@ -1,15 +1,20 @@
 """Starting a process: Accelerate, threads and precision; refuses a launch that would train something else."""
 
 import os
+import time
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
-from kd.config import FitConfig, RunConfig
+from kd.config import FitConfig, Job, RunConfig
 from kd.errors import require
+from kd.utils.console import print_once
 from kd.utils.system import share_of_cores
 
+SLOWER = 1.3  # ratio of times from which several threads are called slower than one
 PRECISIONS = ("no", "fp16", "bf16")
 
 # Variables that an Accelerate configuration, its launcher or torch's libraries set, and that would change or silently
@@ -63,6 +68,8 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
     )
     accelerator = Accelerator(mixed_precision=fit.mixed_precision, dynamo_plugin=_dynamo_plugin(fit, on_cpu))
     _check_processes(accelerator)
+    if run.threads is None and accelerator.device.type == "cpu":
+        warn_of_slow_threads()
     require(
         not fit.sync_batchnorm or accelerator.device.type == "cuda",
         "--sync-batchnorm: works on GPUs only; leave it out",
@@ -87,6 +94,19 @@ def _dynamo_plugin(fit: FitConfig, on_cpu: bool) -> TorchDynamoPlugin:
     )
 
 
+def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) -> None:
+    """Print, before anything slow, what is trained on what with which recipe, and where the results go."""
+    fit = job.fit
+    method = f"{job.model} with {job.role}" if job.method.needs_teacher else f"{job.model} with cross-entropy"
+    taught = f", teacher {' + '.join(teachers)}" if teachers else ""
+    beside = ", and alone for comparison" if control else ""
+    epochs = f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}"
+    recipe = f"{epochs}, batch {fit.batch_size}, lr {fit.lr:g} ({fit.schedule}), seed {fit.seed}"
+    out = job.run.out or f"runs/{job.preset}/"
+    print_once(f"train {method}{taught}{beside}, on {job.data.source}")
+    print_once(f"recipe {job.preset}: {recipe}; results in {out}")
+
+
 def compiles(fit: FitConfig, on_cpu: bool) -> bool:
     return fit.compile and not on_cpu and torch.cuda.is_available()
 
@@ -103,6 +123,33 @@ def default_threads() -> int:
     if not any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
         return torch.get_num_threads()
     return share_of_cores()
+
+
+def warn_of_slow_threads() -> None:
+    """Print a warning if several CPU threads are slower than one, as they are beside another busy job."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return
+    seconds = {1: [], threads: []}
+    for _ in range(3):
+        for number, times in seconds.items():
+            torch.set_num_threads(number)
+            times.append(_convolution_seconds())
+    torch.set_num_threads(threads)
+    ratio = min(seconds[threads]) / min(seconds[1])
+    if ratio > SLOWER:
+        print_once(
+            f"warning: {threads} threads take {ratio:.1f} times as long as one here (is another job running?);"
+            " --threads 1 is faster"
+        )
+
+
+def _convolution_seconds() -> float:
+    """The time of a training step in miniature."""
+    image, weight = torch.ones(64, 16, 16, 16, requires_grad=True), torch.ones(16, 16, 3, 3)
+    start = time.perf_counter()
+    F.conv2d(image, weight, padding=1).relu().sum().backward()
+    return time.perf_counter() - start
 
 
 def _check_processes(accelerator: Accelerator) -> None:

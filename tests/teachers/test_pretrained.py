@@ -200,6 +200,12 @@ def test_a_teacher_that_lacks_a_class_leaves_no_folder_behind(data):
     assert not Path("some").exists()
 
 
+@pytest.mark.parametrize(("word", "method"), [("kdd", "kd"), ("dkdd", "dkd"), ("fitnets", "fitnet")])
+def test_a_mistyped_method_is_not_taken_for_a_second_teacher(resnet8_run, word, method):
+    with pytest.raises(UserError, match=f"--teacher {word}: no such run folder; did you mean the method {method}?"):
+        distil("--teacher", str(resnet8_run), word)
+
+
 def test_a_run_has_learned_its_last_layer(resnet8_run):
     with pytest.raises(
         UserError, match=r"--fine-tune-teacher: .*resnet8 is a run, whose last layer is trained already"

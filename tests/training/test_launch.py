@@ -3,10 +3,11 @@
 import sys
 
 import pytest
+import torch
 
 from kd.config import FitConfig, RunConfig
 from kd.errors import UserError
-from kd.training.launch import start
+from kd.training.launch import start, warn_of_slow_threads
 from tests.run_scripts import script
 
 
@@ -53,3 +54,16 @@ def test_accumulation_under_the_real_launcher_is_refused():
     assert done.returncode == 2
     assert done.stderr.startswith("error: ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("two", "warned"), [(0.5, False), (1.1, False), (6.0, True)])
+def test_threads_that_are_slower_than_one_are_named(monkeypatch, capsys, two, warned):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("kd.training.launch._convolution_seconds", lambda: two if torch.get_num_threads() == 2 else 1.0)
+    torch.set_num_threads(2)
+    try:
+        warn_of_slow_threads()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert ("--threads 1 is faster" in capsys.readouterr().out) == warned
