@@ -1,6 +1,6 @@
 """Distil a teacher into a student.
 
-    accelerate launch distill_student.py                    the report: CIFAR-100, ResNet34 -> ResNet18
+    accelerate launch distill_student.py                    ResNet34 -> ResNet18, as in the report
     accelerate launch distill_student.py --preset digits    the same chain in seconds, no download
     accelerate launch distill_student.py --data my/folder   your own images, as SPLIT/CLASS/*.jpg
     accelerate launch distill_student.py --teacher runs/big --student resnet20 dkd --beta 2

@@ -41,6 +41,9 @@ GROUPS = {
     "compression": "init weight-bits activation-bits prune sparsity",
 }
 
+# Flags without their part's name, and a method's own before or after the others.
+FLAT = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
+
 INDENT = 24  # columns before a flag's text
 
 WIDEST = 120  # columns: longer lines are hard to read
@@ -68,8 +71,7 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     default = defaults(preset if preset in PRESETS else "report")  # tyro reports an unknown one
     if "-h" in args or "--help" in args:
         _print_and_exit(format_help(default, description, args, shutil.get_terminal_size().columns))
-    flat = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
-    config = tyro.cli(type(default), default=default, args=args, description=description, config=flat)
+    config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
     return config
 
@@ -94,10 +96,8 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
     else:
         usage, methods = f"usage: {script_name} [FLAG ...]", ()
-    groups = (
-        _group(title, [flags[name] for name in names.split() if name in flags], width)
-        for title, names in GROUPS.items()
-    )
+    grouped = {title: [flags[name] for name in names.split() if name in flags] for title, names in GROUPS.items()}
+    groups = (_group(title, found, width) for title, found in grouped.items() if found)
     meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
     return _paragraphs([description.strip()], [usage, meaning], *groups, *methods)
 
