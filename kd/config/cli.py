@@ -46,7 +46,7 @@ FLAT = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
 
 INDENT = 24  # columns before a flag's text
 
-WIDEST = 120  # columns: longer lines are hard to read
+MAX_WIDTH = 120  # columns: longer lines are hard to read
 
 
 class Flag(NamedTuple):
@@ -86,7 +86,7 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
 
     `default` is the preset's configuration. `description` opens the help: what the script does and the usual commands.
     """
-    width = min(max(width, 60), WIDEST)
+    width = min(max(width, 60), MAX_WIDTH)
     script_name = Path(sys.argv[0]).name
     flags = _flags(default)
     if isinstance(default, DistillConfig):

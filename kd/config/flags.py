@@ -13,9 +13,9 @@ from tyro.conf import arg
 
 from kd.errors import require
 
-WIDEST = 4096  # pixels of padding
+MAX_PADDING = 4096  # pixels
 
-LARGEST = 1e6  # learning rate or decay: beyond it floats overflow in the first step
+MAX_RATE = 1e6  # learning rate or decay: beyond it floats overflow in the first step
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class DataConfig:
     val_fraction: float = 0.1
     """Share of each class held out of training for validation; 0: none."""
     split_seed: int = 0
-    """Seed of the validation split; not --seed, so seeds share a teacher."""
+    """Seed of the validation split, so that every --seed shares one teacher."""
     imbalance: float = 1.0
     """Long tail: training images per class fall to this share of the first class's, drawn by --split-seed; 1: all
     (arXiv:1906.07413)."""
@@ -86,7 +86,7 @@ class ViewConfig:
     colour_jitter: float = 0.0
     """Change brightness, contrast, saturation by up to this share; 0: none."""
     mixup: float = 0.0
-    """Blend pairs of images by Beta(X, X); 0: none (arXiv:1710.09412)."""
+    """Blend image pairs, weight from Beta(X, X); 0: none (arXiv:1710.09412)."""
     cutmix: float = 0.0
     """Paste a box of another image, its area from Beta(X, X); 0: none (arXiv:1905.04899). With --mixup, each mixes half
     of the images."""
@@ -95,10 +95,10 @@ class ViewConfig:
     count: Annotated[int, arg(name="views")] = 0
     """Views of each image: epoch e uses view e mod N; 0: always new ones."""
     view_seed: int = 0
-    """Seed of --views; not --seed, so seeds share a teacher cache."""
+    """Seed of --views, so that students of every --seed share one cache."""
 
     def check(self) -> None:
-        require(0 <= self.crop_padding <= WIDEST, f"--crop-padding {self.crop_padding}: give 0 to {WIDEST}")
+        require(0 <= self.crop_padding <= MAX_PADDING, f"--crop-padding {self.crop_padding}: give 0 to {MAX_PADDING}")
         for name in ("resized_crop", "colour_jitter"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: give a share from 0 to 1")
@@ -162,11 +162,11 @@ class FitConfig:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        require(0 < self.lr <= LARGEST, f"--lr {self.lr}: give a number above 0, up to {LARGEST:g}")
+        require(0 < self.lr <= MAX_RATE, f"--lr {self.lr}: give a number above 0, up to {MAX_RATE:g}")
         require(0 <= self.momentum < 1, f"--momentum {self.momentum}: give 0 or more, below 1")
         require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
         decay = self.weight_decay
-        require(0 <= decay <= LARGEST, f"--weight-decay {decay}: give 0 or more, up to {LARGEST:g}")
+        require(0 <= decay <= MAX_RATE, f"--weight-decay {decay}: give 0 or more, up to {MAX_RATE:g}")
         require(0 <= self.warmup_epochs < math.inf, f"--warmup-epochs {self.warmup_epochs}: give 0 or more")
         require(
             self.clip_norm is None or 0 < self.clip_norm < math.inf, f"--clip-norm {self.clip_norm}: give more than 0"
@@ -185,11 +185,11 @@ class RunConfig:
     auto_resume: bool = False
     """Continue the run in the folder, or start if there is none."""
     resume_inexact: bool = False
-    """Resume with another number of processes: same recipe, other bits."""
+    """With --resume: allow another number of processes (same recipe, other bits)."""
     save_every: int = 0
     """Save a checkpoint every N steps too; 0: only after every epoch."""
     log_every: int = 50
-    """Read losses from the device every N steps, and check for a stop."""
+    """Read losses from the device, and act on signals, every N steps."""
     diagnose_every: int = 200
     """Compare distillation and label gradients every N steps; 0: never."""
     threads: int | None = None
@@ -223,7 +223,7 @@ class CacheConfig:
     cache_teacher: bool = False
     """Compute the teacher's logits for all --views once; store in runs/cache."""
     cache_dtype: Literal["float16", "float32"] = "float16"
-    """Cache format; float32 equals a live teacher on a CPU."""
+    """float32: the same bits as a live teacher on a CPU."""
     cache_top_k: int | None = None
     """Store the N largest logits and the rest's mass (FKD, arXiv:2112.01528)."""
 

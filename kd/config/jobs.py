@@ -76,7 +76,7 @@ class DistillConfig(_Common):
     teacher_model: str = "resnet34"
     """The recipe's own teacher, or the network of a file of weights."""
     teacher_seed: int = 0
-    """Seed of the recipe's own teacher; not --seed, so seeds share a teacher."""
+    """Seed of the recipe's own teacher, shared by students of every --seed."""
     trust_code: bool = False
     """Build a --teacher that is a module:function; runs its author's code."""
     control: bool = False

@@ -196,11 +196,12 @@ def test_a_methods_help_has_the_presets_defaults_and_a_presets_name_is_no_method
     assert "--epochs N" in help_of(distill_defaults, "--preset", "crd")
 
 
-def test_help_into_a_closed_pipe_ends_quietly():
+@pytest.mark.parametrize("method", [[], ["dkd"]], ids=["longer than a buffer", "shorter"])
+def test_help_into_a_closed_pipe_ends_quietly(method, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide the flush at exit
     reader, writer = os.pipe()
     os.close(reader)  # as after `--help | head`
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "distill_student.py"), "--help"], stdout=writer, stderr=subprocess.PIPE, timeout=60
-    )
+    command = [sys.executable, str(ROOT / "distill_student.py"), *method, "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
