@@ -1,8 +1,10 @@
 """Distil a teacher into a student.
 
-    accelerate launch distill_student.py                  the report: CIFAR-100, ResNet34 -> ResNet18, T=5, alpha=0.7
-    accelerate launch distill_student.py --preset digits  the same chain in seconds, on data that needs no download
-    accelerate launch distill_student.py --teacher runs/big --student resnet20 kd --temperature 4
+    accelerate launch distill_student.py                    ResNet34 -> ResNet18, as in the report
+    accelerate launch distill_student.py --preset digits    the same chain in seconds, no download
+    accelerate launch distill_student.py --data my/folder   your own images, as SPLIT/CLASS/*.jpg
+    accelerate launch distill_student.py --teacher runs/big --student resnet20 dkd --beta 2
+    accelerate launch distill_student.py --resume           continue the first after a kill
 
 resnet20 -> resnet8 on digits: 99.16% test top-1, 98.61% alone (seed 0, last epoch, 2 CPU cores);
 resnet34 -> resnet18 on CIFAR-100: not measured yet

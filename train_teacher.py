@@ -1,10 +1,13 @@
 """Train a network with cross-entropy: a teacher, or any network alone.
 
-    accelerate launch train_teacher.py                   the report's: ResNet34 on CIFAR-100, 10 epochs
-    accelerate launch train_teacher.py --preset digits   in seconds, no download
-    accelerate launch train_teacher.py --model resnet56 --data my/folder --out runs/big
+    accelerate launch train_teacher.py                     the report's ResNet34 on CIFAR-100
+    accelerate launch train_teacher.py --preset digits     in seconds, no download
+    accelerate launch train_teacher.py --data my/folder    your own images, as SPLIT/CLASS/*.jpg
+    accelerate launch train_teacher.py --model resnet56 --preset strong --out runs/big
+    accelerate launch train_teacher.py --resume            continue the first after a kill
 
-resnet20 on digits: 99.16% test top-1 (seed 0, last epoch, 2 CPU cores); CIFAR-100 at full length: not measured yet
+resnet20 on digits: 99.16% test top-1 (seed 0, last epoch, 2 CPU cores);
+resnet34 on CIFAR-100 at full length: not measured yet
 """
 
 from pathlib import Path

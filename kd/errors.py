@@ -1,4 +1,7 @@
-"""What goes wrong through no fault of the program, and how a script ends then."""
+"""Errors that the user can mend, and how a script ends: one line on stderr and an exit code.
+
+Code 2 is an error that the user can mend, 128 + N a stop by signal N. Any other error is ours and keeps its traceback.
+"""
 
 import difflib
 import errno
@@ -8,16 +11,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
-# What a disk says that takes no more: full, the user's share of it, read-only, a file's largest size, broken.
+# Errors of a disk that cannot be written to: full, over quota, read-only, file too large, broken.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 class UserError(ValueError):
-    """The user can mend this: one line naming the value and the remedy; the script exits with 2."""
+    """An error that the user can mend, in one line with the value and the remedy."""
 
 
 class Preempted(Exception):
-    """Training was asked to stop (SIGTERM or Ctrl-C) and has saved its state."""
+    """Training stopped for a signal (SIGTERM or Ctrl-C), after it saved its state."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
@@ -25,25 +28,28 @@ class Preempted(Exception):
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise UserError unless `condition` holds."""
     if not condition:
         raise UserError(message)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """'did you mean a or b?' for a mistyped name, or all the names where nothing is near."""
+    """'did you mean a or b?' for a mistyped name, or all names if none is similar."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
 
 
-def exit_code(work: Callable[[], None], interrupted: str = "the last checkpoint stands; continue with --resume") -> int:
-    """Run `work`; what the user can mend becomes one line on stderr and a code instead of a traceback.
+def exit_code(
+    work: Callable[[], None], interrupted: str = "the last checkpoint is intact; continue with --resume"
+) -> int:
+    """The exit code of `work`; prints one line for an error that the user can mend and lets others pass.
 
-    `interrupted`: what is left after Ctrl-C, or another signal whose number a KeyboardInterrupt carries.
+    `interrupted` says what to do after Ctrl-C, or after another signal: a KeyboardInterrupt carries its number.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names on a disk are bytes, and not always text
+            stream.reconfigure(errors="backslashreplace")  # file names are bytes, and not always valid text
     try:
         work()
     except UserError as error:
@@ -61,26 +67,31 @@ def exit_code(work: Callable[[], None], interrupted: str = "the last checkpoint 
 
 
 def remedy_for(error: BaseException) -> str | None:
-    """What to do about an error of torch's or the system's that the user can mend; None for any other."""
+    """The message for an error of torch or the system that the user can mend; None for any other."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno in DISK:
-        return f"the disk takes no more ({text[:200]}): free some space; what is saved stands, --resume continues it"
+        return (
+            "cannot write to disk: free some space, then continue with --resume (saved checkpoints are intact)"
+            f" ({text[:200]})"
+        )
     if "Expected to have finished reduction" in text:
         return (
-            "some parameters got no gradient, which several processes cannot train together: freeze them"
-            f" (requires_grad_(False)) or train on one process ({text[-120:]})"
+            "some parameters got no gradient, which fails with several processes: freeze them (requires_grad_(False))"
+            f" or train with one process ({text[-120:]})"
         )
     if "OutOfMemory" in text or "MemoryError" in text or "can't allocate memory" in text:
         return f"out of memory: give a smaller --batch-size, which changes the recipe ({text[:200]})"
-    if "DataLoader worker" in text:  # torch's word for a process that decodes images
-        return f"a worker that decodes images died: give fewer --workers, or 0, and --resume ({text[:200]})"
+    if "DataLoader worker" in text:  # torch's name for a process that decodes images
+        return (
+            f"a worker that decodes images died: give fewer --workers, or 0, and continue with --resume ({text[:200]})"
+        )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"the step could not be compiled: add --no-compile ({text[:200]})"
     return None
 
 
 def _print_error(message: str, code: int) -> int:
-    # All processes of one run fail with the same message; the first is enough, unless it is another's alone.
+    # All processes of a run may fail with the same message: all but the first say which they are.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         message = f"[process {os.environ.get('RANK')}] {message}"
     print(" ".join(message.split()), file=sys.stderr, flush=True)

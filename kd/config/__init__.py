@@ -1,4 +1,4 @@
-"""Every flag, every method's settings and every preset. No torch here: the scripts parse before they import it."""
+"""Every flag, every method's settings and every preset. No torch here: --help need not wait for it."""
 
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
 from kd.config.jobs import DistillConfig, Job, Origin, PresetName, TrainConfig

@@ -1,4 +1,8 @@
-"""The flags of both scripts, by what they are about; each part checks its own values. No torch here."""
+"""The flags of both scripts: data, augmentation, training, run folder and logging, teacher cache, compression.
+
+One frozen dataclass a subject; each checks its own values. A docstring under a field is its help text (kd.config.cli);
+names, order and nesting of the fields are in every config.json and must stay. No torch here.
+"""
 
 import dataclasses
 import math
@@ -9,45 +13,49 @@ from tyro.conf import arg
 
 from kd.errors import require
 
-#: (kd.flags.data) Which data, how it is held and how it is split.
+MAX_PADDING = 4096  # pixels
+
+MAX_RATE = 1e6  # learning rate or decay: beyond it floats overflow in the first step
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which data, how it is stored and how it is split."""
+
     source: Annotated[str, arg(name="data")] = "cifar100"
-    """cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k (all from the Hub), digits,
-    synthetic, a Hub id (user/name or user/name@revision), or a folder (imagefolder or parquet)."""
+    """Hub: cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k, or any user/name or
+    user/name@revision; local: digits, synthetic, a folder of images (SPLIT/CLASS/) or of parquet files."""
     label: str | None = None
-    """Label column, where the data has several; the first one if left out."""
+    """Label column, if the data has several; the first one if left out."""
     classes: int | None = None
-    """Keep the first N classes only."""
+    """Use the first N classes only."""
     image_size: int | None = None
-    """Bring each image's central square to this many pixels a side; needed where images differ in size."""
+    """Resize each image's central square to N x N pixels; needed if sizes differ."""
     stored_size: int | None = None
-    """Keep images larger than they are seen: training sees a random --image-size part of them, scoring the centre."""
+    """Store N x N pixels: train on random --image-size crops, score the centre."""
     decode: Literal["auto", "memory", "workers"] = "auto"
-    """memory: every image once, kept on the disk decoded; workers: again in every epoch, by worker processes; auto:
-    memory where the decoded images fit. The results are the same."""
+    """memory: decode once and store on disk; workers: decode in every epoch; auto: memory if the decoded images fit.
+    The results are the same."""
     stream: bool = False
-    """Read the data in the order it is stored in, shard by shard, and keep nothing: for what the disk cannot hold."""
+    """Read shards in order and store nothing, for data larger than the disk."""
     shuffle_rows: int = 4096
-    """With --stream: rows that are held and shuffled at a time."""
+    """Rows in the shuffle buffer of --stream."""
     workers: int | None = None
-    """Processes (with --stream, threads) that decode; all the cores this process may use if left out."""
+    """Processes (threads with --stream) that decode; all cores if left out."""
     val_fraction: float = 0.1
-    """Share of every class held out of the training split for validation; 0 for none."""
+    """Share of each class held out of training for validation; 0: none."""
     split_seed: int = 0
-    """Which rows validate. Apart from --seed, so that students of several seeds share one teacher."""
+    """Seed of the validation split, so that every --seed shares one teacher."""
     imbalance: float = 1.0
-    """Keep fewer training images of each further class, down to this share of the first one's (arXiv:1906.07413); 1
-    keeps all. --split-seed says which. Validation and test stay as they are."""
+    """Long tail: training images per class fall to this share of the first class's, drawn by --split-seed; 1: all
+    (arXiv:1906.07413)."""
 
     def check_sizes(self) -> None:
-        """Once a named set's own size is filled in."""
-        shown, kept = self.image_size, self.stored_size
+        """Check the two sizes, after a named set's own --image-size is filled in."""
+        size, stored = self.image_size, self.stored_size
         require(
-            kept is None or (shown is not None and kept >= shown),
-            f"--stored-size {kept}: give --image-size too, and no less than that",
+            stored is None or (size is not None and stored >= size),
+            f"--stored-size {stored}: give --image-size too, at most {stored}",
         )
 
     def check(self) -> None:
@@ -56,41 +64,41 @@ class DataConfig:
         require(self.image_size is None or self.image_size >= 4, f"--image-size {self.image_size}: give 4 or more")
         require(self.shuffle_rows >= 1, f"--shuffle-rows {self.shuffle_rows}: give 1 or more")
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers}: give 0 or more")
-        require(not self.stream or self.decode == "auto", f"--stream: leave --decode {self.decode} out")
+        require(
+            not self.stream or self.decode == "auto",
+            f"--stream: leave --decode {self.decode} out; a stream is decoded as it is read",
+        )
         require(self.split_seed >= 0, f"--split-seed {self.split_seed}: give 0 or more")
         require(0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: give a share from 0 up to 1")
 
 
-#: (kd.flags.views) How training images are seen.
-
-
-WIDEST = 4096  # pixels
-
-
 @dataclass(frozen=True)
 class ViewConfig:
+    """Augmentation of the training images."""
+
     crop_padding: int = 4
-    """Pad by this many black pixels, then crop back at random; 0 for no crop."""
+    """Pad by N black pixels, then crop back at random; 0: no crop."""
     resized_crop: float = 0.0
-    """Crop at random at least this share of the area, 3:4 to 4:3 in shape, and bring it to the image's size (0.08 is
-    usual for ImageNet, arXiv:1409.4842); in place of --crop-padding. 0 for none."""
+    """Random crop of at least this share of the area, 3:4 to 4:3, in place of --crop-padding; 0: none (ImageNet: 0.08,
+    arXiv:1409.4842)."""
     flip: bool = True
-    """Mirror half of the images; off for digits."""
+    """Mirror half of the images."""
     colour_jitter: float = 0.0
-    """Change brightness, contrast and saturation by up to this share each; 0 for none."""
+    """Change brightness, contrast, saturation by up to this share; 0: none."""
     mixup: float = 0.0
-    """Blend each image with another one, by a share from Beta(a, a) (arXiv:1710.09412); 0 for none."""
+    """Blend image pairs, weight from Beta(X, X); 0: none (arXiv:1710.09412)."""
     cutmix: float = 0.0
-    """Paste a box of another image, its area from Beta(a, a) (arXiv:1905.04899); with --mixup each takes half."""
+    """Paste a box of another image, its area from Beta(X, X); 0: none (arXiv:1905.04899). With --mixup, each mixes half
+    of the images."""
     erase: float = 0.0
-    """Share of images of which a random box is erased (arXiv:1708.04896)."""
+    """Share of images with a random box erased (arXiv:1708.04896)."""
     count: Annotated[int, arg(name="views")] = 0
-    """Views of each image: epoch e sees view e mod K. 0: a new view every epoch."""
+    """Views of each image: epoch e uses view e mod N; 0: always new ones."""
     view_seed: int = 0
-    """What the views of --views K follow from, instead of --seed: one teacher cache serves students of every seed."""
+    """Seed of --views, so that students of every --seed share one cache."""
 
     def check(self) -> None:
-        require(0 <= self.crop_padding <= WIDEST, f"--crop-padding {self.crop_padding}: give 0 to {WIDEST}")
+        require(0 <= self.crop_padding <= MAX_PADDING, f"--crop-padding {self.crop_padding}: give 0 to {MAX_PADDING}")
         for name in ("resized_crop", "colour_jitter"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: give a share from 0 to 1")
@@ -109,24 +117,21 @@ class ViewConfig:
         return self.mixup > 0 or self.cutmix > 0
 
 
-#: (kd.flags.fit) How a network is trained.
-
-
-LARGEST = 1e6  # of a learning rate or decay: beyond it floats overflow in the first step
-
-
 @dataclass(frozen=True)
 class FitConfig:
+    """How a network is trained."""
+
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 64
-    """Images per step over all processes together."""
+    """Images per step, over all processes together."""
     lr: float = 0.001
     """Peak learning rate."""
+    # The report gives neither momentum nor weight decay; these are the field's usual values.
     momentum: float = 0.9
-    """Of SGD. The report names neither momentum nor weight decay; these are the field's usual ones."""
+    """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov's momentum."""
+    """Use Nesterov's momentum."""
     weight_decay: float = 5e-4
     """L2 penalty on every parameter."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -134,34 +139,34 @@ class FitConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear rise before the schedule."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """For --schedule step: shares of the run after which the learning rate is divided by 10."""
+    """With --schedule step: divide lr by 10 at these shares of the run."""
     balance: Literal["none", "sampler", "weights", "logit-adjust"] = "none"
-    """For classes that differ in size. sampler: draw all classes equally often; weights: weigh cross-entropy by class
-    (arXiv:1901.05555); logit-adjust: add the classes' frequencies to cross-entropy's logits (arXiv:2007.07314)."""
+    """For classes of unequal size. sampler: draw all classes equally often; weights: weight cross-entropy by class
+    (arXiv:1901.05555); logit-adjust: add log class frequencies to its logits (arXiv:2007.07314)."""
     clip_norm: float | None = None
-    """Largest gradient norm; longer gradients are scaled down."""
+    """Largest gradient norm; longer gradients are scaled down to it."""
     seed: int = 0
-    """Weights, order and views follow from it."""
+    """Seed of the weights, the order of the images and their views."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Left out: as `accelerate launch` is configured."""
+    """Precision of the step; as `accelerate launch` is configured if left out."""
     sync_batchnorm: bool = False
-    """BatchNorm over all processes' samples (GPUs only)."""
+    """BatchNorm statistics over all processes (GPU only)."""
     deterministic: bool = False
-    """Bitwise repeatable on a GPU too, at some cost in speed; the CPU always is."""
+    """Repeat bit for bit on a GPU too, at some cost in speed (a CPU always does)."""
     compile: bool = True
-    """Compile the training step on CUDA; on a CPU it would gain little and cost half a minute."""
+    """Compile the step on CUDA (on a CPU: little gain, half a minute lost)."""
     channels_last: bool = True
-    """Keep images channels-last in memory: faster on tensor cores and most CPUs; kd.bench tells on yours."""
+    """Store images channels-last; python -m kd.bench measures the gain."""
 
     def check(self) -> None:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        require(0 < self.lr <= LARGEST, f"--lr {self.lr}: give a number above 0, up to {LARGEST:g}")
+        require(0 < self.lr <= MAX_RATE, f"--lr {self.lr}: give a number above 0, up to {MAX_RATE:g}")
         require(0 <= self.momentum < 1, f"--momentum {self.momentum}: give 0 or more, below 1")
         require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
         decay = self.weight_decay
-        require(0 <= decay <= LARGEST, f"--weight-decay {decay}: give 0 or more, up to {LARGEST:g}")
+        require(0 <= decay <= MAX_RATE, f"--weight-decay {decay}: give 0 or more, up to {MAX_RATE:g}")
         require(0 <= self.warmup_epochs < math.inf, f"--warmup-epochs {self.warmup_epochs}: give 0 or more")
         require(
             self.clip_norm is None or 0 < self.clip_norm < math.inf, f"--clip-norm {self.clip_norm}: give more than 0"
@@ -169,33 +174,31 @@ class FitConfig:
         require(all(0 < m < 1 for m in self.milestones), f"--milestones {self.milestones}: give shares between 0 and 1")
 
 
-#: (kd.flags.run) Where a run lies, how it is saved and followed. None of it changes the weights.
-
-
 @dataclass(frozen=True)
 class RunConfig:
-    out: str | None = None
-    """Run folder; runs/<preset>/<what>-<model>-seed<seed>-<hash> if left out."""
+    """Where a run is saved, resumed and logged. None of it changes the weights."""
+
+    out: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Run folder; runs/<preset>/<method>-<model>-seed<seed>-<hash> if left out."""
     resume: bool = False
     """Continue the run in the folder; an error if there is none."""
     auto_resume: bool = False
-    """Continue if there is something to continue, else start."""
+    """Continue the run in the folder, or start if there is none."""
     resume_inexact: bool = False
-    """With either of them: continue with another number of processes. The global batch stays as it is, and the learning
-    rate; the bits do not."""
+    """With --resume: allow another number of processes (same recipe, other bits)."""
     save_every: int = 0
-    """Save every so many steps as well as after every epoch; 0 for epochs only."""
+    """Save a checkpoint every N steps too; 0: only after every epoch."""
     log_every: int = 50
-    """Read losses from the device, and agree to stop, every so many steps."""
+    """Read losses from the device, and act on signals, every N steps."""
     diagnose_every: int = 200
-    """Compare the gradients of distillation and cross-entropy every so many steps, at some cost; 0 for never."""
+    """Compare distillation and label gradients every N steps; 0: never."""
     threads: int | None = None
-    """CPU threads of each process; left out: all the cores it may use."""
+    """CPU threads of each process; all the cores it may use if left out."""
     test: bool = True
-    """Read the test split at the end. --no-test leaves it unread and the summary's test keys null, for settings that
-    are compared on validation; the same command without it then only reads the test split."""
+    """Score the test split at the end. Add --no-test to compare settings on validation; the same command without it
+    scores the test split later."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a key is found, else offline."""
+    """Weights & Biases; auto: online if a key is found, else offline."""
     wandb_project: str = "kd"
     """Project in Weights & Biases."""
     wandb_group: str | None = None
@@ -209,45 +212,43 @@ class RunConfig:
         require(not (self.resume and self.auto_resume), "--resume and --auto-resume: give one of them")
         require(
             not self.resume_inexact or self.resume or self.auto_resume,
-            "--resume-inexact: says how to continue; give --resume or --auto-resume with it",
+            "--resume-inexact: give --resume or --auto-resume with it",
         )
-
-
-#: (kd.flags.cache) How a teacher's answers are kept.
 
 
 @dataclass(frozen=True)
 class CacheConfig:
+    """How a teacher's logits are stored."""
+
     cache_teacher: bool = False
-    """Compute the teacher's logits for all --views once, keep them in runs/cache, and look them up from then on."""
+    """Compute the teacher's logits for all --views once; store in runs/cache."""
     cache_dtype: Literal["float16", "float32"] = "float16"
-    """How they are kept; float32 gives a live teacher's very bits on a CPU."""
+    """float32: the same bits as a live teacher on a CPU."""
     cache_top_k: int | None = None
-    """For many classes: keep the largest k logits of each image and the rest's mass (FKD, arXiv:2112.01528)."""
+    """Store the N largest logits and the rest's mass (FKD, arXiv:2112.01528)."""
 
     def check(self, views: ViewConfig) -> None:
         require(
             not self.cache_teacher or views.count > 0,
-            "--cache-teacher: needs --views K above 0; with a new view every epoch no answer is ever used twice",
+            "--cache-teacher: needs --views K above 0; with a new view every epoch no logits are used twice",
         )
         require(self.cache_top_k is None or self.cache_top_k >= 1, f"--cache-top-k {self.cache_top_k}: give 1 or more")
 
 
-#: (kd.flags.compress) What makes the trained network smaller.
-
-
 @dataclass(frozen=True)
 class CompressConfig:
-    init: str | None = None
-    """Start from the weights of this finished run of the same network (Apprentice's scheme C; pruning needs it)."""
+    """Low precision and pruning of the trained network."""
+
+    init: Annotated[str | None, arg(metavar="RUN")] = None
+    """Start from this finished run of the same network (pruning needs it)."""
     weight_bits: Literal[32, 8, 4, 2] = 32
-    """Of each weight in all convolutions and linear layers but the first and the last; 2 is -s, 0 and s."""
+    """Bits per weight, in every conv and linear layer except the first and last (2 = ternary: -s, 0, s)."""
     activation_bits: Literal[32, 8, 4] = 32
-    """Of each number that enters these layers."""
+    """Bits per input value of those layers."""
     prune: float = 0.0
-    """Share of --init's multiply-accumulates to remove, in whole channels: those with the smallest filters."""
+    """Remove channels with the smallest filters: this share of --init's MACs."""
     sparsity: float = 0.0
-    """Share of the weights in all layers but the first and the last that stay zero: the smallest of --init's."""
+    """Share of --init's weights fixed at zero, the smallest, except in the first and last layers."""
 
     def check(self) -> None:
         for name in ("prune", "sparsity"):
@@ -255,11 +256,11 @@ class CompressConfig:
             require(0 <= value < 1, f"--{name} {value}: give a share from 0 up to 1")
             require(
                 value == 0 or self.init is not None,
-                f"--{name}: needs --init RUN, a trained run of the same network; what is small means nothing before",
+                f"--{name}: needs --init RUN, a trained run of the same network; untrained weights cannot be ranked",
             )
 
     @property
     def asked(self) -> dict:
-        """What differs from no compression at all."""
-        usual = CompressConfig()
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(usual, name)}
+        """The flags that differ from no compression."""
+        default = CompressConfig()
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(default, name)}

@@ -1,8 +1,13 @@
-"""Every flag and every preset. No torch here: the scripts parse before they import anything slow."""
+"""The whole configuration of each script, and the jobs, one network each, that follow from it. No torch here.
+
+Names, order and nesting of the fields of Job are in every config.json and in run identities, and must stay.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
 from kd.config.methods import KDConfig, Method, NoneConfig, method_name
@@ -12,21 +17,24 @@ PresetName = Literal["report", "strong", "crd", "patient", "digits"]
 
 
 def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
+    """Raise UserError for flags of different parts that exclude each other."""
     require(
         not (data.stream and views.mixes),
-        "--stream: leave --mixup and --cutmix out; each image's partner would have to be fetched from anywhere",
+        "--stream: leave --mixup and --cutmix out; an image's partner may be in any shard",
     )
     require(
         not (data.stream and fit.balance == "sampler"),
-        "--stream: leave --balance sampler out, which visits rows in any order; take weights or logit-adjust",
+        "--stream: leave --balance sampler out, which needs rows in any order; give weights or logit-adjust",
     )
 
 
 @dataclass(frozen=True)
 class _Common:
+    """Flags of both scripts."""
+
     preset: PresetName = "report"
-    """The recipe that gives every flag its default. report: the report's own; strong: 200 epochs, the best we know;
-    crd: the literature's 240 epochs; patient: the teacher alone, mixup, 1,200 epochs; digits: a demonstration."""
+    """Sets all defaults. report: the report's; strong: 200 epochs, our best; crd: the literature's 240 epochs; patient:
+    distillation alone, mixup, 1,200 epochs; digits: a quick demonstration."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     fit: FitConfig = field(default_factory=FitConfig)
@@ -36,8 +44,11 @@ class _Common:
 
 @dataclass(frozen=True)
 class TrainConfig(_Common):
+    """Flags of train_teacher.py."""
+
     model: str = "resnet34"
-    """A name such as resnet34, torchvision/NAME, timm/NAME, or your own module:function, called as f(num_classes=K)."""
+    """resnet34 or another name, torchvision/NAME, timm/NAME, or your own module:function, called as
+    f(num_classes=K)."""
     method: NoneConfig = field(default_factory=NoneConfig)
 
     def check(self) -> None:
@@ -52,22 +63,24 @@ class TrainConfig(_Common):
 
 @dataclass(frozen=True)
 class DistillConfig(_Common):
+    """Flags of distill_student.py."""
+
     student: str = "resnet18"
-    """The network to train; names as for train_teacher.py's --model."""
-    teacher: tuple[str, ...] = ()
-    """Run folder (or Hub id) of the teacher, a pretrained torchvision/NAME or timm/NAME, or a file of weights; of
-    several the probabilities are averaged. Left out: with --prune or --sparsity the network of --init, else the
-    recipe's own, which is trained first and reused afterwards."""
+    """resnet18 or another name, torchvision/NAME, timm/NAME, or your own module:function, called as
+    f(num_classes=K)."""
+    teacher: Annotated[tuple[str, ...], arg(metavar="RUN ...")] = ()
+    """Run folder, Hub id, torchvision/NAME, timm/NAME or file of weights (several: mean of their probabilities). If
+    left out: --init's network with --prune or --sparsity, else the recipe's own, trained first and reused."""
     fine_tune_teacher: bool = False
-    """First train a new last layer for these classes on a --teacher from elsewhere; the rest of it stays as it is."""
+    """First train a new last layer on a pretrained --teacher, for these classes."""
     teacher_model: str = "resnet34"
-    """The recipe's teacher, where --teacher is left out; the network, where --teacher is a file of weights."""
+    """The recipe's own teacher, or the network of a file of weights."""
     teacher_seed: int = 0
-    """Its seed; apart from --seed, so that students of several seeds share one teacher."""
+    """Seed of the recipe's own teacher, shared by students of every --seed."""
     trust_code: bool = False
-    """Build a --teacher whose network is a module:function, which runs its author's code."""
+    """Build a --teacher that is a module:function; runs its author's code."""
     control: bool = False
-    """Also train the student alone, by the same recipe, to compare with."""
+    """Also train the student alone, by the same recipe, to compare."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     method: Method = field(default_factory=KDConfig)
 
@@ -77,7 +90,7 @@ class DistillConfig(_Common):
         self.cache.check(self.views)
         require(
             bool(self.teacher) or not self.fine_tune_teacher,
-            "--fine-tune-teacher: needs a --teacher from elsewhere (torchvision/NAME, timm/NAME or a file of weights)",
+            "--fine-tune-teacher: needs a pretrained --teacher (torchvision/NAME, timm/NAME or a file of weights)",
         )
         check_together(self.data, self.views, self.fit)
 
@@ -87,25 +100,25 @@ class DistillConfig(_Common):
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The runs that teach: --teacher, else the network as it was before it was pruned, else none yet."""
+        """--teacher; if left out, with pruning, the unpruned network of --init; else empty: none is trained yet."""
         pruned = self.compress.prune > 0 or self.compress.sparsity > 0
         return self.teacher or ((self.compress.init,) if pruned else ())
 
     def teacher_job(self) -> "Job":
-        """The recipe's teacher: resumed unasked, in its own default folder.
+        """The recipe's teacher: in its own default folder, and resumed without --resume.
 
-        It sees a new view every epoch: --views limits what it is asked by its students, not what it learns from.
+        It sees a new view every epoch: --views limits the views that students take its logits of.
         """
         fit = dataclasses.replace(self.fit, seed=self.teacher_seed)
         job = self._side_job("teacher", self.teacher_model, fit)
         return dataclasses.replace(job, views=dataclasses.replace(self.views, count=0, view_seed=0))
 
     def head_job(self, model: str, origin: "Origin") -> "Job":
-        """A new last layer upon a network from elsewhere, by the teacher's recipe."""
+        """Training of a new last layer on a pretrained network, by the teacher's recipe."""
         return dataclasses.replace(self.teacher_job(), model=model, origin=origin)
 
     def control_job(self) -> "Job":
-        """The student alone, compressed alike: the very run that `distill_student.py none` makes."""
+        """The student alone, compressed alike: the same run as `distill_student.py none` makes."""
         return dataclasses.replace(self._side_job("none", self.student, self.fit), compress=self.compress)
 
     def _side_job(self, role: str, model: str, fit: FitConfig) -> "Job":
@@ -115,9 +128,9 @@ class DistillConfig(_Common):
 
 @dataclass(frozen=True)
 class Origin:
-    """A network from elsewhere, of which a job trains a new last layer (kd/foreign.py)."""
+    """A pretrained network that a job trains a new last layer for (kd/models/pretrained.py)."""
 
-    source: str  # as --teacher names it
+    source: str  # the value of --teacher
     sha256: str
     image_size: tuple[int, int]
     mean: tuple[float, ...]
@@ -126,7 +139,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train: what both scripts boil down to."""
+    """One network to train: what both scripts reduce to."""
 
     role: str  # "teacher", or the method's name
     preset: str
@@ -136,9 +149,9 @@ class Job:
     views: ViewConfig
     fit: FitConfig
     run: RunConfig
-    cache: CacheConfig = field(default_factory=CacheConfig)  # how the teacher's answers are kept, if there is one
+    cache: CacheConfig = field(default_factory=CacheConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
-    origin: Origin | None = None  # left out: all of a fresh network is trained
+    origin: Origin | None = None  # None: all of a new network is trained
 
     @property
     def method_name(self) -> str:

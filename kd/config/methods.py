@@ -1,7 +1,8 @@
-"""Every method's flags: one dataclass each, with its authors' CIFAR-100 setting. No torch here.
+"""Every method's flags: one dataclass each, with the authors' CIFAR-100 setting as defaults. No torch here.
 
-A field must not repeat a common flag's name (tyro refuses; a test checks). Where the literature adds a method to
-cross-entropy, cross-entropy has weight 1.
+First what methods share, then those that compare logits or need no teacher, then those that compare features. A field
+must not repeat a common flag's name (tyro refuses; a test checks). If the literature adds a method to cross-entropy,
+cross-entropy has weight 1.
 """
 
 import math
@@ -12,66 +13,64 @@ from tyro.conf import subcommand
 
 from kd.errors import require
 
-#: (kd.methods.flags) What the methods' flags have in common, and how their values are checked.
-
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
 def positive(config, *names: str) -> None:
+    """Raise UserError unless each of these fields is above 0 and finite."""
     for name in names:
         value = getattr(config, name)
         require(value > 0 and math.isfinite(value), f"{_flag(name)} {value}: give a number above 0")
 
 
 def not_negative(config, *names: str) -> None:
+    """Raise UserError unless each of these fields is 0 or more, and finite."""
     for name in names:
         value = getattr(config, name)
         require(value >= 0 and math.isfinite(value), f"{_flag(name)} {value}: give 0 or more")
 
 
 def share(config, name: str) -> None:
+    """Raise UserError unless this field is from 0 to 1."""
     value = getattr(config, name)
     require(0 <= value <= 1, f"{_flag(name)} {value}: give a share from 0 to 1")
 
 
 @dataclass(frozen=True)
 class MethodFlags:
-    """What scripts ask of a method before anything slow is imported."""
+    """Base of every method's flags: what the scripts need to know before they import torch."""
 
     needs_teacher: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class LogitFlags(MethodFlags):
-    """What every method of logits takes."""
+    """Flags of every method that compares logits."""
 
     standardize: bool = False
-    """First bring both networks' logits to mean 0 and deviation 1 per sample (arXiv:2403.01427)."""
+    """First scale all logits to mean 0, deviation 1 per sample (arXiv:2403.01427)."""
 
 
 @dataclass(frozen=True)
 class FeatureFlags(MethodFlags):
-    """What every method of features takes."""
+    """Flags of every method that compares features."""
 
     weight: float = 1.0
-    """Of the method's own term."""
+    """Weight of the method's loss."""
     student_layers: tuple[str, ...] = ()
-    """Dotted names of the student's modules (or NAME.input); left out: the stages that its model names."""
+    """The student's modules (layer2.0, or NAME.input for what enters NAME); the stages of its model if left out."""
     teacher_layers: tuple[str, ...] = ()
-    """The teacher's, paired with the student's in order."""
+    """The teacher's modules, paired with the student's in order."""
     kd_weight: float = 0.0
-    """Adds plain kd with this weight, as the literature's combinations do."""
+    """Weight of plain kd, added as in the literature's combinations; 0: none."""
     kd_temperature: float = 4.0
-    """Of that kd."""
+    """Temperature of the kd that --kd-weight adds."""
 
     def check(self) -> None:
         not_negative(self, "weight", "kd_weight")
         positive(self, "kd_temperature")
-
-
-#: (kd.methods.logits) Flags of the methods that compare logits, and of those that need no teacher.
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,16 @@ class NoneConfig(MethodFlags):
 
 @dataclass(frozen=True)
 class KDConfig(LogitFlags):
-    """Hinton et al. 2015: follow the teacher's softened predictions."""
+    """Hinton et al. 2015: match the teacher's softened predictions."""
 
     temperature: float = 5.0
-    """Softens both distributions; larger reveals more of the wrong classes."""
+    """Softens both distributions; larger shows more of the wrong classes."""
     alpha: float = 0.7
-    """Weight of the distillation term; cross-entropy has 1 - alpha."""
+    """Weight of the distillation loss; cross-entropy has 1 - alpha."""
     boost: float = 1.0
-    """Multiplies the distillation term. --standardize was published with temperature 2, alpha 0.9 and boost 10."""
+    """Factor on the distillation loss; --standardize was published with 10 (and temperature 2, alpha 0.9)."""
     direction: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || student), the usual; reverse: KL(student || teacher), as the report's formula reads."""
+    """forward: KL(teacher || student); reverse: the report's formula."""
 
     def check(self) -> None:
         positive(self, "temperature", "boost")
@@ -106,10 +105,10 @@ class KDConfig(LogitFlags):
 
 @dataclass(frozen=True)
 class MimicConfig(LogitFlags):
-    """Ba & Caruana 2014: the teacher's logits themselves."""
+    """Ba & Caruana 2014: match the teacher's logits themselves."""
 
     weight: float = 0.1
-    """Of the mean square, beside cross-entropy."""
+    """Weight of the mean squared difference of the logits."""
 
     def check(self) -> None:
         not_negative(self, "weight")
@@ -117,16 +116,17 @@ class MimicConfig(LogitFlags):
 
 @dataclass(frozen=True)
 class DKDConfig(LogitFlags):
-    """Zhao et al. 2022: kd split into target and other classes, weighted apart."""
+    """Zhao et al. 2022: kd split into target class and other classes."""
 
     temperature: float = 4.0
     """Softens both distributions."""
     alpha: float = 1.0
-    """Weight of the target class against the rest."""
+    """Weight of the target-class term (target class against the rest)."""
     beta: float = 8.0
-    """Weight among the other classes: 2 for resnet56 or 110 to 20 or 32, 6 for WRN and VGG, 8 for the rest."""
+    """Weight of the non-target term (other classes): 2 for resnet56 or 110 to 20 or 32, 6 for WRN and VGG, 8 for the
+    rest."""
     ramp_epochs: float = 20.0
-    """Epochs over which the term rises to full weight."""
+    """Epochs over which the loss rises to its full weight."""
 
     def check(self) -> None:
         positive(self, "temperature")
@@ -140,11 +140,11 @@ class DISTConfig(LogitFlags):
     temperature: float = 4.0
     """Softens both distributions."""
     weight: float = 2.0
-    """Of both terms together."""
+    """Weight of both correlation terms together."""
     beta: float = 1.0
-    """Weight of the rows: each sample over its classes."""
+    """Weight of the row term: each sample over its classes."""
     gamma: float = 1.0
-    """Weight of the columns: each class over the batch."""
+    """Weight of the column term: each class over the batch."""
 
     def check(self) -> None:
         positive(self, "temperature")
@@ -153,15 +153,15 @@ class DISTConfig(LogitFlags):
 
 @dataclass(frozen=True)
 class TFKDConfig(MethodFlags):
-    """Yuan et al. 2020: a virtual teacher that is right; no network. A control: nearly label smoothing."""
+    """Yuan et al. 2020: a virtual teacher that is right; a control, near label smoothing."""
 
     needs_teacher: ClassVar[bool] = False
     temperature: float = 20.0
-    """Softens the virtual teacher."""
+    """Softens the virtual teacher's distribution."""
     alpha: float = 0.1
-    """Weight of the virtual teacher; cross-entropy has 1 - alpha."""
+    """Weight of the virtual teacher's loss; cross-entropy has 1 - alpha."""
     correct: float = 0.99
-    """Its probability of the right class."""
+    """Probability that the virtual teacher gives the right class."""
 
     def check(self) -> None:
         positive(self, "temperature")
@@ -171,15 +171,15 @@ class TFKDConfig(MethodFlags):
 
 @dataclass(frozen=True)
 class ApprenticeConfig(MethodFlags):
-    """Mishra & Marr 2017, scheme A: a teacher that is trained together with the student, from scratch."""
+    """Mishra & Marr 2017, scheme A: teacher and student train together from scratch."""
 
     needs_teacher: ClassVar[bool] = False
     partner: str | None = None
-    """That teacher, always in full precision: names as for --student; left out: the student's own network."""
+    """The teacher, in full precision (names as for --student); the student's own network if left out."""
     alpha: float = 1.0
     """Weight of the teacher's cross-entropy with the labels."""
     beta: float = 0.5
-    """Weight of the student's."""
+    """Weight of the student's cross-entropy with the labels."""
     gamma: float = 0.5
     """Weight of the student's cross-entropy with the teacher's probabilities."""
 
@@ -187,17 +187,14 @@ class ApprenticeConfig(MethodFlags):
         not_negative(self, "alpha", "beta", "gamma")
 
 
-#: (kd.methods.features) Flags of the methods that compare features.
-
-
 @dataclass(frozen=True)
 class FitNetConfig(FeatureFlags):
-    """Romero et al. 2015: one middle map, through a regressor."""
+    """Romero et al. 2015: match one middle feature map, through a regressor."""
 
     weight: float = 100.0
-    """Of the mean square."""
+    """Weight of the mean squared difference of the maps."""
     hint_stage: int = 2
-    """Which stage, counted from 1."""
+    """Number of the stage to match, counted from 1."""
 
     def check(self) -> None:
         super().check()
@@ -206,44 +203,44 @@ class FitNetConfig(FeatureFlags):
 
 @dataclass(frozen=True)
 class ATConfig(FeatureFlags):
-    """Zagoruyko & Komodakis 2017: where each stage is active, summed over channels."""
+    """Zagoruyko & Komodakis 2017: match each stage's attention map, summed over channels."""
 
     weight: float = 1000.0
-    """Of the mean squares, summed over stages."""
+    """Weight of the attention loss, summed over stages."""
 
 
 @dataclass(frozen=True)
 class SPConfig(FeatureFlags):
-    """Tung & Mori 2019: which samples of a batch are alike."""
+    """Tung & Mori 2019: match which samples of a batch are similar."""
 
     weight: float = 3000.0
-    """Of the mean square between the two similarity matrices."""
+    """Weight of the mean squared difference of the similarity matrices."""
 
 
 @dataclass(frozen=True)
 class NSTConfig(FeatureFlags):
-    """Huang & Wang 2017: the distribution of each stage's channels."""
+    """Huang & Wang 2017: match the distribution of each stage's channels."""
 
     weight: float = 50.0
-    """Of the discrepancy, summed over stages."""
+    """Weight of the discrepancy, summed over stages."""
 
 
 @dataclass(frozen=True)
 class PKTConfig(FeatureFlags):
-    """Passalis & Tefas 2018: the probability that samples are neighbours."""
+    """Passalis & Tefas 2018: match the probability that samples are neighbours."""
 
     weight: float = 30000.0
-    """Of the divergence."""
+    """Weight of the divergence."""
 
 
 @dataclass(frozen=True)
 class RKDConfig(FeatureFlags):
-    """Park et al. 2019: distances and angles between a batch's embeddings."""
+    """Park et al. 2019: match distances and angles between a batch's embeddings."""
 
     distance_weight: float = 25.0
-    """Of distances between pairs."""
+    """Weight of the distances between pairs."""
     angle_weight: float = 50.0
-    """Of angles in triples."""
+    """Weight of the angles in triples."""
 
     def check(self) -> None:
         super().check()
@@ -255,7 +252,7 @@ class VIDConfig(FeatureFlags):
     """Ahn et al. 2019: predict the teacher's maps with a learned variance."""
 
     initial_variance: float = 5.0
-    """Of every channel, before training."""
+    """Variance of every channel before training."""
 
     def check(self) -> None:
         super().check()
@@ -264,14 +261,14 @@ class VIDConfig(FeatureFlags):
 
 @dataclass(frozen=True)
 class CCConfig(FeatureFlags):
-    """Peng et al. 2019: the correlation between a batch's samples."""
+    """Peng et al. 2019: match the correlation between a batch's samples."""
 
     weight: float = 0.02
-    """Of the term."""
+    """Weight of the correlation loss."""
     definition: Literal["neighbours", "paper"] = "neighbours"
     """paper: kernel matrices, as published; neighbours: what the code behind the literature's tables computes."""
     width: int = 128
-    """Of both networks' learned embeddings, for neighbours."""
+    """Size of both networks' learned embeddings (for neighbours)."""
 
     def check(self) -> None:
         super().check()
@@ -280,18 +277,18 @@ class CCConfig(FeatureFlags):
 
 @dataclass(frozen=True)
 class CRDConfig(FeatureFlags):
-    """Tian et al. 2020: tell the same sample from many others, across the two networks."""
+    """Tian et al. 2020: tell the same sample from others, across the two networks."""
 
     weight: float = 0.8
-    """Of the two contrastive terms together."""
+    """Weight of both contrastive terms together."""
     width: int = 128
-    """Of both networks' learned embeddings."""
+    """Size of both networks' learned embeddings."""
     negatives: int = 16384
     """Samples of other classes to contrast each sample with."""
     contrast_temperature: float = 0.07
-    """Divides the embeddings' products."""
+    """Temperature of the contrast: divides the products of embeddings."""
     bank_momentum: float = 0.5
-    """Share of a sample's old embedding that its new one keeps."""
+    """Share of a sample's stored embedding kept at each update."""
 
     def check(self) -> None:
         super().check()
@@ -304,9 +301,9 @@ class ReviewKDConfig(FeatureFlags):
     """Chen et al. 2021: each stage learns from the teacher's earlier ones too."""
 
     weight: float = 1.0
-    """Of the maps: 0.6 for resnet20, 1 for resnet32, 5 for WRN and resnet8x4."""
+    """Weight of the maps' loss: 0.6 for resnet20, 1 for resnet32, 5 for WRN and resnet8x4."""
     ramp_epochs: float = 20.0
-    """Epochs over which the term rises to full weight."""
+    """Epochs over which the loss rises to its full weight."""
 
     def check(self) -> None:
         super().check()
@@ -315,7 +312,7 @@ class ReviewKDConfig(FeatureFlags):
 
 @dataclass(frozen=True)
 class SimKDConfig(FeatureFlags):
-    """Chen et al. 2022: reuse the teacher's classifier behind a projector. No cross-entropy."""
+    """Chen et al. 2022: reuse the teacher's classifier behind a projector; no cross-entropy."""
 
 
 METHODS = {
@@ -339,10 +336,10 @@ METHODS = {
     "apprentice": ApprenticeConfig,
 }
 
-
-# tyro makes a subcommand of each member of a union.
+# tyro makes a subcommand of each member of a union, with its class's docstring.
 Method = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in METHODS.items())]  # noqa: UP007
 
 
 def method_name(method: object) -> str:
+    """The name in METHODS of these flags' class."""
     return next(name for name, kind in METHODS.items() if type(method) is kind)

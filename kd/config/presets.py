@@ -1,10 +1,10 @@
-"""Recipes: what each preset makes of the flags' defaults."""
+"""Presets: recipes that change the flags' defaults, one for teacher and student together."""
 
 from kd.config.flags import DataConfig, FitConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import KDConfig
 
-# What a preset changes; teacher and student share the recipe. Everything else stays as above.
+# By preset, the defaults that it changes; "teacher" and "student" are networks.
 PRESETS: dict[str, dict] = {
     # The report's section 3: 10 epochs, lr 0.001, batch 64, SGD with a schedule, T=5, alpha=0.7.
     "report": {},
@@ -21,8 +21,8 @@ PRESETS: dict[str, dict] = {
         "teacher": "resnet32x4",
         "student": "resnet8x4",
     },
-    # "Consistent and patient" (Beyer et al., arXiv:2106.05237): the teacher's word alone, on strongly mixed images that
-    # both see alike, for very long. Give it a finished --teacher: few want one trained for as long.
+    # "Consistent and patient" (Beyer et al., arXiv:2106.05237): distillation alone, on mixed images, the same
+    # for teacher and student, for very long. Give it a finished --teacher, or one is trained for as long.
     "patient": {
         "views": ViewConfig(mixup=1.0),
         "fit": FitConfig(epochs=1200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5.0),
@@ -42,12 +42,14 @@ PRESETS: dict[str, dict] = {
 
 
 def train_defaults(preset: str) -> TrainConfig:
+    """The defaults of train_teacher.py with this preset."""
     recipe = PRESETS[preset]
     shared = {key: recipe[key] for key in ("data", "views", "fit") if key in recipe}
     return TrainConfig(preset=preset, model=recipe.get("teacher", "resnet34"), **shared)
 
 
 def distill_defaults(preset: str) -> DistillConfig:
+    """The defaults of distill_student.py with this preset."""
     recipe = dict(PRESETS[preset])
     models = {"teacher_model": recipe.pop("teacher", "resnet34"), "student": recipe.pop("student", "resnet18")}
     return DistillConfig(preset=preset, **models, **recipe)

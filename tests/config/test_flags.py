@@ -1,12 +1,17 @@
-"""Flags: what parses, what is refused, and that asking for help costs nothing."""
+"""Flags: what parses, what is refused, and what --help shows."""
 
 import dataclasses
+import os
+import re
 import subprocess
 import sys
 
 import pytest
+import tyro
 
-from kd.config import METHODS, KDConfig, NoneConfig, flags, jobs
+import distill_student
+import train_teacher
+from kd.config import METHODS, KDConfig, NoneConfig, cli, flags, jobs
 from kd.config.cli import parse
 from kd.config.presets import PRESETS, distill_defaults, train_defaults
 from kd.errors import UserError
@@ -70,8 +75,8 @@ def test_no_method_flag_repeats_a_common_one():
 
 
 def test_students_of_several_seeds_share_one_teacher():
-    jobs = [student("--seed", seed).teacher_job() for seed in ("0", "1")]
-    assert jobs[0] == jobs[1]
+    made = [student("--seed", seed).teacher_job() for seed in ("0", "1")]
+    assert made[0] == made[1]
     assert student("--teacher-seed", "3").teacher_job().fit.seed == 3
 
 
@@ -112,8 +117,8 @@ def test_row_44_flags_that_do_not_parse_exit_with_2_and_the_names_there_are(args
     with pytest.raises(SystemExit) as stop:
         student(*args)
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert all(word in said for word in words)
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in words)
 
 
 @pytest.mark.parametrize("name", ["train_teacher", "distill_student"])
@@ -130,5 +135,73 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "default: 30" in done.stdout  # the preset's own epochs
+    assert re.search(r"--epochs N .* \[30\]\n", done.stdout), "the preset's own epochs"
     assert "--batch-size" in done.stdout
+
+
+SCRIPTS = [(train_teacher, train_defaults), (distill_student, distill_defaults)]
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """The function that shows a script's help, at 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def show(defaults, *args: str, description: str = "") -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse(defaults, description, [*args, "--help"])
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    return show
+
+
+def flags_in(page: str) -> list[str]:
+    return re.findall(r"^  --(?:\[no-\])?([a-z0-9-]+)", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("script", "defaults"), SCRIPTS, ids=["train", "distill"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_is_short_and_opens_with_commands(script, defaults, preset, help_of):
+    lines = help_of(defaults, "--preset", preset, description=script.__doc__).splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 100
+    commands = [line.strip() for line in lines[:10] if line.startswith("    accelerate launch ")]
+    assert 4 <= len(commands) <= 5
+    for command in commands:
+        args = re.split(r"\s{2,}", command)[0].split()[3:]  # without the words beside it
+        parse(defaults, "", args)
+
+
+@pytest.mark.parametrize("defaults", [train_defaults, distill_defaults])
+def test_help_shows_every_flag_once(defaults, help_of, capsys):
+    """The flags that tyro's own help lists, which come from its own walk through the dataclasses."""
+    shown = flags_in(help_of(defaults))
+    with pytest.raises(SystemExit):
+        tyro.cli(type(defaults("report")), default=defaults("report"), args=["--help"], config=cli.FLAT)
+    listed = re.findall(r"^[│ ] --([a-z][a-z0-9-]*)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(shown) == sorted(listed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_help_shows_its_own_flags(method, help_of):
+    page = help_of(distill_defaults, "--preset", "crd", method)
+    own = {field.name.replace("_", "-") for field in dataclasses.fields(METHODS[method])}
+    assert sorted(flags_in(page)) == sorted(own)
+    assert page.startswith(METHODS[method].__doc__)
+
+
+def test_a_methods_help_has_the_presets_defaults_and_a_presets_name_is_no_method(help_of):
+    assert re.search(r"--temperature X .* \[4\]\n", help_of(distill_defaults, "--preset=crd", "kd"))
+    assert "--epochs N" in help_of(distill_defaults, "--preset", "crd")
+
+
+@pytest.mark.parametrize("method", [[], ["dkd"]], ids=["longer than a buffer", "shorter"])
+def test_help_into_a_closed_pipe_ends_quietly(method, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide the flush at exit
+    reader, writer = os.pipe()
+    os.close(reader)  # as after `--help | head`
+    command = [sys.executable, str(ROOT / "distill_student.py"), *method, "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
