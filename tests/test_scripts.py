@@ -124,7 +124,7 @@ def test_the_offline_file_holds_all_that_wandb_sync_would_send(monkeypatch):
 
 DIES = """
 import os, signal
-from kd import tracking
+from kd.training import tracking
 from tests.run_scripts import teach
 log = tracking.Tracker.log
 def dies(self, line):
