@@ -1,11 +1,17 @@
-"""The README's page on your own data: every command on it, as written, on a folder of photographs made here."""
+"""README.md and docs/: the marked commands run as written, on photographs made here; every command parses.
+
+`<!-- runnable -->` marks the block below it. Indented lines are commands, one per line, which run in the order of the
+page; a fenced block of Python begins with `# NAME.py` and is written to that file.
+"""
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +19,61 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.models import libraries
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults, train_defaults
+from kd.models import build_model, libraries
+from kd.runs.table import COLUMNS
+from kd.study.plan import read_command_line
 from tests.conftest import ROOT
 
-HEADING = "## Your own data, from photographs to a student"
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+MARK = "<!-- runnable -->\n\n"
+RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 2}
+"""Page -> its marked commands, so that none goes missing unseen."""
+
+SCRIPTS = {"train_teacher.py": train_defaults, "distill_student.py": distill_defaults}
+PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()} | {"kd.study": read_command_line}
+CLASSES = {"brick": (170, 80, 60), "grass": (80, 150, 60), "sky": (90, 130, 200)}
 
 
-def commands() -> list[str]:
-    page = (ROOT / "README.md").read_text(encoding="utf-8").split(HEADING)[1].split("\n## ")[0]
-    return [line.strip() for line in page.splitlines() if line.startswith("    ")]
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def joined(text: str) -> list[str]:
+    """The indented lines of a page as commands, one for each, without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.strip().split(" #")[0] for line in lines if line.startswith("    ")]
+
+
+def runnable(page: str) -> tuple[list[str], dict[str, str]]:
+    """The marked commands of a page in order, and the marked files by name."""
+    commands, files = [], {}
+    for text in read(page).split(MARK)[1:]:
+        if text.startswith("```python\n# "):
+            code = text.removeprefix("```python\n").split("```")[0]
+            files[code.splitlines()[0].removeprefix("# ")] = code
+        else:
+            commands += joined(text.split("\n\n")[0])
+    return commands, files
+
+
+def parsable_commands() -> list:
+    """Every command of PARSERS' programs on every page, except those with shell variables."""
+    found = []
+    for page in PAGES:
+        for line in joined(read(page)):
+            program = re.search("|".join(map(re.escape, PARSERS)), line)
+            if program and "$" not in line:
+                found.append(pytest.param(program[0], shlex.split(line[program.end() :]), id=f"{page}: {line[:60]}"))
+    return found
 
 
 def photographs(folder: Path) -> None:
     """Three classes of one colour each, under noise, in many sizes."""
     draw = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 12)):
-        for label, colour in {"brick": (170, 80, 60), "grass": (80, 150, 60), "sky": (90, 130, 200)}.items():
+        for label, colour in CLASSES.items():
             place = folder / split / label
             place.mkdir(parents=True)
             for number in range(count):
@@ -38,7 +83,7 @@ def photographs(folder: Path) -> None:
 
 
 def pretrained(folder: Path) -> None:
-    """What torchvision would fetch, made here: weights of its resnet18 that have learned nothing."""
+    """What torchvision would download, made here: weights of its resnet18 that have learned nothing."""
     libraries.define()
     from torchvision.models import ResNet18_Weights, resnet18
 
@@ -46,22 +91,92 @@ def pretrained(folder: Path) -> None:
     torch.save(resnet18().state_dict(), folder / Path(ResNet18_Weights.DEFAULT.url).name)
 
 
-@pytest.mark.slow
-def test_every_command_runs_as_written(monkeypatch, tmp_path):
+def checkpoint(folder: Path) -> None:
+    """weights.pth of a resnet20, with the README's weights.json beside it."""
+    torch.save(build_model("resnet20", len(CLASSES), (32, 32)).state_dict(), folder / "weights.pth")
+    (expects,) = re.findall(r'^`(\{"image_size".*\})`$', read("README.md"), re.M)
+    (folder / "weights.json").write_text(expects)
+
+
+@pytest.fixture
+def user_folder(monkeypatch, tmp_path) -> Path:
+    """What a reader of the pages has: the project's files, photographs, and somebody's weights."""
     photographs(tmp_path / "photos")
     pretrained(tmp_path / "torch" / "hub" / "checkpoints")
+    checkpoint(tmp_path)
+    for name in ("kd", *SCRIPTS):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     # The tests may run in an environment that was never activated.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    for name in ("kd", "train_teacher.py", "distill_student.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    assert len(commands()) == 4, "one line of the page, one command"
-    for command in commands():
+    yield tmp_path
+    shutil.rmtree(tmp_path / "torch")
+
+
+def run_page(page: str, folder: Path) -> None:
+    commands, files = runnable(page)
+    for name, code in ({**runnable("docs/extend.md")[1], **files}).items():
+        (folder / name).write_text(code)
+    for command in commands:
         done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, (command, done.stderr[-2000:])
+
+
+def test_the_marked_commands_are_all_found():
+    marks = {page: len(re.findall(f"^{MARK.strip()}$", read(page), re.M)) for page in PAGES}
+    marked = {page: runnable(page) for page, count in marks.items() if count}
+    assert {page: len(commands) for page, (commands, _) in marked.items()} == RUN
+    assert set(marked["docs/extend.md"][1]) == {"my_networks.py", "own_loop.py"}
+    assert all(read(page).count(MARK) == marks[page] for page in marked), "a blank line follows each mark"
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run_as_written(user_folder):
+    run_page("README.md", user_folder)
     fine_tuned = [json.loads(path.read_text())["resized"] for path in Path("runs/report").glob("teacher-*/model.json")]
     assert [224, 224] in fine_tuned, "the size at which the network from elsewhere sees them"
-    assert "Common and rare classes" in Path("report/report.md").read_text()
-    distilled = json.loads(next(Path("runs/report").glob("kd-*/summary.json")).read_text())
+    distilled = json.loads(Path("runs/small/summary.json").read_text())
     assert distilled["test_images"] == 36
-    shutil.rmtree(tmp_path / "torch")
+    assert "model.int8.onnx" in Path("runs/small/export/export.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_data_pages_commands_run_as_written(user_folder):
+    run_page("docs/data.md", user_folder)
+    assert "Common and rare classes" in Path("report/report.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_extend_pages_commands_run_as_written(user_folder):
+    run_page("docs/extend.md", user_folder)
+
+
+@pytest.mark.parametrize(("program", "args"), parsable_commands())
+def test_every_command_parses(program, args):
+    PARSERS[program](args)
+
+
+def test_the_readmes_table_has_the_columns_that_the_program_prints():
+    (header,) = re.findall(r"^    ┃ (network .*) ┃$", read("README.md"), re.M)
+    titles = [title.strip() for title in header.split("┃")]
+    assert titles[:3] == ["network", "model", "params"]
+    assert [title for _, title, _ in COLUMNS if title in titles] == titles[3:]
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "tests/README.md"])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        name, _, anchor = target.partition("#")
+        place = (ROOT / page).parent / name if name else ROOT / page
+        assert place.exists(), target
+        assert not anchor or anchor in headings(place), target
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 200

@@ -1,6 +1,6 @@
 """Draws what a group of offline runs would show in W&B's workspace: `python -m tests.wandb_picture RUNS PICTURE`.
 
-One panel a metric, one line a run, from the offline files themselves. README's picture is made with it.
+One panel a metric, one line a run, from the offline files themselves. The picture in docs/training.md is made with it.
 """
 
 import sys
