@@ -97,9 +97,9 @@ def test_different_numbers_of_stages_are_paired_from_the_last():
     ("method", "flags", "words"),
     [
         ("at", {"student_layers": ("0",)}, r"student layers \(0\) and teacher layers \(0, 2\) do not pair up"),
-        ("at", {"student_layers": ("6",), "teacher_layers": ("6",)}, "layer '6' gives .*maps, b x c x h x w"),
-        ("rkd", {"student_layers": ("0", "2"), "teacher_layers": ("0", "2")}, "compares one layer, 2 were given"),
-        ("fitnet", {"hint_stage": 3}, "--hint-stage 3: there are 2 stages"),
+        ("at", {"student_layers": ("6",), "teacher_layers": ("6",)}, "layer '6': outputs .*maps, b x c x h x w"),
+        ("rkd", {"student_layers": ("0", "2"), "teacher_layers": ("0", "2")}, "compares one layer, and 2 were named"),
+        ("fitnet", {"hint_stage": 3}, "--hint-stage 3: there are 2 stages; give 1 to 2"),
         ("sp", {"student_layers": ("9",)}, "no layer '9'"),
         ("simkd", {"teacher_layers": ("0",)}, "does not take the average of 0"),
     ],

@@ -97,11 +97,13 @@ def test_a_recipe_that_cannot_be_rebuilt_is_named(teacher):
 def test_a_network_that_names_no_stages_needs_layers_and_is_told_which(teacher):
     plain = str(Path(teacher).parent / "plain")
     to = ["--student", "tests.networks:normalised", "--teacher", plain, "--trust-code", *FEW]
-    with pytest.raises(UserError, match=r"the student's model does not say .* --student-layers: there are 0, 1, 2"):
+    with pytest.raises(
+        UserError, match=r"the student's model has no known stages .* --student-layers: there are 0, 1, 2"
+    ):
         distil(*to, "at", "--out", "run")
     with pytest.raises(UserError, match=r"no layer '00': "):
         distil(*to, "at", "--student-layers", "00", "--out", "run")
-    with pytest.raises(UserError, match=r"the teacher's model does not say"):
+    with pytest.raises(UserError, match=r"the teacher's model has no known stages"):
         distil(*to, "at", "--student-layers", "0", "--out", "run")
     distil(*to, "at", "--student-layers", "0", "--teacher-layers", "0", "--out", "run")
     distil(*to, "rkd", "--out", "embeddings")  # what enters the last linear layer is found without being named
