@@ -36,7 +36,7 @@ def test_a_tap_costs_nothing_without_layers_keeps_nothing_and_is_taken_off():
     assert not any(module._forward_hooks for module in net.modules())
     tap = Tap(net, ("2",))
     net(torch.randn(1, 3, *SIZE))
-    assert tap._seen is None
+    assert tap._features is None
     tap.remove()
     assert not any(module._forward_hooks for module in net.modules())
 
@@ -63,7 +63,7 @@ def test_a_wrong_layer_is_answered_with_those_there_are(layer, words):
 def test_layers_that_give_no_tensor_or_never_run_are_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
     net[1].unused = nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"'1.unused' is there and does not run"):
+    with pytest.raises(UserError, match=r"layer '1.unused': exists but does not run"):
         Tap(net, ("1.unused",))(torch.randn(1, 3, 8, 8))
 
 
