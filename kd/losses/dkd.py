@@ -29,7 +29,7 @@ def dkd_loss(
     student_binary, teacher_binary = (_binary(z / temperature, labels) for z in (student_logits, teacher_logits))
     tckd = kd_loss(student_binary, teacher_binary, 1.0)
     nckd = kd_loss(_without_label(student_logits, labels), _without_label(teacher_logits, labels), temperature)
-    return alpha * temperature**2 * tckd + beta * nckd
+    return alpha * temperature**2 * tckd + beta * nckd  # kd_loss has already scaled nckd by T^2
 
 
 def _binary(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 2"]:

@@ -1,7 +1,7 @@
 """Networks of torchvision and timm; and the operators that torchvision needs to be importable.
 
-Both libraries build transformers for images of 224 pixels unless told otherwise, in patches that may be larger than a
-small image. timm is an optional dependency. Either is imported only when one of its networks is named.
+By default both build transformers for images of 224 pixels, in patches that may be larger than a small image, so they
+are given the image size. timm is an optional dependency. Either is imported only when one of its networks is named.
 
 The package index's torchvision ships operators compiled for the CUDA build of torch. Beside a CPU-only torch of the
 same version they do not load, and `import torchvision` fails with "operator torchvision::nms does not exist". No

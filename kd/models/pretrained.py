@@ -173,7 +173,7 @@ def read_expected(path: Path) -> Expected:
     beside = path.with_suffix(".json")
     require(
         beside.is_file(),
-        f"--teacher {path}: the file alone does not tell what its network expects; write {beside}: {EXPECTED_JSON}",
+        f"--teacher {path}: its image size and normalisation are unknown; write {beside}: {EXPECTED_JSON}",
     )
     info = read_json(beside)
     require("model" not in info, f"{beside}: belongs to a run; name the run's folder, --teacher {path.parent}")
