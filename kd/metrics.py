@@ -1,4 +1,4 @@
-"""How good a network's predictions are, and the sums that training keeps on the device."""
+"""How good predictions are: accuracy, likelihood, calibration, agreement, and accuracy on rare classes."""
 
 import math
 
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BINS = 15  # of confidence: Guo et al., arXiv:1706.04599, section 4
+BINS = 15  # of confidence; Guo et al., arXiv:1706.04599, section 4
+MANY, FEW = 100, 20  # training images: more than MANY, fewer than FEW; Liu et al., arXiv:1904.05160, section 4.1
+SHOT_NAMES = ("many", "medium", "few")
 
 
 def top_k(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], k: int) -> float:
@@ -24,19 +26,17 @@ def nll(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
 def by_confidence(
     logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Int[Tensor, "n"]]:
-    """Of each sample: its confidence, whether it is right (1 or 0), and which of the BINS equal bins it is in.
-
-    Bins are open on the left: (0, 1/15], ..., (14/15, 1]."""
+    """Each sample's confidence, correctness (1 or 0), and bin among BINS equal ones: (0, 1/15], ..., (14/15, 1]."""
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     edges = torch.linspace(0, 1, BINS + 1, dtype=torch.double, device=logits.device)
     return confidence, (predicted == labels).double(), (torch.bucketize(confidence, edges) - 1).clamp(0, BINS - 1)
 
 
 def ece(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
-    """Expected calibration error in percent: |accuracy - confidence| over equal bins of confidence, weighted by their
-    samples (Guo et al., arXiv:1706.04599, section 2)."""
-    confidence, right, bin_of = by_confidence(logits, labels)
-    gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device).index_add(0, bin_of, right - confidence)
+    """Expected calibration error in percent: |accuracy - confidence|, averaged over equal bins of confidence with the
+    bins' numbers of samples as weights (Guo et al., arXiv:1706.04599, section 2)."""
+    confidence, correct, bins = by_confidence(logits, labels)
+    gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device).index_add(0, bins, correct - confidence)
     return 100 * gaps.abs().sum().item() / len(labels)
 
 
@@ -52,17 +52,17 @@ def closeness(
     labels: Int[Tensor, "b"],
     soft_labels: Float[Tensor, "b k"] | None,
 ) -> dict[str, Tensor]:
-    """Of one batch of training views, each averaged over it and left on the device.
+    """How close student and teacher are on one training batch: means over the batch, left on the device.
 
-    agreement and teacher_top1 in percent (of mixed images: with the harder label), kl = KL(teacher || student) and
-    teacher_entropy in nats at temperature 1; soft_entropy is that of the labels as the method softens them.
+    agreement and teacher_top1 in percent (of mixed images: by the hard label), kl = KL(teacher || student) and
+    teacher_entropy in nats at temperature 1, soft_entropy of the labels as the method softens them.
     """
     log_student, log_teacher = student_logits.log_softmax(dim=1), teacher_logits.log_softmax(dim=1)
-    answers = teacher_logits.argmax(dim=1)
+    teacher_predicted = teacher_logits.argmax(dim=1)
     measures = {
-        "agreement": 100 * (student_logits.argmax(dim=1) == answers).float().mean(),
+        "agreement": 100 * (student_logits.argmax(dim=1) == teacher_predicted).float().mean(),
         "kl": F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True),
-        "teacher_top1": 100 * (answers == labels).float().mean(),
+        "teacher_top1": 100 * (teacher_predicted == labels).float().mean(),
         "teacher_entropy": _entropy(log_teacher),
     }
     if soft_labels is not None:
@@ -74,59 +74,50 @@ def _entropy(log_probabilities: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
     return -(log_probabilities.exp() * log_probabilities).sum(dim=1).mean()
 
 
-#: (kd.shots) How well classes with many, some and few training images are recognised.
-
-
-MANY, FEW = 100, 20  # more than this, and fewer than this: Liu et al., arXiv:1904.05160, section 4.1
-
-
-SHOT_NAMES = ("many", "medium", "few")
-
-
 def class_recall(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> Float[Tensor, "k"]:
-    """Percent of each class's samples that are recognised; NaN for a class without any."""
+    """Percent of each class's samples that are classified correctly; NaN for a class without samples."""
     size = torch.bincount(labels, minlength=logits.shape[1])
-    right = torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=logits.shape[1])
-    return 100 * right.double() / size
+    correct = torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=logits.shape[1])
+    return 100 * correct.double() / size
 
 
 def shot_groups(counts: Int[Tensor, "k"]) -> dict[str, Int[Tensor, "m"]]:
-    """The classes of each name, by their number of training images.
+    """Group name -> its classes, by their number of training images `counts`.
 
-    By the paper's limits, which are made for its sets. Where they leave one of the three without a class, by rank: the
-    largest third of the classes, the middle, the smallest third.
+    Uses the paper's limits, chosen for its data sets. If they leave a group empty, the classes are split by rank into
+    the largest, middle and smallest third.
     """
     limits = {"many": counts > MANY, "medium": (counts >= FEW) & (counts <= MANY), "few": counts < FEW}
-    found = {name: mask.nonzero().flatten() for name, mask in limits.items()}
-    if all(len(classes) for classes in found.values()):
-        return found
+    groups = {name: mask.nonzero().flatten() for name, mask in limits.items()}
+    if all(len(classes) for classes in groups.values()):
+        return groups
     ranked, third = counts.argsort(descending=True, stable=True), max(round(len(counts) / 3), 1)
     return dict(zip(SHOT_NAMES, (ranked[:third], ranked[third:-third], ranked[-third:]), strict=True))
 
 
 def rare_class_scores(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], counts: Int[Tensor, "k"]) -> dict:
-    """The summary's keys for a training set whose classes have these sizes.
+    """summary.json's keys for a training set whose classes have `counts` images.
 
-    Accuracies in percent, in which each class of a group counts alike (None for a group without test images); `shots`
-    says how many classes are in which group, and how large they are.
+    Accuracies in percent, averaged over the classes of a group with equal weights (None for a group without test
+    images). `shots` gives each group's number of classes and their sizes.
     """
-    recall, parts = class_recall(logits, labels).cpu(), shot_groups(counts)
-    mean = lambda part: None if part.isnan().all() else part.nanmean().item()  # noqa: E731
+    recall, groups = class_recall(logits, labels).cpu(), shot_groups(counts)
+    mean = lambda values: None if values.isnan().all() else values.nanmean().item()  # noqa: E731
     scores = {"test_balanced_top1": mean(recall)}
-    scores |= {f"test_top1_{name}": mean(recall[classes]) for name, classes in parts.items()}
-    return scores | {"shots": {name: _extent(counts[classes]) for name, classes in parts.items()}}
+    scores |= {f"test_top1_{name}": mean(recall[classes]) for name, classes in groups.items()}
+    return scores | {"shots": {name: _extent(counts[classes]) for name, classes in groups.items()}}
 
 
 def _extent(counts: Int[Tensor, "m"]) -> dict[str, int]:
-    """How many classes there are, and how many training images the smallest and the largest has."""
+    """Number of classes, and training images of the smallest and the largest."""
     smallest, largest = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
     return {"classes": len(counts), "smallest": smallest, "largest": largest}
 
 
 def images_noise(top1: float, other: float, images: int) -> float:
-    """Half the 95% interval that a test set of so many images leaves around a difference of two accuracies (percent).
+    """Half width of the 95% interval around a difference of two accuracies (percent) on so many test images.
 
-    As of two independent samples; both networks see the same images, so this is on the careful side.
+    For two independent samples. Both networks see the same images, so the true interval tends to be narrower.
     """
     shares = (top1 / 100, other / 100)
     return 1.96 * 100 * math.sqrt(sum(share * (1 - share) for share in shares) / images)

@@ -1,18 +1,18 @@
-"""What flows between the parts: a batch into the networks, their outputs into the losses."""
+"""The tuples passed between data, networks and losses: Batch, Outputs, Step, Stages, Pair."""
 
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-INPUT = ".input"  # "fc.input" names what enters the module fc: where pooling is no module of its own
+INPUT = ".input"  # "fc.input" names the input of module fc; needed if a network pools without a module
 
 
 class Mix(NamedTuple):
-    """What mixup or cutmix made of a batch: `label` of Batch stays hard and has the share `weight` of its image."""
+    """Labels of a batch mixed by mixup or cutmix; Batch.label stays hard."""
 
-    label: Int[Tensor, "b"]  # the other image's
-    weight: Float[Tensor, "b"]
+    label: Int[Tensor, "b"]  # of the image mixed in
+    weight: Float[Tensor, "b"]  # share of Batch.label
 
 
 class Batch(NamedTuple):
@@ -21,33 +21,33 @@ class Batch(NamedTuple):
     image: Float[Tensor, "b 3 h w"]  # augmented and normalised
     label: Int[Tensor, "b"]
     index: Int[Tensor, "b"]  # rows of the training split
-    view: Int[Tensor, ""]  # which view of each image; the epoch, where every epoch has its own
-    epoch: Int[Tensor, ""]  # 0-dim tensors, all three: a compiled step must not recompile for them
+    view: Int[Tensor, ""]  # which augmented view of each image; the epoch, unless --views repeats a fixed number
+    epoch: Int[Tensor, ""]  # view, epoch and step are 0-dim tensors: a compiled step would recompile for each int
     step: Int[Tensor, ""]
     mix: Mix | None = None
 
 
 class Outputs(NamedTuple):
-    """What a network says of a batch."""
+    """A network's outputs for a batch."""
 
     logits: Float[Tensor, "b k"]
-    features: dict[str, Tensor] = {}  # noqa: RUF012  named intermediates, for methods that want them; never changed
+    features: dict[str, Tensor] = {}  # noqa: RUF012  layer name -> its output, for feature methods; never mutated
 
 
 class Step(NamedTuple):
-    """What one forward pass of training gives."""
+    """Results of one forward pass in training."""
 
     logits: Float[Tensor, "b k"]  # the student's
     terms: dict[str, Tensor]  # weighted losses, whose sum is minimised
-    measures: dict[str, Tensor] = {}  # noqa: RUF012  means over the batch, to be looked at only; never changed
+    measures: dict[str, Tensor] = {}  # noqa: RUF012  means over the batch, for the log only; never mutated
 
 
 class Stages(NamedTuple):
-    """Where a network's features are: dotted names, in order of depth."""
+    """Where a network's features are: dotted module names, in order of depth."""
 
-    maps: tuple[str, ...] = ()  # outputs of the stages, b x c x h x w; the last one is what is pooled
-    classifier: str | None = None  # the last linear layer over the classes; what enters it is the embedding
-    modules: tuple[str, ...] = ()  # all that could be tapped instead
+    maps: tuple[str, ...] = ()  # stages whose outputs are b x c x h x w; the last map is pooled into the classifier
+    classifier: str | None = None  # the last linear layer over the classes; its input is the embedding
+    modules: tuple[str, ...] = ()  # every module, for --student-layers and --teacher-layers
 
     @property
     def embedding(self) -> tuple[str, ...]:
@@ -55,13 +55,13 @@ class Stages(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What a method may know of its two networks and the data before training, and no more."""
+    """All that a method may know of its two networks and the data before training."""
 
-    student: Outputs  # for two probing images; its features are those that the method asked for
+    student: Outputs  # for two probe images, with the features of the method's layers
     teacher: Outputs | None
-    labels: Int[Tensor, "n"] | None = None  # of the training split, by Batch.index
+    labels: Int[Tensor, "n"] | None = None  # of the training split, in the order of Batch.index
     student_stages: Stages = Stages()
     teacher_stages: Stages = Stages()
     head: nn.Module | None = None  # the teacher's classifier; never trained
-    balance: str = "none"  # how cross-entropy meets classes that differ in size (--balance)
-    partner: nn.Module | None = None  # a fresh network, for a method that trains it beside the student
+    balance: str = "none"  # how cross-entropy treats classes of different sizes (--balance)
+    partner: nn.Module | None = None  # a fresh network, for a method that trains one beside the student

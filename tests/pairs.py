@@ -1,4 +1,4 @@
-"""Small networks with every method upon them, without the scripts."""
+"""Small students and teachers for any method, without the scripts."""
 
 import copy
 
@@ -32,7 +32,7 @@ def network(width: int) -> nn.Module:
 
 
 def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LABELS, **flags) -> tuple[Distiller, Tap]:
-    """A student with the method upon it, and the teacher it asks (None for a method without)."""
+    """A student with the method, and its teacher."""
     torch.manual_seed(seed)
     student, teacher, kind = network(4), network(6).eval().requires_grad_(False), LOSSES[method]
     config = METHODS[method](**SMALL.get(method, {}), **flags)
@@ -52,5 +52,5 @@ def batch_of(index: Tensor, epoch: int = 0) -> Batch:
 
 def terms_of(distiller: Distiller, teacher: Tap, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
-        answer: Outputs = teacher(batch.image)
-    return distiller(batch, answer).terms
+        outputs: Outputs = teacher(batch.image)
+    return distiller(batch, outputs).terms

@@ -84,7 +84,7 @@ def photographs(folder: Path) -> None:
 
 def pretrained(folder: Path) -> None:
     """What torchvision would download, made here: weights of its resnet18 that have learned nothing."""
-    libraries.define()
+    libraries.define_operators()
     from torchvision.models import ResNet18_Weights, resnet18
 
     folder.mkdir(parents=True)

@@ -94,7 +94,7 @@ def ours(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
 
 
 def theirs(config: Config, source: Path, data: Data, workers: int) -> Callable[[torch.Tensor], None]:
-    libraries.define()
+    libraries.define_operators()
     from torchvision import datasets, transforms
 
     crop = [transforms.RandomResizedCrop(config.size), transforms.RandomHorizontalFlip()]

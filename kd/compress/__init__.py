@@ -1,4 +1,4 @@
-"""Smaller students: pruned channels, zeros for good, few bits; and how such a network is built again."""
+"""Compressed networks: pruned channels, sparse weights, few bits; compressing a network, and rebuilding one."""
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,15 @@ from kd.models.cost import count_macs
 
 __all__ = ["compress", "compression_summary", "plain_weights", "rebuild", "sizes"]
 
-
-SCALE_BYTES = 4  # of one channel's scale
+SCALE_BYTES = 4  # per channel
 
 
 def compress(network: nn.Module, job: Job, image_size: tuple[int, int], classes: int, fresh_sizes: dict) -> dict:
-    """Remove channels, set weights to zero and round weights, in place, as `job.compress` asks.
+    """Remove channels, mask weights, and round weights and activations in place, by the settings in `job.compress`.
 
-    `fresh_sizes`: the layers' sizes in a newly built network, from `sizes`. Returns the recipe for model.json, empty if
-    nothing is asked. A pure function of the job and the weights, so that a resumed run rebuilds what its checkpoint
-    fits. Raises: UserError where the network cannot be compressed so.
+    `fresh_sizes`: the layers' sizes in a newly built network, from `sizes`. Returns the recipe for model.json; empty if
+    nothing is compressed. A pure function of the job and the weights, so that a resumed run builds the network that its
+    checkpoint fits. Raises: UserError if the network cannot be compressed this way.
     """
     config = job.compress
     if not config.asked:
@@ -38,7 +37,7 @@ def compress(network: nn.Module, job: Job, image_size: tuple[int, int], classes:
         recipe["layers"] = list(layers)
         if config.sparsity:
             sparsify(network, layers, config.sparsity)
-        if config.weight_bits < 32:  # of what is left: zero is one of the levels
+        if config.weight_bits < 32:  # after masking: zero is one of the levels, so masked weights stay zero
             quantize_weights(network, layers, config.weight_bits)
         if config.activation_bits < 32:
             quantize_activations(network, layers, config.activation_bits)
@@ -46,7 +45,10 @@ def compress(network: nn.Module, job: Job, image_size: tuple[int, int], classes:
 
 
 def rebuild(network: nn.Module, recipe: dict) -> nn.Module:
-    """The compressed network, weights aside, from a fresh one: the saved ones have their zeros and levels already."""
+    """The compressed network without its weights, from a fresh one.
+
+    Weights need neither masks nor rounding again: saved ones have their zeros and levels already.
+    """
     resize(network, recipe["shapes"])
     if recipe["activation_bits"] < 32:
         quantize_activations(network, tuple(recipe["layers"]), recipe["activation_bits"])
@@ -55,7 +57,7 @@ def rebuild(network: nn.Module, recipe: dict) -> nn.Module:
 
 @torch.no_grad()
 def plain_weights(network: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A state of the network (its own if None) with rounded and masked weights in place of what they are made from."""
+    """State dict under the plain network's names, with rounded and masked values; `state` defaults to network's own."""
     weights = dict(network.state_dict() if state is None else state)
     for name, module in network.named_modules():
         for tensor, chain in module.parametrizations.items() if is_parametrized(module) else ():
@@ -67,10 +69,10 @@ def plain_weights(network: nn.Module, state: dict[str, Tensor] | None = None) ->
 
 @torch.no_grad()
 def compression_summary(network: nn.Module, job: Job, recipe: dict, image_size: tuple[int, int]) -> dict:
-    """The summary's keys of a compressed network; none of any other.
+    """summary.json's keys for a compressed network; empty for any other.
 
-    `sparsity` is the share of zeros that came out, over the compressed layers; `macs` counts them as if they were
-    multiplied. `packed_bytes`: parameters and buffers with each weight in its bits, one scale a channel.
+    `sparsity` is the measured share of zeros in the compressed layers' weights; `macs` includes multiplications by
+    zero. `packed_bytes`: parameters and buffers if each weight took its bits, plus one scale per channel.
     """
     if not recipe:
         return {}

@@ -1,14 +1,14 @@
-"""Low precision: weights and activations rounded to few levels as they are used, with gradients as if they were not.
+"""Quantisation-aware training: weights and activations are rounded in the forward pass, gradients ignore the rounding.
 
-The students of Apprentice (Mishra & Marr, arXiv:1711.05852), whose levels are those of WRPN (arXiv:1709.01134):
-2^(bits-1) - 1 steps on either side of zero for weights, 2^bits - 1 steps for activations.
+The levels are those of Apprentice (Mishra & Marr, arXiv:1711.05852) and WRPN (arXiv:1709.01134): 2^(bits-1) - 1 steps
+on either side of zero for weights, 2^bits - 1 steps for activations.
 
-Differs from the papers, which clip weights to [-1, 1] and activations to [0, 1] for networks trained that way from the
-start: here each output channel has a scale of its own and each image its own range, so that a trained network can be
-rounded too, ranges are no state that could be lost, and what an image is answered does not depend on its batch.
+Differs from the papers, which clip weights to [-1, 1] and activations to [0, 1] and train from scratch: here each
+output channel has its own scale and each image its own range. So a trained network can be rounded too, ranges are not
+state to save, and an image's logits do not depend on its batch.
 
-On top of torch's parametrizations. torchao's quantisation-aware training knows linear layers and embeddings; its graph
-mode has convolutions, but captures the whole network by torch.export, which few networks of other people's survive.
+Uses torch's parametrizations. torchao's quantisation-aware training supports only linear layers and embeddings; its
+graph mode supports convolutions, but needs torch.export, which fails on many networks.
 """
 
 from functools import partial
@@ -18,50 +18,48 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-TERNARY_THRESHOLD = 0.7  # of a channel's mean magnitude; Li et al., arXiv:1605.04711
-
-
+TERNARY_THRESHOLD = 0.7  # times a channel's mean magnitude; Li et al., arXiv:1605.04711
 TINY = torch.finfo(torch.float32).tiny
 
 
 def rounded_weight(weight: Float[Tensor, "n *rest"], bits: int) -> Float[Tensor, "n *rest"]:
-    """Each output channel on at most 2^bits - 1 levels, symmetric around an exact zero.
+    """Each output channel rounded to at most 2^bits - 1 levels, symmetric around an exact zero.
 
     8 and 4 bits: equal steps up to the channel's largest magnitude. 2 bits: -s, 0 and s, WRPN's ternary case, with
-    the threshold and the scale s that come closest to the channel in mean square (arXiv:1605.04711).
+    the threshold and scale s that approximate the channel best in mean square (arXiv:1605.04711).
     """
     channel = weight.flatten(1)
-    size = channel.abs()
+    magnitude = channel.abs()
     if bits == 2:
-        large = size > TERNARY_THRESHOLD * size.mean(dim=1, keepdim=True)
-        scale = (size * large).sum(dim=1, keepdim=True) / large.sum(dim=1, keepdim=True).clamp(min=1)
+        large = magnitude > TERNARY_THRESHOLD * magnitude.mean(dim=1, keepdim=True)
+        scale = (magnitude * large).sum(dim=1, keepdim=True) / large.sum(dim=1, keepdim=True).clamp(min=1)
         level = channel.sign() * large
     else:
-        scale = (size.amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=TINY)
+        scale = (magnitude.amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=TINY)
         level = (channel / scale).round()
     return (level * scale).view_as(weight)
 
 
 def rounded_activation(x: Float[Tensor, "b *rest"], bits: int) -> Float[Tensor, "b *rest"]:
-    """Each image's values on 2^bits equal steps over their range, which always holds an exact zero, for padding.
+    """Each image's values rounded to 2^bits equally spaced levels over their range, with an exact zero for padding.
 
     The affine scheme of Jacob et al. (arXiv:1712.05877, section 2.1).
     """
-    within = tuple(range(1, x.ndim))
-    low, high = x.amin(dim=within, keepdim=True).clamp(max=0), x.amax(dim=within, keepdim=True).clamp(min=0)
-    most = 2**bits - 1
-    step = ((high - low) / most).clamp(min=TINY)
+    dims = tuple(range(1, x.ndim))
+    low, high = x.amin(dim=dims, keepdim=True).clamp(max=0), x.amax(dim=dims, keepdim=True).clamp(min=0)
+    steps = 2**bits - 1
+    step = ((high - low) / steps).clamp(min=TINY)
     zero = (-low / step).round()
-    return (((x / step).round() + zero).clamp(0, most) - zero) * step
+    return (((x / step).round() + zero).clamp(0, steps) - zero) * step
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded` to the last bit, with the gradient of `x` (Bengio et al., arXiv:1308.3432)."""
+    """`rounded`, bit for bit, with the gradient of `x` (Bengio et al., arXiv:1308.3432)."""
     return rounded.detach() + (x - x.detach())
 
 
 class Quantized(nn.Module):
-    """The parametrization of a weight."""
+    """Parametrization that rounds a weight."""
 
     def __init__(self, bits: int):
         super().__init__()
@@ -77,7 +75,7 @@ def quantize_weights(network: nn.Module, layers: tuple[str, ...], bits: int) -> 
 
 
 def quantize_activations(network: nn.Module, layers: tuple[str, ...], bits: int) -> None:
-    """Round what enters the layers. By hooks, so that modules keep their names and a plain network's weights fit."""
+    """Round the layers' inputs. Done by hooks, so that modules keep their names and a plain network's weights fit."""
     for name in layers:
         network.get_submodule(name).register_forward_pre_hook(partial(_round_input, bits))
 

@@ -1,7 +1,9 @@
-"""Unstructured pruning: the smallest weights are zero for good and the others learn on (Han et al., arXiv:1506.02626).
+"""Unstructured pruning: the smallest weights stay zero while the others are trained on (Han et al., arXiv:1506.02626).
 
-One ranking over all layers decides, where the paper has a threshold for each: layers differ in how many weights they
-can spare, and of the simple rules this one does best (Blalock et al., arXiv:2003.03033).
+Differs from the paper: one ranking over all layers instead of a threshold per layer. Layers differ in how many weights
+they can spare, and of the simple rules this one does best (Blalock et al., arXiv:2003.03033).
+
+Also `inner_layers`, the layers to sparsify or quantise: every convolution and linear layer except the first and last.
 """
 
 from functools import partial
@@ -14,9 +16,11 @@ from torch.nn.utils.parametrize import register_parametrization
 from kd.errors import require
 from kd.models import probe
 
+KINDS = (nn.Conv2d, nn.Linear)
+
 
 class Masked(nn.Module):
-    """The parametrization of a weight; its mask is a buffer and so a part of every checkpoint."""
+    """Parametrization that masks a weight. The mask is a buffer, so checkpoints include it."""
 
     def __init__(self, mask: Bool[Tensor, "n *rest"]):
         super().__init__()
@@ -27,40 +31,34 @@ class Masked(nn.Module):
 
 
 def masks(weights: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """True for the weights that stay: all but the share `sparsity` of the smallest, of equals the first.
+    """Name -> mask, False for the share `sparsity` of smallest weights over all tensors (of equals, the first ones).
 
-    Raises: UserError where a layer would be left without any.
+    Raises: UserError if a tensor would lose all its weights.
     """
     order = torch.cat([weight.detach().abs().flatten() for weight in weights.values()]).argsort(stable=True)
-    stays = torch.ones(len(order), dtype=torch.bool)
-    stays[order[: round(sparsity * len(order))]] = False
-    parts = stays.split([weight.numel() for weight in weights.values()])
-    found = {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts)}
-    empty = [name for name, mask in found.items() if not mask.any()]
-    require(not empty, f"--sparsity {sparsity}: would leave nothing of {', '.join(empty)}; give less")
-    return found
+    kept = torch.ones(len(order), dtype=torch.bool)
+    kept[order[: round(sparsity * len(order))]] = False
+    parts = kept.split([weight.numel() for weight in weights.values()])
+    masks_by_name = {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts)}
+    empty = [name for name, mask in masks_by_name.items() if not mask.any()]
+    require(not empty, f"--sparsity {sparsity}: would set every weight of {', '.join(empty)} to zero; give less")
+    return masks_by_name
 
 
 def sparsify(network: nn.Module, layers: tuple[str, ...], sparsity: float) -> None:
-    """Hold the smallest weights of the layers at zero, from now on."""
+    """Set the layers' smallest weights to zero, and keep them zero during training."""
     modules = {name: network.get_submodule(name) for name in layers}
     for name, mask in masks({name: module.weight for name, module in modules.items()}, sparsity).items():
         register_parametrization(modules[name], "weight", Masked(mask))
 
 
-#: (kd.compress.layers) Which layers of a network are compressed: all convolutions and linear layers but the first and the last.
-
-
-KINDS = (nn.Conv2d, nn.Linear)
-
-
 def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str) -> tuple[str, ...]:
-    """Dotted names, in the order in which two grey images run through them.
+    """Dotted names of the layers to compress, in the order in which they run.
 
-    The first layer reads the image and the last one gives the logits: both stay as they are (arXiv:1711.05852 and
-    arXiv:1709.01134 do the same), for they hold few of the weights and most of what rounding harms. A layer that is
-    never called as a module, such as attention's own projections, is left out.
-    Raises: UserError where nothing is left.
+    The first and the last layer stay as they are, as in arXiv:1711.05852 and arXiv:1709.01134: they have few of the
+    weights, and rounding them costs the most accuracy. Layers that never run as a module, such as the projections in
+    nn.MultiheadAttention, are left out.
+    Raises: UserError if no layer is left.
     """
     called: list[str] = []
     layers = {key: module for key, module in network.named_modules() if isinstance(module, KINDS)}
@@ -71,7 +69,7 @@ def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str) -> 
         for hook in hooks:
             hook.remove()
     order = tuple(dict.fromkeys(called))
-    require(len(order) > 2, f"model {name}: has no layer between its first and its last one, so nothing to compress")
+    require(len(order) > 2, f"model {name}: has no layer between its first and its last one to compress")
     return order[1:-1]
 
 

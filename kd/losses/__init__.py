@@ -1,4 +1,8 @@
-"""One paper a file: the pure function of tensors first, then the module that wires it."""
+"""Distillation methods by name, one paper a file: kd/losses/dkd.py has DKD's citation, its loss and its module.
+
+In each file a pure function of tensors (`dkd_loss`) comes first, then the `DistillationLoss` that wires it (`DKD`).
+base.py explains what a method is and how to add one.
+"""
 
 from kd.losses.apprentice import Apprentice, soft_cross_entropy
 from kd.losses.at import AttentionTransfer, attention_transfer_loss
@@ -40,7 +44,6 @@ LOSSES = {
     "tfkd": TFKD,
     "apprentice": Apprentice,
 }
-
 
 __all__ = [
     "KD",

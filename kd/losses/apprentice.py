@@ -1,7 +1,7 @@
-"""Apprentice, scheme A (Mishra & Marr, arXiv:1711.05852): teacher and low-precision student learn together.
+"""Apprentice, scheme A (Mishra & Marr, arXiv:1711.05852): teacher and low-precision student are trained together.
 
-Schemes B and C need no method of their own: `kd --alpha 0.5 --temperature 1 --weight-bits 2` with a trained teacher is
-B, and with --init, the student trained in full precision, C.
+Schemes B and C need no method of their own. B: `kd --alpha 0.5 --temperature 1 --weight-bits 2` with a trained teacher.
+C: the same with --init RUN, a student trained in full precision.
 """
 
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from kd.types import Batch, Outputs, Pair
 def soft_cross_entropy(student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
     """Cross-entropy of the student's probabilities with the teacher's, averaged over the batch.
 
-    No temperature: the paper has 1. Raises ValueError where the shapes differ.
+    At temperature 1, as in the paper. Raises ValueError if the shapes differ.
     """
     check_shapes(student_logits, teacher_logits)
     return F.cross_entropy(student_logits, teacher_logits.softmax(dim=1))
@@ -26,8 +26,8 @@ def soft_cross_entropy(student_logits: Float[Tensor, "b k"], teacher_logits: Flo
 class Apprentice(DistillationLoss):
     """alpha * the teacher's cross-entropy + beta * the student's + gamma * soft_cross_entropy.
 
-    The last term moves the student alone: the teacher learns from the labels. Its network is a part of this module, so
-    it is in checkpoints, data parallelism and the optimizer, and not in what is exported.
+    The last term has no gradient in the teacher, which learns from the labels alone. The teacher is a part of this
+    module: DDP, the optimizer and checkpoints include it, exports do not.
     """
 
     config: ApprenticeConfig
@@ -41,9 +41,9 @@ class Apprentice(DistillationLoss):
         self.teacher = pair.partner
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        logits = self.teacher(batch.image)
+        teacher_logits = self.teacher(batch.image)
         return {
-            "teacher_ce": self.config.alpha * self.cross_entropy(logits, batch),
+            "teacher_ce": self.config.alpha * self.cross_entropy(teacher_logits, batch),
             "ce": self.config.beta * self.cross_entropy(student.logits, batch),
-            "soft": self.config.gamma * soft_cross_entropy(student.logits, logits.detach()),
+            "soft": self.config.gamma * soft_cross_entropy(student.logits, teacher_logits.detach()),
         }

@@ -12,13 +12,13 @@ from kd.types import Batch, Outputs, Pair, Stages
 def attention_transfer_loss(
     student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]
 ) -> Float[Tensor, ""]:
-    """Mean square of the difference of two attention maps (section 3.1).
+    """Mean squared difference of two attention maps (section 3.1).
 
-    An attention map is the mean over channels of the squared activations, flattened and of length 1. Differs from the
-    paper: the mean square, as in the authors' code, where the paper has the norm. Sizes that differ are average-pooled
-    to the smaller.
+    An attention map is the mean over channels of the squared activations, flattened and scaled to length 1. Maps of
+    different sizes are average-pooled to the smaller one. Differs from the paper: the mean square, as in the authors'
+    code, instead of the norm.
     """
-    student, teacher = (_attention(part) for part in same_size(student_map, teacher_map))
+    student, teacher = (_attention(feature_map) for feature_map in same_size(student_map, teacher_map))
     return (student - teacher).square().mean()
 
 
@@ -32,13 +32,13 @@ class AttentionTransfer(FeatureLoss):
     config: ATConfig
 
     @classmethod
-    def wanted(cls, config: ATConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: ATConfig, stages: Stages) -> tuple[str, ...]:
         return stages.maps
 
     def __init__(self, config: ATConfig, pair: Pair):
         super().__init__(config, pair)
-        probed_maps(pair)
+        probed_maps(pair)  # raises if a layer outputs no map
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term = sum(attention_transfer_loss(*maps) for maps in pair_layers(student, teacher))
-        return self.usual_terms(student, teacher, batch) | {"at": self.config.weight * term}
+        return self.common_terms(student, teacher, batch) | {"at": self.config.weight * term}

@@ -1,4 +1,13 @@
-"""What every method is, and how it meets the student."""
+"""What a distillation method is, and the module that joins it to the student.
+
+A method is a `DistillationLoss`: a module that turns both networks' outputs into weighted loss terms. To add one:
+
+1. kd/losses/NAME.py: the citation, the loss as a pure function of tensors, and the class that wires it. Subclass
+   `DistillationLoss`, or `FeatureLoss` (features.py) if the method compares feature maps or embeddings.
+2. kd/losses/__init__.py: the class in LOSSES, under its name on the command line.
+3. kd/config/methods.py: a dataclass with the method's flags, in METHODS under the same name.
+4. tests/losses/test_loss_functions.py: a case that compares the function with a naive loop in tests/naive.py.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -15,51 +24,56 @@ from kd.types import Batch, Outputs, Pair, Stages, Step
 
 
 class DistillationLoss(nn.Module, ABC):
-    """A method: weighted loss terms by name, whose sum is minimised. What it trains of its own are its parameters."""
+    """A method: weighted loss terms by name, whose sum is minimised.
 
-    needs_hard_labels = False  # refuses mixup and cutmix, whose images have two
-    has_cross_entropy = True  # a term that --balance can change
+    Modules and parameters that it registers (projectors, say) are trained with the student.
+    """
+
+    needs_hard_labels = False  # True: refuses mixup and cutmix, whose images have two labels
+    has_cross_entropy = True  # False: no term for --balance to change
 
     def __init__(self, config, pair: Pair):
         super().__init__()
         self.config = config
-        self.student_layers = tuple(pair.student.features)  # what forward finds in student.features
+        self.student_layers = tuple(pair.student.features)  # keys of student.features in forward
         self.teacher_layers = tuple(pair.teacher.features) if pair.teacher else ()
         self.cross_entropy = BalancedCrossEntropy(pair.balance, pair.labels, pair.student.logits.shape[1])
-        self.recipe: dict = {}  # how `rebuild` makes the deployed network; JSON, empty where it is the student
+        self.recipe: dict = {}  # JSON from which `rebuild` makes the deployed network; empty if that is the student
 
     @classmethod
-    def layers(cls, config, ours: Stages, theirs: Stages | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The features it wants of the student and of the teacher (who may not be there yet): here none."""
+    def layers(cls, config, student: Stages, teacher: Stages | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Layers whose features the loss needs, as (student's, teacher's); none by default.
+
+        `teacher` is None before the teacher is loaded; only the student's layers count then."""
         return (), ()
 
     @classmethod
     def partner(cls, config, model: str) -> str | None:
-        """The network that it trains from scratch beside a student called `model`: here none."""
+        """Name of a network to train from scratch beside a student called `model`; none by default."""
         return None
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Scalar terms, each averaged over the batch of this process; float32, with autocast off."""
+        """Scalar terms, each averaged over this process's share of the batch; float32, with autocast off."""
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"] | None:
-        """The logits whose softmax the student follows; None for a method that follows no distribution."""
+        """Logits whose softmax the student should match; None if the method matches no distribution."""
         return None
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """The network that is trained, scored, saved and exported; called once."""
+        """The network to train, score, save and export; called once."""
         return student
 
     @classmethod
     def rebuild(cls, student: nn.Module, recipe: dict) -> nn.Module:
-        """The deployed network, weights aside, from a fresh student and a saved `recipe`."""
+        """The deployed network without its weights, from a fresh student and a saved `recipe`."""
         return student
 
 
 class Distiller(nn.Module):
-    """Everything trainable behind one forward, so that data parallelism sees all of it.
+    """The student and its method behind one forward, so that DDP sees every trainable parameter.
 
-    `compression`: how the student was compressed, for model.json; empty if it was not.
+    `compression`: the recipe of a compressed student, for model.json; empty otherwise.
     """
 
     def __init__(self, student: nn.Module, loss: DistillationLoss, compression: dict | None = None):
@@ -73,7 +87,7 @@ class Distiller(nn.Module):
         return self.student
 
     def train(self, mode: bool = True) -> "Distiller":
-        """What does not learn stays as it scores: a frozen BatchNorm keeps its statistics, and nothing frozen drops."""
+        """Keep frozen modules in eval mode: BatchNorm statistics stay fixed, and dropout stays off."""
         super().train(mode)
         for part in self.modules():
             parameters = list(part.parameters())
@@ -98,11 +112,19 @@ def _float(outputs: Outputs) -> Outputs:
     return Outputs(outputs.logits.float(), {name: feature.float() for name, feature in outputs.features.items()})
 
 
-#: (kd.losses.gather) Losses over a whole batch see the global one, however many processes share it.
+@torch.compiler.disable  # the compiler would rewrite the collectives; left alone they cost one graph break
+def global_batch(share: Tensor) -> Tensor:
+    """The whole batch, in order, from the processes' equal shares; gradients reach every share.
+
+    For losses that compare samples with one another. With one process, `share` itself.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return share
+    return _Gather.apply(share.contiguous())
 
 
 class _Gather(torch.autograd.Function):
-    # torch.distributed.nn.functional.all_gather does this too, and warns that it will go.
+    # torch.distributed.nn.functional.all_gather does the same, but is deprecated and warns.
     @staticmethod
     def forward(ctx, share: Tensor) -> Tensor:
         parts = [torch.empty_like(share) for _ in range(distributed.get_world_size())]
@@ -111,33 +133,25 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # The sum over processes, each of which computed the loss of the whole batch. Data parallelism then averages
-        # parameters' gradients over processes, and what is left is the gradient of that one loss.
+        # Each process has computed the loss of the whole batch. Summing their gradients here, and averaging
+        # parameters' gradients in DDP, gives the gradient of that one loss.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(gradient)
         return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
-@torch.compiler.disable  # the compiler would rewrite the collectives; called as they are they cost one graph break
-def global_batch(share: Tensor) -> Tensor:
-    """All processes' equal shares of a batch, in order, with gradients to each; alone, the tensor itself."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return share
-    return _Gather.apply(share.contiguous())
-
-
-#: (kd.losses.none) Cross-entropy alone: the teacher's own loss, and the control that every comparison needs.
+def ramp(epoch: Int[Tensor, ""], epochs: float) -> Float[Tensor, ""]:
+    """min(epoch / epochs, 1), with epochs counted from 1 as in the authors' code; stays on the device."""
+    return ((epoch + 1) / max(epochs, 1e-9)).clamp(max=1)
 
 
 class CrossEntropy(DistillationLoss):
-    """With label smoothing if asked (Szegedy et al., arXiv:1512.00567, section 7)."""
+    """Cross-entropy alone: the loss of teachers, and of the control that distillation is compared with.
+
+    With --label-smoothing as in Szegedy et al., arXiv:1512.00567, section 7.
+    """
 
     config: NoneConfig
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         return {"ce": self.cross_entropy(student.logits, batch, self.config.label_smoothing)}
-
-
-def ramp(epoch: Int[Tensor, ""], epochs: float) -> Float[Tensor, ""]:
-    """min(epoch / epochs, 1), with epochs counted from 1 as in the authors' code; stays on the device."""
-    return ((epoch + 1) / max(epochs, 1e-9)).clamp(max=1)

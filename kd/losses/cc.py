@@ -1,4 +1,4 @@
-"""Correlation congruence (Peng et al., arXiv:1904.01802), in its two definitions."""
+"""Correlation congruence (Peng et al., arXiv:1904.01802): the paper's loss, and the one behind published tables."""
 
 import math
 
@@ -15,12 +15,13 @@ from kd.types import Batch, Outputs, Pair, Stages
 def correlation_congruence_loss(
     student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"], gamma: float = 0.4, order: int = 2
 ) -> Float[Tensor, ""]:
-    """The paper's: mean square of the difference of two kernel matrices.
+    """The paper's loss: mean squared difference of two kernel matrices.
 
-    The kernel is the Gaussian exp(-gamma |x - y|^2) between embeddings of length 1, as a Taylor series of its inner
+    The kernel is the Gaussian exp(-gamma |x - y|^2) between embeddings of length 1, as a Taylor series in their inner
     product up to `order`: exp(-2 gamma) * sum_p (2 gamma)^p / p! * (x . y)^p.
     """
-    student, teacher = (_kernel(F.normalize(part), gamma, order) for part in (student_embedding, teacher_embedding))
+    both = (student_embedding, teacher_embedding)
+    student, teacher = (_kernel(F.normalize(embedding), gamma, order) for embedding in both)
     return (student - teacher).square().mean()
 
 
@@ -33,25 +34,25 @@ def _kernel(unit: Float[Tensor, "b d"], gamma: float, order: int) -> Float[Tenso
 def neighbour_product_loss(
     student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b d"]
 ) -> Float[Tensor, ""]:
-    """What the code behind the literature's tables computes (arXiv:1910.10699) under this name: another loss.
+    """A different loss, which the code behind the literature's tables computes under this name (arXiv:1910.10699).
 
-    With |difference| of sample i as d_i: the mean over i of the sum over features of d_i * d_(i+1). It depends on the
-    order in the batch, and compares no correlations.
+    With d_i the absolute difference of sample i's embeddings: the mean over i of the sum over features of
+    d_i * d_(i+1). It depends on the order of the batch, and compares no correlations.
     """
     difference = (student_embedding - teacher_embedding).abs()
     return (difference[:-1] * difference[1:]).sum(dim=1).mean()
 
 
 class CC(FeatureLoss):
-    """Cross-entropy + weight * the chosen definition, over the global batch.
+    """Cross-entropy + weight * the loss that --definition names, over the global batch.
 
-    For `neighbours` both embeddings pass a learned linear layer of `width` first, the teacher's too, as in that code.
+    For `neighbours` both embeddings, the teacher's too, first pass a learned linear layer of `width`, as in that code.
     """
 
     config: CCConfig
 
     @classmethod
-    def wanted(cls, config: CCConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: CCConfig, stages: Stages) -> tuple[str, ...]:
         return stages.embedding
 
     def __init__(self, config: CCConfig, pair: Pair):
@@ -59,9 +60,9 @@ class CC(FeatureLoss):
         widths = probed_embeddings(pair)
         learned = config.definition == "neighbours"
         self.embed = nn.ModuleList(nn.Linear(width, config.width) if learned else nn.Identity() for width in widths)
-        self.distance = neighbour_product_loss if learned else correlation_congruence_loss
+        self.embedding_loss = neighbour_product_loss if learned else correlation_congruence_loss
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        both = [embed(part) for embed, part in zip(self.embed, embeddings(student, teacher))]
-        term = self.distance(*(global_batch(part) for part in both))
-        return self.usual_terms(student, teacher, batch) | {"cc": self.config.weight * term}
+        embedded = [embed(embedding) for embed, embedding in zip(self.embed, embeddings(student, teacher))]
+        term = self.embedding_loss(*(global_batch(embedding) for embedding in embedded))
+        return self.common_terms(student, teacher, batch) | {"cc": self.config.weight * term}

@@ -18,9 +18,10 @@ from kd.utils.rng import random_bits
 def contrastive_loss(scores: Float[Tensor, "b n"], normalizer: Float[Tensor, ""], samples: int) -> Float[Tensor, ""]:
     """Noise-contrastive estimation (section 3): summed over columns, averaged over the batch.
 
-    Column 0 holds the positive's product / temperature, the others the negatives'. exp(score) / normalizer estimates
-    the probability of a pair, against the noise's (n - 1) / samples. Stays in logarithms, so that nothing overflows.
-    Differs from the authors' code: without its eps of 1e-7 beside the noise's probability.
+    A score is an inner product of embeddings / temperature: the positive's in column 0, the negatives' in the others.
+    exp(score) / normalizer estimates the probability of a pair, against the noise's (n - 1) / samples. Computed in
+    logarithms, so that nothing overflows.
+    Differs from the authors' code: no eps of 1e-7 beside the noise's probability.
     """
     noise = math.log((scores.shape[1] - 1) / samples)
     odds = scores - normalizer.log() - noise
@@ -28,14 +29,17 @@ def contrastive_loss(scores: Float[Tensor, "b n"], normalizer: Float[Tensor, ""]
 
 
 class Negatives(nn.Module):
-    """Samples of other classes, drawn evenly, as a function of (seed, epoch, sample): there is no state to save."""
+    """Draws samples of other classes, uniformly and as a pure function of (seed, epoch, sample): no state to save."""
 
     def __init__(self, labels: Int[Tensor, "n"], count: int, key: int):
         super().__init__()
         self.count, self.key = count, key
-        # Samples sorted by class: those of other classes are what is left without one run of them.
+        # Sorted by class, the samples of other classes are all but one contiguous run.
         counts = torch.bincount(labels)
-        require(int((counts > 0).sum()) > 1, "crd contrasts samples of other classes, and the data has one class")
+        require(
+            int((counts > 0).sum()) > 1,
+            "crd: contrasts samples of different classes, and the data has only one; choose another method",
+        )
         self.register_buffer("order", labels.argsort(stable=True), persistent=False)
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
@@ -50,7 +54,7 @@ class Negatives(nn.Module):
 
 
 class Embed(nn.Module):
-    """A linear layer, brought to length 1."""
+    """A linear layer, then scaling to length 1."""
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
@@ -63,17 +67,18 @@ class Embed(nn.Module):
 class CRD(FeatureLoss):
     """Cross-entropy + weight * (student against the teacher's bank + teacher against the student's).
 
-    The banks hold both embeddings of every training sample, updated by the global batch: the same on every process, and
-    in the checkpoint with the normalisers, which the first batch sets. Memory: 2 * n * width numbers, 51 MB for
-    CIFAR-100, and 2 * b * (n + negatives) for scores, 34 MB at b = 64; the authors' code gathers b * negatives *
-    width of them. Negatives are drawn with replacement, where theirs are without as far as the classes last.
+    The banks store both embeddings of every training sample. The global batch updates them, so they are the same on
+    every process. The first batch sets the normalisers; checkpoints include both.
+    Memory: 2 * n * width numbers for the banks, 51 MB for CIFAR-100, and 2 * b * (n + negatives) for the scores, 34 MB
+    at b = 64; the authors' code gathers b * negatives * width numbers.
+    Differs from the authors' code: draws negatives with replacement; they do so only when a class runs out.
     """
 
     config: CRDConfig
     needs_hard_labels = True
 
     @classmethod
-    def wanted(cls, config: CRDConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: CRDConfig, stages: Stages) -> tuple[str, ...]:
         return stages.embedding
 
     def __init__(self, config: CRDConfig, pair: Pair):
@@ -85,31 +90,31 @@ class CRD(FeatureLoss):
         self.register_buffer("normalizers", torch.zeros(2))  # 0 until the first batch
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        ours, theirs = (embed(part) for embed, part in zip(self.embed, embeddings(student, teacher)))
-        chosen = torch.cat([batch.index[:, None], self.negatives(batch)], dim=1)
-        banks = self.banks.clone()  # backward needs them as they were
-        # All products with the bank, then those chosen: far less to move than the chosen embeddings.
-        scores = [(part @ bank.T).gather(1, chosen) for part, bank in zip((ours, theirs), banks.flip(0))]
+        embedded = [embed(embedding) for embed, embedding in zip(self.embed, embeddings(student, teacher))]
+        pairs = torch.cat([batch.index[:, None], self.negatives(batch)], dim=1)
+        banks = self.banks.clone()  # backward needs the values from before the update
+        # Products with the whole bank, then a gather: moves far less memory than gathering the embeddings.
+        scores = [(embedding @ bank.T).gather(1, pairs) for embedding, bank in zip(embedded, banks.flip(0))]
         scores = [score / self.config.contrast_temperature for score in scores]
         normalizers = self._normalizers(scores)
         samples = banks.shape[1]
         term = sum(contrastive_loss(score, z, samples) for score, z in zip(scores, normalizers))
-        self._remember(ours, theirs, batch.index)
-        return self.usual_terms(student, teacher, batch) | {"crd": self.config.weight * term}
+        self._update_banks(embedded, batch.index)
+        return self.common_terms(student, teacher, batch) | {"crd": self.config.weight * term}
 
     @torch.no_grad()
     def _normalizers(self, scores: list[Float[Tensor, "b n"]]) -> Float[Tensor, "2"]:
-        """Of the student's scores and of the teacher's: the first batch's mean of exp(score), times the samples."""
+        """The student's and the teacher's normaliser: the first batch's mean of exp(score), times the samples."""
         means = torch.stack([global_batch(score.exp().mean(dim=1)).mean() for score in scores])
         if self.training:
             self.normalizers.copy_(torch.where(self.normalizers == 0, means * self.banks.shape[1], self.normalizers))
         return self.normalizers.clone()
 
     @torch.no_grad()
-    def _remember(self, ours: Float[Tensor, "b d"], theirs: Float[Tensor, "b d"], index: Int[Tensor, "b"]) -> None:
+    def _update_banks(self, embedded: list[Float[Tensor, "b d"]], index: Int[Tensor, "b"]) -> None:
         if not self.training:
             return
         index, keep = global_batch(index), self.config.bank_momentum
-        fresh = torch.stack([global_batch(part.detach()) for part in (ours, theirs)])
+        fresh = torch.stack([global_batch(embedding.detach()) for embedding in embedded])
         mixed = keep * self.banks[:, index] + (1 - keep) * fresh
         self.banks[:, index] = F.normalize(mixed, dim=2)

@@ -1,4 +1,4 @@
-"""Cross-entropy for classes that differ in size. What a method asks of its teacher stays as it is."""
+"""Cross-entropy with the labels: smoothed, mixed, or weighted for classes of different sizes (--balance)."""
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +16,28 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     weights: Float[Tensor, "k"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy with the label; of a mixed image with both of its labels, each by its share (arXiv:1710.09412).
+    """Cross-entropy with the label; for a mixed image, with both labels by their shares (arXiv:1710.09412).
 
-    `weights` multiply each label's part. The mean is over the batch, not over the weights in it, so that processes
-    which average their gradients compute what one would.
+    `weights` scale each label's part. The mean is over the batch and not over its weights, so that processes that
+    average their gradients compute the same as one process.
     """
     if batch.mix is None and weights is None:
         return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
 
-    def towards(label: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
-        each = F.cross_entropy(logits, label, label_smoothing=label_smoothing, reduction="none")
-        return each if weights is None else weights[label] * each
+    def per_sample(label: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+        losses = F.cross_entropy(logits, label, label_smoothing=label_smoothing, reduction="none")
+        return losses if weights is None else weights[label] * losses
 
     if batch.mix is None:
-        return towards(batch.label).mean()
-    return (batch.mix.weight * towards(batch.label) + (1 - batch.mix.weight) * towards(batch.mix.label)).mean()
+        return per_sample(batch.label).mean()
+    return (batch.mix.weight * per_sample(batch.label) + (1 - batch.mix.weight) * per_sample(batch.mix.label)).mean()
 
 
 def class_weights(counts: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
     """(1 - beta) / (1 - beta^n): the inverse of each class's effective number (Cui et al., arXiv:1901.05555).
 
     Differs from the paper: scaled to a mean of 1 over the training images instead of a sum of K over the classes, so
-    that the loss keeps its size beside a distillation term, as F.cross_entropy's own weights do.
+    that the loss keeps its size beside a distillation term, as with F.cross_entropy's own weights.
     """
     counts = counts.clamp(min=1).double()
     weights = (1 - BETA) / (1 - BETA**counts)
@@ -45,14 +45,17 @@ def class_weights(counts: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
 
 
 def log_prior(counts: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """Logarithm of each class's share of the training images, which training adds to the logits and prediction does not
+    """Logarithm of each class's share of the training images; added to the logits in training, not in prediction
     (logit-adjusted loss with tau = 1, Menon et al., arXiv:2007.07314, section 4.2)."""
     counts = counts.clamp(min=1).double()
     return (counts / counts.sum()).log().float()
 
 
 class BalancedCrossEntropy(nn.Module):
-    """cross_entropy as --balance says, for training labels that have these sizes."""
+    """cross_entropy with the class weights or the logit adjustment of --balance.
+
+    Applies to the labels only: the distillation terms are not balanced.
+    """
 
     def __init__(self, balance: str, labels: Int[Tensor, "n"] | None, classes: int):
         super().__init__()

@@ -19,7 +19,7 @@ def dist_loss(
     """T^2 * (beta * (1 - correlation of rows) + gamma * (1 - correlation of columns)).
 
     Pearson's correlation of softened predictions: per sample over classes, and per class over the batch, each averaged.
-    Differs from the paper: the factor T^2, as in the authors' code. Raises ValueError where the shapes differ.
+    Differs from the paper: the factor T^2, as in the authors' code. Raises ValueError if the shapes differ.
     """
     check_shapes(student_logits, teacher_logits)
     student, teacher = ((z / temperature).softmax(dim=1) for z in (student_logits, teacher_logits))
@@ -28,19 +28,19 @@ def dist_loss(
 
 
 def _correlation(one: Float[Tensor, "n m"], other: Float[Tensor, "n m"]) -> Float[Tensor, "n"]:
-    """Of each row; eps where the authors have it (F.cosine_similarity's place for it is 2e-5 off)."""
+    """Correlation of each pair of rows; eps is added as by the authors (F.cosine_similarity's differs by 2e-5)."""
     one, other = (part - part.mean(dim=1, keepdim=True) for part in (one, other))
     return (one * other).sum(dim=1) / (one.norm(dim=1) * other.norm(dim=1) + 1e-8)
 
 
 class DIST(DistillationLoss):
-    """Cross-entropy + weight * dist_loss over the global batch: the column term wants a decent one."""
+    """Cross-entropy + weight * dist_loss over the global batch: the column term needs many samples."""
 
     config: DISTConfig
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         config = self.config
-        logits = (global_batch(part) for part in logits_of(config, student, teacher))
+        logits = (global_batch(share) for share in logits_of(config, student, teacher))
         return {
             "ce": self.cross_entropy(student.logits, batch),
             "dist": config.weight * dist_loss(*logits, config.beta, config.gamma, config.temperature),

@@ -10,12 +10,6 @@ from kd.losses.kd import check_shapes, kd_loss, logits_of, soft_logits
 from kd.types import Batch, Outputs
 
 
-def mask_label(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
-    """Each row without its label's logit."""
-    column = torch.arange(logits.shape[1] - 1, device=logits.device)
-    return logits.gather(1, column + (column >= labels[:, None]))
-
-
 def dkd_loss(
     student_logits: Float[Tensor, "b k"],
     teacher_logits: Float[Tensor, "b k"],
@@ -26,27 +20,33 @@ def dkd_loss(
 ) -> Float[Tensor, ""]:
     """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
 
-    TCKD is the divergence of (label, rest), NCKD that among the other classes alone; kd_loss is TCKD plus NCKD weighted
-    by the teacher's doubt, 1 - p(label). NCKD is 0 for two classes. Stays in logarithms: the authors'
-    log(softmax) and their mask of -1000 give inf and NaN for far logits.
-    Raises ValueError where the shapes differ.
+    TCKD is the divergence between (label, all other classes), NCKD the one among the other classes; kd_loss is TCKD +
+    (1 - p(label)) * NCKD, with the teacher's p. NCKD is 0 for two classes.
+    Computed in logarithms: the authors' log(softmax) and mask of -1000 give inf and NaN for distant logits.
+    Raises ValueError if the shapes differ.
     """
     check_shapes(student_logits, teacher_logits)
     student_binary, teacher_binary = (_binary(z / temperature, labels) for z in (student_logits, teacher_logits))
-    target = kd_loss(student_binary, teacher_binary, 1.0)
-    rest = kd_loss(mask_label(student_logits, labels), mask_label(teacher_logits, labels), temperature)
-    return alpha * temperature**2 * target + beta * rest
+    tckd = kd_loss(student_binary, teacher_binary, 1.0)
+    nckd = kd_loss(_without_label(student_logits, labels), _without_label(teacher_logits, labels), temperature)
+    return alpha * temperature**2 * tckd + beta * nckd  # kd_loss has already scaled nckd by T^2
 
 
 def _binary(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 2"]:
-    """Logits of the label against all other classes together."""
+    """Two logits: the label's, and that of all other classes together."""
     return torch.cat(
-        [logits.gather(1, labels[:, None]), mask_label(logits, labels).logsumexp(dim=1, keepdim=True)], dim=1
+        [logits.gather(1, labels[:, None]), _without_label(logits, labels).logsumexp(dim=1, keepdim=True)], dim=1
     )
 
 
+def _without_label(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
+    """Each row without its label's logit."""
+    column = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, column + (column >= labels[:, None]))
+
+
 class DKD(DistillationLoss):
-    """Cross-entropy + dkd_loss, which rises linearly over the first epochs, as in the authors' code."""
+    """Cross-entropy + dkd_loss, whose weight rises linearly over the first epochs as in the authors' code."""
 
     config: DKDConfig
     needs_hard_labels = True

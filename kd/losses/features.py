@@ -1,4 +1,4 @@
-"""What the methods of features share: shapes from the probe, sizes made equal, the terms they are added to."""
+"""What feature methods share: the choice of layers, checks of their shapes, equal sizes, and the common loss terms."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -16,98 +16,107 @@ from kd.types import Batch, Outputs, Pair, Stages
 
 
 class FeatureLoss(DistillationLoss):
-    """A method of features: of the stages that the networks name, or of the layers that the flags name."""
+    """A method that compares features: of the layers that the flags name, or of the networks' known stages."""
 
     config: FeatureFlags
 
-    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"] | None:
-        return teacher.logits / self.config.kd_temperature if self.config.kd_weight else None
-
     @classmethod
     @abstractmethod
-    def wanted(cls, config: FeatureFlags, stages: Stages) -> tuple[str, ...]:
-        """What it compares of a network with these stages; nothing where they are not enough."""
+    def default_layers(cls, config: FeatureFlags, stages: Stages) -> tuple[str, ...]:
+        """Layers to compare in a network with these stages; empty if it lacks the stages needed."""
 
     @classmethod
     def layers(
-        cls, config: FeatureFlags, ours: Stages, theirs: Stages | None
+        cls, config: FeatureFlags, student: Stages, teacher: Stages | None
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Where the networks name different numbers of stages, their last ones are paired.
+        """Layers as (student's, teacher's). If the networks differ in number of stages, the last ones are paired.
 
-        Raises: UserError where there are none, or not as many of each.
+        Raises: UserError if there are none, or not equally many of each.
         """
-        if theirs is None:
-            return cls._named(config.student_layers, config, ours, "student"), ()
-        count = min((len(part.maps) for part in (ours, theirs) if part.maps), default=0)
-        ours, theirs = (part._replace(maps=part.maps[max(len(part.maps) - count, 0) :]) for part in (ours, theirs))
-        students = cls._named(config.student_layers, config, ours, "student")
-        teachers = cls._named(config.teacher_layers, config, theirs, "teacher")
-        require(
-            len(students) == len(teachers),
-            f"student layers ({', '.join(students)}) and teacher layers ({', '.join(teachers)}) do not pair up:"
-            " --student-layers and --teacher-layers take as many of each",
+        if teacher is None:
+            return cls._choose(config.student_layers, config, student, "student"), ()
+        count = min((len(stages.maps) for stages in (student, teacher) if stages.maps), default=0)
+        student, teacher = (
+            stages._replace(maps=stages.maps[max(len(stages.maps) - count, 0) :]) for stages in (student, teacher)
         )
-        return students, teachers
+        student_layers = cls._choose(config.student_layers, config, student, "student")
+        teacher_layers = cls._choose(config.teacher_layers, config, teacher, "teacher")
+        require(
+            len(student_layers) == len(teacher_layers),
+            f"student layers ({', '.join(student_layers)}) and teacher layers ({', '.join(teacher_layers)}) do not pair"
+            " up; name as many --student-layers as --teacher-layers",
+        )
+        return student_layers, teacher_layers
 
     @classmethod
-    def _named(cls, given: tuple[str, ...], config: FeatureFlags, stages: Stages, whose: str) -> tuple[str, ...]:
-        names = given or cls.wanted(config, stages)
-        if not names:
+    def _choose(cls, named: tuple[str, ...], config: FeatureFlags, stages: Stages, role: str) -> tuple[str, ...]:
+        layers = named or cls.default_layers(config, stages)
+        if not layers:
             raise UserError(
-                f"the {whose}'s model does not say where its features are; name some with --{whose}-layers:"
+                f"the {role}'s model has no known stages to take features from; name layers with --{role}-layers:"
                 f" {list_layers(stages.modules)}"
             )
-        return names
+        return layers
 
-    def usual_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy, and plain kd where --kd-weight asks for it."""
+    def common_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy, and kd_loss with --kd-weight."""
         terms, config = {"ce": self.cross_entropy(student.logits, batch)}, self.config
         if config.kd_weight:
             terms["kd"] = config.kd_weight * kd_loss(student.logits, teacher.logits, config.kd_temperature)
         return terms
 
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"] | None:
+        return teacher.logits / self.config.kd_temperature if self.config.kd_weight else None
+
 
 def pair_layers(student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
-    """The features that belong together, in order of depth."""
+    """Pairs of (student's, teacher's) feature, in order of depth."""
     return zip(student.features.values(), teacher.features.values(), strict=True)
-
-
-def probed_maps(pair: Pair, only_one: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Both networks' maps for the probing images. Raises UserError where a layer gives no map, b x c x h x w."""
-    for name, feature in (*pair.student.features.items(), *pair.teacher.features.items()):
-        shape = tuple(feature.shape)
-        require(len(shape) == 4, f"layer {name!r} gives {shape}; this method compares maps, b x c x h x w")
-    return _probed(pair, only_one)
-
-
-def probed_embeddings(pair: Pair) -> tuple[int, int]:
-    """How wide both networks' flattened features are. Raises UserError unless there is one layer of each."""
-    ((student, teacher),) = _probed(pair, only_one=True)
-    return student.flatten(1).shape[1], teacher.flatten(1).shape[1]
-
-
-def _probed(pair: Pair, only_one: bool) -> list[tuple[Tensor, Tensor]]:
-    given = len(pair.student.features)
-    require(given == 1 or not only_one, f"this method compares one layer, {given} were given: name one")
-    return list(pair_layers(pair.student, pair.teacher))
 
 
 def embeddings(student: Outputs, teacher: Outputs) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b e"]]:
     """The one feature of each network, flattened."""
-    ((ours, theirs),) = pair_layers(student, teacher)
-    return ours.flatten(1), theirs.flatten(1)
+    ((student_feature, teacher_feature),) = pair_layers(student, teacher)
+    return student_feature.flatten(1), teacher_feature.flatten(1)
+
+
+def probed_maps(pair: Pair, only_one: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Both networks' maps for the probe images. Raises UserError if a layer outputs no map, b x c x h x w."""
+    for name, feature in (*pair.student.features.items(), *pair.teacher.features.items()):
+        shape = tuple(feature.shape)
+        require(
+            len(shape) == 4,
+            f"layer {name!r}: outputs {shape}, and this method compares maps, b x c x h x w; name another layer",
+        )
+    return _probed(pair, only_one)
+
+
+def probed_embeddings(pair: Pair) -> tuple[int, int]:
+    """Widths of both networks' flattened features. Raises UserError unless there is one layer of each."""
+    ((student_feature, teacher_feature),) = _probed(pair, only_one=True)
+    return student_feature.flatten(1).shape[1], teacher_feature.flatten(1).shape[1]
+
+
+def _probed(pair: Pair, only_one: bool) -> list[tuple[Tensor, Tensor]]:
+    count = len(pair.student.features)
+    require(
+        count == 1 or not only_one,
+        f"this method compares one layer, and {count} were named; name one with --student-layers and --teacher-layers",
+    )
+    return list(pair_layers(pair.student, pair.teacher))
 
 
 def same_size(
     student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]
 ) -> tuple[Float[Tensor, "b c h3 w3"], Float[Tensor, "b c2 h3 w3"]]:
-    """Both maps average-pooled to the smaller height and width, as the authors' codes do."""
-    size = tuple(min(ours, theirs) for ours, theirs in zip(student_map.shape[2:], teacher_map.shape[2:]))
+    """Both maps, average-pooled to the smaller height and width as in the authors' codes."""
+    sizes = zip(student_map.shape[2:], teacher_map.shape[2:])
+    size = tuple(min(student_side, teacher_side) for student_side, teacher_side in sizes)
     return pool_to(student_map, size), pool_to(teacher_map, size)
 
 
 def pool_to(feature_map: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
-    """Average-pooled to this height and width; by whole windows where they fit, whose gradient a GPU can repeat."""
+    """The map, average-pooled to `size`; with equal windows if they fit, whose gradient is deterministic on a GPU."""
     height, width = feature_map.shape[2:]
     if (height, width) == tuple(size):
         return feature_map

@@ -11,23 +11,27 @@ from kd.types import Batch, Outputs, Pair, Stages
 
 
 def hint_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Mean square of the difference (section 2.2), over all elements."""
+    """Mean squared difference over all elements (section 2.2)."""
     return F.mse_loss(student_map, teacher_map)
 
 
 class FitNet(FeatureLoss):
-    """Cross-entropy + weight * hint_loss of one middle stage, behind a regressor (1 x 1 convolution, BatchNorm, ReLU).
+    """Cross-entropy + weight * hint_loss of one middle stage, after a regressor (1 x 1 convolution, BatchNorm, ReLU).
 
-    Differs from the paper: trained in one go rather than the hint first, as in the literature's comparisons
-    (arXiv:1910.10699). Maps of different sizes are average-pooled to the smaller, so that the regressor stays 1 x 1.
+    Differs from the paper: both terms are trained together instead of the hint first, as in the literature's
+    comparisons (arXiv:1910.10699). Maps of different sizes are average-pooled to the smaller one, so that the
+    regressor stays 1 x 1.
     """
 
     config: FitNetConfig
 
     @classmethod
-    def wanted(cls, config: FitNetConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: FitNetConfig, stages: Stages) -> tuple[str, ...]:
         count = len(stages.maps)
-        require(config.hint_stage <= count or not count, f"--hint-stage {config.hint_stage}: there are {count} stages")
+        require(
+            config.hint_stage <= count or not count,
+            f"--hint-stage {config.hint_stage}: there are {count} stages; give 1 to {count}",
+        )
         return stages.maps[config.hint_stage - 1 : config.hint_stage]
 
     def __init__(self, config: FitNetConfig, pair: Pair):
@@ -40,4 +44,4 @@ class FitNet(FeatureLoss):
         ((student_map, teacher_map),) = pair_layers(student, teacher)
         student_map, teacher_map = same_size(student_map, teacher_map)
         term = hint_loss(self.regressor(student_map), teacher_map)
-        return self.usual_terms(student, teacher, batch) | {"fitnet": self.config.weight * term}
+        return self.common_terms(student, teacher, batch) | {"fitnet": self.config.weight * term}

@@ -1,4 +1,8 @@
-"""Knowledge distillation (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531)."""
+"""Knowledge distillation (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531).
+
+Also logit standardisation (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427), which
+--standardize adds to any method of logits.
+"""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,14 +20,43 @@ def kd_loss(
 ) -> Float[Tensor, ""]:
     """T^2 * KL(teacher || student) between softened predictions (section 2).
 
-    Summed over classes, averaged over the batch. Scaled by temperature squared, so that its gradients stay comparable
-    with cross-entropy's. With the arguments exchanged it is the reverse divergence.
-    Raises ValueError where the shapes differ (F.kl_div would broadcast).
+    Summed over classes, averaged over the batch. The factor T^2 keeps its gradients comparable with cross-entropy's.
+    With the arguments exchanged it is the reverse divergence.
+    Raises ValueError if the shapes differ (F.kl_div would broadcast).
     """
     check_shapes(student_logits, teacher_logits)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def standardize(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """Each row with mean 0 and deviation 1, so that the student matches the order and relative gaps of the logits only.
+
+    (z - mean) / (1e-7 + std), with the unbiased deviation, as in the authors' code. Rows of equal logits give 0, with
+    zero gradient through std (torch's own std has no finite gradient there).
+    """
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred / (1e-7 + logits.var(dim=1, keepdim=True).clamp_min(1e-24).sqrt())
+
+
+class KD(DistillationLoss):
+    """(1 - alpha) * cross-entropy + alpha * kd_loss, the weights of the report's section 3.3."""
+
+    config: KDConfig
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        alpha, temperature = self.config.alpha, self.config.temperature
+        logits = logits_of(self.config, student, teacher)
+        if self.config.direction == "reverse":
+            logits = logits[::-1]
+        return {
+            "ce": (1 - alpha) * self.cross_entropy(student.logits, batch),
+            "kd": alpha * self.config.boost * kd_loss(*logits, temperature),
+        }
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
+        return soft_logits(self.config, teacher, self.config.temperature)
 
 
 def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
@@ -33,47 +66,15 @@ def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
     )
 
 
-class KD(DistillationLoss):
-    """(1 - alpha) * cross-entropy + alpha * kd_loss, as the report's section 3.3 weighs them."""
-
-    config: KDConfig
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        alpha, temperature = self.config.alpha, self.config.temperature
-        towards = logits_of(self.config, student, teacher)
-        if self.config.direction == "reverse":
-            towards = towards[::-1]
-        return {
-            "ce": (1 - alpha) * self.cross_entropy(student.logits, batch),
-            "kd": alpha * self.config.boost * kd_loss(*towards, temperature),
-        }
-
-    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
-        return soft_logits(self.config, teacher, self.config.temperature)
-
-
-#: (kd.losses.standardize) Logit standardisation (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427).
-
-
-def standardize(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-    """Each row to mean 0 and deviation 1: only the order and the ratios of gaps are left to copy.
-
-    (z - mean) / (1e-7 + std), with the unbiased deviation, as the authors' code computes it. Equal logits give 0, with
-    a gradient of 0 in std (torch's own is not finite there).
-    """
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (1e-7 + logits.var(dim=1, keepdim=True).clamp_min(1e-24).sqrt())
-
-
 def logits_of(
     config: LogitFlags, student: Outputs, teacher: Outputs
 ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """Both networks' logits, standardised where --standardize asks."""
+    """Both networks' logits, standardised with --standardize."""
     if config.standardize:
         return standardize(student.logits), standardize(teacher.logits)
     return student.logits, teacher.logits
 
 
 def soft_logits(config: LogitFlags, teacher: Outputs, temperature: float) -> Float[Tensor, "b k"]:
-    """The teacher's logits as a method compares them."""
+    """The teacher's logits divided by the temperature, standardised with --standardize."""
     return (standardize(teacher.logits) if config.standardize else teacher.logits) / temperature

@@ -10,11 +10,12 @@ from kd.types import Batch, Outputs
 
 
 def mimic_loss(student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
-    """Mean square of the difference of the logits (section 2.2), over samples and classes.
+    """Mean squared difference of the logits over samples and classes (section 2.2).
 
-    Differs from the paper: each sample's logits are centred first. A softmax cannot see their mean, so that the student
-    need not either; kd's gradient tends to this one's at high temperature only where they are (arXiv:1503.02531, 2.1).
-    Raises ValueError where the shapes differ.
+    Differs from the paper: each sample's logits are centred first. Softmax ignores their mean, so the student need not
+    match it; and only for centred logits does kd's gradient tend to this one's at high temperature (arXiv:1503.02531,
+    section 2.1).
+    Raises ValueError if the shapes differ.
     """
     check_shapes(student_logits, teacher_logits)
     difference = student_logits - teacher_logits

@@ -12,10 +12,12 @@ from kd.types import Batch, Outputs, Pair, Stages
 def nst_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
     """Squared maximum mean discrepancy between the channels' maps, with the kernel (x . y)^2.
 
-    Each channel's map is flattened and of length 1; the kernel's means are over pairs of channels and the batch. Sizes
-    that differ are average-pooled to the smaller. Memory: b * (c + c2)^2 numbers, 64 MB for 512 channels at b = 64.
+    Each channel's map is flattened and scaled to length 1; the kernel is averaged over pairs of channels and the batch.
+    Maps of different sizes are average-pooled to the smaller one. Memory: b * (c + c2)^2 numbers, 64 MB for 512
+    channels at b = 64.
     """
-    student, teacher = (F.normalize(part.flatten(2), dim=2) for part in same_size(student_map, teacher_map))
+    pooled = same_size(student_map, teacher_map)
+    student, teacher = (F.normalize(feature_map.flatten(2), dim=2) for feature_map in pooled)
     return _kernel(teacher, teacher) + _kernel(student, student) - 2 * _kernel(student, teacher)
 
 
@@ -29,13 +31,13 @@ class NeuronSelectivity(FeatureLoss):
     config: NSTConfig
 
     @classmethod
-    def wanted(cls, config: NSTConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: NSTConfig, stages: Stages) -> tuple[str, ...]:
         return stages.maps
 
     def __init__(self, config: NSTConfig, pair: Pair):
         super().__init__(config, pair)
-        probed_maps(pair)
+        probed_maps(pair)  # raises if a layer outputs no map
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term = sum(nst_loss(*maps) for maps in pair_layers(student, teacher))
-        return self.usual_terms(student, teacher, batch) | {"nst": self.config.weight * term}
+        return self.common_terms(student, teacher, batch) | {"nst": self.config.weight * term}

@@ -12,12 +12,12 @@ EPS = 1e-7  # the authors'
 
 
 def pkt_loss(student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
-    """Divergence between the probabilities that samples are neighbours.
+    """Divergence between the probabilities that samples are neighbours: mean of p_t * log(p_t / p_s) over b * b pairs.
 
-    Cosine similarity as (s + 1) / 2, each row brought to sum 1; the mean over all b * b pairs of p_t * log(p_t / p_s),
-    as in the authors' code, where the paper has the sum.
+    A sample's probabilities are its cosine similarities s as (s + 1) / 2, scaled to sum 1.
+    Differs from the paper: the mean over pairs, as in the authors' code, instead of the sum.
     """
-    student, teacher = (_neighbours(part) for part in (student_embedding, teacher_embedding))
+    student, teacher = (_neighbours(embedding) for embedding in (student_embedding, teacher_embedding))
     return (teacher * ((teacher + EPS) / (student + EPS)).log()).mean()
 
 
@@ -33,13 +33,13 @@ class PKT(FeatureLoss):
     config: PKTConfig
 
     @classmethod
-    def wanted(cls, config: PKTConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: PKTConfig, stages: Stages) -> tuple[str, ...]:
         return stages.embedding
 
     def __init__(self, config: PKTConfig, pair: Pair):
         super().__init__(config, pair)
-        probed_embeddings(pair)
+        probed_embeddings(pair)  # raises unless there is one layer of each
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        term = pkt_loss(*(global_batch(part) for part in embeddings(student, teacher)))
-        return self.usual_terms(student, teacher, batch) | {"pkt": self.config.weight * term}
+        term = pkt_loss(*(global_batch(embedding) for embedding in embeddings(student, teacher)))
+        return self.common_terms(student, teacher, batch) | {"pkt": self.config.weight * term}

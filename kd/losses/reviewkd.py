@@ -1,4 +1,4 @@
-"""Distillation by knowledge review (Chen et al., arXiv:2104.09044)."""
+"""ReviewKD (Chen et al., "Distilling Knowledge via Knowledge Review", arXiv:2104.09044)."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,15 @@ from kd.losses.base import ramp
 from kd.losses.features import FeatureLoss, pool_to
 from kd.types import Batch, Outputs, Pair, Stages
 
-WIDEST = 512  # channels inside the fusion modules
+MAX_CHANNELS = 512  # inside the fusion modules
 
 
 def hierarchical_context_loss(
     student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, ""]:
-    """Mean square of the maps and of their average pools to 4 x 4, 2 x 2 and 1 x 1 (the paper's "HCL").
+    """Mean squared difference of the maps and of their average pools to 4 x 4, 2 x 2 and 1 x 1 (the paper's "HCL").
 
-    A weighted mean, each pool with half the weight of the one before; pools that are no smaller than the map are left
-    out.
+    A weighted mean: each pool has half the weight of the one before. Pools not smaller than the map are left out.
     """
     total, weights = F.mse_loss(student_map, teacher_map), 1.0
     weight = 1.0
@@ -36,7 +35,7 @@ def hierarchical_context_loss(
 
 
 class Fusion(nn.Module):
-    """A stage with what came from deeper ones, weighed by attention (the paper's "ABF")."""
+    """Fuses a stage with the result of the deeper stages, weighted by attention (the paper's "ABF")."""
 
     def __init__(self, channels_in: int, channels: int, channels_out: int, fuses: bool):
         super().__init__()
@@ -51,7 +50,7 @@ class Fusion(nn.Module):
     def forward(
         self, stage: Float[Tensor, "b c h w"], deeper: Float[Tensor, "b m h2 w2"] | None, size: Sequence[int]
     ) -> tuple[Float[Tensor, "b c3 h3 w3"], Float[Tensor, "b m h w"]]:
-        """What is compared with the teacher's map of `size`, and what the next shallower stage gets."""
+        """The map to compare with the teacher's of `size`, and the input of the next shallower stage's fusion."""
         fused = self.narrow(stage)
         if self.attention is not None:
             deeper = F.interpolate(deeper, fused.shape[2:])
@@ -63,38 +62,42 @@ class Fusion(nn.Module):
 
 
 class ReviewKD(FeatureLoss):
-    """Cross-entropy + weight * hierarchical_context_loss over all stages and the embedding, rising over 20 epochs.
+    """Cross-entropy + weight * hierarchical_context_loss, summed over all stages and the embedding.
 
-    Differs from the authors' code: maps are taken after the stage's last ReLU, where theirs are before it.
+    The weight rises linearly over the first epochs.
+    Differs from the authors' code: takes the maps after the stage's last ReLU, not before it.
     """
 
     config: ReviewKDConfig
 
     @classmethod
-    def wanted(cls, config: ReviewKDConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: ReviewKDConfig, stages: Stages) -> tuple[str, ...]:
         return (*stages.maps, *stages.embedding) if stages.maps else ()
 
     def __init__(self, config: ReviewKDConfig, pair: Pair):
         super().__init__(config, pair)
-        students, teachers = (deepest_first(part) for part in (pair.student, pair.teacher))
-        channels = min(WIDEST, students[0].shape[1])
-        sizes = [(ours.shape[1], theirs.shape[1]) for ours, theirs in zip(students, teachers)]
+        student_maps, teacher_maps = map(_deepest_first, (pair.student, pair.teacher))
+        channels = min(MAX_CHANNELS, student_maps[0].shape[1])
         self.fusions = nn.ModuleList(
-            Fusion(ours, channels, theirs, fuses=depth > 0) for depth, (ours, theirs) in enumerate(sizes)
+            Fusion(student_map.shape[1], channels, teacher_map.shape[1], fuses=depth > 0)
+            for depth, (student_map, teacher_map) in enumerate(zip(student_maps, teacher_maps))
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        term, carried = student.logits.new_zeros(()), None
-        for fusion, ours, theirs in zip(self.fusions, deepest_first(student), deepest_first(teacher)):
-            predicted, carried = fusion(ours, carried, theirs.shape[2:])
-            term = term + hierarchical_context_loss(predicted, theirs)
+        term, deeper = student.logits.new_zeros(()), None
+        for fusion, student_map, teacher_map in zip(self.fusions, _deepest_first(student), _deepest_first(teacher)):
+            predicted, deeper = fusion(student_map, deeper, teacher_map.shape[2:])
+            term = term + hierarchical_context_loss(predicted, teacher_map)
         weight = self.config.weight * ramp(batch.epoch, self.config.ramp_epochs)
-        return self.usual_terms(student, teacher, batch) | {"reviewkd": weight * term}
+        return self.common_terms(student, teacher, batch) | {"reviewkd": weight * term}
 
 
-def deepest_first(outputs: Outputs) -> list[Float[Tensor, "b c h w"]]:
-    """All features as maps; an embedding is one of 1 x 1."""
-    features = [part[:, :, None, None] if part.ndim == 2 else part for part in outputs.features.values()]
-    shapes = [tuple(part.shape) for part in features]
-    require(all(len(shape) == 4 for shape in shapes), f"reviewkd compares maps, b x c x h x w; given are {shapes}")
-    return features[::-1]
+def _deepest_first(outputs: Outputs) -> list[Float[Tensor, "b c h w"]]:
+    """All features as maps; an embedding becomes a map of 1 x 1."""
+    maps = [feature[:, :, None, None] if feature.ndim == 2 else feature for feature in outputs.features.values()]
+    shapes = [tuple(feature_map.shape) for feature_map in maps]
+    require(
+        all(len(shape) == 4 for shape in shapes),
+        f"reviewkd: compares maps, b x c x h x w, and these layers output {shapes}; name other layers",
+    )
+    return maps[::-1]

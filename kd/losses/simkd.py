@@ -1,4 +1,8 @@
-"""SimKD (Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", arXiv:2203.14001)."""
+"""SimKD (Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", arXiv:2203.14001).
+
+Its loss is `hint_loss` (fitnet.py). New here is the deployed network: the student, a projector and the teacher's
+classifier.
+"""
 
 import torch
 from jaxtyping import Float
@@ -11,11 +15,11 @@ from kd.losses.fitnet import hint_loss
 from kd.models.features import Tap
 from kd.types import Batch, Outputs, Pair, Stages
 
-NARROWING = 2  # the projector is this much narrower than the teacher's map inside; the authors' choice
+NARROWING = 2  # teacher's channels / channels inside the projector; the authors' choice
 
 
 class Projector(nn.Sequential):
-    """From the student's map to the teacher's: 1 x 1, 3 x 3 and 1 x 1 convolutions."""
+    """Predicts the teacher's map from the student's by 1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
     def __init__(self, channels_in: int, channels: int):
         inside = max(channels // NARROWING, 1)
@@ -26,13 +30,13 @@ class Projector(nn.Sequential):
         super().__init__(*layers)
 
 
-class Reused(nn.Module):
-    """The student up to its last map, a projector, and a classifier of the teacher's shape, never trained."""
+class StudentWithTeacherClassifier(nn.Module):
+    """The student up to its last map, a projector, and a frozen classifier of the teacher's shape."""
 
     def __init__(self, student: nn.Module, recipe: dict):
         super().__init__()
         self.student = student
-        student.set_submodule(recipe["student_classifier"], nn.Identity())  # nobody asks it
+        student.set_submodule(recipe["student_classifier"], nn.Identity())  # its logits are not used
         self.tap = Tap(student, (recipe["layer"],))
         self.size = recipe["pool"] and tuple(recipe["pool"])
         self.projector = Projector(*recipe["channels"])
@@ -47,77 +51,87 @@ class Reused(nn.Module):
 
 
 class SimKD(FeatureLoss):
-    """weight * the mean square between the projected and the teacher's last map.
+    """weight * hint_loss between the projected student's and the teacher's last map.
 
-    There is no cross-entropy: the teacher's classifier stays as it is. What is scored, saved and exported is student,
-    projector and classifier, and their parameters are counted.
+    No cross-entropy, because the teacher's classifier is not trained. Student, projector and classifier are scored,
+    saved, exported, and counted as parameters.
     """
 
     config: SimKDConfig
     has_cross_entropy = False
 
     @classmethod
-    def wanted(cls, config: SimKDConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: SimKDConfig, stages: Stages) -> tuple[str, ...]:
         return stages.maps[-1:]
 
     def __init__(self, config: SimKDConfig, pair: Pair):
         super().__init__(config, pair)
-        ((ours, theirs),) = probed_maps(pair, only_one=True)
-        known = pair.head is not None and pair.student_stages.classifier is not None
-        require(known, "simkd reuses the classifier, and a network here ends in no linear layer over the classes")
-        _check_classes(pair, theirs)
-        _check_pooled(pair, theirs)
+        ((student_map, teacher_map),) = probed_maps(pair, only_one=True)
+        require(
+            pair.head is not None and pair.student_stages.classifier is not None,
+            "simkd: needs two networks that end in a linear layer over the classes; choose another method",
+        )
+        _check_classes(pair, teacher_map)
+        _check_pooled(pair, teacher_map)
         self._head = {name: tensor.clone() for name, tensor in pair.head.state_dict().items()}
         self.recipe = {
             "method": "simkd",
             "layer": self.student_layers[0],
             "student_classifier": pair.student_stages.classifier,
-            "channels": [ours.shape[1], theirs.shape[1]],
-            "pool": list(theirs.shape[2:]) if ours.shape[2] > theirs.shape[2] else None,
+            "channels": [student_map.shape[1], teacher_map.shape[1]],
+            "pool": list(teacher_map.shape[2:]) if student_map.shape[2] > teacher_map.shape[2] else None,
             "classes": pair.head.out_features,
             "bias": pair.head.bias is not None,
         }
-        self.student_layers = ("projector",)  # of the deployed network
+        self.student_layers = ("projector",)  # now the deployed network's
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        ((ours, theirs),) = pair_layers(student, teacher)
-        term = hint_loss(ours, pool_to(theirs, ours.shape[2:]))
-        terms = self.usual_terms(student, teacher, batch) | {"simkd": self.config.weight * term}
+        ((student_map, teacher_map),) = pair_layers(student, teacher)
+        term = hint_loss(student_map, pool_to(teacher_map, student_map.shape[2:]))
+        terms = self.common_terms(student, teacher, batch) | {"simkd": self.config.weight * term}
         del terms["ce"]
         return terms
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        network = Reused(student, self.recipe)
+        network = StudentWithTeacherClassifier(student, self.recipe)
         network.classifier.load_state_dict(self._head)
         return network
 
     @classmethod
     def rebuild(cls, student: nn.Module, recipe: dict) -> nn.Module:
-        return Reused(student, recipe)
+        return StudentWithTeacherClassifier(student, recipe)
 
 
 def _check_classes(pair: Pair, teacher_map: Float[Tensor, "b c h w"]) -> None:
-    """The reused classifier has the teacher's classes, which are matched with the data's only behind it."""
-    known, wanted = pair.head.out_features, pair.teacher.logits.shape[1]
+    """Raise UserError unless the classifier has the data's classes in the data's order.
+
+    The teacher's logits are matched with the data's classes only after its classifier.
+    """
+    head_classes, data_classes = pair.head.out_features, pair.teacher.logits.shape[1]
     require(
-        known == wanted, f"simkd reuses the teacher's classifier over its {known} classes, and the data has {wanted}"
+        head_classes == data_classes,
+        f"simkd: reuses the teacher's classifier over its {head_classes} classes, and the data has {data_classes};"
+        " choose another method or a teacher trained on this data",
     )
     pooled = teacher_map.mean(dim=(2, 3))
     if pooled.shape[1] != pair.head.in_features:
-        return  # not what it takes, which _check_pooled says
+        return  # _check_pooled raises
     raw = pair.head(pooled)
-    moved = torch.allclose(raw.sort(dim=1).values, pair.teacher.logits.sort(dim=1).values, rtol=1e-3, atol=1e-3)
+    reordered = torch.allclose(raw.sort(dim=1).values, pair.teacher.logits.sort(dim=1).values, rtol=1e-3, atol=1e-3)
     same = torch.allclose(raw, pair.teacher.logits, rtol=1e-3, atol=1e-3)
     require(
-        same or not moved, "simkd reuses the teacher's classifier, whose classes are in another order than the data's"
+        same or not reordered,
+        "simkd: reuses the teacher's classifier, whose classes are in another order than the data's; choose another"
+        " method or a teacher trained on this data",
     )
 
 
 def _check_pooled(pair: Pair, teacher_map: Float[Tensor, "b c h w"]) -> None:
+    """Raise UserError unless the classifier's input is the average over the teacher's map."""
     pooled = teacher_map.mean(dim=(2, 3))
     fits = pooled.shape[1] == pair.head.in_features
     require(
         fits and torch.allclose(pair.head(pooled), pair.teacher.logits, rtol=1e-3, atol=1e-3),
-        f"simkd: {pair.teacher_stages.classifier} of the teacher does not take the average of"
-        f" {', '.join(pair.teacher.features)}: --teacher-layers names the map that is pooled into it",
+        f"simkd: the teacher's {pair.teacher_stages.classifier} does not take the average of"
+        f" {', '.join(pair.teacher.features)}; name the map that is pooled into it with --teacher-layers",
     )

@@ -14,23 +14,27 @@ def similarity_preserving_loss(
     student_map: Float[Tensor, "b ..."], teacher_map: Float[Tensor, "b ..."]
 ) -> Float[Tensor, ""]:
     """|G_t - G_s|^2 / b^2 between the row-normalised Gram matrices of the flattened maps."""
-    student, teacher = (F.normalize(flat @ flat.T) for flat in (student_map.flatten(1), teacher_map.flatten(1)))
+    flattened = (student_map.flatten(1), teacher_map.flatten(1))
+    student, teacher = (F.normalize(flat @ flat.T) for flat in flattened)
     return (teacher - student).square().mean()
 
 
 class SimilarityPreserving(FeatureLoss):
     """Cross-entropy + weight * similarity_preserving_loss of the last map, over the global batch.
 
-    Several processes hold the global batch's maps each: B * c * h * w numbers.
+    Memory with several processes: each stores the global batch's maps, B * c * h * w numbers.
     """
 
     config: SPConfig
 
     @classmethod
-    def wanted(cls, config: SPConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: SPConfig, stages: Stages) -> tuple[str, ...]:
         return stages.maps[-1:]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        pairs = [(global_batch(ours), global_batch(theirs)) for ours, theirs in pair_layers(student, teacher)]
+        pairs = [
+            (global_batch(student_map), global_batch(teacher_map))
+            for student_map, teacher_map in pair_layers(student, teacher)
+        ]
         term = sum(similarity_preserving_loss(*maps) for maps in pairs)
-        return self.usual_terms(student, teacher, batch) | {"sp": self.config.weight * term}
+        return self.common_terms(student, teacher, batch) | {"sp": self.config.weight * term}

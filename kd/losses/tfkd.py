@@ -16,10 +16,11 @@ def tfkd_loss(
 ) -> Float[Tensor, ""]:
     """KL(virtual teacher || student), summed over classes, averaged over the batch.
 
-    The virtual teacher gives `correct` to the label and shares the rest. As in the authors' code it is softened by a
-    softmax of probabilities / T, which at T = 20 leaves it nearly uniform (0.0105 on the label of 100 classes): the
-    loss is then nearly label smoothing by alpha. The student is not softened, and there is no T^2.
-    Differs from the code: summed over classes, where it averages and multiplies by a factor of its own.
+    The virtual teacher gives the label probability `correct` and shares the rest among the other classes. As in the
+    authors' code it is softened by a softmax of probabilities / T, which at T = 20 leaves it nearly uniform (0.0105 on
+    the label of 100 classes), so that the loss is nearly label smoothing by alpha. The student is not softened, and
+    there is no factor T^2.
+    Differs from the authors' code: summed over classes, instead of averaged and multiplied by an extra factor.
     """
     classes = student_logits.shape[1]
     virtual = torch.full_like(student_logits, (1 - correct) / (classes - 1))

@@ -11,23 +11,23 @@ from kd.config.methods import VIDConfig
 from kd.losses.features import FeatureLoss, pair_layers, probed_maps, same_size
 from kd.types import Batch, Outputs, Pair, Stages
 
-EPS = 1e-5  # the smallest variance
+EPS = 1e-5  # smallest variance
 
 
 def vid_loss(
     predicted_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c h w"], variance: Float[Tensor, "c"]
 ) -> Float[Tensor, ""]:
-    """Mean of ((predicted - teacher)^2 / variance + log variance) / 2, constants aside.
+    """Mean of ((predicted - teacher)^2 / variance + log variance) / 2.
 
-    The negative log-likelihood of the teacher's map under a Gaussian around the student's prediction of it, with one
-    variance a channel. May be negative.
+    Up to a constant, the negative log-likelihood of the teacher's map under a Gaussian around the student's prediction,
+    with one variance per channel. May be negative.
     """
     variance = variance[:, None, None]
     return ((predicted_map - teacher_map).square() / variance + variance.log()).mean() / 2
 
 
 class Predictor(nn.Module):
-    """The teacher's map from the student's (three 1 x 1 convolutions), and how far off that is per channel."""
+    """Predicts the teacher's map from the student's (three 1 x 1 convolutions), with a variance per channel."""
 
     def __init__(self, channels_in: int, channels: int, initial_variance: float):
         super().__init__()
@@ -38,7 +38,7 @@ class Predictor(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, channels, 1, bias=False),
         )
-        # A parameter. Where it was kept in a plain list it was never trained and never saved.
+        # Before softplus. A registered parameter: in a plain list it would be neither trained nor saved.
         self.spread = nn.Parameter(torch.full((channels,), math.log(math.expm1(initial_variance - EPS))))
 
     def forward(self, student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]) -> Tensor:
@@ -52,14 +52,16 @@ class VID(FeatureLoss):
     config: VIDConfig
 
     @classmethod
-    def wanted(cls, config: VIDConfig, stages: Stages) -> tuple[str, ...]:
+    def default_layers(cls, config: VIDConfig, stages: Stages) -> tuple[str, ...]:
         return stages.maps
 
     def __init__(self, config: VIDConfig, pair: Pair):
         super().__init__(config, pair)
-        sizes = [(ours.shape[1], theirs.shape[1]) for ours, theirs in probed_maps(pair)]
-        self.predictors = nn.ModuleList(Predictor(*size, config.initial_variance) for size in sizes)
+        self.predictors = nn.ModuleList(
+            Predictor(student_map.shape[1], teacher_map.shape[1], config.initial_variance)
+            for student_map, teacher_map in probed_maps(pair)
+        )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term = sum(predictor(*maps) for predictor, maps in zip(self.predictors, pair_layers(student, teacher)))
-        return self.usual_terms(student, teacher, batch) | {"vid": self.config.weight * term}
+        return self.common_terms(student, teacher, batch) | {"vid": self.config.weight * term}

@@ -1,8 +1,8 @@
 """The CIFAR ResNets of the distillation literature (He et al., arXiv:1512.03385, section 4.2).
 
-Depth 6n + 2 in three stages of n basic blocks. resnet20 has 16, 32 and 64 channels, the "x4" networks 64, 128 and 256
-behind a stem of 32 (arXiv:1910.10699, section 4). A shortcut that changes shape is a 1 x 1 convolution with BatchNorm,
-as in the literature's code; the paper itself pads with zeros.
+Depth 6n + 2 in three stages of n basic blocks. resnet20 has 16, 32 and 64 channels; the "x4" networks have 64, 128 and
+256, after a stem of 32 (arXiv:1910.10699, section 4). Differs from the paper, as that literature's code does: a
+shortcut that changes shape is a 1 x 1 convolution with BatchNorm, and does not pad with zeros.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 STAGES = ("layer1", "layer2", "layer3")
 """At full, half and quarter resolution."""
 
+NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)  # channels of the stem and of the three stages
+
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut."""
+    """Two 3 x 3 convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -67,9 +69,6 @@ def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequ
 
 def build(depth: int, widths: tuple[int, int, int, int], num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     return CifarResNet(depth, widths, num_classes)
-
-
-NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 
 
 MODELS: dict[str, Callable] = {

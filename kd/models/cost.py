@@ -1,4 +1,4 @@
-"""Times of several things that are compared with one another."""
+"""What a network costs to run: multiply-accumulates, and times measured in turns."""
 
 import platform
 import statistics
@@ -9,32 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-ROUNDS, PATIENCE = (5, 100), 30.0  # at least and at most; seconds
-
-
-def time_interleaved(pieces: Mapping[str, Callable[[], object]], patience: float = PATIENCE) -> dict[str, float]:
-    """Median seconds of each piece, the pieces taking turns: what disturbs the machine disturbs all alike.
-
-    The first round warms up and is not counted. After `patience` seconds no more than the least rounds are made.
-    """
-    times, started = {name: [] for name in pieces}, time.perf_counter()
-    for round_ in range(ROUNDS[1] + 1):
-        if round_ > ROUNDS[0] and time.perf_counter() - started > patience:
-            break
-        for name, piece in pieces.items():
-            before = time.perf_counter()
-            piece()
-            if round_ > 0:
-                times[name].append(time.perf_counter() - before)
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-THREADS = 1  # of one image there is little to share out, and one thread's time is the steadier
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+PATIENCE = 30.0  # seconds, after which MIN_ROUNDS are enough
+THREADS = 1  # one image is too little work to share, and times on one thread vary less
 
 
 @torch.no_grad()
 def count_macs(network: nn.Module, image_size: tuple[int, int]) -> int:
-    """Multiply-accumulates of the network's convolutions and matrix products for one image; it is left as it was."""
+    """Multiply-accumulates in the network's convolutions and matrix products for one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
     training, device = network.training, next(network.parameters()).device
@@ -42,11 +24,28 @@ def count_macs(network: nn.Module, image_size: tuple[int, int]) -> int:
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, *image_size, device=device))
     network.train(training)
-    return counter.get_total_flops() // 2  # the library counts a multiply-accumulate as two
+    return counter.get_total_flops() // 2  # the counter takes a multiply-accumulate for two operations
+
+
+def time_interleaved(workloads: Mapping[str, Callable[[], object]], patience: float = PATIENCE) -> dict[str, float]:
+    """Median seconds of each workload. They take turns, so that a disturbance of the machine affects all alike.
+
+    The first round warms up and is not counted. After `patience` seconds, MIN_ROUNDS rounds are enough.
+    """
+    times, started = {name: [] for name in workloads}, time.perf_counter()
+    for round_ in range(MAX_ROUNDS + 1):
+        if round_ > MIN_ROUNDS and time.perf_counter() - started > patience:
+            break
+        for name, workload in workloads.items():
+            before = time.perf_counter()
+            workload()
+            if round_ > 0:
+                times[name].append(time.perf_counter() - before)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def describe_machine(threads: int = THREADS) -> str:
-    """The CPU's name as far as the system tells it, and the threads used: what a latency belongs to."""
+    """What a latency was measured on: CPU, threads and torch version."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

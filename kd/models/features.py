@@ -1,3 +1,5 @@
+"""Features of a network beside its logits: outputs of named layers, or what enters them."""
+
 import difflib
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -10,58 +12,63 @@ from kd.types import INPUT, Outputs
 
 
 class Tap:
-    """A network that gives `layers` (dotted module names, or NAME.input) beside its logits.
+    """Runs a network and returns the features of `layers` (dotted module names, or NAME.input) beside its logits.
 
-    Works by hooks, which do nothing while the network is called by others; without layers there are none. A layer that
-    runs several times gives its last output. Raises UserError for a name that is not there.
+    Its hooks do nothing while others call the network; without layers it sets none. If a layer runs several times, its
+    last output counts. Raises UserError for an unknown layer.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str] = ()):
         self.network, self.layers = network, tuple(layers)
-        self._seen: dict[str, Tensor] | None = None  # not None while this tap is being asked
+        self._features: dict[str, Tensor] | None = (
+            None  # filled by the hooks while this tap runs the network, else None
+        )
         modules = {name: module for name, module in network.named_modules() if name}
-        # Bound methods rather than closures: a deep copy of the network then fills its own copy of the tap.
+        # Bound methods, not closures: in a deep copy, the copied network's hooks then fill the copied tap.
         self._hooks = [self._hook(layer, modules) for layer in self.layers]
 
     def _hook(self, layer: str, modules: dict[str, nn.Module]):
         if layer in modules:
-            return modules[layer].register_forward_hook(partial(self._keep_output, layer))
+            return modules[layer].register_forward_hook(partial(self._store_output, layer))
         module = layer.removesuffix(INPUT)
         if layer == module or module not in modules:
             raise UserError(f"no layer {layer!r}: {list_layers(modules, layer)}")
-        return modules[module].register_forward_pre_hook(partial(self._keep_input, layer))
+        return modules[module].register_forward_pre_hook(partial(self._store_input, layer))
 
-    def _keep_output(self, layer: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        self._keep(layer, output)
+    def _store_output(self, layer: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        self._store(layer, output)
 
-    def _keep_input(self, layer: str, module: nn.Module, inputs: tuple) -> None:
-        self._keep(layer, inputs[0])
+    def _store_input(self, layer: str, module: nn.Module, inputs: tuple) -> None:
+        self._store(layer, inputs[0])
 
-    def _keep(self, layer: str, value: object) -> None:
-        if self._seen is not None:
-            require(isinstance(value, Tensor), f"layer {layer!r} gives a {type(value).__name__}, not a tensor")
-            self._seen[layer] = value.clone()  # a ReLU that works in place would overwrite it
+    def _store(self, layer: str, value: object) -> None:
+        if self._features is not None:
+            require(
+                isinstance(value, Tensor),
+                f"layer {layer!r}: outputs a {type(value).__name__}, not a tensor; name another layer",
+            )
+            self._features[layer] = value.clone()  # an in-place ReLU would overwrite it
 
     def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Outputs:
-        self._seen = {}
+        self._features = {}
         try:
             logits = self.network(image)
-            missing = [layer for layer in self.layers if layer not in self._seen]
-            require(not missing, f"layer {missing and missing[0]!r} is there and does not run; tap another")
-            return Outputs(logits, {layer: self._seen[layer] for layer in self.layers})
+            missing = [layer for layer in self.layers if layer not in self._features]
+            require(not missing, f"layer {missing and missing[0]!r}: exists but does not run; name another layer")
+            return Outputs(logits, {layer: self._features[layer] for layer in self.layers})
         finally:
-            self._seen = None
+            self._features = None
 
     def remove(self) -> None:
-        """Take the hooks off the network."""
+        """Remove the hooks from the network."""
         for hook in self._hooks:
             hook.remove()
 
 
 def list_layers(modules: Collection[str], wrong: str = "") -> str:
-    """Which layers a network has: those like a wrong name, else all that are not inside another one."""
+    """Help for a wrong layer name: the names most like it, or else the network's outermost layers."""
     close = difflib.get_close_matches(wrong, modules, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    top = [name for name in modules if "." not in name]
-    return f"there are {', '.join(top)}, what is inside them (as in {max(modules, key=len)}), and NAME{INPUT}"
+    outermost = [name for name in modules if "." not in name]
+    return f"there are {', '.join(outermost)}, layers inside them (as in {max(modules, key=len)}), and NAME{INPUT}"

@@ -1,7 +1,11 @@
-"""Networks of torchvision and timm, told how large the images are where a network's shape depends on it.
+"""Networks of torchvision and timm; and the operators that torchvision needs to be importable.
 
-Both build transformers for 224 pixels unless told otherwise, in patches that may be larger than a small image.
-timm is an optional dependency; either is imported only when one of its networks is named.
+By default both build transformers for images of 224 pixels, in patches that may be larger than a small image, so they
+are given the image size. timm is an optional dependency. Either is imported only when one of its networks is named.
+
+The package index's torchvision ships operators compiled for the CUDA build of torch. Beside a CPU-only torch of the
+same version they do not load, and `import torchvision` fails with "operator torchvision::nms does not exist". No
+classifier uses these operators, so declaring the two that the import looks up is enough: `define_operators`.
 """
 
 import importlib.util
@@ -16,17 +20,38 @@ from torch import nn
 
 from kd.errors import UserError
 
+SHARED_LIBRARIES = {".so", ".pyd", ".dll", ".dylib"}
 
-@contextmanager
-def taking_images(name: str, image_size: tuple[int, int]) -> Iterator[None]:
-    """What a network answers to images that it cannot take becomes a UserError with its name and their size."""
+_declared = []  # torch forgets a Library's definitions when the object is deleted
+
+
+def define_operators() -> None:
+    """Declare torchvision's operators if its own do not load. Call it before anything imports torchvision.
+
+    Does nothing the second time, or if torchvision is already imported.
+    """
+    if _declared or "torchvision" in sys.modules or _operators_load():
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+
+
+def _operators_load() -> bool:
+    """Whether torchvision's own operators load. They then stay loaded, and torchvision's import finds them."""
+    package = importlib.util.find_spec("torchvision")
+    folders = package.submodule_search_locations or () if package else ()
+    files = [path for folder in folders for path in sorted(Path(folder).glob("_C*"))]  # _C_stable.so since 0.29
+    return any(_loads(path) for path in files if path.suffix in SHARED_LIBRARIES)
+
+
+def _loads(path: Path) -> bool:
     try:
-        yield
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        height, width = image_size
-        raise UserError(f"model {name}: cannot take images of {width} x {height} pixels ({error})") from error
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError):
+        return False
+    return True
 
 
 def torchvision_names() -> list[str]:
@@ -38,38 +63,38 @@ def torchvision_names() -> list[str]:
 def from_torchvision(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     import torchvision
 
-    extra = {}
+    options = {}
     if name in ("googlenet", "inception_v3"):
-        extra = {"aux_logits": False, "init_weights": True}  # or they return training heads beside the logits
+        options = {"aux_logits": False, "init_weights": True}  # aux_logits: else they return several logits in training
     elif name.startswith("maxvit_"):
-        extra = {"input_size": image_size}
+        options = {"input_size": image_size}
     elif name.startswith("vit_"):
         patch, side = int(name.rpartition("_")[2]), image_size[0]
-        recipe = f"torchvision.models.VisionTransformer(image_size={side}, patch_size={_patch_for(image_size)}, ...)"
-        _check_patches((patch, patch), image_size, recipe)
+        remedy = f"torchvision.models.VisionTransformer(image_size={side}, patch_size={_patch_for(image_size)}, ...)"
+        _check_patches((patch, patch), image_size, remedy)
         if image_size != (side, side):
-            raise ValueError("it takes square ones only; timm/vit_... takes any")
-        extra = {"image_size": side}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+            raise ValueError("it takes square images only; timm/vit_... takes any")
+        options = {"image_size": side}
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def timm_names() -> list[str]:
-    """Plain names, and those with the tag of their pretrained weights."""
+    """Names of architectures, and of architectures with the tag of their pretrained weights."""
     timm = timm_library()
     return [*timm.list_models(), *timm.list_pretrained()]
 
 
 def from_timm(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     timm = timm_library()
-    # Only these constructors take the size; the others would refuse the argument.
-    extra = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
+    # Only constructors with a fixed input size accept img_size.
+    options = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    network = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
     embeddings = (module for module in network.modules() if isinstance(module, timm.layers.PatchEmbed))
     first = next(embeddings, None)  # the one that reads the image
-    if extra and first is not None:
-        # timm itself would silently cut off what no whole patch covers.
-        recipe = f"timm.create_model({name!r}, img_size={image_size}, patch_size={_patch_for(image_size)}, ...)"
-        _check_patches(first.patch_size, image_size, recipe)
+    if options and first is not None:
+        # timm would silently drop pixels outside whole patches.
+        remedy = f"timm.create_model({name!r}, img_size={image_size}, patch_size={_patch_for(image_size)}, ...)"
+        _check_patches(first.patch_size, image_size, remedy)
     return network
 
 
@@ -81,54 +106,26 @@ def timm_library():
     return timm
 
 
-def _check_patches(patch: tuple[int, int], image_size: tuple[int, int], recipe: str) -> None:
+@contextmanager
+def image_errors(name: str, image_size: tuple[int, int]) -> Iterator[None]:
+    """Turn an error of network `name` on images of this size into a UserError that names both."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        height, width = image_size
+        raise UserError(f"model {name}: cannot take images of {width} x {height} pixels ({error})") from error
+
+
+def _check_patches(patch: tuple[int, int], image_size: tuple[int, int], remedy: str) -> None:
     if image_size[0] % patch[0] or image_size[1] % patch[1]:
         raise ValueError(
-            f"its patches of {patch[1]} x {patch[0]} do not divide them; name a network of smaller patches,"
-            f" or a module:function of your own that returns {recipe}"
+            f"its patches of {patch[1]} x {patch[0]} do not divide them; name a network with smaller patches,"
+            f" or a module:function of your own that returns {remedy}"
         )
 
 
 def _patch_for(image_size: tuple[int, int]) -> int:
-    """The customary 4 x 4 patch of small images, or less where 4 does not divide them."""
+    """The usual 4 x 4 patch of small images, or a smaller one if 4 does not divide them."""
     return math.gcd(*image_size, 4)
-
-
-#: (kd.models.torchvision_operators) Makes torchvision importable where its compiled operators do not fit the torch that is there.
-#:
-#: The package index's torchvision carries operators compiled for the CUDA build of torch. Beside a CPU-only torch of the
-#: same version they do not load, and `import torchvision` fails with "operator torchvision::nms does not exist".
-#: No classifier uses these operators; declaring the two that are looked up at import is enough.
-
-
-SUFFIXES = {".so", ".pyd", ".dll", ".dylib"}
-
-
-_libraries = []  # a library's definitions live as long as the object
-
-
-def define() -> None:
-    """Declare the missing operators; does nothing where torchvision brought its own, or after the first time."""
-    if _libraries or "torchvision" in sys.modules or _operators_load():
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)
-
-
-def _operators_load() -> bool:
-    """Whether a library of torchvision's own loads; it then stays loaded, and its import finds it there."""
-    package = importlib.util.find_spec("torchvision")
-    folders = package.submodule_search_locations or () if package else ()
-    # _C.so once, _C_stable.so since torchvision 0.29
-    libraries = [path for folder in folders for path in sorted(Path(folder).glob("_C*")) if path.suffix in SUFFIXES]
-    return any(_loads(path) for path in libraries)
-
-
-def _loads(path: Path) -> bool:
-    try:
-        torch.ops.load_library(path)
-    except (OSError, RuntimeError):
-        return False
-    return True

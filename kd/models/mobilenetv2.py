@@ -1,7 +1,7 @@
 """MobileNetV2 of the distillation literature (Sandler et al., arXiv:1801.04381, table 2; arXiv:1910.10699, section 4).
 
-Half the paper's width with expansion 6. Differs from the paper, as that literature does: the 24-channel blocks keep
-their resolution, so the strides come to 16 and not 32; ReLU and not ReLU6; the first block has its 1 x 1 convolution
+Half the paper's width, with expansion 6. Differs from the paper, as that literature does: the 24-channel blocks keep
+their resolution, so the total stride is 16 and not 32; ReLU and not ReLU6; the first block has a 1 x 1 convolution
 although it expands by 1; no dropout.
 """
 
@@ -11,28 +11,20 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "layer3", "head")  # the last one is what is pooled
-"""What happens at 1/2, 1/4, 1/8 and 1/16 of the resolution; the last output of each is linear, with no ReLU."""
-
+STAGES = ("layer1", "layer2", "layer3", "head")  # the last one is pooled
+"""At 1/2, 1/4, 1/8 and 1/16 of the resolution. The first three maps are linear: no ReLU follows."""
 
 # Expansion, channels at full width, blocks, stride of the first block: table 2's rows, by resolution.
 LAYER1 = ((1, 16, 1, 1), (6, 24, 2, 1))
-
-
 LAYER2 = ((6, 32, 3, 2),)
-
-
 LAYER3 = ((6, 64, 4, 2), (6, 96, 3, 1))
-
-
 LAYER4 = ((6, 160, 3, 2), (6, 320, 1, 1))
 
-
-STEM, HEAD = 32, 1280  # channels at full width; below width 1 the head keeps its own (section 4)
+STEM, HEAD = 32, 1280  # channels at full width; narrower networks keep the head's (section 4)
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow without an activation (figure 3); a shortcut where the shape stays."""
+    """Widen, filter each channel, narrow without activation (figure 3); with a shortcut if the shape stays."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int):
         super().__init__()
@@ -48,7 +40,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """`width` multiplies the channels of everything but the head."""
+    """`width` multiplies the channels of all layers but the head."""
 
     def __init__(self, width: float, num_classes: int):
         super().__init__()
@@ -78,7 +70,7 @@ def _convolution(channels_in: int, channels: int, size: int, stride: int = 1, gr
 
 
 def _stage(channels_in: int, rows: tuple[tuple[int, int, int, int], ...], width: float) -> tuple[nn.Sequential, int]:
-    """The blocks of some rows of the table, and how many channels they give."""
+    """The blocks of some rows of the table, and the number of channels they output."""
     blocks = []
     for expansion, full, repeats, stride in rows:
         channels = int(full * width)

@@ -1,7 +1,7 @@
 """Deep residual networks (He et al., arXiv:1512.03385), from torchvision.
 
-For small images the stem is one 3 x 3 convolution of stride 1 and there is no max-pool: on CIFAR-100 that is worth 5 to
-7 points over the ImageNet stem. With 100 classes resnet18 has 11.2M parameters and resnet34 21.3M.
+For small images the stem is one 3 x 3 convolution of stride 1 without max-pool, worth 5 to 7 points on CIFAR-100 over
+the ImageNet stem. With 100 classes resnet18 has 11.2M parameters and resnet34 21.3M.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,9 @@ from torch import nn
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 """At full, half, quarter and eighth resolution of the stem's output; with the small stem that is the image's."""
 
+NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
-SMALL = 64  # images up to this many pixels get the small stem
+SMALL = 64  # images up to this many pixels on the longer side get the small stem
 
 
 def build(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
@@ -25,9 +26,6 @@ def build(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
         network.maxpool = nn.Identity()
     return network
-
-
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 MODELS: dict[str, Callable] = {name: partial(build, name) for name in NAMES}

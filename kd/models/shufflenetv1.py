@@ -1,8 +1,8 @@
 """ShuffleNet with 3 groups for small images (Zhang et al., arXiv:1707.01083, table 1; arXiv:1910.10699, section 4).
 
 Differs from the paper, as the distillation literature does: the stem is one 1 x 1 convolution without stride or
-max-pool, a ReLU follows the depthwise convolution too, and a unit of stride 2 narrows to a quarter of the channels that
-it adds.
+max-pool, a ReLU follows the depthwise convolution too, and a unit of stride 2 narrows to a quarter of the channels
+that it adds.
 """
 
 from collections.abc import Callable
@@ -15,27 +15,22 @@ from torch import Tensor, nn
 STAGES = ("layer1", "layer2", "layer3")
 """At 1/2, 1/4 and 1/8 of the resolution; the paper calls them stages 2, 3 and 4."""
 
-
 GROUPS = 3
-
-
-STEM = 24
-
-
-WIDTHS, UNITS = (240, 480, 960), (4, 8, 4)  # table 1, g = 3
+STEM = 24  # channels
+WIDTHS, UNITS = (240, 480, 960), (4, 8, 4)  # channels and units of each stage; table 1, g = 3
 
 
 class Unit(nn.Module):
     """Narrow in groups, shuffle the groups, filter each channel, widen in groups (figure 2b).
 
-    With stride 2 (figure 2c) the input, averaged, is put beside the result and not added: `channels` counts both.
+    With stride 2 (figure 2c) the average-pooled input is concatenated, not added: `channels` counts both parts.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
         new = channels - channels_in if stride == 2 else channels
         hidden = new // 4
-        groups = 1 if channels_in == STEM else GROUPS  # too few channels there to group (section 3.3)
+        groups = 1 if channels_in == STEM else GROUPS  # the stem has too few channels to group (section 3.3)
         self.narrow = nn.Sequential(
             nn.Conv2d(channels_in, hidden, 1, groups=groups, bias=False), nn.BatchNorm2d(hidden), nn.ReLU()
         )
@@ -56,7 +51,7 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """Three stages, each beginning with a unit of stride 2."""
+    """Three stages, each starting with a unit of stride 2."""
 
     def __init__(self, num_classes: int):
         super().__init__()

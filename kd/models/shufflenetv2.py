@@ -10,18 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "head")  # the last one is what is pooled
+STAGES = ("layer1", "layer2", "head")  # the last one is pooled
 """At 1/2, 1/4 and 1/8 of the resolution; the paper calls them stages 2, 3 and 4."""
 
-
-STEM, HEAD = 24, 1024
-
-
-WIDTHS, UNITS = (116, 232, 464), (4, 8, 4)  # table 5, 1x
+STEM, HEAD = 24, 1024  # channels
+WIDTHS, UNITS = (116, 232, 464), (4, 8, 4)  # channels and units of each stage; table 5, 1x
 
 
 class Unit(nn.Module):
-    """Half of the channels pass by, half are convolved, and the halves are shuffled together (figure 3c)."""
+    """Half of the channels are convolved, half are passed on unchanged; then both are shuffled (figure 3c)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -29,12 +26,12 @@ class Unit(nn.Module):
         self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        passing, convolved = x.chunk(2, dim=1)
-        return self.shuffle(torch.cat([passing, self.branch(convolved)], dim=1))
+        unchanged, convolved = x.chunk(2, dim=1)
+        return self.shuffle(torch.cat([unchanged, self.branch(convolved)], dim=1))
 
 
 class Reduction(nn.Module):
-    """Two branches of stride 2 over all channels, shuffled together (figure 3d)."""
+    """Two branches of stride 2, each over all channels; then their outputs are shuffled (figure 3d)."""
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
@@ -48,7 +45,7 @@ class Reduction(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """Three stages, each beginning with a reduction."""
+    """Three stages, each starting with a reduction."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -70,7 +67,7 @@ def _pointwise(channels_in: int, channels: int) -> list[nn.Module]:
 
 
 def _depthwise(channels: int, stride: int) -> list[nn.Module]:
-    """One 3 x 3 filter a channel, with no ReLU behind it."""
+    """One 3 x 3 filter per channel, without ReLU."""
     convolution = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
     return [convolution, nn.BatchNorm2d(channels)]
 

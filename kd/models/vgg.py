@@ -1,10 +1,9 @@
 """VGG with BatchNorm for small images (Simonyan & Zisserman, arXiv:1409.1556, table 1; BatchNorm: arXiv:1502.03167).
 
-Five groups of 3 x 3 convolutions of 64, 128, 256, 512 and 512 channels with max-pools between them. vgg11 and vgg13 are
-the paper's configurations A and B; vgg8, one convolution a group, is the distillation literature's student
-(arXiv:1910.10699, section 4). Differs from the paper, as that literature does: a global average pool and one linear
-layer in place of three, and images up to 32 pixels are pooled three times, so that the last two groups share a
-resolution.
+Five groups of 3 x 3 convolutions with 64, 128, 256, 512 and 512 channels, and max-pools between the groups. vgg11 and
+vgg13 are the paper's configurations A and B; vgg8, with one convolution per group, is the distillation literature's
+student (arXiv:1910.10699, section 4). Differs from the paper, as that literature does: a global average pool and one
+linear layer instead of three, and no max-pool before the last group for images up to 32 pixels.
 """
 
 from collections.abc import Callable
@@ -15,18 +14,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-"""The groups after the first: with these four, VGG pairs with the other families' stages. The first is "stem"."""
-
+"""The groups after the first ("stem"); without it VGG's stages pair with those of the other families."""
 
 CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
-"""Depth -> convolutions in each group; with the three linear layers of the paper they make up the depth."""
+"""Depth -> convolutions in each group. Depth counts the paper's three linear layers too."""
 
-
-SMALL = 32  # images up to this many pixels are not pooled before the last group
+SMALL = 32  # images up to this many pixels on the longer side are not pooled before the last group
 
 
 class Vgg(nn.Module):
-    """`convolutions` in each of five groups; `last_pool`: whether there is a max-pool before the fifth too."""
+    """Five groups of so many `convolutions` each; `last_pool`: whether a max-pool precedes the fifth group too."""
 
     def __init__(self, convolutions: tuple[int, int, int, int, int], last_pool: bool, num_classes: int):
         super().__init__()
@@ -55,7 +52,7 @@ class Vgg(nn.Module):
 def _group(channels_in: int, channels: int, convolutions: int) -> nn.Sequential:
     layers = []
     for index in range(convolutions):
-        # BatchNorm makes the bias idle; it stays because the published parameter counts have it.
+        # BatchNorm cancels the bias; it stays because published parameter counts include it.
         convolution = nn.Conv2d(channels if index else channels_in, channels, 3, padding=1)
         layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
     return nn.Sequential(*layers)

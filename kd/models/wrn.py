@@ -1,7 +1,7 @@
 """Wide residual networks (Zagoruyko & Komodakis, arXiv:1605.07146, section 2), without dropout.
 
 wrn-D-K: depth D = 6n + 4 in three stages of n blocks, of 16K, 32K and 64K channels. BatchNorm and ReLU stand before
-each convolution, so a stage's map is what comes before both; a shortcut that changes shape is a bare 1 x 1 convolution.
+each convolution, so a stage's map is not yet activated. A shortcut that changes shape is a bare 1 x 1 convolution.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "head")  # the last one is what is pooled: behind the last BatchNorm and ReLU
+STAGES = ("layer1", "layer2", "head")  # the map that is pooled comes after the last BatchNorm and ReLU, "head"
 """At full, half and quarter resolution."""
+
+SIZES = ((16, 1), (16, 2), (40, 1), (40, 2))  # depth, widening factor
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut (table 1's basic block)."""
+    """Two 3 x 3 convolutions and a shortcut (table 1's basic block)."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -30,13 +32,13 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         active = F.relu(self.bn1(x))
-        # A projection sees the activated input, an identity the input itself (as in the paper's own code).
+        # A projection takes the activated input, an identity the input itself (as in the paper's own code).
         shortcut = x if self.projection is None else self.projection(active)
         return self.conv2(F.relu(self.bn2(self.conv1(active)))) + shortcut
 
 
 class WideResNet(nn.Module):
-    """`widen` multiplies the channels of the three stages, not the stem's 16."""
+    """`widen` multiplies the channels of the three stages, but not the stem's 16."""
 
     def __init__(self, depth: int, widen: int, num_classes: int):
         super().__init__()
@@ -65,9 +67,6 @@ def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequ
 
 def build(depth: int, widen: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     return WideResNet(depth, widen, num_classes)
-
-
-SIZES = ((16, 1), (16, 2), (40, 1), (40, 2))
 
 
 MODELS: dict[str, Callable] = {f"wrn-{depth}-{widen}": partial(build, depth, widen) for depth, widen in SIZES}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd.config import METHODS, DistillConfig
 from kd.data import Data
 from kd.errors import UserError, require
-from kd.models.adapt import Renormalize, resized
+from kd.models.adapt import Renormalize, resize_input
 from kd.models.pretrained import (
     NEW_HEAD_ADVICE,
     build_pretrained,
@@ -153,7 +153,8 @@ def match_to_data(network: nn.Module, info: dict, data: Data, device: torch.devi
     if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
         renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
         network.register_forward_pre_hook(lambda _, images: renormalize(*images))
-    resized(network, tuple(info["image_size"]), data)
+    if tuple(info["image_size"]) != tuple(data.size):
+        resize_input(network, tuple(info["image_size"]))
     if columns != list(range(len(classes))):  # the data's classes may be a part of the teacher's, or in another order
         chosen = torch.tensor(columns, device=device)
         network.register_forward_hook(lambda _, images, logits: logits[:, chosen])

@@ -16,7 +16,7 @@ from kd.data.loader import check_batch
 from kd.errors import UserError, require
 from kd.losses import LOSSES, Distiller
 from kd.models import build_model, probe, stages
-from kd.models.adapt import resized
+from kd.models.adapt import resize_input
 from kd.models.pretrained import (
     is_pretrained,
     load_into,
@@ -44,7 +44,8 @@ def build_network(job: Job, data: Data) -> BuiltNetwork:
         network = build_model(job.model, len(data.classes), data.size)
     else:
         network = with_fresh_head(job, len(data.classes))
-        resized(network, job.origin.image_size, data)
+        if job.origin.image_size != tuple(data.size):
+            resize_input(network, job.origin.image_size)
     fresh_sizes = sizes(network)
     if job.compress.init is not None:
         load_initial_weights(network, Path(job.compress.init), job, data)

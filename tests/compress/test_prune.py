@@ -1,4 +1,4 @@
-"""Pruning: the right channels and weights go, what is left computes the same, and is built again without the tool."""
+"""Pruning: removes the right channels and weights, the rest computes the same, and is rebuilt without torch-pruning."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def student(trained: str, *args: str) -> None:
 
 
 class Scale(nn.Module):
-    """A layer with a parameter of its own that pruning shortens and a recipe of sizes does not know."""
+    """A layer whose parameter pruning shortens, but which a recipe of sizes does not cover."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Scale(nn.Module):
 
 
 def with_noise(name: str) -> nn.Module:
-    """A network whose BatchNorms all differ, so that each channel can be told from any other."""
+    """A network with random BatchNorm values, so that each channel can be recognised."""
     torch.manual_seed(0)
     network = build_model(name, 5, SIZE).eval()
     for module in network.modules():
@@ -67,20 +67,20 @@ def with_noise(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
-def test_what_is_left_computes_what_the_whole_did_without_the_channels_that_went(name, monkeypatch):
+def test_a_pruned_network_computes_the_same_as_the_whole_with_its_removed_channels_zeroed(name, monkeypatch):
     network = with_noise(name)
     pruned = copy.deepcopy(network)
     prune_channels(pruned, 0.5, SIZE, name, 5)
     assert 0.35 < count_macs(pruned, SIZE) / count_macs(network, SIZE) <= 0.5
-    went = 0
+    removed = 0
     for key, module in network.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             stays = torch.isin(module.bias, pruned.get_submodule(key).bias)
             assert stays.sum() == pruned.get_submodule(key).num_features
-            went += int((~stays).sum())
+            removed += int((~stays).sum())
             module.weight.data[~stays] = 0
             module.bias.data[~stays] = 0
-    assert went > 0
+    assert removed > 0
     image = torch.randn(3, 3, *SIZE)
     torch.testing.assert_close(pruned(image), network(image), rtol=1e-3, atol=1e-4)
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
@@ -91,54 +91,56 @@ def test_what_is_left_computes_what_the_whole_did_without_the_channels_that_went
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 
-def test_the_filters_with_the_smallest_sums_go():
+def test_the_filters_with_the_smallest_sums_are_removed():
     network = networks.deep(4)
     for index in (0, 3, 6):
         network[index].weight.data[[1, 4, 6]] *= 1e-3
-        network[index + 1].bias.data = torch.arange(8.0)  # their names
+        network[index + 1].bias.data = torch.arange(8.0)  # identifies the filters
     prune_channels(network, 0.5, SIZE, "deep", 4)
     left = [network[index].bias.tolist() for index in (1, 4, 7)]
     assert all(len(names) <= 6 and {0, 2, 3, 5, 7} <= set(names) for names in left)
 
 
 @pytest.mark.parametrize("name", ["shufflenetv1", "shufflenetv2"])
-def test_what_shuffles_its_channels_is_refused(name):
-    with pytest.raises(UserError, match=f"--prune: channels of a {name} cannot be removed, for it shuffles"):
+def test_networks_that_shuffle_their_channels_are_refused(name):
+    with pytest.raises(UserError, match=f"--prune: cannot remove channels of {name}: it shuffles"):
         prune_channels(build_model(name, 5, SIZE), 0.5, SIZE, name, 5)
 
 
-@pytest.mark.filterwarnings("ignore:Unwrapped parameters")  # what a user sees of the library beside our refusal
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")  # the library's warning, beside our message
 def test_other_networks_that_cannot_be_pruned_are_refused_in_one_line():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(UserError, match="ends in no linear layer"):
+    with pytest.raises(UserError, match="does not end in a linear layer over the classes; use --sparsity"):
         prune_channels(network, 0.5, SIZE, "mine", 5)
-    with pytest.raises(UserError, match=r"--prune: channels of a vit cannot be removed"):
+    with pytest.raises(UserError, match=r"--prune: cannot remove channels of vit"):
         prune_channels(networks.vit(4), 0.5, (8, 8), "vit", 4)
     scaled = networks.deep(4)
     scaled[2] = Scale()
-    with pytest.raises(UserError, match="holds other layers than convolutions, BatchNorm and linear"):
+    with pytest.raises(
+        UserError, match="has layers other than convolutions, BatchNorm and linear ones; use --sparsity"
+    ):
         prune_channels(scaled, 0.5, SIZE, "scaled", 4)
-    with pytest.raises(UserError, match=r"--prune 0.999: no more than 0.9\d can be removed of a deep"):
+    with pytest.raises(UserError, match=r"--prune 0.999: at most 0.9\d of deep can be removed; give less"):
         prune_channels(networks.deep(4), 0.999, SIZE, "deep", 4)
 
 
-def test_the_missing_tool_is_named_with_its_extra(trained, monkeypatch):
+def test_missing_torch_pruning_is_refused_with_the_extra_to_install(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(UserError, match=r"--prune needs torch-pruning: pip install -e '\.\[compress\]'"):
         student(trained, "--prune", "0.5", "--out", "run")
     assert not list(Path("run").glob("*"))
 
 
-def test_the_smallest_weights_of_all_layers_together_go():
+def test_the_smallest_weights_over_all_layers_are_masked():
     weights = {"a": torch.randn(4, 3, 3, 3), "b": 3 * torch.randn(5, 20)}
-    found = masks(weights, 0.7)
+    kept = masks(weights, 0.7)
     ranked = sorted(w.abs().item() for weight in weights.values() for w in weight.flatten())
     threshold = ranked[round(0.7 * len(ranked))]
     for name, weight in weights.items():
-        assert torch.equal(found[name], weight.abs() >= threshold)
-    assert found["a"].double().mean() < found["b"].double().mean()
+        assert torch.equal(kept[name], weight.abs() >= threshold)
+    assert kept["a"].double().mean() < kept["b"].double().mean()
     assert [int((~mask).sum()) for mask in masks({"a": torch.zeros(1, 7)}, 3 / 7).values()] == [3]
-    with pytest.raises(UserError, match=r"--sparsity 0.9: would leave nothing of a; give less"):
+    with pytest.raises(UserError, match=r"--sparsity 0.9: would set every weight of a to zero; give less"):
         masks({"a": torch.ones(2, 2), "b": 2 + torch.rand(50, 2)}, 0.9)
 
 
@@ -149,14 +151,14 @@ def test_a_pruned_sparse_rounded_student_resumes_to_the_same_bytes_and_loads_any
     network, summary = kd.load("run", trust_code=True), json.loads(Path("run/summary.json").read_text())
     inner = [network[3].weight, network[6].weight]
     count = sum(weight.numel() for weight in inner)
-    assert summary["teacher"] == trained  # the network as it was
+    assert summary["teacher"] == trained  # the uncompressed network
     assert summary["params"] == sum(parameter.numel() for parameter in network.parameters())
     assert summary["macs"] == count_macs(network, SIZE) <= 0.6 * summary["macs_before"]
     zeros = sum(int((weight == 0).sum()) for weight in inner)
     assert summary["sparsity"] == zeros / count >= round(0.75 * count) / count
     learnt = kd.load(trained, trust_code=True)[3].weight
-    assert not torch.isin(inner[0][inner[0] != 0], learnt).any(), "what is left goes on learning"
-    # A smaller network is an --init like any other, and its zeros must be asked for again.
+    assert not torch.isin(inner[0][inner[0] != 0], learnt).any(), "the remaining weights are trained on"
+    # A compressed run can be an --init too, and needs --sparsity again.
     again = [*DEEP, *FEW, "--init", "run", "none", "--out", "again"]
     with pytest.raises(UserError, match=r"has a sparsity of 0.75, which training would fill again; add --sparsity"):
         distil(*again)

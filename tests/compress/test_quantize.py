@@ -1,4 +1,4 @@
-"""Low precision: the levels are the documented ones, training goes through them, and what is saved has them."""
+"""Low precision: weights and activations have the documented levels, in training and in saved files."""
 
 import dataclasses
 import json
@@ -68,8 +68,8 @@ def test_weights_take_the_documented_levels_of_their_channel(bits):
     )
     weight[2] = 0
     rounded = rounded_weight(weight, bits)
-    wanted = torch.tensor([naive_weight(row, bits) for row in weight.flatten(1).tolist()], dtype=torch.double)
-    torch.testing.assert_close(rounded.flatten(1), wanted, rtol=1e-12, atol=0)
+    expected = torch.tensor([naive_weight(row, bits) for row in weight.flatten(1).tolist()], dtype=torch.double)
+    torch.testing.assert_close(rounded.flatten(1), expected, rtol=1e-12, atol=0)
     assert max(len(row.unique()) for row in rounded) <= 2**bits - 1
     torch.testing.assert_close(rounded_weight(rounded, bits), rounded, rtol=1e-6, atol=0)
 
@@ -89,9 +89,8 @@ def test_activations_take_steps_over_each_images_own_range(bits):
     for one, image in zip(rounded, x):
         step = (max(image.max(), 0) - min(image.min(), 0)) / (2**bits - 1)
         assert len(one.unique()) <= 2**bits
-        assert (
-            one - image
-        ).abs().max() <= 1.001 * step  # half a step, and as much where the ends are moved to hold zero
+        # Half a step, plus half a step if the range is shifted to include an exact zero.
+        assert (one - image).abs().max() <= 1.001 * step
         torch.testing.assert_close((one / step).round() * step, one, rtol=1e-4, atol=1e-6)
         assert len(one.unique()) > 2 ** (bits - 2)
     torch.testing.assert_close(rounded_activation(x[1:2], bits), rounded[1:2], rtol=0, atol=0)
@@ -107,7 +106,7 @@ def test_values_are_rounded_to_the_last_bit_and_gradients_are_not():
     assert torch.equal(x.grad, torch.arange(500.0))
 
 
-def test_all_layers_but_the_first_and_the_last_are_meant():
+def test_inner_layers_are_all_but_the_first_and_the_last():
     assert inner_layers(networks.deep(4), (8, 8), "deep") == ("3", "6")
     names = inner_layers(build_model("resnet8", 4, (8, 8)), (8, 8), "resnet8")
     assert names[0] == "layer1.0.conv1"
@@ -145,14 +144,14 @@ def test_fine_tuning_starts_from_the_trained_weights_and_bakes_as_torch_does(tra
     weights = plain_weights(network)
     assert weights.keys() == full.state_dict().keys()
     for name, tensor in full.state_dict().items():
-        wanted = rounded_weight(tensor, 4) if name in ("3.weight", "6.weight") else tensor
-        assert torch.equal(weights[name], wanted), name
+        expected = rounded_weight(tensor, 4) if name in ("3.weight", "6.weight") else tensor
+        assert torch.equal(weights[name], expected), name
     for name in recipe["layers"]:
         remove_parametrizations(network.get_submodule(name), "weight", leave_parametrized=True)
     assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_a_rounded_teacher_answers_the_same_when_it_is_folded():
+def test_a_rounded_teacher_has_the_same_logits_when_it_is_folded():
     network = networks.deep(4).eval()
     quantize_activations(network, ("3", "6"), 4)
     image = torch.randn(6, 3, 8, 8)
@@ -171,7 +170,7 @@ def test_a_rounded_teacher_answers_the_same_when_it_is_folded():
         (["--init", "unfinished"], "unfinished is no finished run"),
     ],
 )
-def test_what_cannot_be_started_from_is_said_before_anything_is_made(trained, args, words):
+def test_an_init_that_does_not_fit_is_refused_before_any_file_is_written(trained, args, words):
     Path("unfinished").mkdir()
     with pytest.raises(UserError, match=words):
         student(trained, *args, "none", "--out", "run")
@@ -183,8 +182,8 @@ def test_bits_that_are_not_offered_are_refused_with_those_that_are(args, capsys)
     with pytest.raises(SystemExit) as stop:
         parse(distill_defaults, "", args)
     assert stop.value.code == 2
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert f"'{args[1]}' for argument '{args[0]}'. Expected one of ('32', '8', '4'" in said
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"'{args[1]}' for argument '{args[0]}'. Expected one of ('32', '8', '4'" in message
 
 
 def test_the_student_alone_is_compressed_alike_and_the_teacher_never():
@@ -197,7 +196,7 @@ def test_the_student_alone_is_compressed_alike_and_the_teacher_never():
     assert all("--weight-bits" in task.args for task in (*asked.controls(), asked.student("kd", 0)))
 
 
-def test_only_what_is_asked_is_a_part_of_a_runs_identity(trained):
+def test_only_flags_that_are_set_are_part_of_a_runs_identity(trained):
     data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
     flags = {entry.name for entry in dataclasses.fields(CompressConfig)}
     job = parse(distill_defaults, "", []).job()
@@ -232,11 +231,11 @@ def test_the_report_never_averages_or_compares_a_compressed_student_with_a_plain
 
 
 def test_soft_cross_entropy_agrees_with_a_naive_loop():
-    ours, theirs = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    student, teacher = torch.randn(5, 7).double(), torch.randn(5, 7).double()
     total = 0.0
-    for row, other in zip(ours, theirs):
-        total -= sum(other.softmax(0)[k].item() * row.log_softmax(0)[k].item() for k in range(7))
-    assert soft_cross_entropy(ours, theirs).item() == pytest.approx(total / 5, rel=1e-9)
+    for z_s, z_t in zip(student, teacher):
+        total -= sum(z_t.softmax(0)[k].item() * z_s.log_softmax(0)[k].item() for k in range(7))
+    assert soft_cross_entropy(student, teacher).item() == pytest.approx(total / 5, rel=1e-9)
 
 
 def test_schemes_b_and_c_are_kd_with_these_flags():
@@ -244,13 +243,13 @@ def test_schemes_b_and_c_are_kd_with_these_flags():
     distiller, teacher = build("kd", alpha=0.5, temperature=1.0)
     batch, student = batch_of(torch.arange(12)), distiller.student
     sum(terms_of(distiller, teacher, batch).values()).backward()
-    ours = [parameter.grad.clone() for parameter in student.parameters()]
+    gradients = [parameter.grad.clone() for parameter in student.parameters()]
     student.zero_grad()
     logits = student(batch.image)
     soft = soft_cross_entropy(logits, teacher(batch.image).logits)
     (0.5 * F.cross_entropy(logits, batch.label) + 0.5 * soft).backward()
-    torch.testing.assert_close(ours, [parameter.grad for parameter in student.parameters()])
-    assert all(grad.abs().max() > 1e-4 for grad in ours)
+    torch.testing.assert_close(gradients, [parameter.grad for parameter in student.parameters()])
+    assert all(gradient.abs().max() > 1e-4 for gradient in gradients)
 
 
 def test_the_documented_commands_for_every_scheme_parse():
@@ -286,7 +285,7 @@ def test_the_partner_is_in_the_checkpoint_and_not_in_what_is_exported():
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_same_zeros_and_levels():
+def test_two_processes_have_the_same_zeros_and_levels():
     few = ["--data", "synthetic", "--batch-size", "50", "--epochs", "1", "--log-every", "3"]
     cpu = {"ACCELERATE_USE_CPU": "true"}
     first = script("train_teacher.py", *TEACHER, "--model", "tests.networks:deep", "--out", "first")

@@ -1,4 +1,4 @@
-"""Taps, and every method as a module: what its gradients reach, what autocast does to it, what crd remembers."""
+"""Taps; and every method as a module: which parameters get gradients, dtypes under autocast, crd's banks."""
 
 import copy
 
@@ -20,7 +20,7 @@ LOGITS = [name for name, kind in METHODS.items() if "standardize" in kind.__data
 INDEX = torch.arange(12)
 
 
-def test_a_tap_gives_what_a_layer_gave_before_anything_overwrote_it():
+def test_a_tap_returns_a_layers_output_from_before_anything_overwrote_it():
     net = network(4)
     image = torch.randn(2, 3, *SIZE)
     logits, features = Tap(net, ("0", "2", "6.input"))(image)
@@ -30,13 +30,13 @@ def test_a_tap_gives_what_a_layer_gave_before_anything_overwrote_it():
     torch.testing.assert_close(net[6](features["6.input"]), logits)
 
 
-def test_a_tap_costs_nothing_without_layers_keeps_nothing_and_is_taken_off():
+def test_a_tap_sets_no_hooks_without_layers_stores_nothing_for_others_and_can_be_removed():
     net = network(4)
     Tap(net)
     assert not any(module._forward_hooks for module in net.modules())
     tap = Tap(net, ("2",))
     net(torch.randn(1, 3, *SIZE))
-    assert tap._seen is None
+    assert tap._features is None
     tap.remove()
     assert not any(module._forward_hooks for module in net.modules())
 
@@ -55,16 +55,19 @@ def test_a_deep_copy_of_a_tapped_network_fills_its_own_tap():
     ("layer", "words"),
     [("layer5", "did you mean layer"), ("nothing", "there are conv1, bn1, layer1"), ("layer1.input.input", "did you")],
 )
-def test_a_wrong_layer_is_answered_with_those_there_are(layer, words):
+def test_a_wrong_layer_is_refused_with_the_existing_ones(layer, words):
     with pytest.raises(UserError, match=words):
         Tap(build_model("resnet8", 5, (8, 8)), (layer,))
 
 
-def test_layers_that_give_no_tensor_or_never_run_are_refused():
+def test_layers_that_output_no_tensor_or_never_run_are_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
     net[1].unused = nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"'1.unused' is there and does not run"):
+    with pytest.raises(UserError, match=r"layer '1.unused': exists but does not run"):
         Tap(net, ("1.unused",))(torch.randn(1, 3, 8, 8))
+    net[1].register_forward_hook(lambda module, inputs, output: (output,))
+    with pytest.raises(UserError, match=r"layer '1': outputs a tuple, not a tensor; name another layer"):
+        Tap(net, ("1",))(torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet101", "resnet152")])
@@ -97,9 +100,9 @@ def test_different_numbers_of_stages_are_paired_from_the_last():
     ("method", "flags", "words"),
     [
         ("at", {"student_layers": ("0",)}, r"student layers \(0\) and teacher layers \(0, 2\) do not pair up"),
-        ("at", {"student_layers": ("6",), "teacher_layers": ("6",)}, "layer '6' gives .*maps, b x c x h x w"),
-        ("rkd", {"student_layers": ("0", "2"), "teacher_layers": ("0", "2")}, "compares one layer, 2 were given"),
-        ("fitnet", {"hint_stage": 3}, "--hint-stage 3: there are 2 stages"),
+        ("at", {"student_layers": ("6",), "teacher_layers": ("6",)}, "layer '6': outputs .*maps, b x c x h x w"),
+        ("rkd", {"student_layers": ("0", "2"), "teacher_layers": ("0", "2")}, "compares one layer, and 2 were named"),
+        ("fitnet", {"hint_stage": 3}, "--hint-stage 3: there are 2 stages; give 1 to 2"),
         ("sp", {"student_layers": ("9",)}, "no layer '9'"),
         ("simkd", {"teacher_layers": ("0",)}, "does not take the average of 0"),
     ],
@@ -113,10 +116,10 @@ def test_layers_that_do_not_fit_are_refused_with_the_reason(method, flags, words
 def test_gradients_reach_all_that_trains_and_never_the_teacher(method):
     distiller, teacher = build(method, **({"kd_weight": 0.5} if method in FEATURES else {}))
     batch = batch_of(INDEX)
-    answer = teacher(batch.image)
-    answer = answer._replace(features={name: part.requires_grad_() for name, part in answer.features.items()})
+    outputs = teacher(batch.image)
+    features = {name: feature.requires_grad_() for name, feature in outputs.features.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, terms, measures = distiller(batch, answer)
+        logits, terms, measures = distiller(batch, outputs._replace(features=features))
     assert logits.dtype == torch.float32
     assert all(term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
     assert bool(measures) == (teacher.network is not None)
@@ -134,9 +137,9 @@ def test_gradients_reach_all_that_trains_and_never_the_teacher(method):
 def test_standardised_logits_forget_the_teachers_scale(method):
     distiller, teacher = build(method, standardize=True)
     batch = batch_of(INDEX)
-    answer = teacher(batch.image)
-    scaled = answer._replace(logits=3 * answer.logits + 2)
-    one, other = (distiller(batch, part).terms[method] for part in (answer, scaled))
+    outputs = teacher(batch.image)
+    scaled = outputs._replace(logits=3 * outputs.logits + 2)
+    one, other = (distiller(batch, part).terms[method] for part in (outputs, scaled))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
@@ -159,7 +162,7 @@ def test_crd_draws_other_classes_evenly_and_anew_each_epoch():
     assert (counts.double() / counts.double().mean() - 1).abs().max() < 0.35
 
 
-def test_crd_remembers_what_it_saw_and_sets_its_normalisers_once():
+def test_crd_updates_the_batchs_rows_of_its_banks_and_sets_its_normalisers_once():
     distiller, teacher = build("crd")
     loss, before = distiller.loss, distiller.loss.banks.clone()
     terms_of(distiller, teacher, batch_of(INDEX))
@@ -174,5 +177,5 @@ def test_crd_remembers_what_it_saw_and_sets_its_normalisers_once():
     assert not any("negatives" in name for name in distiller.state_dict())
 
 
-def test_the_stages_of_the_test_networks_fit_them():
+def test_the_stages_of_the_test_networks_are_right():
     assert stages("tests.pairs:network", network(4), 5) == Stages((), "6", STAGES.modules)

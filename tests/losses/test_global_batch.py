@@ -1,4 +1,4 @@
-"""Two processes with half of a batch each train as one does with the whole."""
+"""Two processes with half a batch each train like one process with the whole batch."""
 
 import warnings
 
@@ -10,13 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 from kd.config import METHODS
 from tests.pairs import SAMPLES, batch_of, build
 
-# The others normalise over each process's own share, unless --sync-batchnorm.
+# The others normalise over each process's own share without --sync-batchnorm.
 METHODS_WITHOUT_BATCHNORM = sorted(METHODS.keys() - {"fitnet", "reviewkd", "simkd"})
 STEPS, BATCH = 3, 16
 
 
 def train(method: str, process: int, processes: int) -> dict[str, torch.Tensor]:
-    """Weights and memory after three steps, and the last step's terms averaged over processes."""
+    """Weights and buffers after three steps, and the last step's terms averaged over processes."""
     distiller, teacher = build(method)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
     model = DistributedDataParallel(distiller) if processes > 1 else distiller
@@ -25,8 +25,8 @@ def train(method: str, process: int, processes: int) -> dict[str, torch.Tensor]:
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))
         batch = batch_of(order[process * share : (process + 1) * share], step)
         with torch.no_grad():
-            answer = teacher(batch.image)
-        terms = model(batch, answer).terms
+            outputs = teacher(batch.image)
+        terms = model(batch, outputs).terms
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
         optimizer.step()
@@ -55,8 +55,8 @@ def two(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("method", METHODS_WITHOUT_BATCHNORM)
 def test_two_processes_train_as_one(two, method):
     one = train(method, 0, 1)
-    for name, wanted in one.items():
-        ours, theirs = (part[method][name] for part in two)
+    for name, expected in one.items():
+        first, second = (process[method][name] for process in two)
         rounding = 1e-3 if name == "terms" else 1e-4  # pkt multiplies its own by 30,000
-        assert torch.allclose(ours, wanted, rtol=rounding, atol=rounding / 10), name
-        assert torch.equal(ours, theirs), f"{name} differs between the processes"
+        assert torch.allclose(first, expected, rtol=rounding, atol=rounding / 10), name
+        assert torch.equal(first, second), f"{name} differs between the processes"

@@ -1,4 +1,4 @@
-"""What every loss function owes: its naive loop, an identity, finite numbers far out."""
+"""Every loss function: agrees with a naive loop, has its identity for equal networks, is finite for huge inputs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from tests import naive
 class Case(NamedTuple):
     function: Callable
     naive: Callable
-    inputs: str  # what its two tensors are
+    inputs: str  # a key of SHAPES
     extra: tuple = ()
-    at_equal: float | None = 0.0  # its value for equal networks
-    repeats: bool = True  # a batch twice over gives the same value
+    at_equal: float | None = 0.0  # value for equal networks
+    repeats: bool = True  # a repeated batch gives the same value
 
 
 B, K = 6, 7
@@ -61,7 +61,7 @@ SHAPES = {
 
 
 def naive_levels(student: Tensor, teacher: Tensor) -> float:
-    """Of 5 x 5 maps: the whole, 4 x 4, 2 x 2 and 1 x 1, with weights 1, 1/2, 1/4 and 1/8."""
+    """For 5 x 5 maps: the maps, and pools to 4 x 4, 2 x 2 and 1 x 1, with weights 1, 1/2, 1/4 and 1/8."""
     total = ((student - teacher) ** 2).mean().item()
     for side, weight in ((4, 0.5), (2, 0.25), (1, 0.125)):
         edges = [(i * 5 // side, -(-(i + 1) * 5 // side)) for i in range(side)]
@@ -82,8 +82,8 @@ def case(request) -> Case:
 
 def test_agrees_with_a_naive_loop(case):
     student, teacher = inputs(case)
-    wanted = case.naive(student, teacher, *case.extra)
-    assert case.function(student, teacher, *case.extra).item() == pytest.approx(wanted, rel=1e-5)
+    expected = case.naive(student, teacher, *case.extra)
+    assert case.function(student, teacher, *case.extra).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_equal_networks_give_the_identity(case):
@@ -94,7 +94,7 @@ def test_equal_networks_give_the_identity(case):
         )  # dist's eps
 
 
-def test_a_batch_twice_over_changes_nothing_where_samples_stand_alone(case):
+def test_repeating_the_batch_changes_nothing_if_samples_are_independent(case):
     if case.repeats:
         student, teacher = inputs(case)
         extra = [torch.cat([part, part]) if part is LABELS else part for part in case.extra]
@@ -103,7 +103,7 @@ def test_a_batch_twice_over_changes_nothing_where_samples_stand_alone(case):
 
 
 @pytest.mark.parametrize("scale", [1e4, 0.0])
-def test_finite_far_out_and_for_constant_outputs(case, scale):
+def test_finite_for_huge_and_for_constant_outputs(case, scale):
     student, teacher = (scale * part.float().sign() for part in inputs(case))
     student.requires_grad_()
     extra = [part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in case.extra]
@@ -114,7 +114,7 @@ def test_finite_far_out_and_for_constant_outputs(case, scale):
 
 
 def test_dkds_two_terms_recombine_to_kd():
-    """kd is TCKD plus NCKD weighted by the teacher's doubt; with one label for all the weight is one."""
+    """kd is TCKD + (1 - p(label)) * NCKD with the teacher's p; one sample has one such weight."""
     student, teacher = torch.randn(1, K).double(), torch.randn(1, K).double()
     label = torch.tensor([3])
     doubt = 1 - (teacher / 4).softmax(1)[0, 3].item()

@@ -35,7 +35,7 @@ FLAGS = {"crd": ["--negatives", "64"], "dkd": ["--ramp-epochs", "2"]}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Neither curves nor power cuts are what these tests are about, and they take half of the time."""
+    """Skip curves and fsync: not tested here, and half of the time."""
     monkeypatch.setattr("kd.training.summary.draw_curves", lambda *args: None)
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
@@ -54,9 +54,9 @@ def student(teacher: str, method: str, *args: str) -> None:
     distil("--student", "resnet8", "--teacher", teacher, "--trust-code", *FEW, method, *FLAGS.get(method, []), *args)
 
 
-# Those that keep something of their own between steps, or change what is deployed, are tried every time.
-KEEPING = ("kd", "vid", "cc", "crd", "reviewkd", "simkd", "apprentice")
-EVERY = [pytest.param(name, marks=() if name in KEEPING else pytest.mark.slow) for name in METHODS]
+# Methods with state or parameters of their own, or another deployed network, always run; the others are slow tests.
+STATEFUL = ("kd", "vid", "cc", "crd", "reviewkd", "simkd", "apprentice")
+EVERY = [pytest.param(name, marks=() if name in STATEFUL else pytest.mark.slow) for name in METHODS]
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -69,7 +69,7 @@ def test_row_4_every_method_trains_and_resumes_to_the_same_bytes(teacher, method
     assert differences(Path("whole"), Path("run")) == []
 
 
-def test_simkd_scores_saves_counts_and_gives_back_what_it_deploys(teacher):
+def test_simkd_scores_saves_counts_and_loads_the_deployed_network(teacher):
     student(teacher, "simkd", "--out", "run")
     network, head = kd.load("run"), kd.load(teacher).fc
     torch.testing.assert_close(network.classifier.weight, head.weight, rtol=0, atol=0)
@@ -94,22 +94,24 @@ def test_a_recipe_that_cannot_be_rebuilt_is_named(teacher):
             kd.load("run")
 
 
-def test_a_network_that_names_no_stages_needs_layers_and_is_told_which(teacher):
+def test_a_network_without_known_stages_needs_layers_and_the_message_lists_them(teacher):
     plain = str(Path(teacher).parent / "plain")
     to = ["--student", "tests.networks:normalised", "--teacher", plain, "--trust-code", *FEW]
-    with pytest.raises(UserError, match=r"the student's model does not say .* --student-layers: there are 0, 1, 2"):
+    with pytest.raises(
+        UserError, match=r"the student's model has no known stages .* --student-layers: there are 0, 1, 2"
+    ):
         distil(*to, "at", "--out", "run")
     with pytest.raises(UserError, match=r"no layer '00': "):
         distil(*to, "at", "--student-layers", "00", "--out", "run")
-    with pytest.raises(UserError, match=r"the teacher's model does not say"):
+    with pytest.raises(UserError, match=r"the teacher's model has no known stages"):
         distil(*to, "at", "--student-layers", "0", "--out", "run")
     distil(*to, "at", "--student-layers", "0", "--teacher-layers", "0", "--out", "run")
-    distil(*to, "rkd", "--out", "embeddings")  # what enters the last linear layer is found without being named
+    distil(*to, "rkd", "--out", "embeddings")  # the embedding is found without being named
     assert metrics_of(Path("embeddings"))[-1]["train/rkd"] > 0
 
 
-def test_the_teacher_is_asked_for_features_under_its_own_normalisation(teacher):
-    """Other rows held out give another mean: the teacher's layers must still be found by their names."""
+def test_features_of_a_teacher_with_another_normalisation_are_found(teacher):
+    """Another split has another mean; the teacher's layers must still be found by name."""
     student(teacher, "sp", "--split-seed", "3", "--out", "run")
     assert metrics_of(Path("run"))[-1]["train/sp"] > 0
 
@@ -125,8 +127,8 @@ def test_several_teachers_are_averaged_in_their_probabilities_and_compared_one_b
     data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
     both = load_teachers([Path(teacher), Path(plain)], data, torch.device("cpu"), trust_code=True)
     image = torch.randn(6, 3, *data.size)
-    wanted = sum(member.network(image).softmax(1) for member in both.members) / 2
-    torch.testing.assert_close(both.network(image).softmax(1), wanted)
+    mean = sum(member.network(image).softmax(1) for member in both.members) / 2
+    torch.testing.assert_close(both.network(image).softmax(1), mean)
     with pytest.raises(UserError, match="--teacher-layers: there are networks"):
         distil("--student", "resnet8", "--teacher", teacher, plain, "--trust-code", *FEW, "sp", "--out", "three")
     assert not Path("three").exists() or not list(Path("three").glob("*.json"))

@@ -51,8 +51,8 @@ def test_agrees_with_the_authors_code_in_value_and_gradient(case, name):
     value = function_of(name)(*inputs, **entry["params"])
     value.backward()
     assert value.item() == pytest.approx(entry["value"], rel=1e-6)
-    wanted = torch.tensor(entry["gradient"], dtype=torch.double)
-    torch.testing.assert_close(inputs[0].grad, wanted, rtol=1e-6, atol=1e-9)
+    gradient = torch.tensor(entry["gradient"], dtype=torch.double)
+    torch.testing.assert_close(inputs[0].grad, gradient, rtol=1e-6, atol=1e-9)
 
 
 def test_kd_loss_agrees_with_a_naive_loop():
@@ -100,7 +100,7 @@ def test_kd_loss_refuses_a_teacher_of_one_class_that_would_broadcast():
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_kd_weighs_as_the_report_does(direction):
+def test_kd_weights_its_terms_as_the_report_does(direction):
     student, teacher, label = torch.randn(6, 10), torch.randn(6, 10), torch.arange(6)
     terms = KD(KDConfig(temperature=5.0, alpha=0.7, direction=direction), PAIR)(
         Outputs(student), Outputs(teacher), batch_of(label)

@@ -1,4 +1,4 @@
-"""Networks by name: the published sizes, and clear answers to names that do not exist."""
+"""Networks by name: published parameter counts, stages, and messages for names that do not exist."""
 
 import subprocess
 import sys
@@ -14,13 +14,13 @@ from kd.models import FAMILIES, MODELS, STAGES, build_model, mobilenetv2, shuffl
 
 
 def on_paper(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
-    """The network with shapes and no numbers, which costs nothing."""
+    """The network on the meta device: shapes without numbers, at no cost."""
     with torch.device("meta"):
         return build_model(name, num_classes, size)
 
 
 def stage_maps(name: str, size: tuple[int, int]) -> list[torch.Size]:
-    """The shapes of the stages' outputs for one image, without the batch."""
+    """Shapes of the stages' outputs for one image, without the batch dimension."""
     network, shapes = on_paper(name, 7, size).eval(), {}
     names = {network.get_submodule(stage): stage for stage in STAGES[name]}
 
@@ -62,7 +62,7 @@ def test_parameter_counts_are_the_published_ones(name, params, published):
     assert f"{params / 1e6:.2f}M" == published
 
 
-# No table of that literature has these two: the sums of their layers, by hand.
+# These two are in no table of that literature; the counts are sums over the layers, by hand.
 @pytest.mark.parametrize(("name", "params"), [("wrn-16-1", 180_916), ("vgg11", 9_277_284)])
 def test_parameter_counts_are_the_sums_of_the_layers(name, params):
     assert sum(parameter.numel() for parameter in on_paper(name, 100, (32, 32)).parameters()) == params
@@ -102,7 +102,7 @@ def test_stages_of_cifar_images_have_the_shapes_of_the_literature(name, channels
     assert stage_maps(name, (32, 32)) == [(c, side, side) for c, side in zip(channels, sides)]
 
 
-def test_a_wide_block_adds_to_its_input_as_it_came():
+def test_a_wide_block_adds_to_its_input_unchanged():
     block = wrn.Block(4, 4, stride=1)
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, 4, 5, 5)
@@ -117,14 +117,14 @@ def test_an_inverted_residual_ends_without_an_activation():
     assert torch.equal(block(x), x - 1)
 
 
-def test_shufflenetv1_puts_the_averaged_input_behind_what_it_adds():
+def test_shufflenetv1_concatenates_its_new_channels_and_the_averaged_input():
     unit = shufflenetv1.Unit(24, 240, stride=2)
     x = torch.rand(2, 24, 6, 6)
     assert unit(x).shape == (2, 240, 3, 3)
     assert torch.equal(unit(x)[:, 216:], F.avg_pool2d(x, 3, stride=2, padding=1))
 
 
-def test_shufflenetv2_passes_half_of_the_channels_by():
+def test_shufflenetv2_passes_half_of_the_channels_on_unchanged():
     unit = shufflenetv2.Unit(8)
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(unit(x)[:, ::2], x[:, :4])
@@ -136,7 +136,7 @@ def test_large_images_get_the_imagenet_stem():
     assert build_model("resnet18", 10, (128, 128)).conv1.kernel_size == (7, 7)
 
 
-def test_names_from_elsewhere():
+def test_names_of_libraries_and_of_users_functions():
     assert build_model("torchvision/mobilenet_v3_small", 5, (32, 32)) is not None
     assert build_model("tests.networks:plain", 5, (16, 16)) is not None
 
@@ -149,31 +149,31 @@ def test_names_from_elsewhere():
         ("nowhere:net", "cannot import nowhere"),
         ("tests.networks:absent", "has no function absent"),
         ("tests.networks:no_module", "not a torch module"),
-        ("tests.networks:wrong_width", r"gives \(2, 6\) .* \(2, 5\) wanted"),
+        ("tests.networks:wrong_width", r"outputs \(2, 6\) .*logits of shape \(2, 5\)"),
         ("torchvision/vit_b_32", "cannot take images of 16 x 16 pixels .*patches of 32 x 32 do not divide them"),
         ("torchvision/vit_b_32", r"module:function .*VisionTransformer\(image_size=16, patch_size=4"),
         ("torchvision/maxvit_t", "cannot take images of 16 x 16 pixels"),
         ("torchvision/inception_v3", "cannot take images of 16 x 16 pixels"),
     ],
 )
-def test_wrong_names_and_networks_are_answered(name, words):
+def test_wrong_names_and_networks_are_refused_with_the_remedy(name, words):
     with pytest.raises(UserError, match=words):
         build_model(name, 5, (16, 16))
 
 
-def test_torchvision_transformers_are_told_the_image_size():
+def test_torchvision_transformers_get_the_image_size():
     network = on_paper("torchvision/vit_b_16", 5, (32, 32))
     assert network.encoder.pos_embedding.shape[1] == 1 + 4
-    with pytest.raises(UserError, match=r"48 x 32 pixels \(it takes square ones only"):
+    with pytest.raises(UserError, match=r"48 x 32 pixels \(it takes square images only"):
         on_paper("torchvision/vit_b_16", 5, (32, 48))
 
 
-def test_a_transformer_of_the_users_own_takes_digits():
+def test_a_users_own_transformer_takes_digits():
     assert build_model("tests.networks:vit", 10, (8, 8)) is not None
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet10t"])
-def test_timm_networks_are_told_the_image_size_where_they_need_it(name):
+def test_timm_networks_get_the_image_size_if_they_need_it(name):
     pytest.importorskip("timm")
     assert build_model(f"timm/{name}", 5, (32, 64)) is not None
 
@@ -186,20 +186,22 @@ def test_timm_networks_are_told_the_image_size_where_they_need_it(name):
         ("vit_tiny_patch16_224", (24, 32), r"timm.create_model.*img_size=\(24, 32\), patch_size=4"),
     ],
 )
-def test_timm_patches_that_do_not_divide_the_image_are_answered(name, size, words):
+def test_timm_patches_that_do_not_divide_the_image_are_refused(name, size, words):
     pytest.importorskip("timm")
     with pytest.raises(UserError, match=words):
         build_model(f"timm/{name}", 5, size)
 
 
-def test_timm_left_out_is_answered(monkeypatch):
+def test_missing_timm_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
         build_model("timm/resnet10t", 5, (32, 32))
 
 
-@pytest.mark.parametrize("code", ["import kd.models, torchvision", "from kd.models.libraries import define; define()"])
-def test_torchvision_is_importable_once_ours_is(code):
-    """In a fresh process: where its operators load they may not be declared again, which would abort it."""
+@pytest.mark.parametrize(
+    "code", ["import kd.models, torchvision", "from kd.models.libraries import define_operators as f; f()"]
+)
+def test_torchvision_is_importable_after_kd_models(code):
+    """In a fresh process, because declaring operators twice aborts it."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -106,9 +106,9 @@ class Bomb:
     [
         (lambda: None, "--teacher big.pth: no such file"),
         (lambda: torch.save(weights_of(10), "big.pth"), "write big.json"),
-        (lambda: torch.save({"state_dict": Bomb()}, beside("big.pth")), "more than tensors, which is not executed"),
-        (lambda: torch.save([1, 2], beside("big.pth")), "holds no state dict"),
-        (lambda: torch.save(weights_of(10), beside("big.pth", std=[0.2])), "big.json: wanted is"),
+        (lambda: torch.save({"state_dict": Bomb()}, beside("big.pth")), "more than tensors, which is never executed"),
+        (lambda: torch.save([1, 2], beside("big.pth")), "contains no state dict"),
+        (lambda: torch.save(weights_of(10), beside("big.pth", std=[0.2])), "big.json: incomplete or malformed; write"),
         (lambda: torch.save(weights_of(10), beside("big.pth")), "its classes have no names"),
         (lambda: torch.save(weights_of(9), beside("big.pth", classes=list("abcdefghij"))), "do not fit the network"),
         (
@@ -143,14 +143,17 @@ TEN = [str(number) for number in range(10)]
         ),
         (
             lambda: beside(file_of("big.safetensors", TEN), mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4]),
-            "big.json: mean and std are shares of 255, from 0 to 1",
+            "big.json: mean and std must be from 0 to 1, as shares of 255",
         ),
-        (lambda: beside(file_of("big.safetensors", TEN), std=[0.2, 0.2, 1.5]), "mean and std are shares of 255"),
-        (lambda: beside(file_of("big.safetensors", TEN), mean=[-0.5, 0, 0]), "mean and std are shares of 255"),
-        (lambda: beside(file_of("big.safetensors", TEN), mean=[float("nan"), 0, 0]), "mean and std are shares of 255"),
+        (lambda: beside(file_of("big.safetensors", TEN), std=[0.2, 0.2, 1.5]), "mean and std must be from 0 to 1"),
+        (lambda: beside(file_of("big.safetensors", TEN), mean=[-0.5, 0, 0]), "mean and std must be from 0 to 1"),
+        (
+            lambda: beside(file_of("big.safetensors", TEN), mean=[float("nan"), 0, 0]),
+            "mean and std must be from 0 to 1",
+        ),
         (
             lambda: beside(file_of("big.safetensors", TEN), model="resnet8", resized=[24, 24]),
-            "big.json is of a run, which is more than its weights: name the run folder, --teacher .",
+            "big.json: belongs to a run; name the run's folder, --teacher .",
         ),
     ],
     ids=["nan", "levels", "wide", "negative", "nan mean", "run"],
@@ -163,7 +166,7 @@ def test_a_safetensors_file_that_misleads_is_refused(make, words, data):
 
 def test_weights_of_another_network_name_the_one_that_was_tried(data):
     file_of("big.safetensors", data.classes)
-    with pytest.raises(UserError, match=r"do not fit the network resnet34; name their own with --teacher-model: "):
+    with pytest.raises(UserError, match=r"do not fit the network resnet34; name the right one with --teacher-model: "):
         load_teachers(["big.safetensors"], data, CPU, False, "resnet34")
 
 
@@ -173,7 +176,7 @@ def test_weights_of_another_network_name_the_one_that_was_tried(data):
         (["--teacher", "./nowhere"], "nowhere: no such run folder"),
         (["--teacher", "empty"], "empty is no finished run"),
         (["--teacher", "torchvision/resnet19"], "unknown model 'torchvision/resnet19'"),
-        (["--teacher", "torchvision/googlenet"], "rescales its images inside"),
+        (["--teacher", "torchvision/googlenet"], "rescales its images internally"),
         (["--teacher", "big.pth"], "--teacher big.pth: no such file"),
         (["--teacher", "~nobodyx/big.pth"], "--teacher ~nobodyx/big.pth: no such file or folder"),
         (["--teacher", "~nobodyx/run"], "--teacher ~nobodyx/run: no such file or folder"),
@@ -264,13 +267,13 @@ def test_a_pretrained_network_of_torchvision(hub_folder, data):
 
 def test_pretrained_weights_out_of_reach_end_in_one_line(hub_folder, data):
     with pytest.raises(
-        UserError, match=r"could not be had \(OSError: Network is unreachable\).*shufflenet.*pth"
+        UserError, match=r"cannot fetch its pretrained weights \(OSError: Network is unreachable\).*shufflenet.*pth"
     ) as caught:
         load_teachers([NAME], data, CPU, False)
     assert str(hub_folder) in str(caught.value)
     with pytest.raises(UserError, match="unknown model 'torchvision/resnet19': did you mean resnet1"):
         load_teachers(["torchvision/resnet19"], data, CPU, False)
-    with pytest.raises(UserError, match="rescales its images inside"):
+    with pytest.raises(UserError, match="rescales its images internally"):
         load_teachers(["torchvision/googlenet"], data, CPU, False)
 
 

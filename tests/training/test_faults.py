@@ -358,10 +358,10 @@ def test_row_22_simkd_refuses_a_teacher_whose_classes_had_to_be_matched(finished
     shutil.copytree(finished, "teacher")
     rename([1, 0, *range(2, 10)])
     student = ["--student", "resnet8", "--teacher", "teacher", "--epochs", "1"]
-    with pytest.raises(UserError, match=r"simkd .* in another order than the data's"):
+    with pytest.raises(UserError, match=r"simkd: .* in another order than the data's"):
         distil(*student, "simkd")
     with pytest.raises(
-        UserError, match="simkd reuses the teacher's classifier over its 10 classes, and the data has 4"
+        UserError, match="simkd: reuses the teacher's classifier over its 10 classes, and the data has 4"
     ):
         distil(*student, "--classes", "4", "simkd")
 
