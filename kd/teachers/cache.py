@@ -258,7 +258,7 @@ def _stop(signal_number: int, store: LogitStore, kept: int) -> None:
 
 def _query(ask: TeacherLogits, images: TrainingImages, indices: list[Tensor], view: int) -> Iterator[Outputs]:
     numbers = [torch.full((), number, device=images.device) for number in (view, view, 0)]
-    for index, (image, label, mixed) in zip(indices, images.seen(indices, view)):
+    for index, (image, label, mixed) in zip(indices, images.augmented(indices, view)):
         yield ask(Batch(image, label, index.to(images.device), *numbers, mixed))
 
 

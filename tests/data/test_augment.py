@@ -15,10 +15,10 @@ PINNED_ORDER = [5, 6, 1, 3, 0, 2, 4, 7]
 
 def test_a_view_depends_on_nothing_but_seed_epoch_and_index():
     index = torch.arange(1000)
-    whole = augment.draw_view(CROP, 1, 5, index)
+    whole = augment.draw_crop_flip(CROP, 1, 5, index)
     shuffled = torch.randperm(1000)
     torch.manual_seed(99)  # torch's own generator plays no part
-    again = augment.draw_view(CROP, 1, 5, shuffled)
+    again = augment.draw_crop_flip(CROP, 1, 5, shuffled)
     for one, other in zip(whole, again, strict=True):
         assert torch.equal(one[shuffled], other)
 
@@ -26,13 +26,13 @@ def test_a_view_depends_on_nothing_but_seed_epoch_and_index():
 @pytest.mark.parametrize(("seed", "number"), [(2, 5), (1, 6)])
 def test_another_seed_or_epoch_gives_other_views(seed, number):
     index = torch.arange(1000)
-    same = augment.draw_view(CROP, 1, 5, index).top == augment.draw_view(CROP, seed, number, index).top
+    same = augment.draw_crop_flip(CROP, 1, 5, index).top == augment.draw_crop_flip(CROP, seed, number, index).top
     assert 0.05 < same.float().mean() < 0.2  # one in nine by chance
 
 
 def test_views_are_evenly_spread_and_independent():
     index = torch.arange(90_000)
-    view = augment.draw_view(CROP, 0, 0, index)
+    view = augment.draw_crop_flip(CROP, 0, 0, index)
     for offsets in (view.top, view.left):
         counts = torch.bincount(offsets, minlength=9)
         assert (counts - 10_000).abs().max() < 500  # five standard deviations
@@ -44,13 +44,13 @@ def test_views_are_evenly_spread_and_independent():
 def test_no_flip_and_no_padding_leave_images_alone():
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     still = ViewConfig(crop_padding=0, flip=False)
-    assert torch.equal(augment.apply_view(images, augment.draw_view(still, 0, 0, torch.arange(6)), 0), images)
+    assert torch.equal(augment.crop_and_flip(images, augment.draw_crop_flip(still, 0, 0, torch.arange(6)), 0), images)
 
 
 def test_apply_agrees_with_cropping_one_by_one():
     images = torch.randint(0, 256, (32, 3, 10, 7), dtype=torch.uint8)
-    view = augment.draw_view(CROP, 0, 3, torch.arange(32))
-    seen = augment.apply_view(images, view, 4)
+    view = augment.draw_crop_flip(CROP, 0, 3, torch.arange(32))
+    seen = augment.crop_and_flip(images, view, 4)
     for image, top, left, flip, result in zip(images, view.top, view.left, view.flip, seen):
         crop = F.pad(image, (4, 4, 4, 4))[:, top : top + 10, left : left + 7]
         assert torch.equal(crop.flip(2) if flip else crop, result)

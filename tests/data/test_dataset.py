@@ -16,7 +16,7 @@ from kd.config import DataConfig
 from kd.data import Split, load_data
 from kd.data.cache import cache_root
 from kd.data.folder import COMMON
-from kd.data.statistics import blocks_of
+from kd.data.statistics import iter_blocks
 from kd.data.storage import fits_memory
 from kd.errors import UserError
 from kd.utils.system import limit_files, memory_limit
@@ -124,7 +124,7 @@ def test_other_colour_modes_become_rgb(tmp_path, mode):
 
 def test_images_of_several_sizes_need_one_size(folder):
     picture(1, size=(20, 14)).save(folder / "train" / "bee" / "zz.png")
-    with pytest.raises(UserError, match=r"train row 20 is 20 x 14.*--image-size"):
+    with pytest.raises(UserError, match=r"train row 20: is 20 x 14, others 12 x 12; give --image-size"):
         load_data(DataConfig(source=str(folder)))
     assert load_data(DataConfig(source=str(folder), image_size=10)).size == (10, 10)
 
@@ -145,18 +145,18 @@ def test_label_columns_of_names_and_numbers(tmp_path):
         ({"label": [0]}, {"label": ClassLabel(names=["a"])}, "no image column; it has label"),
         ({"img": [picture(0)], "text": ["x"]}, {"img": ImageFeature(), "text": Value("string")}, "no label column"),
         ({"img": [], "label": []}, FEATURES, "corresponds to no data"),
-        ({"img": [picture(0), None], "label": [0, 1]}, FEATURES, r"train row 1 .*no readable image"),
+        ({"img": [picture(0), None], "label": [0, 1]}, FEATURES, r"train row 1 .*: not a readable image"),
         (
             {"img": [{"bytes": b"junk", "path": "x.png"}], "label": [0]},
             FEATURES,
-            r"train row 0 \(x.png\) is no readable image",
+            r"train row 0 \(x.png\): not a readable image",
         ),
         (
             {"img": [picture(0)], "label": [10**12]},
             Features({"img": ImageFeature(), "label": Value("int64")}),
-            "has the label 1000000000000; numbers name classes up to 99999",
+            "has the label 1000000000000, above 99999; number classes from 0",
         ),
-        ({"img": [picture(0)], "label": [-1]}, FEATURES, "train row 0: label -1 is none of the 2 classes"),
+        ({"img": [picture(0)], "label": [-1]}, FEATURES, "train row 0: label -1 is not one of the 2 classes"),
         ({"img": [picture(0)], "label": [None]}, FEATURES, "train row 0: label None"),
     ],
     ids=["no image", "no label", "empty", "null row", "corrupt row", "no class", "ignored label", "missing label"],
@@ -192,7 +192,7 @@ def test_row_43_sources_that_do_not_exist_or_cannot_be_reached(source, words, mo
 def test_a_folder_without_images(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.md").write_text("nothing to see")
-    with pytest.raises(UserError, match="no image data"):
+    with pytest.raises(UserError, match="no readable image data"):
         load_data(DataConfig(source=str(tmp_path / "texts")))
 
 
@@ -221,20 +221,20 @@ def move(folder, *pairs: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: move(f, ("train/ape/0.png", "train/ape/2020/0.png")), "ape/2020/0.png lies deeper .* 2020 would be"),
-        (lambda f: picture(0).save(f / "train" / "stray.png"), "train/stray.png lies outside a class folder"),
+        (lambda f: move(f, ("train/ape/0.png", "train/ape/2020/0.png")), "ape/2020/0.png is deeper .* its class would be 2020"),
+        (lambda f: picture(0).save(f / "train" / "stray.png"), "train/stray.png is in no class folder"),
         (lambda f: [file.rename(file.with_suffix(".heic")) for file in f.glob("train/ape/*")],
-         r"train/ape holds no image that is read \(.heic\): convert"),
+         r"train/ape has no images \(.heic\); convert"),
         (lambda f: move(f, ("test/ape", "test/training shoes"), ("train/ape", "train/training shoes")),
-         "test/training shoes/0.png would be taken for each of test and training shoes: rename"),
-        (lambda f: move(f, ("train/ape", "train/training shoes")), "would be taken for each of train and training"),
+         r"test/training shoes/0.png is in several splits by its folders\' names \(test, training shoes\); rename"),
+        (lambda f: move(f, ("train/ape", "train/training shoes")), r"is in several splits .* \(train, training shoes\)"),
         (lambda f: [shutil.rmtree(f / split / "bee") for split in ("train", "test")],
-         r"one class folder alone \(ape\)"),
-        (lambda f: (f / "test" / "bee" / "4.png").symlink_to("nowhere.png"), "bee/4.png is a link to nothing: mend"),
+         r"only one class folder \(ape\)"),
+        (lambda f: (f / "test" / "bee" / "4.png").symlink_to("nowhere.png"), "bee/4.png: is a broken link; repair"),
         (lambda f: (move(f, ("train/bee", "../bees")), (f / "train" / "bee").symlink_to(f.parent / "bees")),
-         "train/bee is a link to a folder, which is not followed: put the folder itself there"),
+         "train/bee: is a link to a folder, which is not followed; put the folder itself there"),
         (lambda f: (f.rename(f.parent / "all"), f.mkdir(), (f / "train").symlink_to(f.parent / "all" / "train")),
-         "pictures/train is a link to a folder"),
+         "pictures/train: is a link to a folder"),
     ],
     ids=["deep", "stray", "all heic", "two splits", "twice", "one class", "dangling", "linked class", "all linked"],
 )  # fmt: skip
@@ -264,9 +264,9 @@ def test_what_is_left_out_is_counted_at_every_start(folder, capsys):
     for _ in range(2):
         data = load_data(DataConfig(source=str(folder), val_fraction=0.2))
         said = capsys.readouterr().out
-        assert "data: 4 of 29 files left out (.heic, .txt)\n" in said
+        assert "data: skipped 4 of 29 files, not images (.heic, .txt)\n" in said
         assert "; 14 training, 3 validation, 8 test images of 2 classes\n" in said
-    assert data.held.startswith("in memory, decoded once (")
+    assert data.storage.startswith("in memory, decoded once (")
 
 
 def test_hidden_files_are_nobodys_business(folder, capsys):
@@ -277,7 +277,7 @@ def test_hidden_files_are_nobodys_business(folder, capsys):
     (folder / ".linked").symlink_to(folder / "train")
     (folder / "__too").symlink_to(folder / "train")
     assert len(load_data(DataConfig(source=str(folder), val_fraction=0.0)).train.labels) == 20
-    assert "left out" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_common_endings_are_images_to_datasets():
@@ -317,7 +317,7 @@ def test_a_label_column_holds_numbers_or_names(tmp_path, label, stream):
     rows = {"image": [picture(n) for n in range(4)], "label": [0, 1, 0, 1], "boxes": [[1, 2]] * 4}
     kinds = Features({"image": ImageFeature(), "label": Value("int64"), "boxes": List(Value("int64"))})
     source = parquet(tmp_path / "set", rows, kinds)
-    with pytest.raises(UserError, match=rf"--label {label}: holds no numbers or names but \w+; it has image \(Image\)"):
+    with pytest.raises(UserError, match=rf"--label {label}: needs numbers or names, not \w+; \S+ has image \(Image\)"):
         load_data(DataConfig(source=source, label=label, stream=stream))
 
 
@@ -347,9 +347,9 @@ def test_a_folder_called_like_a_named_set_is_itself(folder, capsys):
 def test_statistics_look_at_few_bytes_at_a_time(monkeypatch):
     images = np.zeros((10, 3, 8, 8), np.uint8)
     monkeypatch.setattr("kd.data.statistics.BLOCK_BYTES", 3 * images[0].nbytes)
-    assert [len(block) for block in blocks_of(images, np.arange(10))] == [3, 3, 3, 1]
+    assert [len(block) for block in iter_blocks(images, np.arange(10))] == [3, 3, 3, 1]
     monkeypatch.setattr("kd.data.statistics.BLOCK_BYTES", 1)
-    assert [len(block) for block in blocks_of(images, np.arange(4))] == [1] * 4
+    assert [len(block) for block in iter_blocks(images, np.arange(4))] == [1] * 4
 
 
 def test_what_is_held_out_is_not_copied(folder):

@@ -12,7 +12,7 @@ from kd.data import augment, load_data, rows
 from kd.data.loader import TrainingImages
 from kd.errors import UserError
 from kd.models import build_model
-from kd.utils.images import central, decode
+from kd.utils.images import crop_and_resize, decode
 from tests.data.test_workers import images
 from tests.run_scripts import teach
 
@@ -73,7 +73,7 @@ def test_a_folder_of_odd_files_trains(tmp_path):
 def test_the_one_broken_file_among_them_is_named(tmp_path):
     source = odd_files(tmp_path / "pictures")
     (tmp_path / "pictures" / "train" / "class 0" / "see_through_palette.png").write_bytes(b"\x89PNG and no more")
-    with pytest.raises(UserError, match=r"^train row \d+ \(.*see_through_palette.png\) is no readable image: mend or"):
+    with pytest.raises(UserError, match=r"^train row \d+ \(.*see_through_palette.png\): not a readable image \(.*\); repair"):
         load_data(DataConfig(source=source, image_size=12))
 
 
@@ -128,7 +128,7 @@ def test_odd_files_have_the_pixels_that_they_show(tmp_path, name, most):
 )
 def test_greys_whose_white_is_unknown_are_refused_and_named(tmp_path, greys, words):
     Image.fromarray(greys.reshape(8, 8)).save(tmp_path / "odd.tiff")
-    with pytest.raises(UserError, match=rf"^val row 7 \(odd.tiff\) is no readable image: mend or drop it \({words}"):
+    with pytest.raises(UserError, match=rf"^val row 7 \(odd.tiff\): not a readable image \({words}"):
         decode(stored(tmp_path / "odd.tiff"), None, "val", 7)
 
 
@@ -141,13 +141,13 @@ def test_a_black_picture_of_sixteen_bits_is_black(tmp_path):
 def test_the_central_square_lies_within_every_image(size):
     """Rounding once made it larger than the image by a last bit, of one short side in thirty."""
     for short in range(100, 601):
-        assert central(Image.new("L", (short, short + 3)), size, size).size == (size, size)
+        assert crop_and_resize(Image.new("L", (short, short + 3)), size, size).size == (size, size)
 
 
 def test_a_picture_that_cannot_be_brought_to_size_is_named(tmp_path, monkeypatch):
     Image.fromarray(scene()).save(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "resize", lambda *_, **how: 1 / 0)
-    with pytest.raises(UserError, match=r"^train row 3 \(x.png\) is no readable image.*division by zero"):
+    with pytest.raises(UserError, match=r"^train row 3 \(x.png\): not a readable image.*division by zero"):
         decode(stored(tmp_path / "x.png"), 8, "train", 3)
 
 
@@ -234,20 +234,20 @@ def test_jitter_is_the_same_whatever_the_batch_and_the_threads():
 def test_a_view_depends_on_seed_number_and_index_alone(tmp_path, config):
     data = load_data(DataConfig(source=images(tmp_path / "x"), image_size=12, stored_size=16))
     ours = TrainingImages(data, config, 0, torch.device("cpu"))
-    (whole, *_), *_ = ours.seen([torch.arange(30)], 4)
+    (whole, *_), *_ = ours.augmented([torch.arange(30)], 4)
     parts = [torch.tensor([7, 3]), torch.tensor([29, 3, 0])]
     torch.manual_seed(99)  # torch's own generator plays no part
-    for index, (image, *_) in zip(parts, ours.seen(parts, 4)):
+    for index, (image, *_) in zip(parts, ours.augmented(parts, 4)):
         assert torch.equal(image, whole[index])
-    (other, *_), *_ = ours.seen([torch.arange(30)], 5)
+    (other, *_), *_ = ours.augmented([torch.arange(30)], 5)
     assert not torch.equal(other, whole)
     assert whole.shape == (30, 3, 12, 12)
 
 
 def test_scoring_sees_the_centre():
     pixels = random_images(2, 16, 16)
-    assert torch.equal(rows.centre(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
-    assert torch.equal(rows.centre(pixels, (16, 16)), pixels)
+    assert torch.equal(rows.centre_crop(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
+    assert torch.equal(rows.centre_crop(pixels, (16, 16)), pixels)
 
 
 def test_large_images_get_imagenets_stem():

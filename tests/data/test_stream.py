@@ -149,8 +149,8 @@ def test_a_window_over_many_shards_opens_and_reads_each_once(forty, monkeypatch,
 
     def counted(self, row: int, shard: int) -> None:
         read(self, row, shard)
-        held.append(len(self.held))
-        assert len(self.opened) <= stream.OPEN
+        held.append(len(self.buffer))
+        assert len(self.opened) <= stream.MAX_OPEN
 
     monkeypatch.setattr(stream._Reader, "_read_to", counted)
     for epoch in range(2):
@@ -176,7 +176,7 @@ def test_a_stream_that_is_sorted_by_class_is_told_so_once(tmp_path, capsys):
     load_data(streamed(source, 15))
     said = [line for line in capsys.readouterr().out.splitlines() if "--shuffle-rows" in line]
     assert said == [
-        "data: 15 rows in turn hold 1.4 classes, shuffled ones would hold 2.99: the data is sorted by class; give a"
+        "data: 15 consecutive rows have 1.4 classes, shuffled ones would have 2.99: the data is sorted by class; give a"
         " larger --shuffle-rows, or store it shuffled"
     ]
     load_data(streamed(source, 81))
@@ -254,7 +254,7 @@ def test_an_imagefolder_streams_too(tmp_path):
 
 def test_a_broken_row_is_named(tmp_path):
     source = shards(tmp_path / "parquet", broken=9)
-    with pytest.raises(UserError, match=r"^train row 9 \(x.png\) is no readable image"):
+    with pytest.raises(UserError, match=r"^train row 9 \(x.png\): not a readable image"):
         load_data(streamed(source, 8, val_fraction=0.0))
 
 

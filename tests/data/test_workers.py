@@ -128,7 +128,7 @@ def test_a_broken_row_is_named_before_training(tmp_path):
     broken = tmp_path / "pictures" / "test" / "class 1" / "0004.png"
     broken.write_bytes(broken.read_bytes()[:60])
     for how in ("memory", "workers"):
-        with pytest.raises(UserError, match=r"^test row 5 \(.*0004.png\) is no readable image: mend or drop it"):
+        with pytest.raises(UserError, match=r"^test row 5 \(.*0004.png\): not a readable image \(.*\); repair or drop it"):
             load_data(config(source, how))
 
 

@@ -68,25 +68,25 @@ def test_without_a_token_the_folder_stays_and_the_command_is_said(exported, priv
         refused = ask(server, code + f"sys.exit(exit_code(lambda: push(folder, 'me/student', {private})))")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert f"`hf upload me/student {exported}{flag}` sends it" in refused.stderr
+    assert f"run `hf upload me/student {exported}{flag}` once" in refused.stderr
     assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing@v1"])
 def test_offline_an_unknown_id_is_one_message(name):
-    with pytest.raises(UserError, match=f"{name}: no such run folder here, and not to be had from the Hub"):
+    with pytest.raises(UserError, match=f"{name}: no such run folder, and it cannot be downloaded from the Hub"):
         kd.load(name)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/a/b", "a/b/c", "nothing", "~/runs"])
 def test_a_path_is_never_asked_of_the_hub(name, monkeypatch):
-    monkeypatch.setattr("kd.utils.hub._fetch", lambda name: pytest.fail(f"{name} was asked for"))
+    monkeypatch.setattr("kd.utils.hub._download", lambda name: pytest.fail(f"{name} was asked for"))
     with pytest.raises(UserError, match="no such run folder"):
         kd.load(name)
 
 
 def test_a_folder_comes_before_an_id_of_the_same_name(exported, monkeypatch):
-    monkeypatch.setattr("kd.utils.hub._fetch", lambda name: pytest.fail(f"{name} was asked for"))
+    monkeypatch.setattr("kd.utils.hub._download", lambda name: pytest.fail(f"{name} was asked for"))
     shutil.copytree(exported, "runs/mine")
     assert kd.load("runs/mine")(torch.rand(2, 3, 16, 16)).shape == (2, 10)
 
