@@ -3,8 +3,8 @@
 `number` counts an image's views: the epoch, or the epoch modulo --views. No draw depends on the rest of the batch, so
 that a teacher's cached logits of an augmented image can be found again, and no random state has to be saved.
 
-All of it works on uint8 images as they are stored, decoded and resized, so that every storage gives the same pixels; a
-random crop has no more detail than --stored-size keeps. Mixing and erasing work on normalised images.
+Crops, flips and jitter work on stored images (uint8, decoded and resized), so that every storage gives the same pixels
+and a crop has no more detail than --stored-size keeps; mixing and erasing work on normalised images.
 """
 
 import math
