@@ -23,7 +23,7 @@ from rich.progress import track
 
 from kd.errors import UserError, exit_code, require
 from kd.export.onnx_runtime import describe
-from kd.utils.images import seen
+from kd.utils.images import preprocess
 
 BATCH = 64  # images in memory at once
 
@@ -96,7 +96,7 @@ def predict(predictor: Predictor, paths: list[Path], top: int) -> Iterator[Predi
 def _read(path: Path, predictor: Predictor) -> np.ndarray | str:
     """Pixels, or in words why there are none."""
     try:
-        return seen(path, predictor.image_size, predictor.stored_size)
+        return preprocess(path, predictor.image_size, predictor.stored_size)
     except Exception as error:  # Pillow raises many kinds; whatever it is, the file is at fault
         return " ".join(str(error).split()) or type(error).__name__
 

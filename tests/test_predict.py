@@ -17,7 +17,7 @@ from kd.data import load_data, rows
 from kd.errors import UserError
 from kd.export.onnx_runtime import KEY
 from kd.predict import main, open_predictor, predict
-from kd.utils.images import central, decode, open_image, pixels, seen
+from kd.utils.images import crop_and_resize, decode, open_image, preprocess, to_array
 
 CLASSES = ["red", "green", "blue"]
 
@@ -129,15 +129,15 @@ def test_training_and_prediction_bring_an_image_to_the_same_pixels(size):
     file = io.BytesIO()
     picture(size=size).save(file, "PNG")
     decoded = decode({"bytes": file.getvalue(), "path": None}, 16, "train", 0)
-    assert np.array_equal(seen(file, (16, 16), None), decoded)
+    assert np.array_equal(preprocess(file, (16, 16), None), decoded)
     stored = torch.from_numpy(decode({"bytes": file.getvalue(), "path": None}, 21, "train", 0).copy())
-    assert np.array_equal(seen(file, (16, 16), 21), rows.centre(stored[None], (16, 16))[0].numpy())
+    assert np.array_equal(preprocess(file, (16, 16), 21), rows.centre_crop(stored[None], (16, 16))[0].numpy())
 
 
 def test_an_image_wider_than_high_keeps_its_proportions():
-    whole = central(picture(size=(90, 50)), 10, 30)  # 90 wide is 3 times as wide, so 30 of its 50 rows are seen
+    whole = crop_and_resize(picture(size=(90, 50)), 10, 30)  # 90 wide is 3 times as wide, so 30 of its 50 rows are seen
     assert whole.size == (30, 10)
-    assert np.array_equal(pixels(whole), pixels(picture(size=(90, 50)).crop((0, 10, 90, 40)).resize((30, 10), 3)))
+    assert np.array_equal(to_array(whole), to_array(picture(size=(90, 50)).crop((0, 10, 90, 40)).resize((30, 10), 3)))
 
 
 def test_a_run_says_of_its_test_images_what_its_network_says(resnet8_run):

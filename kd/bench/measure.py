@@ -15,7 +15,7 @@ from torch import nn
 from kd.config import CacheConfig, DataConfig, FitConfig, Job, KDConfig, RunConfig, ViewConfig
 from kd.data import Data, Split
 from kd.data.loader import Batches
-from kd.data.rows import iter_centred
+from kd.data.rows import iter_centre_crops
 from kd.losses.base import Distiller
 from kd.models import build_model
 from kd.runs.folder import RunFolder
@@ -91,7 +91,7 @@ class Workloads:
 
     def evaluation(self) -> Workload:
         network, size = self._distiller().deployed, self.job.fit.batch_size
-        images = torch.cat(list(iter_centred(self.data.test, self.data.size, torch.arange(self.scored), size)))
+        images = torch.cat(list(iter_centre_crops(self.data.test, self.data.size, torch.arange(self.scored), size)))
         split = Split(images, self.data.test.labels[: self.scored])
         return lambda: predict_logits(network, split, self.data, self.accelerator, size)
 

@@ -1,4 +1,4 @@
-"""Any data set as three splits, and their batches."""
+"""Load any image classification data set as three splits, and make augmented batches of them."""
 
 from kd.data.dataset import Data, load_data
 from kd.data.rows import Split

@@ -1,7 +1,10 @@
-"""Random resized crops and colour jitter as views: functions of (seed, number, sample index), a whole batch at a time.
+"""Augment a whole batch at a time, with random numbers that are pure functions of (seed, number, sample index).
 
-They work on the images as they are held, decoded and brought to one size, so that they see the same pixels however the
-data is held; a crop therefore holds no detail that --stored-size has not kept.
+`number` counts an image's views: the epoch, or the epoch modulo --views. No draw depends on the rest of the batch, so
+that a teacher's cached logits of an augmented image can be found again, and no random state has to be saved.
+
+Crops, flips and jitter work on stored images (uint8, decoded and resized), so that every storage gives the same pixels
+and a crop has no more detail than --stored-size keeps; mixing and erasing work on normalised images.
 """
 
 import math
@@ -15,245 +18,67 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from kd.config import ViewConfig
-from kd.utils.rng import random_below, random_share
+from kd.utils.rng import random_below, random_uniform
 
-ATTEMPTS = 10  # at a box that fits, as in torchvision's RandomResizedCrop
+ATTEMPTS = 10  # to draw a box that fits, as in torchvision's RandomResizedCrop
 
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # smallest and largest width over height (Szegedy et al., arXiv:1409.4842, section 6)
 
-SHAPE = (3 / 4, 4 / 3)  # width over height, from and to (Szegedy et al., arXiv:1409.4842, section 6)
+GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R 601, as torchvision rounds it)
 
+GREY_STEPS = 2**16  # per level: greys are rounded to these before summing; float32 has no finer ones at 255
 
-GREY = (0.2989, 0.587, 0.114)  # of red, green and blue (ITU-R 601, as torchvision rounds it)
-
-
-PARTS = 2**16  # of a level, to which greys are rounded before they are summed: float32 holds no finer ones at 255
-
-
-class Boxes(NamedTuple):
-    """A part of each image, in whole pixels."""
-
-    top: Int[Tensor, "b"]
-    left: Int[Tensor, "b"]
-    height: Int[Tensor, "b"]
-    width: Int[Tensor, "b"]
-
-
-class Factors(NamedTuple):
-    """By how much each image's brightness, contrast and saturation are multiplied; 1 changes nothing."""
-
-    brightness: Float[Tensor, "b"]
-    contrast: Float[Tensor, "b"]
-    saturation: Float[Tensor, "b"]
-
-
-def draw_boxes(smallest: float, size: tuple[int, int], index: Int[Tensor, "b"], seed: int, number: int) -> Boxes:
-    """Boxes of `smallest` to all of the area of images of `size` (height, width), each in the view `number`.
-
-    The first of ten attempts that fits, else the largest in the middle that is not too narrow, as torchvision does.
-    """
-    high, wide = size
-    tries = index[:, None] * ATTEMPTS + torch.arange(ATTEMPTS, device=index.device)
-    area = smallest + (1 - smallest) * random_share(tries, seed, "box area", number)
-    low, top = (math.log(limit) for limit in SHAPE)
-    ratio = (low + (top - low) * random_share(tries, seed, "box ratio", number)).exp()
-    widths, heights = (high * wide * area * ratio).sqrt().round(), (high * wide * area / ratio).sqrt().round()
-    fits = (widths <= wide) & (heights <= high) & (widths > 0) & (heights > 0)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    any_fits = fits.any(dim=1)
-    whole = (min(high, round(wide / SHAPE[0])), min(wide, round(high * SHAPE[1])))
-    height = torch.where(any_fits, heights.gather(1, first)[:, 0], whole[0]).long()
-    width = torch.where(any_fits, widths.gather(1, first)[:, 0], whole[1]).long()
-    places = []
-    for name, room in (("box top", high - height), ("box left", wide - width)):
-        drawn = (random_share(index, seed, name, number) * (room + 1)).long()
-        places.append(torch.where(any_fits, drawn, room // 2))
-    return Boxes(*places, height, width)
-
-
-def resized_crop(images: UInt8[Tensor, "b c m n"], box: Boxes, size: tuple[int, int]) -> UInt8[Tensor, "b c h w"]:
-    """Each image's box brought to `size` (height, width), bilinearly.
-
-    Differs from torchvision: nothing is smoothed where a box is larger than `size`, which it is only with images held
-    larger than they are seen (--stored-size).
-    """
-    axes = []
-    for start, length, have, want in zip(box[:2], box[2:], images.shape[2:], size):
-        step = (torch.arange(want, device=images.device) + 0.5) / want
-        # Never outside of the box: what lies beside it must not shine in.
-        within = (step * length[:, None] - 0.5).clamp(min=0).minimum((length[:, None] - 1).float())
-        axes.append((start[:, None] + within) * (2 / max(have - 1, 1)) - 1)
-    rows, columns = axes
-    grid = torch.stack([columns[:, None, :].expand(-1, size[0], -1), rows[:, :, None].expand(-1, -1, size[1])], dim=3)
-    seen = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return seen.round().to(torch.uint8)
-
-
-def draw_factors(strength: float, index: Int[Tensor, "b"], seed: int, number: int) -> Factors:
-    """From 1 - strength to 1 + strength, evenly, each for itself."""
-    return Factors(*(1 + strength * (2 * random_share(index, seed, name, number) - 1) for name in Factors._fields))
-
-
-def jitter(images: UInt8[Tensor, "b 3 h w"], by: Factors) -> UInt8[Tensor, "b 3 h w"]:
-    """Brightness, then contrast about the mean grey, then saturation about each pixel's own grey.
-
-    Differs from torchvision: always in this order, and without hue.
-    """
-    brightness, contrast, saturation = (factor[:, None, None, None] for factor in by)
-    seen = (images.float() * brightness).clamp(0, 255)
-    # Summed as whole numbers: a sum of fractions depends on how threads share it out, and so on the batch.
-    parts = (_grey(seen) * PARTS).round().long()
-    mean = parts.sum(dim=(1, 2, 3), keepdim=True).double() / (PARTS * parts[0].numel())
-    seen = _blend(seen, mean.float(), contrast)
-    seen = _blend(seen, _grey(seen), saturation)
-    return seen.round().to(torch.uint8)
-
-
-def _grey(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
-    red, green, blue = images.split(1, dim=1)
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
-
-
-def _blend(images: Tensor, towards: Tensor, factor: Tensor) -> Tensor:
-    return (towards + (images - towards) * factor).clamp(0, 255)
-
-
-#: (kd.mixing) Mixup, cutmix and random erasing as views: partner, share and box are functions of (seed, number, sample index),
-#: never of the batch, so that a teacher's answer to a mixed image can be kept and found again.
-
-
-TABLE = 4096  # entries of a quantile table; between them it is interpolated
-
-
-class Blend(NamedTuple):
-    """How each image of a batch is mixed with its partner."""
-
-    partner: Int[Tensor, "b"]  # row of the training split
-    weight: Float[Tensor, "b"]  # the image's own share; by area where a box is pasted
-    box: Bool[Tensor, "b h w"]  # true where the partner's pixels are pasted
-    paste: Bool[Tensor, "b"]  # whether the image is pasted into (cutmix) or blended (mixup)
-
-
-@cache
-def beta_quantiles(alpha: float) -> tuple[float, ...]:
-    """Quantiles of Beta(alpha, alpha) at TABLE + 1 equal steps from 0 to 1.
-
-    Integrated over t = log(x / (1 - x)), where the density is smooth for every alpha.
-    """
-    t = np.linspace(-40 / alpha, 40 / alpha, 400_001)
-    density = np.exp(-alpha * (np.logaddexp(0, t) + np.logaddexp(0, -t)))
-    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    at = np.interp(np.linspace(0, 1, TABLE + 1), mass / mass[-1], t)
-    return tuple(1 / (1 + np.exp(-at)))
-
-
-@cache
-def _table(alpha: float, device: torch.device) -> Float[Tensor, "n"]:
-    """The quantiles on the device, copied there once: a copy in the step would make the host wait."""
-    return torch.tensor(beta_quantiles(alpha), dtype=torch.float32, device=device)
-
-
-def beta_share(alpha: float, index: Int[Tensor, "b"], *words: int | str) -> Float[Tensor, "b"]:
-    """A draw from Beta(alpha, alpha) for each index."""
-    table = _table(alpha, index.device)
-    place = random_share(index, *words) * TABLE
-    low = place.long()
-    return torch.lerp(table[low], table[low + 1], place - low)
-
-
-def partners(rows: int, index: Int[Tensor, "b"], seed: int, number: int) -> Int[Tensor, "b"]:
-    """The row, of `rows`, that each of the samples `index` is mixed with in view `number`."""
-    return random_below(rows, index, seed, "partner", number)
-
-
-def blend(
-    config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], rows: int, size: tuple[int, int]
-) -> Blend:
-    """The mixing of the samples `index` of `rows`, for images of `size` (height, width), in view `number`."""
-    partner = partners(rows, index, seed, number)
-    paste = torch.full_like(index, config.cutmix > 0).bool()
-    if config.mixup and config.cutmix:
-        paste = random_below(2, index, seed, "paste", number).bool()
-    mixed = beta_share(config.mixup or 1.0, index, seed, "mixup", number)
-    kept = beta_share(config.cutmix or 1.0, index, seed, "cutmix", number)
-    side = (1 - kept).sqrt()
-    box = _cutmix_box(side, side, size, index, seed, "cutmix box", number, clipped=True) & paste[:, None, None]
-    # The box may be cut off at the border: the share is what is left of it (arXiv:1905.04899, code).
-    weight = torch.where(paste, 1 - box.float().mean(dim=(1, 2)), mixed)
-    return Blend(partner, weight, box, paste)
-
-
-def mix(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"], how: Blend) -> Float[Tensor, "b c h w"]:
-    """Each normalised image with its partner pasted in or blended with it."""
-    pasted = torch.where(how.box[:, None], other, image)
-    blended = torch.lerp(other, image, how.weight[:, None, None, None])
-    return torch.where(how.paste[:, None, None, None], pasted, blended)
-
-
-def erase(
-    image: Float[Tensor, "b c h w"], share: float, seed: int, number: int, index: Int[Tensor, "b"]
-) -> Float[Tensor, "b c h w"]:
-    """A box of 2 to 33 percent of the area, 0.3 to 3.3 as high as wide, set to the mean (0), in a share of images."""
-    size = tuple(image.shape[2:])
-    area = 0.02 + 0.31 * random_share(index, seed, "erase area", number)
-    ratio = (random_share(index, seed, "erase ratio", number) * 2 - 1).mul(np.log(3.3)).exp()
-    high, wide = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    chosen = random_share(index, seed, "erase", number) < share
-    box = _cutmix_box(high, wide, size, index, seed, "erase box", number, clipped=False) & chosen[:, None, None]
-    return image.masked_fill(box[:, None], 0)
-
-
-def _cutmix_box(
-    high: Float[Tensor, "b"],
-    wide: Float[Tensor, "b"],
-    size: tuple[int, int],
-    index: Int[Tensor, "b"],
-    *words: int | str,
-    clipped: bool,
-) -> Bool[Tensor, "b h w"]:
-    """Boxes of the given shares of height and width: about a random pixel and cut off at the border, or all inside."""
-    inside = []
-    for name, share, length in (("rows", high, size[0]), ("columns", wide, size[1])):
-        extent = (share * length).round().long()
-        draw = random_share(index, *words, name)
-        start = (draw * length).long() - extent // 2 if clipped else (draw * (length - extent + 1)).long()
-        at = torch.arange(length, device=index.device)
-        inside.append((at >= start[:, None]) & (at < (start + extent)[:, None]))
-    return inside[0][:, :, None] & inside[1][:, None, :]
-
-
-#: (kd.views) Random choices as pure functions of (seed, number, sample index): the same on every device, for any number of
-#: processes, and after any resume. There is no random state anywhere in training that has to be saved.
+QUANTILES = 4096  # steps of a table of quantiles; draws are interpolated between them
 
 
 def view_seed(config: ViewConfig, seed: int, epoch: int) -> tuple[int, int]:
-    """What an epoch's views follow from: (seed, number). With --views K they repeat and do not depend on --seed."""
+    """The (seed, number) of an epoch's views. With --views K they repeat and do not depend on --seed."""
     return (config.view_seed, epoch % config.count) if config.count else (seed, epoch)
 
 
-class View(NamedTuple):
-    """What is done to each image of a batch."""
+def augment(
+    config: ViewConfig,
+    images: UInt8[Tensor, "b c m n"],
+    index: Int[Tensor, "b"],
+    seed: int,
+    number: int,
+    size: tuple[int, int],
+) -> UInt8[Tensor, "b c h w"]:
+    """View `number` of the stored `images` of the samples `index`: crop to `size` (height, width), flip and jitter."""
+    if config.resized_crop:
+        boxes = draw_boxes(config.resized_crop, tuple(images.shape[2:]), index, seed, number)
+        images = resized_crop(images, boxes, size)
+    view = draw_crop_flip(config, seed, number, index, spare=images.shape[2] - size[0])
+    images = crop_and_flip(images, view, config.padding, size)
+    if config.colour_jitter:
+        images = jitter(images, draw_factors(config.colour_jitter, index, seed, number))
+    return images
 
-    top: Int[Tensor, "b"]  # first row of the crop within the padded image
+
+class CropFlip(NamedTuple):
+    """Each image's crop of the padded image, and whether it is flipped."""
+
+    top: Int[Tensor, "b"]  # first row of the crop
     left: Int[Tensor, "b"]
     flip: Bool[Tensor, "b"]
 
 
-def draw_view(config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], spare: int = 0) -> View:
-    """The view `number` (the epoch, where every epoch has its own) of the samples `index`.
+def draw_crop_flip(config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], spare: int = 0) -> CropFlip:
+    """The crops and flips of the samples `index` in view `number`.
 
-    `spare`: pixels by which the images are held larger than they are seen, in height and in width.
+    `spare`: pixels by which stored images are higher, and wider, than what the network sees.
     """
-    steps = 2 * config.padding + spare + 1
-    top = random_below(steps, index, seed, "top", number)
-    left = random_below(steps, index, seed, "left", number)
+    offsets = 2 * config.padding + spare + 1
+    top = random_below(offsets, index, seed, "top", number)
+    left = random_below(offsets, index, seed, "left", number)
     flip = random_below(2, index, seed, "flip", number).bool() if config.flip else torch.zeros_like(index).bool()
-    return View(top, left, flip)
+    return CropFlip(top, left, flip)
 
 
-def apply_view(
-    images: UInt8[Tensor, "b c m n"], view: View, padding: int, size: tuple[int, int] | None = None
+def crop_and_flip(
+    images: UInt8[Tensor, "b c m n"], view: CropFlip, padding: int, size: tuple[int, int] | None = None
 ) -> UInt8[Tensor, "b c h w"]:
-    """Pad with black, crop to `size` (that of the images if left out) and flip, each by its own view, in one gather."""
+    """Pad with black, crop to `size` (the images' own if left out) and flip, in one gather."""
     b, c = images.shape[:2]
     h, w = size or images.shape[2:]
     device = images.device
@@ -264,3 +89,191 @@ def apply_view(
     sample = torch.arange(b, device=device)[:, None, None, None]
     channel = torch.arange(c, device=device)[:, None, None]
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class Boxes(NamedTuple):
+    """A rectangle of each image, in whole pixels."""
+
+    top: Int[Tensor, "b"]
+    left: Int[Tensor, "b"]
+    height: Int[Tensor, "b"]
+    width: Int[Tensor, "b"]
+
+
+def draw_boxes(smallest: float, size: tuple[int, int], index: Int[Tensor, "b"], seed: int, number: int) -> Boxes:
+    """Boxes of `smallest` to 1 of the area of images of `size` (height, width), for view `number`.
+
+    Takes the first of ten draws that fits, else the largest central box within the aspect ratios, as torchvision does.
+    """
+    image_height, image_width = size
+    draws = index[:, None] * ATTEMPTS + torch.arange(ATTEMPTS, device=index.device)
+    area = smallest + (1 - smallest) * random_uniform(draws, seed, "box area", number)
+    low, high = (math.log(limit) for limit in ASPECT_RATIOS)
+    ratio = (low + (high - low) * random_uniform(draws, seed, "box ratio", number)).exp()
+    pixels = image_height * image_width * area
+    widths, heights = (pixels * ratio).sqrt().round(), (pixels / ratio).sqrt().round()
+    fits = (widths <= image_width) & (heights <= image_height) & (widths > 0) & (heights > 0)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    any_fits = fits.any(dim=1)
+    fallback_height = min(image_height, round(image_width / ASPECT_RATIOS[0]))
+    fallback_width = min(image_width, round(image_height * ASPECT_RATIOS[1]))
+    height = torch.where(any_fits, heights.gather(1, first)[:, 0], fallback_height).long()
+    width = torch.where(any_fits, widths.gather(1, first)[:, 0], fallback_width).long()
+    corner = []
+    for name, room in (("box top", image_height - height), ("box left", image_width - width)):
+        drawn = (random_uniform(index, seed, name, number) * (room + 1)).long()
+        corner.append(torch.where(any_fits, drawn, room // 2))
+    return Boxes(*corner, height, width)
+
+
+def resized_crop(images: UInt8[Tensor, "b c m n"], boxes: Boxes, size: tuple[int, int]) -> UInt8[Tensor, "b c h w"]:
+    """Crop each image to its box and resize that to `size` (height, width), bilinearly.
+
+    Differs from torchvision: no antialiasing of a box larger than `size`, which only --stored-size makes possible.
+    """
+    axes = []
+    for start, length, stored, seen in zip(boxes[:2], boxes[2:], images.shape[2:], size):
+        steps = (torch.arange(seen, device=images.device) + 0.5) / seen
+        # Clamped to the box: pixels beside it must not be interpolated in.
+        within = (steps * length[:, None] - 0.5).clamp(min=0).minimum((length[:, None] - 1).float())
+        axes.append((start[:, None] + within) * (2 / max(stored - 1, 1)) - 1)
+    rows, columns = axes
+    grid = torch.stack([columns[:, None, :].expand(-1, size[0], -1), rows[:, :, None].expand(-1, -1, size[1])], dim=3)
+    resized = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return resized.round().to(torch.uint8)
+
+
+class Factors(NamedTuple):
+    """Factors of each image's brightness, contrast and saturation; 1 changes nothing."""
+
+    brightness: Float[Tensor, "b"]
+    contrast: Float[Tensor, "b"]
+    saturation: Float[Tensor, "b"]
+
+
+def draw_factors(strength: float, index: Int[Tensor, "b"], seed: int, number: int) -> Factors:
+    """Independent factors, uniform between 1 - strength and 1 + strength."""
+    return Factors(*(1 + strength * (2 * random_uniform(index, seed, name, number) - 1) for name in Factors._fields))
+
+
+def jitter(images: UInt8[Tensor, "b 3 h w"], factors: Factors) -> UInt8[Tensor, "b 3 h w"]:
+    """Change brightness, then contrast about the mean grey, then saturation about each pixel's own grey.
+
+    Differs from torchvision: always in this order, and without hue.
+    """
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors)
+    changed = (images.float() * brightness).clamp(0, 255)
+    # Summed as integers: the rounding of a float sum depends on how threads split it, and so on the batch.
+    steps = (_grey(changed) * GREY_STEPS).round().long()
+    mean = steps.sum(dim=(1, 2, 3), keepdim=True).double() / (GREY_STEPS * steps[0].numel())
+    changed = _scale_about(changed, mean.float(), contrast)
+    changed = _scale_about(changed, _grey(changed), saturation)
+    return changed.round().to(torch.uint8)
+
+
+def _grey(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
+    red, green, blue = images.split(1, dim=1)
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+
+
+def _scale_about(images: Tensor, centre: Tensor, factor: Tensor) -> Tensor:
+    return (centre + (images - centre) * factor).clamp(0, 255)
+
+
+class Mixing(NamedTuple):
+    """How mixup or cutmix combines each image with its partner."""
+
+    partner: Int[Tensor, "b"]  # row of the training split
+    weight: Float[Tensor, "b"]  # the image's own share; with cutmix, of the area
+    box: Bool[Tensor, "b h w"]  # true for pixels that cutmix takes from the partner
+    paste: Bool[Tensor, "b"]  # true for cutmix, false for mixup
+
+
+def draw_partners(rows: int, index: Int[Tensor, "b"], seed: int, number: int) -> Int[Tensor, "b"]:
+    """The row, of `rows`, with which each of the samples `index` is mixed in view `number`."""
+    return random_below(rows, index, seed, "partner", number)
+
+
+def draw_mixing(
+    config: ViewConfig, seed: int, number: int, index: Int[Tensor, "b"], rows: int, size: tuple[int, int]
+) -> Mixing:
+    """The mixing of the samples `index` of `rows`, for images of `size` (height, width), in view `number`."""
+    partner = draw_partners(rows, index, seed, number)
+    paste = torch.full_like(index, config.cutmix > 0).bool()
+    if config.mixup and config.cutmix:
+        paste = random_below(2, index, seed, "paste", number).bool()
+    mixup_weight = random_beta(config.mixup or 1.0, index, seed, "mixup", number)
+    cutmix_weight = random_beta(config.cutmix or 1.0, index, seed, "cutmix", number)
+    side = (1 - cutmix_weight).sqrt()
+    box = _random_boxes(side, side, size, index, seed, "cutmix box", number, clipped=True) & paste[:, None, None]
+    # The border may cut the box off: the weight follows from the pixels that are left (arXiv:1905.04899, code).
+    weight = torch.where(paste, 1 - box.float().mean(dim=(1, 2)), mixup_weight)
+    return Mixing(partner, weight, box, paste)
+
+
+def mix(
+    images: Float[Tensor, "b c h w"], partners: Float[Tensor, "b c h w"], mixing: Mixing
+) -> Float[Tensor, "b c h w"]:
+    """Blend each normalised image with its partner (mixup), or paste a box of the partner into it (cutmix)."""
+    pasted = torch.where(mixing.box[:, None], partners, images)
+    blended = torch.lerp(partners, images, mixing.weight[:, None, None, None])
+    return torch.where(mixing.paste[:, None, None, None], pasted, blended)
+
+
+def erase(
+    images: Float[Tensor, "b c h w"], share: float, seed: int, number: int, index: Int[Tensor, "b"]
+) -> Float[Tensor, "b c h w"]:
+    """Set a box of a `share` of the images to the mean (0): 2 to 33% of the area, 0.3 to 3.3 times as high as wide."""
+    size = tuple(images.shape[2:])
+    area = 0.02 + 0.31 * random_uniform(index, seed, "erase area", number)
+    ratio = (random_uniform(index, seed, "erase ratio", number) * 2 - 1).mul(np.log(3.3)).exp()
+    height, width = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    chosen = random_uniform(index, seed, "erase", number) < share
+    box = _random_boxes(height, width, size, index, seed, "erase box", number, clipped=False) & chosen[:, None, None]
+    return images.masked_fill(box[:, None], 0)
+
+
+def _random_boxes(
+    height: Float[Tensor, "b"],
+    width: Float[Tensor, "b"],
+    size: tuple[int, int],
+    index: Int[Tensor, "b"],
+    *words: int | str,
+    clipped: bool,
+) -> Bool[Tensor, "b h w"]:
+    """Masks of boxes of these shares of height and width: centred on a random pixel and clipped, or all inside."""
+    inside = []
+    for name, share, length in (("rows", height, size[0]), ("columns", width, size[1])):
+        extent = (share * length).round().long()
+        drawn = random_uniform(index, *words, name)
+        start = (drawn * length).long() - extent // 2 if clipped else (drawn * (length - extent + 1)).long()
+        position = torch.arange(length, device=index.device)
+        inside.append((position >= start[:, None]) & (position < (start + extent)[:, None]))
+    return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def random_beta(alpha: float, index: Int[Tensor, "b"], *words: int | str) -> Float[Tensor, "b"]:
+    """A draw from Beta(alpha, alpha) for each index."""
+    table = _quantile_table(alpha, index.device)
+    place = random_uniform(index, *words) * QUANTILES
+    low = place.long()
+    return torch.lerp(table[low], table[low + 1], place - low)
+
+
+@cache
+def _quantile_table(alpha: float, device: torch.device) -> Float[Tensor, "n"]:
+    """The quantiles on the device, copied once: a copy in every step would make the host wait."""
+    return torch.tensor(beta_quantiles(alpha), dtype=torch.float32, device=device)
+
+
+@cache
+def beta_quantiles(alpha: float) -> tuple[float, ...]:
+    """Quantiles of Beta(alpha, alpha) at QUANTILES + 1 equal steps from 0 to 1.
+
+    Integrated over t = log(x / (1 - x)), where the density is smooth for every alpha.
+    """
+    t = np.linspace(-40 / alpha, 40 / alpha, 400_001)
+    density = np.exp(-alpha * (np.logaddexp(0, t) + np.logaddexp(0, -t)))
+    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    at = np.interp(np.linspace(0, 1, QUANTILES + 1), mass / mass[-1], t)
+    return tuple(1 / (1 + np.exp(-at)))

@@ -1,4 +1,8 @@
-"""From whatever `datasets` can read to uint8 arrays on disk, once."""
+"""Decode data sets to uint8 arrays on disk once, and open sets of many files quickly.
+
+`datasets` takes minutes to list a hundred thousand files, and kilobytes of memory for each, at every start. So a
+process of its own lists them once; from then on the tables that it wrote are mapped into memory.
+"""
 
 import json
 import multiprocessing
@@ -14,18 +18,20 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from kd.data.columns import Columns, numbers_of
+from kd.data.columns import Columns, encode_labels
 from kd.data.statistics import DatasetHash
 from kd.errors import UserError, require
 from kd.utils.files import create_map, read_array, read_json, write_array, write_json
-from kd.utils.images import decode, decode_to, pool
+from kd.utils.images import decode_to, pool
 from kd.utils.system import Lock
+
+BLOCK = 1000  # rows that are decoded at a time
 
 
 class Arrays(NamedTuple):
-    """One split: images uint8 N x 3 x H x W, or what gives them when they are asked for; labels int64 N."""
+    """One split: images (uint8 N x 3 x H x W, or LazyImages of that shape) and labels (int64 N)."""
 
-    images: np.ndarray  # or a kd.images.rows.Selected, of which a mask selects in the same way
+    images: np.ndarray
     labels: np.ndarray
 
 
@@ -37,66 +43,68 @@ def cache_root() -> Path:
 
 @contextmanager
 def locked(key: str) -> Iterator[Path]:
-    """The folder of what is kept under `key`; one process at a time works there, others wait for it."""
+    """The cache folder of `key`, locked: one process at a time works there, others wait."""
     folder = cache_root() / "data" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder.with_name(f"{folder.name}.lock"))  # keys may hold dots: each has a lock of its own
+        lock = Lock(folder.with_name(f"{folder.name}.lock"))  # not with_suffix, which would cut a key with a dot
         lock.acquire(wait=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder.parent} ({error}); set KD_CACHE to a folder that can") from error
+        raise UserError(f"{folder.parent}: cannot be written to ({error}); set KD_CACHE to another folder") from error
     try:
         yield folder
     finally:
         lock.close()
 
 
-def cached(key: str, produce) -> tuple[dict[str, Arrays], tuple[str, ...], str] | None:
-    """The splits kept under `key` (decoded by `produce(folder)` if they are not there), class names, and the sha256.
+def cached(
+    key: str, create: Callable[[Path], tuple[str, ...] | None]
+) -> tuple[dict[str, Arrays], tuple[str, ...], str] | None:
+    """Load the splits, class names and sha256 that are cached under `key`, or create them.
 
-    None where they are not there and `produce` gives None: they are not to be kept. What is on disk is believed only
-    if its sha256 is right.
+    `create(folder)` writes the splits there and returns the class names, or None to cache nothing; then this returns
+    None too. A cache whose content does not match its sha256 is created anew.
     """
     with locked(key) as folder:
-        if (found := _load(folder)) is not None:
-            return found
+        if (loaded := _load(folder)) is not None:
+            return loaded
         shutil.rmtree(folder, ignore_errors=True)
         partial = folder.with_name(f"{key}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            classes = produce(partial)
+            classes = create(partial)
             if classes is None:
                 return None
-            _seal(partial, classes)
+            _write_meta(partial, classes)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        found = _load(folder)
-        require(found is not None, f"{folder} cannot be read back; is the disk sound?")
-        return found
+        loaded = _load(folder)
+        require(loaded is not None, f"{folder}: differs from what was just written; check the disk")
+        return loaded
 
 
-def _seal(folder: Path, classes: tuple[str, ...]) -> None:
+def _write_meta(folder: Path, classes: tuple[str, ...]) -> None:
     splits = sorted({path.name.split(".")[0] for path in folder.glob("*.npy")})
     meta = {"splits": splits, "classes": classes}
     meta["sha256"] = _sha256({name: _open(folder, name) for name in splits}, classes)
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _load(folder: Path):
+def _load(folder: Path) -> tuple[dict[str, Arrays], tuple[str, ...], str] | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         splits = {name: _open(folder, name) for name in meta["splits"]}
         classes = tuple(meta["classes"])
-        sound = _sha256(splits, classes) == meta["sha256"]
+        intact = _sha256(splits, classes) == meta["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return (splits, classes, meta["sha256"]) if sound else None
+    return (splits, classes, meta["sha256"]) if intact else None
 
 
 def _open(folder: Path, name: str) -> Arrays:
-    # Copy-on-write: torch warns about arrays that it could not write to, and nothing ever writes.
+    # Copy-on-write, because torch warns about read-only arrays; nothing ever writes.
     return Arrays(read_array(folder / f"{name}.images.npy", "c"), read_array(folder / f"{name}.labels.npy"))
 
 
@@ -110,82 +118,84 @@ def _sha256(splits: dict[str, Arrays], classes: tuple[str, ...]) -> str:
 
 
 def write_arrays(folder: Path, splits: dict[str, Arrays]) -> None:
-    """Keep arrays that exist already (the built-in sets)."""
+    """Write splits that are arrays already, those of the built-in sets."""
     for name, arrays in splits.items():
         write_array(folder / f"{name}.images.npy", arrays.images)
         write_array(folder / f"{name}.labels.npy", arrays.labels)
 
 
-def decode_split(dataset, columns: Columns, size: int | None, folder: Path, split: str, shape=None):
-    """Decode every row into memory maps in `folder`; returns the images' (height, width).
+def decode_split(
+    dataset, columns: Columns, size: int | None, folder: Path, split: str, image_size: tuple[int, int]
+) -> None:
+    """Decode every row of a `datasets` split into memory maps in `folder`; all have `image_size` (height, width).
 
-    Raises UserError naming the split and row of an image that cannot be read or a label out of range.
+    Raises UserError naming the split and row of an image that cannot be read, or of a label that is no class.
     """
-    require(len(dataset) > 0, f"the {split} split is empty")
-    labels = numbers_of(dataset[columns.label], columns.classes, split)
+    labels = encode_labels(dataset[columns.label], columns.classes, split)
     stored = open_undecoded(dataset, columns.image)
-    shape = shape or decode(stored[0][columns.image], size, split, 0).shape[1:]
-    maps = create_map(folder / f"{split}.images.npy", np.uint8, (len(dataset), 3, *shape))
+    images = create_map(folder / f"{split}.images.npy", np.uint8, (len(dataset), 3, *image_size))
 
-    def one(row: int, cell: dict | None) -> None:
-        maps[row] = decode_to(tuple(shape), cell, size, split, row)
+    def decode_row(row: int, cell: dict | None) -> None:
+        images[row] = decode_to(image_size, cell, size, split, row)
 
     with pool() as threads:
-        blocks = range(0, len(dataset), 1000)
-        for start in track(blocks, f"decoding {split}", disable=not sys.stderr.isatty(), transient=True):
-            cells = stored[start : start + 1000][columns.image]
-            list(threads.map(one, range(start, start + len(cells)), cells))
-    maps.flush()
+        starts = range(0, len(dataset), BLOCK)
+        for start in track(starts, f"decoding {split}", disable=not sys.stderr.isatty(), transient=True):
+            cells = stored[start : start + BLOCK][columns.image]
+            list(threads.map(decode_row, range(start, start + len(cells)), cells))
+    images.flush()
     write_array(folder / f"{split}.labels.npy", labels)
-    return tuple(shape)
 
 
 def open_undecoded(dataset, column: str):
-    """The rows of a `datasets` set with their images as {"bytes", "path"}."""
+    """A `datasets` split whose images are {"bytes", "path"} instead of pixels."""
     from datasets import Image as ImageFeature
 
     return dataset.cast_column(column, ImageFeature(decode=False))
 
 
-def open_dataset(key: str, load: Callable) -> dict:
-    """What `load()` gives (`datasets` sets by split), from its tables on the disk. Raises UserError as it does."""
+def open_dataset(key: str, load: Callable[[], dict]) -> dict:
+    """The `datasets` splits that `load()` gives, mapped from the tables on disk of an earlier call if there are any.
+
+    Raises UserError as `load` does.
+    """
     with locked(f"{key}.tables") as folder:
         folder.mkdir(exist_ok=True)
         path = folder / "tables.json"
         tables = read_json(path) if path.exists() else {}
         if not (tables and all(os.path.exists(file) for files in tables.values() for file in files)):
-            tables = _listed(load)
+            tables = _list_tables(load)
             write_json(path, tables)
-    return {name: _mapped(files) for name, files in tables.items()} if tables else load()
+    return {name: _map_tables(files) for name, files in tables.items()} if tables else load()
 
 
-def _mapped(files: list[str]):
+def _map_tables(files: list[str]):
     import datasets
 
     return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
 
 
-def _listed(load: Callable) -> dict[str, list[str]]:
-    """The arrow files of each split that `load()` writes; empty where some split has none."""
+def _list_tables(load: Callable[[], dict]) -> dict[str, list[str]]:
+    """Run `load()` in a process of its own; the arrow files of each split, or {} if some split has none."""
     context = multiprocessing.get_context("fork")  # `load` is a closure
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_list, args=(load, sender))
+    process = context.Process(target=_send_tables, args=(load, sender))
     process.start()
     sender.close()
     try:
-        answer = receiver.recv()
-    except EOFError:  # it died without a word: whatever it was will show itself here
-        answer = {}
+        result = receiver.recv()
+    except EOFError:  # the process died; its cause will show when `load` runs in this process
+        result = {}
     process.join()
-    if isinstance(answer, str):
-        raise UserError(answer)
-    return answer
+    if isinstance(result, str):
+        raise UserError(result)
+    return result
 
 
-def _list(load: Callable, answer: Connection) -> None:
+def _send_tables(load: Callable[[], dict], sender: Connection) -> None:
     try:
         tables = {name: [file["filename"] for file in rows.cache_files] for name, rows in load().items()}
     except UserError as error:
-        answer.send(str(error))
+        sender.send(str(error))
     else:
-        answer.send(tables if all(tables.values()) else {})
+        sender.send(tables if all(tables.values()) else {})

@@ -1,7 +1,7 @@
-"""Any image classification set as three splits of uint8 images.
+"""Load any image classification set as three splits of uint8 images.
 
-How they are held is kd/images/holding.py's to choose. The validation split is held out of the training split, by class;
-the test split is the data's own and is read once, at the end of a run.
+kd/data/sources.py finds the data and kd/data/storage.py chooses how it is stored. The validation split is held out of
+the training split, by class; the test split is the data's own and is read once, at the end of a run.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Data:
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # of the training split, per channel, as shares of 255
     std: tuple[float, ...]
-    fingerprint: str  # sha256 of all rows and class names in order; of a stream, of its files' names, sizes and times
+    fingerprint: str  # sha256 of all rows and class names; of a stream, of its files' names, sizes and times
     size: tuple[int, int]  # height and width of every image as networks see it
-    held: str = "in memory"  # in words: how, and why so
+    storage: str = "in memory"  # in words: how the images are stored, and why
 
 
 def load_data(config: DataConfig) -> Data:
-    """The three splits of `config.source`.
+    """Load the three splits of `config.source`.
 
     Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range.
     """
@@ -44,31 +44,30 @@ def load_data(config: DataConfig) -> Data:
         classes = classes[: config.classes]
         splits = {name: select(split, split.labels < config.classes) for name, split in splits.items()}
     train, val, test = splits["train"], splits.get("validation"), splits.get("test")
-    if test is None:  # a set with train and validation only: its validation is what others report on
+    if test is None:  # the literature reports a set's validation split if that is all it has
         val, test = None, val
     require(test is not None, f"--data {config.source}: only a train split; a test (or validation) split is needed")
     if val is None:
         train, val = hold_out(train, config.val_fraction, config.split_seed)
-    # After the hold-out: validation keeps the frequencies that the test has, and is the same for every --imbalance.
+    # After the hold-out: validation keeps the test split's class frequencies and is the same for every --imbalance.
     train = long_tail(train, config.imbalance, len(classes), config.split_seed)
     for name, split in (("train", train), ("validation", val), ("test", test)):
         require(split is None or len(split.labels) > 0, f"--data {config.source}: the {name} split is empty")
-    _print_summary(config, source.how, {"training": train, "validation": val, "test": test}, classes)
-    facts = source.facts(train)
+    _print_summary(config, source.storage, {"training": train, "validation": val, "test": test}, classes)
+    statistics = source.statistics(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
     size = (config.image_size,) * 2 if config.image_size else train.size
-    return Data(train, val, test, classes, *facts, size, source.how)
+    return Data(train, val, test, classes, *statistics, size, source.storage)
 
 
-def _print_summary(config: DataConfig, how: str, splits: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:
-    """How the data is held and how much of it there is; and of which classes nothing can be learned."""
+def _print_summary(
+    config: DataConfig, storage: str, splits: dict[str, Arrays | None], classes: tuple[str, ...]
+) -> None:
+    """Print storage and sizes of the splits, and test classes without training images."""
     sizes = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items() if split is not None)
     if config.source not in BUILT_IN:
-        print_once(f"data: {how}; {sizes} images of {len(classes)} classes")
+        print_once(f"data: {storage}; {sizes} images of {len(classes)} classes")
     missing = np.setdiff1d(splits["test"].labels, splits["training"].labels)
     if len(missing):
         names = ", ".join(classes[label] for label in missing[:3].tolist())
         print_once(f"data: classes of the test split without a training image: {len(missing)} ({names})")
-
-
-#: (kd.images) Images as they lie somewhere, and how they are held and decoded; kd/data.py makes the three splits of them.

@@ -1,41 +1,41 @@
-"""Rows of decoded arrays, kept or held out."""
+"""Select rows of a split: validation held out of training, and long-tailed subsets."""
 
 import numpy as np
 
 from kd.data.cache import Arrays
 from kd.errors import require
 
-UNEQUAL = 1.5  # a set whose largest class has this many times the images of its smallest is imbalanced
+IMBALANCED = 1.5  # from this ratio of largest to smallest class on, a set counts as imbalanced
 
 
 def hold_out(train: Arrays, fraction: float, seed: int) -> tuple[Arrays, Arrays | None]:
-    """Split `fraction` of every class off for validation (at least one of a class with two or more)."""
+    """Split `fraction` of every class off for validation, at least one image of a class with two or more."""
     if fraction == 0:
         return train, None
-    held = np.zeros(len(train.labels), bool)
+    held_out = np.zeros(len(train.labels), bool)
     for label in np.unique(train.labels):
         rows = np.flatnonzero(train.labels == label)
         count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
-        held[np.random.default_rng([seed, int(label)]).permutation(rows)[:count]] = True
-    return select(train, ~held), select(train, held)
+        held_out[np.random.default_rng([seed, int(label)]).permutation(rows)[:count]] = True
+    return select(train, ~held_out), select(train, held_out)
 
 
 def select(split: Arrays, mask: np.ndarray) -> Arrays:
-    # Boolean indexing of a memory map gives a plain array; the map itself is never written.
+    """The rows where `mask` is true."""
     return split if mask.all() else Arrays(split.images[mask], split.labels[mask])
 
 
 def is_imbalanced(labels: np.ndarray, classes: int) -> bool:
     counts = np.bincount(labels, minlength=classes)
-    return bool(counts.max() >= UNEQUAL * counts.min())
+    return bool(counts.max() >= IMBALANCED * counts.min())
 
 
 def long_tail(train: Arrays, ratio: float, classes: int, seed: int) -> Arrays:
-    """The long-tailed form of a balanced set: class k of K keeps n * ratio^(k / (K - 1)) images, at least one.
+    """The long-tailed subset of a balanced set: class k of K keeps n * ratio^(k / (K - 1)) images, at least one.
 
     The exponential profile of Cui et al. (arXiv:1901.05555) and Cao et al. (arXiv:1906.07413), rounded down as in the
-    latter's code; n is the smallest class's size, so that every class follows it. A smaller ratio keeps a part of what
-    a larger one keeps. Raises UserError where the set is imbalanced already.
+    latter's code; n is the size of the smallest class, so that every class can follow it. A smaller ratio keeps a
+    subset of what a larger one keeps. Raises UserError if the set is imbalanced already.
     """
     if ratio == 1:
         return train

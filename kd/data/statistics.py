@@ -1,4 +1,4 @@
-"""What a run needs to know of all its pixels before it starts: their sha256, and the channels' mean and deviation."""
+"""Hash of all pixels, and mean and standard deviation of the training split's channels, in one pass over blocks."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK_BYTES = 2**25  # of pixels that are looked at together
+BLOCK_BYTES = 2**25  # of pixels that are counted at a time
 
 
-class Facts(NamedTuple):
-    """What normalisation and the run's identity follow from."""
+class Statistics(NamedTuple):
+    """What normalisation and the run's identity depend on."""
 
     mean: tuple[float, ...]  # of the training split, per channel, as shares of 255
     std: tuple[float, ...]
@@ -19,7 +19,7 @@ class Facts(NamedTuple):
 
 
 class ChannelHistogram:
-    """How often each channel has each of its 256 levels: exact, in any order, in one pass."""
+    """How often each channel has each of its 256 levels: exact integers, whatever the order of the images."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((3, 256), np.int64)
@@ -30,39 +30,39 @@ class ChannelHistogram:
             counts += np.bincount(images[:, channel].ravel(), minlength=256)
 
     def mean_and_deviation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of each channel, as shares of 255."""
+        """Mean and standard deviation of each channel, as shares of 255."""
         levels = np.arange(256)
         means, deviations = [], []
         for counts in self.counts:
             mean = (counts * levels).sum() / counts.sum()
             deviation = ((counts * (levels - mean) ** 2).sum() / counts.sum()) ** 0.5
             means.append(float(mean / 255))
-            deviations.append(float(max(deviation, 1) / 255))  # a channel that never changes stays finite
+            deviations.append(float(max(deviation, 1) / 255))  # normalising a constant channel stays finite
         return tuple(means), tuple(deviations)
 
 
-def blocks_of(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """These rows of images (n x 3 x h x w), some at a time, however large: to count a pixel takes eight bytes."""
+def iter_blocks(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """These rows of images (n x 3 x h x w), a block of bounded size at a time: counting takes eight bytes a pixel."""
     step = max(BLOCK_BYTES // images[:1].nbytes, 1)
     return (images[rows[start : start + step]] for start in range(0, len(rows), step))
 
 
 def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel as shares of 255, from exact integer counts."""
-    levels = ChannelHistogram()
+    histogram = ChannelHistogram()
     for images in blocks:
-        levels.add(images)
-    return levels.mean_and_deviation()
+        histogram.add(images)
+    return histogram.mean_and_deviation()
 
 
 class DatasetHash:
-    """The sha256 of splits and class names, fed in the order of the splits' names, a block of images at a time."""
+    """The sha256 of splits and class names. Feed the splits in the order of their names, images before labels."""
 
     def __init__(self, splits: Iterable[str], classes: Iterable[str]):
         self._sha256 = hashlib.sha256(json.dumps([sorted(splits), list(classes)]).encode())
 
     def begin(self, shape: tuple[int, ...]) -> None:
-        """A split whose images N x 3 x H x W come next, and its labels last."""
+        """Begin a split whose images have this shape (N x 3 x H x W)."""
         self._sha256.update(str(shape).encode())
 
     def update(self, block: np.ndarray) -> None:

@@ -1,4 +1,7 @@
-"""The three ways of holding data: decoded in memory, decoded by workers from where it lies, or streamed."""
+"""Choose how images are stored: decoded in memory, or encoded and decoded by workers in every epoch.
+
+`choose_storage` decides, by --decode and by what fits. The third way, --stream, is in kd/data/stream.py.
+"""
 
 import shutil
 from abc import ABC, abstractmethod
@@ -12,138 +15,60 @@ from jaxtyping import Int, UInt8
 
 from kd.config import DataConfig
 from kd.data.cache import Arrays, cache_root, cached, decode_split, open_undecoded
-from kd.data.columns import Columns, check_columns, find_columns, numbers_of
-from kd.data.rows import Mapped, Rows, Selected, Split
-from kd.data.statistics import Facts, blocks_of, channel_statistics
-from kd.data.workers import Encoded, StoredRows, scan
+from kd.data.columns import Columns, check_columns, encode_labels, find_columns
+from kd.data.rows import LazyImages, MappedRows, Rows, Split
+from kd.data.statistics import Statistics, channel_statistics, iter_blocks
+from kd.data.workers import EncodedImages, WorkerRows, scan
 from kd.errors import require
 from kd.utils.images import decode
 from kd.utils.system import memory_limit, share_of_cores
 
-SHARE = 0.5  # of the memory and of the disk's free space that decoded images may take
+SHARE = 0.5  # of memory and of the disk's free space that decoded images may take
 
-
-NAMES = {"val": "validation", "valid": "validation"}
+SPLIT_NAMES = {"val": "validation", "valid": "validation"}  # other names of our splits
 
 
 class DataSource(ABC):
-    """Splits by name, to select from, and what is made of the selected ones."""
+    """The splits of an opened data set, from which rows are selected before they become `Rows`."""
 
     splits: dict[str, Arrays]
     classes: tuple[str, ...]
-    how: str = "in memory"  # in words: which of the three it is, and why
+    storage: str = "in memory"  # in words: how the images are stored, and why
 
     @abstractmethod
-    def facts(self, train: Arrays) -> Facts:
-        """Of the data, with the training rows that were kept."""
+    def statistics(self, train: Arrays) -> Statistics:
+        """Fingerprint of the data; mean and deviation of the selected training rows."""
 
     @abstractmethod
     def rows(self, split: Arrays) -> Rows: ...
 
 
-@dataclass(frozen=True)
-class Decoded(Selected):
-    """Rows of a memory map, named and not copied: each process of a run would hold a copy of its own."""
+def choose_storage(config: DataConfig, key: str, load: Callable[[], dict]) -> DataSource:
+    """Open the data that `load` gives (`datasets` splits by name), in memory or by workers as --decode says or it fits.
 
-    stored: UInt8[np.ndarray, "m 3 h w"]
-    sides: tuple[int, int]  # height and width of each
-    rows: Int[np.ndarray, "n"]  # which of the stored ones
-
-    @classmethod
-    def all_of(cls, images: UInt8[np.ndarray, "m 3 h w"]) -> "Decoded":
-        return cls(images, tuple(images.shape[2:]), np.arange(len(images)))
-
-
-class InMemory(DataSource):
-    """Decoded images, in memory maps."""
-
-    def __init__(self, splits: dict[str, Arrays], classes: tuple[str, ...], fingerprint: str):
-        self.splits = {name: Arrays(Decoded.all_of(images), labels) for name, (images, labels) in splits.items()}
-        self.classes, self.fingerprint = classes, fingerprint
-
-    def facts(self, train: Arrays) -> Facts:
-        return Facts(*channel_statistics(blocks_of(train.images.stored, train.images.rows)), self.fingerprint)
-
-    def rows(self, split: Arrays) -> Rows:
-        images, labels = torch.from_numpy(split.images.stored), torch.from_numpy(split.labels)
-        whole = len(labels) == len(images)
-        return Split(images, labels) if whole else Mapped(images, torch.from_numpy(split.images.rows), labels)
-
-
-class ByWorkers(DataSource):
-    """Images as they are stored, for workers to decode."""
-
-    def __init__(self, opened: "OpenedDataset", config: DataConfig, key: str):
-        self.key, self.classes = key, opened.columns.classes
-        workers = share_of_cores() if config.workers is None else config.workers
-        sides, column = opened.sides, opened.columns.image
-        self.splits = {}
-        for name, rows in opened.splits.items():
-            labels = numbers_of(rows[opened.columns.label], self.classes, name)
-            numbers = np.arange(len(rows))
-            cells = open_undecoded(rows, column).select_columns(column)
-            self.splits[name] = Arrays(Encoded(cells, column, name, opened.size, sides, workers, numbers), labels)
-        self._train, self._train_sha256 = None, ""
-
-    def facts(self, train: Arrays) -> Facts:
-        self._train = train.images
-        found, self._train_sha256 = scan(self.key, self.splits, self.classes, train)
-        return found
-
-    def rows(self, split: Arrays) -> Rows:
-        known = self._train_sha256 if split.images is self._train else ""
-        return StoredRows(split.images, torch.from_numpy(split.labels), known)
-
-
-class OpenedDataset:
-    """A `datasets` set with its columns found, and the size that its images have or get."""
-
-    def __init__(self, dataset, config: DataConfig):
-        splits = {NAMES.get(name, name): rows for name, rows in dataset.items()}
-        require("train" in splits, f"--data {config.source}: no train split; it has {', '.join(splits)}")
-        train = splits["train"]
-        self.columns: Columns = find_columns(train.features, train.unique, config.label, config.source)
-        self.splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-        for name, rows in self.splits.items():
-            check_columns(self.columns, rows.column_names, name, config.source)
-            require(len(rows) > 0, f"the {name} split is empty")
-        self.size = config.stored_size or config.image_size
-        first = open_undecoded(train, self.columns.image)[0][self.columns.image]
-        self.sides = (self.size, self.size) if self.size else decode(first, None, "train", 0).shape[1:]
-
-    @property
-    def decoded_bytes(self) -> int:
-        return sum(map(len, self.splits.values())) * 3 * self.sides[0] * self.sides[1]
-
-    def decode(self, folder: Path) -> tuple[str, ...]:
-        for name, rows in self.splits.items():
-            decode_split(rows, self.columns, self.size, folder, name, self.sides)
-        return self.columns.classes
-
-
-def choose_storage(config: DataConfig, key: str, load: Callable) -> DataSource:
-    """The data that `load` opens (`datasets` sets by split), held as the flags say or as it fits."""
+    Decoded images are cached under `key`, so that a later start neither loads nor decodes.
+    """
     opened, why = None, ""
 
-    def produce(folder: Path) -> tuple[str, ...] | None:
+    def create(folder: Path) -> tuple[str, ...] | None:
         nonlocal opened, why
         opened = OpenedDataset(load(), config)
-        keep, why = fits_memory(opened.decoded_bytes, config)
-        return opened.decode(folder) if keep else None
+        fits, why = fits_memory(opened.decoded_bytes, config)
+        return opened.decode(folder) if fits else None
 
-    found = None if config.decode == "workers" else cached(key, produce)
-    if found is not None:
-        size = sum(split.images.nbytes for split in found[0].values())
-        source: DataSource = InMemory(*found)
-        source.how = f"in memory, decoded once ({_gigabytes(size)}{why})"
+    decoded = None if config.decode == "workers" else cached(key, create)
+    if decoded is not None:
+        size = sum(split.images.nbytes for split in decoded[0].values())
+        source: DataSource = InMemory(*decoded)
+        source.storage = f"in memory, decoded once ({_gigabytes(size)}{why})"
     else:
         source = ByWorkers(opened or OpenedDataset(load(), config), config, key)
-        source.how = f"decoded by workers in every epoch ({why or 'as --decode says'})"
+        source.storage = f"decoded by workers in every epoch ({why or 'as --decode says'})"
     return source
 
 
 def fits_memory(size: int, config: DataConfig) -> tuple[bool, str]:
-    """Whether `size` bytes of decoded images are to be kept, and why."""
+    """Whether to store `size` bytes of decoded images in memory and on disk, and why."""
     if config.decode == "memory":
         return True, ", as --decode says"
     memory, disk = memory_limit(), shutil.disk_usage(cache_root()).free
@@ -155,3 +80,88 @@ def fits_memory(size: int, config: DataConfig) -> tuple[bool, str]:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
+
+
+class OpenedDataset:
+    """A `datasets` set with its columns found, and the size of its images once decoded."""
+
+    def __init__(self, dataset: dict, config: DataConfig):
+        splits = {SPLIT_NAMES.get(name, name): rows for name, rows in dataset.items()}
+        require("train" in splits, f"--data {config.source}: no train split; it has {', '.join(splits)}")
+        train = splits["train"]
+        self.columns: Columns = find_columns(train.features, train.unique, config.label, config.source)
+        self.splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+        for name, rows in self.splits.items():
+            check_columns(self.columns, rows.column_names, name, config.source)
+            require(len(rows) > 0, f"--data {config.source}: the {name} split is empty")
+        self.resize_to = config.stored_size or config.image_size
+        first = open_undecoded(train, self.columns.image)[0][self.columns.image]
+        self.image_size = (
+            (self.resize_to,) * 2 if self.resize_to else decode(first, None, "train", 0).shape[1:]
+        )  # height and width
+
+    @property
+    def decoded_bytes(self) -> int:
+        return sum(map(len, self.splits.values())) * 3 * self.image_size[0] * self.image_size[1]
+
+    def decode(self, folder: Path) -> tuple[str, ...]:
+        """Decode all splits into `folder`; returns the class names."""
+        for name, rows in self.splits.items():
+            decode_split(rows, self.columns, self.resize_to, folder, name, self.image_size)
+        return self.columns.classes
+
+
+@dataclass(frozen=True)
+class MappedImages(LazyImages):
+    """Images in a memory map, by row number: a copy would cost its memory in each process of a run."""
+
+    stored: UInt8[np.ndarray, "m 3 h w"]
+    image_size: tuple[int, int]
+    rows: Int[np.ndarray, "n"]  # numbers of these images in `stored`
+
+    @classmethod
+    def all_of(cls, images: UInt8[np.ndarray, "m 3 h w"]) -> "MappedImages":
+        return cls(images, tuple(images.shape[2:]), np.arange(len(images)))
+
+
+class InMemory(DataSource):
+    """Decoded images in memory maps."""
+
+    def __init__(self, splits: dict[str, Arrays], classes: tuple[str, ...], fingerprint: str):
+        self.splits = {name: Arrays(MappedImages.all_of(images), labels) for name, (images, labels) in splits.items()}
+        self.classes, self.fingerprint = classes, fingerprint
+
+    def statistics(self, train: Arrays) -> Statistics:
+        return Statistics(*channel_statistics(iter_blocks(train.images.stored, train.images.rows)), self.fingerprint)
+
+    def rows(self, split: Arrays) -> Rows:
+        images, labels = torch.from_numpy(split.images.stored), torch.from_numpy(split.labels)
+        if len(labels) == len(images):
+            return Split(images, labels)
+        return MappedRows(images, torch.from_numpy(split.images.rows), labels)
+
+
+class ByWorkers(DataSource):
+    """Encoded images, decoded by worker processes."""
+
+    def __init__(self, opened: OpenedDataset, config: DataConfig, key: str):
+        self.key, self.classes = key, opened.columns.classes
+        workers = share_of_cores() if config.workers is None else config.workers
+        column = opened.columns.image
+        self.splits = {}
+        for name, rows in opened.splits.items():
+            labels = encode_labels(rows[opened.columns.label], self.classes, name)
+            numbers = np.arange(len(rows))
+            cells = open_undecoded(rows, column).select_columns(column)
+            images = EncodedImages(cells, column, name, opened.resize_to, opened.image_size, workers, numbers)
+            self.splits[name] = Arrays(images, labels)
+        self._train, self._train_sha256 = None, ""
+
+    def statistics(self, train: Arrays) -> Statistics:
+        self._train = train.images
+        statistics, self._train_sha256 = scan(self.key, self.splits, self.classes, train)
+        return statistics
+
+    def rows(self, split: Arrays) -> Rows:
+        sha256 = self._train_sha256 if split.images is self._train else ""
+        return WorkerRows(split.images, torch.from_numpy(split.labels), sha256)

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from kd.data import Data
-from kd.data.rows import iter_centred
+from kd.data.rows import iter_centre_crops
 from kd.errors import require
 from kd.export.card import Subject, write_card
 from kd.export.deployed import open_pt2, rounds, trace, write_pt2
@@ -66,7 +66,7 @@ def make_files(
 def calibration_images(data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
     """`count` training images of a fixed random order, unaugmented; validation and test images set no range."""
     chosen = rng.order(0, 0, len(data.train.labels))[:count].sort().values  # a stream reads them in its own order
-    return torch.cat(list(iter_centred(data.train, data.size, chosen, CHUNK))).numpy()
+    return torch.cat(list(iter_centre_crops(data.train, data.size, chosen, CHUNK))).numpy()
 
 
 def compare(source: ExportedRun, rounding: bool, name: str, answer: Answer) -> float:

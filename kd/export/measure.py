@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd import metrics
 from kd.data import Data
-from kd.data.rows import iter_centred
+from kd.data.rows import iter_centre_crops
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed, open_pt2
 from kd.export.onnx_runtime import OnnxFile, needed
@@ -109,7 +109,7 @@ def score(candidate: Candidate, data: Data) -> Float[Tensor, "n k"]:
     """Its logits for every test image."""
     answer, index = candidate.open(0), torch.arange(len(data.test.labels))
     title, total = f"scoring {candidate.name}", -(-len(index) // CHUNK)
-    images = iter_centred(data.test, data.size, index, CHUNK)
+    images = iter_centre_crops(data.test, data.size, index, CHUNK)
     bar = track(images, title, total, console=console, disable=not console.is_terminal, transient=True)
     return torch.cat([torch.from_numpy(answer(block.numpy())) for block in bar])
 
@@ -138,7 +138,7 @@ def measure_files(candidates: list[Candidate], data: Data, threads: int) -> list
         torch.set_num_threads(threads)
         answers = {candidate.name: candidate.open(threads) for candidate in candidates}
         few = torch.arange(MANY) % len(labels)
-        (images,) = iter_centred(data.test, data.size, few.sort().values, MANY)
+        (images,) = iter_centre_crops(data.test, data.size, few.sort().values, MANY)
         one, many = (_times(answers, images[:count].numpy()) for count in (1, MANY))
     for row in rows:
         row |= {"latency_ms": 1000 * one[row["name"]], "images_per_second": MANY / many[row["name"]]}

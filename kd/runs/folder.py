@@ -186,7 +186,7 @@ def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator:
             "mean": data.mean,
             "std": data.std,
             "classes": len(data.classes),
-            "held": data.held,
+            "held": data.storage,
             "images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist(),
             # A name alone does not tell a folder from a Hub id once the file is read on another machine.
             "folder": source not in BUILT_IN and Path(source).expanduser().is_dir(),

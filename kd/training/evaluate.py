@@ -33,7 +33,7 @@ def predict_logits(
     share = max(batch_size // accelerator.num_processes, 1)
     starts = range(accelerator.process_index * share, rows, accelerator.num_processes * share)
     indices = [torch.arange(start, min(start + share, rows)) for start in starts]
-    for start, images in zip(starts, pixels.centred(indices)):
+    for start, images in zip(starts, pixels.centre_crops(indices)):
         with accelerator.autocast():
             logits[start : start + share] = network(images).float()
     network.train(training)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Read and write JSON, weights and arrays; a file is written completely or not at all."""
 
 import errno
 import hashlib
@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.utils.console import one_line
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were created or replaced in `folder` survive a power cut."""
+    """Flush a folder's entries to the disk, so that new and replaced names survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -33,10 +34,10 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomically(path: Path, write) -> None:
-    """Let `write(temporary path)` make the file, then put it in place; a failure leaves the old one.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path)`, then rename the file to `path`; a failure leaves the old file.
 
-    Raises OSError, which names the file.
+    Raises OSError naming the file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -45,19 +46,19 @@ def write_atomically(path: Path, write) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        error.filename = error.filename or str(path)  # the error of a full disk has none
         raise
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_folder(folder: Path, write) -> None:
-    """Let `write(temporary folder)` fill it, then put it in the place of `folder`; a failure leaves the old one."""
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary folder)`, then rename it to `folder`; a failure leaves the old folder."""
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    if old.exists() and not folder.exists():  # killed between the two renames below
+    if old.exists() and not folder.exists():  # an earlier process was killed between the two renames below
         os.replace(old, folder)
-    for left in (partial, old):  # by a process that was killed
-        remove_tree(left)
+    for leftover in (partial, old):
+        remove_tree(leftover)
     partial.mkdir()
     try:
         write(partial)
@@ -81,32 +82,32 @@ def write_json(path: Path, content) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError naming the file if there is none."""
+    """Read the object in a JSON file. Raises UserError naming the file if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return content
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects in a file of one on each line. Raises UserError naming the file if it holds anything else."""
+    """Read a file with one JSON object on each line. Raises UserError naming the file if it has anything else."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})") from error
     if not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"{path} holds lines that are no JSON objects")
+        raise UserError(f"{path}: has lines that are not JSON objects")
     return lines
 
 
 def is_number(value: object) -> bool:
-    """Whether what JSON held is a number that a float can hold: neither NaN nor infinite, nor true or false."""
+    """Whether a JSON value is a finite number that fits a float; true and false are none."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # JSON knows whole numbers of any length
+    except OverflowError:  # JSON has integers of any length
         return False
 
 
@@ -117,7 +118,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     def save(partial: Path) -> None:
         try:
             save_file(copies, partial)
-        except SafetensorError as error:  # a full disk, by its own name
+        except SafetensorError as error:  # of the library's own kind for a full disk
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
@@ -125,44 +126,47 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, without the prefixes that DDP and torch.compile leave."""
+    """Read the tensors of a safetensors file, without the prefixes of DDP and torch.compile in their names.
+
+    Raises UserError naming the file if it cannot be read.
+    """
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})") from error
     return without_prefixes(weights, path)
 
 
 def without_prefixes(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Without what data parallelism and torch.compile put before the names. Raises UserError for one held twice."""
+    """Remove the prefixes that DDP and torch.compile put before the names. Raises UserError if two names become one."""
     names = {name: name.replace("_orig_mod.", "") for name in weights}
-    if all(name.startswith("module.") for name in names.values()):  # else a network's own part may be called module
+    if all(name.startswith("module.") for name in names.values()):  # else a part of the network may be called module
         names = {name: short.removeprefix("module.") for name, short in names.items()}
     if len(set(names.values())) < len(names):
-        raise UserError(f"{path} holds a weight twice, with a wrapper's prefix and without")
+        raise UserError(f"{path}: has a weight twice, with a wrapper's prefix and without")
     return {names[name]: tensor for name, tensor in weights.items()}
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:
-    """Strictly: every weight must be there, fit and be finite. Raises UserError with the first misfits."""
+    """Load weights strictly: all must be there, fit and be finite. Raises UserError naming the first that do not."""
     weights = read_weights(path)
     if bad := not_finite(weights):
-        raise UserError(f"{path}: {bad} holds NaN or infinity; no network was ever scored with that")
+        raise UserError(f"{path}: {bad} holds NaN or infinity; no trained network has such weights")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise UserError(f"{path} does not fit the network: {' '.join(lines)[:300]}") from error
+        raise UserError(f"{path}: does not fit the network ({' '.join(lines)[:300]})") from error
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor, parameter or buffer, that holds NaN or infinity. The host waits for the device."""
+    """The name of the first tensor that holds NaN or infinity, if any. Synchronises the host with the device."""
     floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
     if not floats:
         return None
-    wide = lambda tensor: tensor if tensor.itemsize > 1 else tensor.float()  # noqa: E731  eight bits cannot be asked
-    fine = torch.stack([wide(tensor).isfinite().all() for tensor in floats.values()]).tolist()
-    return next((name for name, one in zip(floats, fine) if not one), None)
+    wide = lambda tensor: tensor if tensor.itemsize > 1 else tensor.float()  # noqa: E731  float8 has no isfinite
+    finite = torch.stack([wide(tensor).isfinite().all() for tensor in floats.values()]).tolist()
+    return next((name for name, is_finite in zip(floats, finite) if not is_finite), None)
 
 
 def sha256_file(path: Path) -> str:
@@ -174,13 +178,11 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-#: (kd.arrays) Arrays in .npy files, most of them as memory maps.
-
-
 def create_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy file as a memory map, its room on the disk taken already.
+    """Create an .npy file as a memory map, with its space on the disk allocated.
 
-    Without that a disk that fills up later ends the process with SIGBUS, and no word. Raises OSError naming the file.
+    Without that, a disk that fills up later ends the process with SIGBUS and no message. Raises OSError naming the
+    file.
     """
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
@@ -188,7 +190,7 @@ def create_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np
             try:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot promise room
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot allocate
                     del array
                     path.unlink()
                     raise OSError(error.errno, error.strerror, str(path)) from error
@@ -196,18 +198,18 @@ def create_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np
 
 
 def read_array(path: Path, mode: str | None = None) -> np.ndarray:
-    """An .npy file, with `mode` as a memory map. Raises UserError naming the file if it holds no array."""
+    """Read an .npy file; with `mode`, as a memory map. Raises UserError naming the file if it is not an array."""
     try:
         array = np.load(path, mmap_mode=mode)
-    except Exception as error:  # numpy parses the header as Python, which fails in as many ways as there are bytes
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
+    except Exception as error:  # NumPy parses the header as Python, which can raise anything
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} holds no array")
+        raise UserError(f"{path}: is not an array")
     return array
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """As np.save, whose error for a full disk says neither that nor which file."""
-    kept = create_map(path, array.dtype, array.shape)
-    kept[...] = array
-    kept.flush()
+    """Write an .npy file. np.save's own error for a full disk names neither the cause nor the file."""
+    stored = create_map(path, array.dtype, array.shape)
+    stored[...] = array
+    stored.flush()

@@ -1,4 +1,7 @@
+"""What the processes of one run do together, and their thread counts."""
+
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,8 +12,8 @@ from kd.utils.system import Lock
 
 
 @contextmanager
-def same_threads():
-    """Give the thread count back that a resumed run may have changed to its own."""
+def same_threads() -> Iterator[None]:
+    """Restore torch's thread count at the end; a resumed run, for one, sets that of its first start."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -19,23 +22,23 @@ def same_threads():
 
 
 def wait_for(lock: Lock | None, message: str, accelerator: Accelerator) -> None:
-    """Return on all processes once the main process has its lock; the others pass None.
+    """Return on all processes once the main process has acquired its lock; the others pass None.
 
-    In short waits: a collective must not time out while somebody else's long work goes on.
+    Polls every second: a collective that waited for another run's long work would time out.
     """
-    said = False
+    announced = False
     while True:
-        mine = torch.tensor(float(lock.acquire()) if lock else 0.0, device=accelerator.device)
-        if accelerator.reduce(mine, "sum").item() > 0:
+        acquired = torch.tensor(float(lock.acquire()) if lock else 0.0, device=accelerator.device)
+        if accelerator.reduce(acquired, "sum").item() > 0:
             return
-        if accelerator.is_main_process and not said:
+        if accelerator.is_main_process and not announced:
             print(message, flush=True)
-        said = True
+        announced = True
         time.sleep(1)
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process rank 0's BatchNorm statistics, which under data parallelism differ between processes."""
+    """Copy rank 0's BatchNorm statistics to every process; under data parallelism they differ."""
     if torch.distributed.is_initialized():
         for buffer in module.buffers():
             torch.distributed.broadcast(buffer, src=0)

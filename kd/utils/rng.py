@@ -1,3 +1,9 @@
+"""Random choices as pure functions of (seed, number, sample index).
+
+They are the same on every device, for any number of processes and after any resume, so training has no random state
+to save.
+"""
+
 import hashlib
 
 import torch
@@ -10,46 +16,46 @@ _MASK = 0xFFFFFFFF
 
 @torch.compiler.assume_constant_result
 def derive(*words: int | str) -> int:
-    """A seed of 63 bits from a purpose: derive(seed, "network")."""
+    """A seed of 63 bits for a purpose: derive(seed, "network")."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seed_everything(*words: int | str) -> None:
-    """Seed Python's, NumPy's and torch's generators for a purpose (numpy takes 32 bits)."""
+    """Seed Python's, NumPy's and torch's generators for a purpose (NumPy takes 32 bits)."""
     set_seed(derive(*words) & _MASK)
 
 
-def _mix(bits: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
-    # A 32-bit finaliser of full avalanche ("lowbias32", Wellons 2018), held in int64: products wrap modulo 2^64 on
-    # every device alike, and the low 32 bits of a wrapped product are right.
-    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & _MASK
-    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & _MASK
-    return bits ^ (bits >> 16)
-
-
-def random_bits(index: Int[Tensor, "*n"], *words: int | str) -> Int[Tensor, "*n"]:
-    """32 random bits for each index: independent for different words (a seed, an epoch, a purpose, ...)."""
-    key = derive(*words)
-    return _mix(_mix(_mix(index & _MASK) ^ (key & _MASK)) ^ (key >> 32))
-
-
-def random_below(limit: int, index: Int[Tensor, "*n"], *words: int | str) -> Int[Tensor, "*n"]:
-    """A whole number from 0 up to `limit` for each index, all equally likely to within 2^-32 * limit."""
-    return (random_bits(index, *words) * limit) >> 32
-
-
-def random_share(index: Int[Tensor, "*n"], *words: int | str) -> Float[Tensor, "*n"]:
-    """A number from 0 up to 1 for each index, on a grid of 2^-24 (exact in float32 on every device)."""
-    return (random_bits(index, *words) >> 8).float() * 2.0**-24
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed torch's generator for one step's dropout and the like: different on each process, equal after a resume."""
+    torch.manual_seed(derive(seed, "step", step, process))
 
 
 def order(seed: int, epoch: int, size: int) -> Int[Tensor, "n"]:
-    """The order in which an epoch visits the samples."""
+    """The order in which an epoch visits `size` samples."""
     bits = random_bits(torch.arange(size), seed, "order", epoch)
     return torch.argsort(bits, stable=True)
 
 
-def seed_step(seed: int, step: int, process: int) -> None:
-    """What dropout and the like draw in a step; different on each process, the same after a resume."""
-    torch.manual_seed(derive(seed, "step", step, process))
+def random_below(limit: int, index: Int[Tensor, "*n"], *words: int | str) -> Int[Tensor, "*n"]:
+    """An integer in [0, limit) for each index, uniform to within 2^-32 * limit."""
+    return (random_bits(index, *words) * limit) >> 32
+
+
+def random_uniform(index: Int[Tensor, "*n"], *words: int | str) -> Float[Tensor, "*n"]:
+    """A number in [0, 1) for each index, on a grid of 2^-24 (exact in float32 on every device)."""
+    return (random_bits(index, *words) >> 8).float() * 2.0**-24
+
+
+def random_bits(index: Int[Tensor, "*n"], *words: int | str) -> Int[Tensor, "*n"]:
+    """32 random bits for each index; independent for different words (a seed, an epoch, a purpose, ...)."""
+    key = derive(*words)
+    return _mix(_mix(_mix(index & _MASK) ^ (key & _MASK)) ^ (key >> 32))
+
+
+def _mix(bits: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    # A 32-bit finaliser with full avalanche ("lowbias32", Wellons 2018) in int64: products wrap modulo 2^64 on every
+    # device alike, and the low 32 bits of a wrapped product are right.
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & _MASK
+    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & _MASK
+    return bits ^ (bits >> 16)

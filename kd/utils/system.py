@@ -1,4 +1,4 @@
-"""How many processor cores there are to work with. No torch here."""
+"""Cores, memory, file locks and stop signals of this machine. No torch here."""
 
 import fcntl
 import os
@@ -11,22 +11,39 @@ import psutil
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_of_cores() -> int:
-    """Those for each of this machine's processes of one run."""
+    """Cores for each of a run's processes on this machine."""
     return max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
-#: (kd.lock) A lock on a file that dies with its process.
+def memory_limit() -> int:
+    """Bytes of memory in the machine, or this container's limit if that is lower."""
+    limits = [psutil.virtual_memory().total]
+    for path in limit_files():
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def limit_files() -> list[Path]:
+    """Files in which Linux may state this process's memory limit: of cgroup v2, its group and those above; of v1."""
+    root, group = Path("/sys/fs/cgroup"), "/"
+    with suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    own = root / group.lstrip("/")
+    groups = [own, *(above for above in own.parents if above.is_relative_to(root))]
+    return [*(folder / "memory.max" for folder in groups), root / "memory" / "memory.limit_in_bytes"]
 
 
 class Lock:
-    """An exclusive lock of this process; released by `close`, or when the process dies, however it dies.
+    """An exclusive file lock of this process, released by `close` or when the process dies, even by kill -9.
 
-    fcntl.lockf, not flock: a flock outlives a kill -9 in any worker that was forked meanwhile.
+    Uses fcntl.lockf, not flock: a flock survives a kill -9 in any worker that was forked meanwhile.
     """
 
     def __init__(self, path: Path):
@@ -34,14 +51,14 @@ class Lock:
         self._file = None
 
     def acquire(self, wait: bool = False) -> bool:
-        """True if the lock is ours; without `wait`, False at once where another process holds it."""
-        self._file = open(self.path, "a")  # noqa: SIM115  held open as long as the lock
+        """Whether this process now has the lock; without `wait`, False at once if another process has it."""
+        self._file = open(self.path, "a")  # noqa: SIM115  stays open as long as the lock
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError):  # for a lock that is held POSIX leaves a system the choice
+        except (BlockingIOError, PermissionError):  # POSIX allows either if another process has the lock
             self.close()
             return False
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # the file system has no locks
             warnings.warn(f"{self.path}: no file locks here ({error}); start no second run on it", stacklevel=2)
         return True
 
@@ -51,11 +68,8 @@ class Lock:
             self._file = None
 
 
-#: (kd.signals) Being asked to stop: remembered until training can save, instead of dying in the middle of a step.
-
-
 class StopRequests:
-    """Within it SIGTERM and the first Ctrl-C set `number`; a second Ctrl-C stops at once."""
+    """Remembers SIGTERM and the first Ctrl-C in `number`, so that training can save; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.number = 0
@@ -65,7 +79,7 @@ class StopRequests:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._remember)
-            except ValueError:  # only the main thread may; elsewhere the caller's own handling stands
+            except ValueError:  # outside the main thread the caller's own handlers stay
                 break
         return self
 
@@ -77,23 +91,3 @@ class StopRequests:
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
-
-
-def memory_limit() -> int:
-    """Bytes that the machine has, or that this container may use of them."""
-    limits = [psutil.virtual_memory().total]
-    for path in limit_files():
-        with suppress(OSError, ValueError):  # not there, or "max"
-            limits.append(int(path.read_text()))
-    return min(limits)
-
-
-def limit_files() -> list[Path]:
-    """Where Linux may keep a limit of this process's memory: its control group, those above it, the older layout."""
-    root, place = Path("/sys/fs/cgroup"), "/"
-    with suppress(OSError):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        place = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    own = root / place.lstrip("/")
-    groups = [own, *(above for above in own.parents if above.is_relative_to(root))]
-    return [*(group / "memory.max" for group in groups), root / "memory" / "memory.limit_in_bytes"]

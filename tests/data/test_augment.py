@@ -1,4 +1,4 @@
-"""Random choices: pure in (seed, epoch, index), evenly spread, and applied as a naive loop would."""
+"""Crops, flips, orders and seeds: pure functions of (seed, epoch, index), uniform, and equal to a naive loop."""
 
 import pytest
 import torch
@@ -13,26 +13,26 @@ PINNED_BITS = [3536743990, 763792712, 3442930797]
 PINNED_ORDER = [5, 6, 1, 3, 0, 2, 4, 7]
 
 
-def test_a_view_depends_on_nothing_but_seed_epoch_and_index():
+def test_a_view_depends_on_seed_epoch_and_index_alone():
     index = torch.arange(1000)
-    whole = augment.draw_view(CROP, 1, 5, index)
+    all_views = augment.draw_crop_flip(CROP, 1, 5, index)
     shuffled = torch.randperm(1000)
-    torch.manual_seed(99)  # torch's own generator plays no part
-    again = augment.draw_view(CROP, 1, 5, shuffled)
-    for one, other in zip(whole, again, strict=True):
+    torch.manual_seed(99)  # must not matter
+    again = augment.draw_crop_flip(CROP, 1, 5, shuffled)
+    for one, other in zip(all_views, again, strict=True):
         assert torch.equal(one[shuffled], other)
 
 
 @pytest.mark.parametrize(("seed", "number"), [(2, 5), (1, 6)])
 def test_another_seed_or_epoch_gives_other_views(seed, number):
     index = torch.arange(1000)
-    same = augment.draw_view(CROP, 1, 5, index).top == augment.draw_view(CROP, seed, number, index).top
+    same = augment.draw_crop_flip(CROP, 1, 5, index).top == augment.draw_crop_flip(CROP, seed, number, index).top
     assert 0.05 < same.float().mean() < 0.2  # one in nine by chance
 
 
 def test_views_are_evenly_spread_and_independent():
     index = torch.arange(90_000)
-    view = augment.draw_view(CROP, 0, 0, index)
+    view = augment.draw_crop_flip(CROP, 0, 0, index)
     for offsets in (view.top, view.left):
         counts = torch.bincount(offsets, minlength=9)
         assert (counts - 10_000).abs().max() < 500  # five standard deviations
@@ -44,13 +44,13 @@ def test_views_are_evenly_spread_and_independent():
 def test_no_flip_and_no_padding_leave_images_alone():
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     still = ViewConfig(crop_padding=0, flip=False)
-    assert torch.equal(augment.apply_view(images, augment.draw_view(still, 0, 0, torch.arange(6)), 0), images)
+    assert torch.equal(augment.crop_and_flip(images, augment.draw_crop_flip(still, 0, 0, torch.arange(6)), 0), images)
 
 
-def test_apply_agrees_with_cropping_one_by_one():
+def test_crop_and_flip_agrees_with_cropping_one_by_one():
     images = torch.randint(0, 256, (32, 3, 10, 7), dtype=torch.uint8)
-    view = augment.draw_view(CROP, 0, 3, torch.arange(32))
-    seen = augment.apply_view(images, view, 4)
+    view = augment.draw_crop_flip(CROP, 0, 3, torch.arange(32))
+    seen = augment.crop_and_flip(images, view, 4)
     for image, top, left, flip, result in zip(images, view.top, view.left, view.flip, seen):
         crop = F.pad(image, (4, 4, 4, 4))[:, top : top + 10, left : left + 7]
         assert torch.equal(crop.flip(2) if flip else crop, result)
@@ -64,8 +64,8 @@ def test_row_26_order_visits_every_sample_once_and_changes_with_the_epoch():
     assert torch.equal(first, rng.order(0, 0, 1000))
 
 
-def test_values_are_the_same_for_ever():
-    """A run resumed with a later version must see the same images: these numbers may never change."""
+def test_values_never_change():
+    """A run that is resumed with a later version must see the same images: never change these numbers."""
     assert rng.random_bits(torch.arange(3), 0, "top", 0).tolist() == PINNED_BITS
     assert rng.order(0, 0, 8).tolist() == PINNED_ORDER
 
@@ -75,8 +75,8 @@ def test_normalize_gives_mean_zero_and_deviation_one():
     pixels = images.double() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
     seen = rows.normalize(images, mean.float(), std.float())
-    wanted = (pixels - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(seen, wanted.float(), rtol=1e-4, atol=1e-5)
+    expected = (pixels - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(seen, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_seeds_each_process_differently_and_repeatably():

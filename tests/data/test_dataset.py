@@ -1,4 +1,4 @@
-"""Data: found, decoded once, checked, split by class; and whatever is wrong with it named."""
+"""Data is found, decoded once, checked and split by class; every fault is named."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from kd.config import DataConfig
 from kd.data import Split, load_data
 from kd.data.cache import cache_root
 from kd.data.folder import COMMON
-from kd.data.statistics import blocks_of
+from kd.data.statistics import iter_blocks
 from kd.data.storage import fits_memory
 from kd.errors import UserError
 from kd.utils.system import limit_files, memory_limit
@@ -104,27 +104,27 @@ def test_the_second_start_decodes_nothing(folder, monkeypatch):
 def test_a_bit_flipped_in_the_decoded_data_is_noticed(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     first = load_data(DataConfig(source=str(folder)))
-    (kept,) = cache_root().glob("data/*/train.images.npy")
-    content = bytearray(kept.read_bytes())
+    (path,) = cache_root().glob("data/*/train.images.npy")
+    content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    kept.write_bytes(content)
+    path.write_bytes(content)
     assert load_data(DataConfig(source=str(folder))).fingerprint == first.fingerprint
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_other_colour_modes_become_rgb(tmp_path, mode):
-    # TIFF keeps every mode; a palette picture is compared after the same conversion.
+    # TIFF stores every mode.
     path = tmp_path / "x.tiff"
     picture(0, mode=mode).save(path)
     rows = {"img": [str(path)] * 10, "label": [0, 1] * 5}
     data = load_data(DataConfig(source=parquet(tmp_path / "set", rows, FEATURES)))
-    wanted = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
-    assert np.array_equal(data.train.images[0].numpy(), wanted)
+    expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(data.train.images[0].numpy(), expected)
 
 
 def test_images_of_several_sizes_need_one_size(folder):
     picture(1, size=(20, 14)).save(folder / "train" / "bee" / "zz.png")
-    with pytest.raises(UserError, match=r"train row 20 is 20 x 14.*--image-size"):
+    with pytest.raises(UserError, match=r"train row 20: is 20 x 14, others 12 x 12; give --image-size"):
         load_data(DataConfig(source=str(folder)))
     assert load_data(DataConfig(source=str(folder), image_size=10)).size == (10, 10)
 
@@ -145,18 +145,18 @@ def test_label_columns_of_names_and_numbers(tmp_path):
         ({"label": [0]}, {"label": ClassLabel(names=["a"])}, "no image column; it has label"),
         ({"img": [picture(0)], "text": ["x"]}, {"img": ImageFeature(), "text": Value("string")}, "no label column"),
         ({"img": [], "label": []}, FEATURES, "corresponds to no data"),
-        ({"img": [picture(0), None], "label": [0, 1]}, FEATURES, r"train row 1 .*no readable image"),
+        ({"img": [picture(0), None], "label": [0, 1]}, FEATURES, r"train row 1 .*: not a readable image"),
         (
             {"img": [{"bytes": b"junk", "path": "x.png"}], "label": [0]},
             FEATURES,
-            r"train row 0 \(x.png\) is no readable image",
+            r"train row 0 \(x.png\): not a readable image",
         ),
         (
             {"img": [picture(0)], "label": [10**12]},
             Features({"img": ImageFeature(), "label": Value("int64")}),
-            "has the label 1000000000000; numbers name classes up to 99999",
+            "has the label 1000000000000, above 99999; number classes from 0",
         ),
-        ({"img": [picture(0)], "label": [-1]}, FEATURES, "train row 0: label -1 is none of the 2 classes"),
+        ({"img": [picture(0)], "label": [-1]}, FEATURES, "train row 0: label -1 is not one of the 2 classes"),
         ({"img": [picture(0)], "label": [None]}, FEATURES, "train row 0: label None"),
     ],
     ids=["no image", "no label", "empty", "null row", "corrupt row", "no class", "ignored label", "missing label"],
@@ -166,7 +166,7 @@ def test_row_29_row_30_row_31_what_is_wrong_with_the_data_is_named(tmp_path, mon
     source = parquet(tmp_path / "set", rows, Features(features))
     with pytest.raises(UserError, match=words):
         load_data(DataConfig(source=source))
-    assert not list(cache_root().glob("data/*.partial")), "nothing half-written stays behind"
+    assert not list(cache_root().glob("data/*.partial")), "no partial folder is left"
 
 
 def test_row_31_a_missing_label_column_lists_the_columns(folder):
@@ -192,7 +192,7 @@ def test_row_43_sources_that_do_not_exist_or_cannot_be_reached(source, words, mo
 def test_a_folder_without_images(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.md").write_text("nothing to see")
-    with pytest.raises(UserError, match="no image data"):
+    with pytest.raises(UserError, match="no readable image data"):
         load_data(DataConfig(source=str(tmp_path / "texts")))
 
 
@@ -221,25 +221,27 @@ def move(folder, *pairs: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: move(f, ("train/ape/0.png", "train/ape/2020/0.png")), "ape/2020/0.png lies deeper .* 2020 would be"),
-        (lambda f: picture(0).save(f / "train" / "stray.png"), "train/stray.png lies outside a class folder"),
+        (lambda f: move(f, ("train/ape/0.png", "train/ape/2020/0.png")),
+         "ape/2020/0.png is deeper .* its class would be 2020"),
+        (lambda f: picture(0).save(f / "train" / "stray.png"), "train/stray.png is in no class folder"),
         (lambda f: [file.rename(file.with_suffix(".heic")) for file in f.glob("train/ape/*")],
-         r"train/ape holds no image that is read \(.heic\): convert"),
+         r"train/ape has no images \(.heic\); convert"),
         (lambda f: move(f, ("test/ape", "test/training shoes"), ("train/ape", "train/training shoes")),
-         "test/training shoes/0.png would be taken for each of test and training shoes: rename"),
-        (lambda f: move(f, ("train/ape", "train/training shoes")), "would be taken for each of train and training"),
+         r"test/training shoes/0.png is in several splits by its folders' names \(test, training shoes\); rename"),
+        (lambda f: move(f, ("train/ape", "train/training shoes")),
+         r"is in several splits .* \(train, training shoes\)"),
         (lambda f: [shutil.rmtree(f / split / "bee") for split in ("train", "test")],
-         r"one class folder alone \(ape\)"),
-        (lambda f: (f / "test" / "bee" / "4.png").symlink_to("nowhere.png"), "bee/4.png is a link to nothing: mend"),
+         r"only one class folder \(ape\)"),
+        (lambda f: (f / "test" / "bee" / "4.png").symlink_to("nowhere.png"), "bee/4.png: is a broken link; repair"),
         (lambda f: (move(f, ("train/bee", "../bees")), (f / "train" / "bee").symlink_to(f.parent / "bees")),
-         "train/bee is a link to a folder, which is not followed: put the folder itself there"),
+         "train/bee: is a link to a folder, which is not followed; put the folder itself there"),
         (lambda f: (f.rename(f.parent / "all"), f.mkdir(), (f / "train").symlink_to(f.parent / "all" / "train")),
-         "pictures/train is a link to a folder"),
+         "pictures/train: is a link to a folder"),
     ],
     ids=["deep", "stray", "all heic", "two splits", "twice", "one class", "dangling", "linked class", "all linked"],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_datasets_would_take_otherwise_is_refused(folder, change, words, stream):
+def test_files_that_datasets_would_mislabel_are_refused(folder, change, words, stream):
     change(folder)
     with pytest.raises(UserError, match=words) as caught:
         load_data(DataConfig(source=str(folder), stream=stream))
@@ -247,7 +249,7 @@ def test_what_datasets_would_take_otherwise_is_refused(folder, change, words, st
 
 
 def test_a_class_may_be_called_as_its_own_split_is(folder):
-    """Where no file of another split has that class, which `datasets` would put into both."""
+    """If no other split has files of that class, which `datasets` would put into both splits."""
     move(folder, ("train/ape", "train/train"))
     for number in range(3):
         picture(number).save(folder / "test" / "ape" / f"more {number}.png")
@@ -256,20 +258,20 @@ def test_a_class_may_be_called_as_its_own_split_is(folder):
     assert (len(data.train.labels), len(data.test.labels)) == (20, 11)
 
 
-def test_what_is_left_out_is_counted_at_every_start(folder, capsys):
+def test_skipped_files_are_counted_at_every_start(folder, capsys):
     for number in range(3):
         (folder / "train" / "ape" / f"{number}.png").rename(folder / "train" / "ape" / f"{number}.HEIC")
     (folder / "test" / "bee" / "notes.txt").write_text("x")
     (folder / "README.md").write_text("not below a split")
     for _ in range(2):
         data = load_data(DataConfig(source=str(folder), val_fraction=0.2))
-        said = capsys.readouterr().out
-        assert "data: 4 of 29 files left out (.heic, .txt)\n" in said
-        assert "; 14 training, 3 validation, 8 test images of 2 classes\n" in said
-    assert data.held.startswith("in memory, decoded once (")
+        output = capsys.readouterr().out
+        assert "data: skipped 4 of 29 files, not images (.heic, .txt)\n" in output
+        assert "; 14 training, 3 validation, 8 test images of 2 classes\n" in output
+    assert data.storage.startswith("in memory, decoded once (")
 
 
-def test_hidden_files_are_nobodys_business(folder, capsys):
+def test_hidden_files_are_ignored(folder, capsys):
     (folder / "train" / "ape" / ".#lock").symlink_to("user@host.1234")
     (folder / "train" / ".thumbnails").mkdir()
     picture(0).save(folder / "train" / ".thumbnails" / "0.png")
@@ -277,7 +279,7 @@ def test_hidden_files_are_nobodys_business(folder, capsys):
     (folder / ".linked").symlink_to(folder / "train")
     (folder / "__too").symlink_to(folder / "train")
     assert len(load_data(DataConfig(source=str(folder), val_fraction=0.0)).train.labels) == 20
-    assert "left out" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_common_endings_are_images_to_datasets():
@@ -305,7 +307,7 @@ def test_images_described_by_a_file_may_lie_anywhere(tmp_path, form):
     assert load_data(DataConfig(source=str(tmp_path / "set"), val_fraction=0.0)).classes == ("a", "b")
 
 
-def test_a_test_class_that_nobody_can_learn_is_named(folder, capsys):
+def test_a_test_class_without_training_images_is_named(folder, capsys):
     shutil.copytree(folder / "test" / "bee", folder / "test" / "cow")
     load_data(DataConfig(source=str(folder)))
     assert "data: classes of the test split without a training image: 1 (cow)\n" in capsys.readouterr().out
@@ -317,7 +319,7 @@ def test_a_label_column_holds_numbers_or_names(tmp_path, label, stream):
     rows = {"image": [picture(n) for n in range(4)], "label": [0, 1, 0, 1], "boxes": [[1, 2]] * 4}
     kinds = Features({"image": ImageFeature(), "label": Value("int64"), "boxes": List(Value("int64"))})
     source = parquet(tmp_path / "set", rows, kinds)
-    with pytest.raises(UserError, match=rf"--label {label}: holds no numbers or names but \w+; it has image \(Image\)"):
+    with pytest.raises(UserError, match=rf"--label {label}: needs numbers or names, not \w+; \S+ has image \(Image\)"):
         load_data(DataConfig(source=source, label=label, stream=stream))
 
 
@@ -329,12 +331,12 @@ def test_a_missing_name_is_an_error_of_one_line(tmp_path, stream):
         load_data(DataConfig(source=source, stream=stream))
 
 
-def test_a_home_that_is_not_there():
+def test_an_unknown_users_home_is_named():
     with pytest.raises(UserError, match="--data ~nobodyx/foo: no such folder"):
         load_data(DataConfig(source="~nobodyx/foo"))
 
 
-def test_a_folder_called_like_a_named_set_is_itself(folder, capsys):
+def test_a_folder_takes_precedence_over_a_set_of_the_same_name(folder, capsys):
     folder.rename("food101")
     data = load_data(DataConfig(source="food101"))
     assert (data.classes, data.size) == (("ape", "bee"), (12, 12))
@@ -344,37 +346,37 @@ def test_a_folder_called_like_a_named_set_is_itself(folder, capsys):
     assert "data: the built-in set digits, not the folder, which ./digits names\n" in capsys.readouterr().out
 
 
-def test_statistics_look_at_few_bytes_at_a_time(monkeypatch):
+def test_statistics_count_few_bytes_at_a_time(monkeypatch):
     images = np.zeros((10, 3, 8, 8), np.uint8)
     monkeypatch.setattr("kd.data.statistics.BLOCK_BYTES", 3 * images[0].nbytes)
-    assert [len(block) for block in blocks_of(images, np.arange(10))] == [3, 3, 3, 1]
+    assert [len(block) for block in iter_blocks(images, np.arange(10))] == [3, 3, 3, 1]
     monkeypatch.setattr("kd.data.statistics.BLOCK_BYTES", 1)
-    assert [len(block) for block in blocks_of(images, np.arange(4))] == [1] * 4
+    assert [len(block) for block in iter_blocks(images, np.arange(4))] == [1] * 4
 
 
-def test_what_is_held_out_is_not_copied(folder):
-    """Training and validation rows lie in one map, which every process of a run shares."""
+def test_held_out_rows_are_not_copied(folder):
+    """Training and validation rows share one memory map, also between the processes of a run."""
     data = load_data(DataConfig(source=str(folder)))
     assert data.train.stored.data_ptr() == data.val.stored.data_ptr()
     (batch,) = data.train.batches([torch.tensor([7, 0, 3])], torch.device("cpu"))
     assert torch.equal(batch, data.train.images[[7, 0, 3]])
     assert data.train.sha256 == Split(data.train.images, data.train.labels).sha256
     assert data.train.on(torch.device("cpu")) is data.train
-    assert isinstance(data.test, Split), "all rows of a map are the map itself"
+    assert isinstance(data.test, Split), "a split of all rows needs no row numbers"
 
 
-def test_what_fits_is_measured_by_the_containers_memory(tmp_path, monkeypatch):
+def test_the_containers_memory_limit_decides_what_fits(tmp_path, monkeypatch):
     limits = [tmp_path / name for name in ("group", "parent", "absent")]
     limits[0].write_text("max\n")
     limits[1].write_text("1000000\n")
     monkeypatch.setattr("kd.utils.system.limit_files", lambda: limits)
     assert memory_limit() == 1_000_000
     assert fits_memory(500_000, DataConfig())[0]
-    keep, why = fits_memory(500_001, DataConfig())
-    assert (keep, why.split(" free")[0][:53]) == (False, "their 0.0005 GB do not fit half of 0.001 GB of memory")
+    fits, why = fits_memory(500_001, DataConfig())
+    assert (fits, why.split(" free")[0][:53]) == (False, "their 0.0005 GB do not fit half of 0.001 GB of memory")
 
 
-def test_limits_are_looked_for_in_every_group_above():
+def test_the_limits_of_every_group_above_are_read():
     files = limit_files()
     assert Path("/sys/fs/cgroup/memory.max") in files
     assert all(file.is_relative_to("/sys/fs/cgroup") for file in files)

@@ -1,4 +1,4 @@
-"""Odd files, sizes and views: every mode becomes RGB the right way up; resized crops and jitter are torchvision's."""
+"""Odd files become upright RGB, whatever their mode; resized crops and jitter match torchvision's."""
 
 import importlib
 
@@ -12,7 +12,7 @@ from kd.data import augment, load_data, rows
 from kd.data.loader import TrainingImages
 from kd.errors import UserError
 from kd.models import build_model
-from kd.utils.images import central, decode
+from kd.utils.images import crop_and_resize, decode
 from tests.data.test_workers import images
 from tests.run_scripts import teach
 
@@ -23,7 +23,7 @@ ORIENTATION = 0x0112  # EXIF's
 
 
 def scene() -> np.ndarray:
-    """A smooth picture whose left half is red and whose upper half is blue: its position can be told."""
+    """A picture whose left half is red and whose upper half is blue, so that its orientation shows."""
     pixels = np.zeros((HIGH, WIDE, 3), np.uint8)
     pixels[:, : WIDE // 2, 0] = 200
     pixels[: HIGH // 2, :, 2] = 220
@@ -31,7 +31,7 @@ def scene() -> np.ndarray:
 
 
 def odd_files(folder) -> str:
-    """An imagefolder of every kind of file there is, three classes that colour tells apart."""
+    """An imagefolder of three classes that differ in colour, with files of every kind."""
     source = images(folder, counts=(("train", 12), ("test", 6)))
     picture, grey = Image.fromarray(scene()), Image.fromarray(scene()).convert("L")
     rotated = Image.Exif()
@@ -73,15 +73,17 @@ def test_a_folder_of_odd_files_trains(tmp_path):
 def test_the_one_broken_file_among_them_is_named(tmp_path):
     source = odd_files(tmp_path / "pictures")
     (tmp_path / "pictures" / "train" / "class 0" / "see_through_palette.png").write_bytes(b"\x89PNG and no more")
-    with pytest.raises(UserError, match=r"^train row \d+ \(.*see_through_palette.png\) is no readable image: mend or"):
+    with pytest.raises(
+        UserError, match=r"^train row \d+ \(.*see_through_palette.png\): not a readable image \(.*\); repair"
+    ):
         load_data(DataConfig(source=source, image_size=12))
 
 
 def shown(name: str) -> np.ndarray:
-    """What a viewer shows of an odd file of the scene, by arithmetic of its own."""
+    """What a viewer shows for an odd file of the scene, computed independently."""
     colour = scene()
     grey = np.asarray(Image.fromarray(colour).convert("L"))
-    if name == "rotated.jpg":  # orientation 6: stored lying on its left side, turned clockwise to be seen
+    if name == "rotated.jpg":  # orientation 6: turn clockwise to view
         colour = np.rot90(colour, -1)
     elif name == "large.webp":
         colour = np.asarray(Image.fromarray(colour).resize((240, 160)))
@@ -93,7 +95,7 @@ def shown(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"),  # by how many levels a pixel may differ: a lossy format's, or of a palette of few colours
+    ("name", "most"),  # levels by which a pixel may differ, in a lossy format or with a small palette
     [
         ("grey.png", 0),
         ("grey_and_alpha.png", 0),
@@ -107,12 +109,12 @@ def shown(name: str) -> np.ndarray:
         ("see_through_palette.png", 3),
     ],
 )
-def test_odd_files_have_the_pixels_that_they_show(tmp_path, name, most):
+def test_odd_files_decode_to_what_a_viewer_shows(tmp_path, name, most):
     odd_files(tmp_path / "pictures")
     seen = decode(stored(tmp_path / "pictures" / "train" / "class 0" / name), None, "train", 0)
-    apart = np.abs(seen.astype(int) - shown(name))
-    assert apart.max() <= most
-    assert apart.mean() <= most / 4
+    difference = np.abs(seen.astype(int) - shown(name))
+    assert difference.max() <= most
+    assert difference.mean() <= most / 4
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_odd_files_have_the_pixels_that_they_show(tmp_path, name, most):
 )
 def test_greys_whose_white_is_unknown_are_refused_and_named(tmp_path, greys, words):
     Image.fromarray(greys.reshape(8, 8)).save(tmp_path / "odd.tiff")
-    with pytest.raises(UserError, match=rf"^val row 7 \(odd.tiff\) is no readable image: mend or drop it \({words}"):
+    with pytest.raises(UserError, match=rf"^val row 7 \(odd.tiff\): not a readable image \({words}"):
         decode(stored(tmp_path / "odd.tiff"), None, "val", 7)
 
 
@@ -139,15 +141,15 @@ def test_a_black_picture_of_sixteen_bits_is_black(tmp_path):
 
 @pytest.mark.parametrize("size", [22, 224, 299])
 def test_the_central_square_lies_within_every_image(size):
-    """Rounding once made it larger than the image by a last bit, of one short side in thirty."""
+    """Rounding once made it larger than the image by a last bit, for one short side in thirty."""
     for short in range(100, 601):
-        assert central(Image.new("L", (short, short + 3)), size, size).size == (size, size)
+        assert crop_and_resize(Image.new("L", (short, short + 3)), size, size).size == (size, size)
 
 
 def test_a_picture_that_cannot_be_brought_to_size_is_named(tmp_path, monkeypatch):
     Image.fromarray(scene()).save(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "resize", lambda *_, **how: 1 / 0)
-    with pytest.raises(UserError, match=r"^train row 3 \(x.png\) is no readable image.*division by zero"):
+    with pytest.raises(UserError, match=r"^train row 3 \(x.png\): not a readable image.*division by zero"):
         decode(stored(tmp_path / "x.png"), 8, "train", 3)
 
 
@@ -160,8 +162,8 @@ def test_the_central_square_is_brought_to_size(tmp_path, form):
     square = Image.open(path).convert("RGB").crop((100, 0, 500, 400))
     wanted = np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     seen = decode(stored(path), 32, "train", 0)
-    # A JPEG is unpacked at a fraction of its pixels where twice the size is left: hardly different, not the same.
-    inner = np.s_[:, 2:-2, 2:-2]  # at its border the square takes in a little of what lies beside it
+    # A JPEG is unpacked at a fraction of its pixels if twice the size is left: the result differs slightly.
+    inner = np.s_[:, 2:-2, 2:-2]  # the border includes a little of the pixels beside the square
     assert np.abs(seen.astype(int) - wanted)[inner].mean() < (0.01 if form == "png" else 1.5)
 
 
@@ -173,14 +175,14 @@ def random_images(count: int, high: int, wide: int) -> torch.Tensor:
 def test_resized_crops_are_torchvisions(size, seen):
     pixels = random_images(50, *size)
     box = augment.draw_boxes(0.08, size, torch.arange(50), 3, 7)
-    ours = augment.resized_crop(pixels, box, seen)
-    for image, top, left, high, wide, result in zip(pixels, *(part.tolist() for part in box), ours):
+    crops = augment.resized_crop(pixels, box, seen)
+    for image, top, left, high, wide, result in zip(pixels, *(part.tolist() for part in box), crops):
         wanted = v2.functional.resized_crop(image.float(), top, left, high, wide, list(seen), antialias=False)
         assert (result.float() - wanted).abs().max() <= 0.51  # rounded to whole levels
 
 
 def test_boxes_are_spread_as_torchvisions():
-    """Moments of the area, shape and place of 20,000 boxes beside those of RandomResizedCrop's own."""
+    """Compares mean and deviation of 20,000 boxes' places and sizes with RandomResizedCrop's."""
     size, count = (40, 40), 20_000
     box = augment.draw_boxes(0.08, size, torch.arange(count), 0, 0)
     assert (box.top >= 0).all()
@@ -188,14 +190,14 @@ def test_boxes_are_spread_as_torchvisions():
     assert (box.top + box.height <= 40).all()
     assert (box.left + box.width <= 40).all()
     torch.manual_seed(0)
-    theirs = v2.RandomResizedCrop(40, scale=(0.08, 1.0))
+    transform = v2.RandomResizedCrop(40, scale=(0.08, 1.0))
     image = torch.zeros(3, *size)
-    drawn = [theirs.make_params([image]) for _ in range(4000)]
-    for name, ours in box._asdict().items():
+    drawn = [transform.make_params([image]) for _ in range(4000)]
+    for name, actual in box._asdict().items():
         reference = torch.tensor([draw[name] for draw in drawn]).double()
-        error = (reference.var() / 4000 + ours.double().var() / count).sqrt()
-        assert (ours.double().mean() - reference.mean()).abs() < 5 * error, name
-        assert ours.double().std() == pytest.approx(reference.std().item(), rel=0.06), name
+        error = (reference.var() / 4000 + actual.double().var() / count).sqrt()
+        assert (actual.double().mean() - reference.mean()).abs() < 5 * error, name
+        assert actual.double().std() == pytest.approx(reference.std().item(), rel=0.06), name
 
 
 def test_an_image_too_long_for_any_box_gives_its_middle():
@@ -205,49 +207,50 @@ def test_an_image_too_long_for_any_box_gives_its_middle():
 
 def test_jitter_is_torchvisions_brightness_contrast_and_saturation():
     pixels = random_images(20, 9, 7)
-    by = augment.draw_factors(0.6, torch.arange(20), 1, 2)
-    assert all(((part >= 0.4) & (part <= 1.6)).all() for part in by)
-    for image, brightness, contrast, saturation, result in zip(pixels, *by, augment.jitter(pixels, by)):
+    factors = augment.draw_factors(0.6, torch.arange(20), 1, 2)
+    assert all(((part >= 0.4) & (part <= 1.6)).all() for part in factors)
+    for image, brightness, contrast, saturation, result in zip(pixels, *factors, augment.jitter(pixels, factors)):
         wanted = v2.functional.adjust_brightness(image / 255, brightness.item())
         wanted = v2.functional.adjust_contrast(wanted, contrast.item())
         wanted = v2.functional.adjust_saturation(wanted, saturation.item())
         assert (result - wanted * 255).abs().max() < 0.55
 
 
-def test_jitter_is_the_same_whatever_the_batch_and_the_threads():
-    """A mean of fractions is summed in another order where the batch is shared out otherwise."""
+def test_jitter_depends_on_neither_batch_nor_threads():
+    """A float sum would round differently with another batch or other threads."""
     pixels = random_images(24, 224, 224)
-    by = augment.draw_factors(0.4, torch.arange(24), 1, 2)
+    factors = augment.draw_factors(0.4, torch.arange(24), 1, 2)
     threads = torch.get_num_threads()
     try:
-        whole = augment.jitter(pixels, by)
+        together = augment.jitter(pixels, factors)
         torch.set_num_threads(2)
         alone = [
-            augment.jitter(pixels[row : row + 1], augment.Factors(*(p[row : row + 1] for p in by))) for row in range(24)
+            augment.jitter(pixels[row : row + 1], augment.Factors(*(p[row : row + 1] for p in factors)))
+            for row in range(24)
         ]
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(whole, torch.cat(alone))
+    assert torch.equal(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("config", [ViewConfig(resized_crop=0.08), ViewConfig(colour_jitter=0.4), ViewConfig()])
 def test_a_view_depends_on_seed_number_and_index_alone(tmp_path, config):
     data = load_data(DataConfig(source=images(tmp_path / "x"), image_size=12, stored_size=16))
-    ours = TrainingImages(data, config, 0, torch.device("cpu"))
-    (whole, *_), *_ = ours.seen([torch.arange(30)], 4)
+    training = TrainingImages(data, config, 0, torch.device("cpu"))
+    (whole, *_), *_ = training.augmented([torch.arange(30)], 4)
     parts = [torch.tensor([7, 3]), torch.tensor([29, 3, 0])]
-    torch.manual_seed(99)  # torch's own generator plays no part
-    for index, (image, *_) in zip(parts, ours.seen(parts, 4)):
+    torch.manual_seed(99)  # must not matter
+    for index, (image, *_) in zip(parts, training.augmented(parts, 4)):
         assert torch.equal(image, whole[index])
-    (other, *_), *_ = ours.seen([torch.arange(30)], 5)
+    (other, *_), *_ = training.augmented([torch.arange(30)], 5)
     assert not torch.equal(other, whole)
     assert whole.shape == (30, 3, 12, 12)
 
 
 def test_scoring_sees_the_centre():
     pixels = random_images(2, 16, 16)
-    assert torch.equal(rows.centre(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
-    assert torch.equal(rows.centre(pixels, (16, 16)), pixels)
+    assert torch.equal(rows.centre_crop(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
+    assert torch.equal(rows.centre_crop(pixels, (16, 16)), pixels)
 
 
 def test_large_images_get_imagenets_stem():

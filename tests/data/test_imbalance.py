@@ -1,4 +1,4 @@
-"""Classes that differ in size: which rows stay, who is drawn, what cross-entropy becomes, how rare classes fare."""
+"""Imbalanced classes: long-tailed subsets, the balanced sampler, weighted cross-entropy, accuracy of rare classes."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ COUNTS = torch.tensor([450, 120, 30, 5])
 
 
 def numbered(classes: int, each: int) -> Arrays:
-    """A balanced set whose images hold their own row numbers."""
+    """A balanced set whose images encode their row numbers."""
     labels = np.arange(classes * each) % classes
     images = np.zeros((len(labels), 3, 2, 2), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(len(labels)) % 256, np.arange(len(labels)) // 256
@@ -51,25 +51,25 @@ def test_the_profile_is_the_published_one():
     assert ten.tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], "CIFAR-10-LT of ratio 100"
 
 
-def test_which_rows_stay_follows_from_the_split_seed_alone_and_ratios_nest():
-    whole = numbered(4, 60)
-    large, small = (rows_of(long_tail(whole, ratio, 4, seed=3)) for ratio in (0.5, 0.1))
+def test_kept_rows_depend_on_the_split_seed_alone_and_ratios_nest():
+    balanced = numbered(4, 60)
+    large, small = (rows_of(long_tail(balanced, ratio, 4, seed=3)) for ratio in (0.5, 0.1))
     assert small < large
-    assert large == rows_of(long_tail(whole, 0.5, 4, seed=3)) != rows_of(long_tail(whole, 0.5, 4, seed=4))
+    assert large == rows_of(long_tail(balanced, 0.5, 4, seed=3)) != rows_of(long_tail(balanced, 0.5, 4, seed=4))
     with pytest.raises(UserError, match=r"differ in size already \(6 to 60 images\)"):
-        long_tail(long_tail(whole, 0.1, 4, seed=0), 0.5, 4, seed=0)
+        long_tail(long_tail(balanced, 0.1, 4, seed=0), 0.5, 4, seed=0)
     with pytest.raises(UserError, match="--imbalance 0"):
         DataConfig("synthetic", imbalance=0.0).check()
 
 
-def test_validation_and_test_stay_as_they_are():
+def test_imbalance_leaves_validation_and_test_unchanged():
     whole, tailed = (load_data(DataConfig("synthetic", imbalance=ratio)) for ratio in (1.0, 0.1))
     assert len(tailed.train.labels) < len(whole.train.labels)
     for name in ("val", "test"):
         assert getattr(whole, name).sha256 == getattr(tailed, name).sha256, name
 
 
-def test_the_sampler_draws_all_classes_alike_and_every_image_of_a_class_alike():
+def test_the_sampler_draws_classes_and_their_images_equally_often():
     labels = torch.arange(4).repeat_interleave(COUNTS)[torch.randperm(605, generator=torch.manual_seed(0))]
     drawn = torch.zeros(605)
     for epoch in range(8):
@@ -78,10 +78,10 @@ def test_the_sampler_draws_all_classes_alike_and_every_image_of_a_class_alike():
         each = torch.bincount(labels[order])
         assert each.max() - each.min() <= 1
         times = torch.bincount(order, minlength=605)
-        for label in range(4):  # nobody comes again before the others of the class have come
+        for label in range(4):  # no image repeats before all others of its class
             assert times[labels == label].max() - times[labels == label].min() <= 1
         drawn += times
-    assert (drawn[labels == 0] > 0).float().mean() > 0.8, "another part of a large class every epoch"
+    assert (drawn[labels == 0] > 0).float().mean() > 0.8, "each epoch draws another part of a large class"
     assert torch.equal(balanced_order(7, 3, labels), balanced_order(7, 3, labels))
     assert not torch.equal(balanced_order(7, 3, labels), balanced_order(8, 3, labels))
     halves = [half for epoch in range(8) for half in labels[balanced_order(7, epoch, labels)].split(302)[:2]]
@@ -123,21 +123,21 @@ def test_balance_changes_cross_entropy_and_nothing_else(method, balance):
     batch = batch_of(torch.arange(24))
     plain, teacher = build(method)
     balanced, _ = build(method, balance=balance, labels=LABELS[(LABELS == 1) | (torch.arange(40) < 20)])
-    ours, theirs = terms_of(plain, teacher, batch), terms_of(balanced, teacher, batch)
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [
-        name for name in ours if name in ("teacher_ce", "ce")
+    before, after = terms_of(plain, teacher, batch), terms_of(balanced, teacher, batch)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        name for name in before if name in ("teacher_ce", "ce")
     ]
-    assert plain.state_dict().keys() == balanced.state_dict().keys(), "checkpoints stay as they are"
+    assert plain.state_dict().keys() == balanced.state_dict().keys(), "checkpoints have the same keys"
 
 
 def test_logit_adjustment_is_undone_in_prediction():
-    """Its optimum is the balanced posterior: at equal features the trained logits differ by less than the prior."""
+    """The prior is added in the loss only, whose optimum is the balanced posterior; scores use the plain logits."""
     distiller, _ = build("none", balance="logit-adjust", labels=torch.tensor([0] * 8 + [1, 2, 3, 4]))
     batch = batch_of(torch.arange(6))
     logits, terms, _ = distiller(batch, None)
     prior = torch.tensor([8, 1, 1, 1, 1]) / 12
     torch.testing.assert_close(terms["ce"], F.cross_entropy(logits + prior.log(), batch.label))
-    torch.testing.assert_close(logits, distiller.student(batch.image), msg="what is scored has no shift")
+    torch.testing.assert_close(logits, distiller.student(batch.image), msg="scored logits are not shifted")
 
 
 def test_shots_by_the_papers_limits_or_by_thirds():
@@ -163,7 +163,7 @@ def test_shot_scores_average_classes_not_images():
 TAILED = ["--imbalance", "0.05", "--batch-size", "30"]
 
 
-def test_a_run_says_what_was_kept_and_how_rare_classes_fared():
+def test_a_run_records_images_per_class_and_accuracy_of_rare_classes():
     distil(*TAILED, "--balance", "logit-adjust", "--control", "--epochs", "1")
     (folder,) = Path("runs/report").glob("kd-*")
     record, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
@@ -181,7 +181,7 @@ def test_a_run_says_what_was_kept_and_how_rare_classes_fared():
     assert f"{summary['shots']['few']['classes']} of" in table.note
 
 
-def test_without_the_flags_identity_and_summary_are_what_they_were():
+def test_without_the_flags_identity_and_summary_have_no_new_keys():
     teach("--epochs", "1", "--out", "run")
     identity = json.loads(Path("run/config.json").read_text())["identity"]
     assert not {"imbalance", "balance"} & identity.keys()
@@ -211,7 +211,7 @@ def test_two_processes_draw_and_weigh_as_one_does(balance):
         assert line == pytest.approx(other, rel=1e-4)
 
 
-def test_a_method_without_cross_entropy_refuses_what_would_do_nothing():
+def test_a_method_without_cross_entropy_refuses_balance():
     with pytest.raises(UserError, match="--balance weights: changes cross-entropy, and simkd has none"):
         distil("simkd", "--balance", "weights")
 

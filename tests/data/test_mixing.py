@@ -1,4 +1,4 @@
-"""Mixup, cutmix and erasing: right distributions, right pixels, pure in (seed, view, index)."""
+"""Mixup, cutmix and erasing: distributions, pixels, and purity in (seed, view, index)."""
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ INDEX = torch.arange(20_000)
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_shares_follow_the_beta_distribution(alpha):
-    """Against scipy's distribution function: the draws are fixed, so there is nothing random here.
+    """Against scipy's distribution function, with fixed draws.
 
-    Below one half, where float32 has digits to spare; a Beta(0.2, 0.2) puts 2% so close to 1 that they round to it.
+    Below one half only, where float32 has digits to spare; 2% of a Beta(0.2, 0.2) round to 1.
     """
-    drawn = augment.beta_share(alpha, INDEX, 0, "mixup", 0).double().sort().values
+    drawn = augment.random_beta(alpha, INDEX, 0, "mixup", 0).double().sort().values
     below = (torch.arange(len(INDEX)) + 0.5) / len(INDEX)
     gap = abs(torch.from_numpy(beta(alpha, alpha).cdf(drawn.numpy())) - below)
     assert gap[drawn < 0.5].max() < 0.015
@@ -34,14 +34,14 @@ def test_shares_follow_the_beta_distribution(alpha):
 
 def test_mixup_blends_and_cutmix_pastes():
     image, other = torch.zeros(200, 3, 16, 16), torch.ones(200, 3, 16, 16)
-    up = augment.blend(ViewConfig(mixup=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    up = augment.draw_mixing(ViewConfig(mixup=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
     mixed = augment.mix(image, other, up)
     torch.testing.assert_close(mixed, (1 - up.weight)[:, None, None, None].expand_as(mixed))
-    cut = augment.blend(ViewConfig(cutmix=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    cut = augment.draw_mixing(ViewConfig(cutmix=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
     pasted = augment.mix(image, other, cut)
     assert set(pasted.unique().tolist()) <= {0.0, 1.0}
     torch.testing.assert_close(1 - pasted.mean((1, 2, 3)), cut.weight)
-    both = augment.blend(ViewConfig(mixup=1.0, cutmix=1.0), 0, 0, INDEX, 1000, (16, 16))
+    both = augment.draw_mixing(ViewConfig(mixup=1.0, cutmix=1.0), 0, 0, INDEX, 1000, (16, 16))
     assert abs(both.paste.float().mean() - 0.5) < 0.02
 
 
@@ -68,7 +68,7 @@ def batches_of(*args: str) -> Batches:
 
 @pytest.mark.parametrize("args", [[], ["--mixup", "1", "--cutmix", "1", "--erase", "0.5"]])
 def test_an_images_view_does_not_depend_on_its_batch(args):
-    """The same index seen among other indices, in another batch size, gives the same pixels."""
+    """The same index among others, in another batch size, gives the same pixels."""
     one, other = batches_of("--batch-size", "50", *args), batches_of("--batch-size", "30", *args)
     seen = {}
     for batch in one.epoch(1):

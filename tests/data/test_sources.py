@@ -1,4 +1,4 @@
-"""Sets by name: each is asked for where it lies, with its own label column, split and image size."""
+"""Named sets: each is loaded from its address, with its own label column, splits and image size."""
 
 import datasets
 import numpy as np
@@ -16,7 +16,7 @@ COARSE = [f"coarse {number}" for number in range(2)]
 
 
 def pictures(rows: int, size: tuple[int, int] | None) -> list[Image.Image]:
-    """Noise; of many sizes where the set's images differ."""
+    """Noise of one size, or of many if `size` is None."""
     draw = np.random.default_rng(rows)
     sizes = [size or (int(draw.integers(150, 400)), int(draw.integers(150, 400))) for _ in range(rows)]
     return [Image.fromarray(draw.integers(0, 255, (high, wide, 3), dtype=np.uint8)) for wide, high in sizes]
@@ -35,7 +35,7 @@ def stored(splits: dict[str, int], labels: list[str], image: str, size, unlabell
     return datasets.DatasetDict(made)
 
 
-# As the sets' own pages describe them, a few rows each.
+# As the sets' pages describe them, a few rows each.
 CIFAR = {"train": 40, "test": 8}
 PAGES = {
     "cifar10": (CIFAR, ["label"], "img", (32, 32)),
@@ -51,18 +51,18 @@ SIZES = dict(zip(PAGES, (32, 32, 64, 160, 224, 224, 224), strict=True))
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub that holds PAGES and records what it was asked for."""
-    asked = []
+    """A Hub that has PAGES; returns the list of its requests."""
+    requests = []
 
     def load(address, revision=None, **how):
-        asked.append((address, revision, how))
+        requests.append((address, revision, how))
         name = next(name for name, known in HUB_SETS.items() if known.address == address)
         return stored(*PAGES[name])
 
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.load_dataset", load)
     monkeypatch.setattr("kd.data.sources._newest_revision", lambda name, branch: SHA)
-    return asked
+    return requests
 
 
 @pytest.mark.parametrize("name", HUB_SETS)
@@ -74,18 +74,18 @@ def test_a_set_runs_by_name(name, hub):
     assert how == ({"data_dir": "160px"} if name == "imagenette" else {})
     assert data.size == (SIZES[name],) * 2
     assert data.classes == tuple(f"{known.label} {number}" for number in range(4))
-    reported = 8  # the test split, or the validation split where that has no labels or is not there
+    reported = 8  # of the test split, or of the validation split if the former is missing or has no labels
     assert len(data.test.labels) == reported
     assert len(data.val.labels) > 0, "held out of the training split"
     assert len(data.train.labels) + len(data.val.labels) == PAGES[name][0]["train"]
 
 
-def test_the_flags_stand_above_the_table(hub):
+def test_flags_override_the_table(hub):
     assert load_data(DataConfig("cifar100", label="coarse_label")).classes == tuple(COARSE)
     assert load_data(DataConfig("food101", image_size=48)).size == (48, 48)
 
 
-def test_a_gated_set_says_how_to_get_in(monkeypatch, hub):
+def test_a_gated_set_tells_how_to_get_access(monkeypatch, hub):
     def refused(*args, **how):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'ILSVRC/imagenet-1k' is a gated dataset on the Hub.")
 
@@ -100,10 +100,10 @@ def test_a_gated_set_says_how_to_get_in(monkeypatch, hub):
 
 
 class ReadTimeout(Exception):
-    """httpx's own, which is neither an OSError nor speaks of a connection."""
+    """Like httpx's, which is no OSError and does not mention a connection."""
 
 
-def test_a_slow_hub_is_no_traceback(monkeypatch, hub):
+def test_a_hub_that_times_out_ends_in_one_message(monkeypatch, hub):
     def slow(*args, **how):
         raise ReadTimeout("The read operation timed out")
 

@@ -1,4 +1,4 @@
-"""Streamed data: rows keep their numbers, the order is a pure function, and what memory would give comes out."""
+"""Streamed data: rows keep their numbers, the order is a pure function, and images equal those in memory."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ ROWS = (40, 10)
 
 
 def shards(folder: Path, broken: int | None = None) -> str:
-    """Parquet: 40 training rows in four files of unlike lengths, ten test rows in two."""
+    """Parquet: 40 training rows in four files of different lengths, ten test rows in two."""
     random = np.random.default_rng(0)
     (folder / "data").mkdir(parents=True)
     for split, counts in (("train", (7, 13, 1, 19)), ("test", (6, 4))):
@@ -65,12 +65,17 @@ def all_of(split) -> torch.Tensor:
 
 
 def test_rows_labels_and_splits_are_those_of_memory(folder):
-    kept, stream = load_data(DataConfig(source=folder, image_size=16)), load_data(streamed(folder, 8))
+    memory, stream = load_data(DataConfig(source=folder, image_size=16)), load_data(streamed(folder, 8))
     for name in ("train", "val", "test"):
-        ours, theirs = getattr(kept, name), getattr(stream, name)
-        assert torch.equal(ours.labels, theirs.labels)
-        assert torch.equal(ours.images, all_of(theirs)), name
-    assert (kept.mean, kept.std, kept.classes, kept.size) == (stream.mean, stream.std, stream.classes, stream.size)
+        expected, actual = getattr(memory, name), getattr(stream, name)
+        assert torch.equal(expected.labels, actual.labels)
+        assert torch.equal(expected.images, all_of(actual)), name
+    assert (memory.mean, memory.std, memory.classes, memory.size) == (
+        stream.mean,
+        stream.std,
+        stream.classes,
+        stream.size,
+    )
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 1000])
@@ -81,7 +86,7 @@ def test_an_order_visits_every_row_once_and_keeps_to_its_shards(window):
     assert np.array_equal(order, stream_order(where, window, seed=3, epoch=2))
     assert not np.array_equal(order, stream_order(where, window, seed=3, epoch=3))
     assert not np.array_equal(order, stream_order(where, window, seed=4, epoch=2))
-    # Whatever is read before a window and whatever after it share no shard but the ones at its ends.
+    # What is read before a window's end and what is read after it share at most one shard.
     for start in range(window, 64, window):
         assert len(set(where[order[:start]]) & set(where[order[start:]])) <= 1
 
@@ -92,22 +97,22 @@ def test_a_window_over_everything_is_the_order_of_memory():
 
 
 @pytest.mark.parametrize("rows", [8, 1000])
-def test_batches_hold_the_images_that_their_indices_name(folder, rows):
-    kept, stream = load_data(DataConfig(source=folder, image_size=16)), load_data(streamed(folder, rows))
+def test_batches_have_the_images_of_their_indices(folder, rows):
+    memory, stream = load_data(DataConfig(source=folder, image_size=16)), load_data(streamed(folder, rows))
     still = ViewConfig(crop_padding=0, flip=False)
     seen = all_batches(stream, still)
     for batch in seen:
-        pixels = kept.train.images[batch.index]
-        mean, std = torch.tensor(kept.mean), torch.tensor(kept.std)
+        pixels = memory.train.images[batch.index]
+        mean, std = torch.tensor(memory.mean), torch.tensor(memory.std)
         assert torch.equal(batch.image, normalize(pixels, mean, std))
-        assert torch.equal(batch.label, kept.train.labels[batch.index])
+        assert torch.equal(batch.label, memory.train.labels[batch.index])
     rest = all_batches(stream, still, first=1)
     assert [batch.index.tolist() for batch in rest] == [batch.index.tolist() for batch in seen[1:]]
     assert all(torch.equal(one.image, other.image) for one, other in zip(rest, seen[1:], strict=True))
 
 
 def openings(train, monkeypatch) -> list[int]:
-    """The numbers of the shards that are opened from now on, as they are."""
+    """A list to which every shard that is opened from now on adds its number."""
     opened, kind = [], type(train.images.stream)
     real = kind.shard
     monkeypatch.setattr(
@@ -124,7 +129,7 @@ def test_each_shard_is_opened_once_an_epoch(folder, monkeypatch):
 
 
 def parts_of(folder: Path, counts: list[int], label=lambda row: row % 3) -> str:
-    """Parquet files of so many rows each, whose images are grey by their row's number; one test file."""
+    """Parquet files of `counts` rows, whose images are grey by their row's number; one test file."""
     (folder / "data").mkdir(parents=True)
     row = 0
     for number, count in enumerate([*counts, 6]):
@@ -143,14 +148,14 @@ def forty(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(("window", "share"), [(60, 1), (60, 2), (25, 1), (7, 1), (1000, 2)])
 def test_a_window_over_many_shards_opens_and_reads_each_once(forty, monkeypatch, window, share):
-    """Whatever part of each batch this process decodes; and two windows of images and a batch are the most it holds."""
+    """For any share of each batch; the buffer never has more than two windows of images and a batch."""
     train = load_data(streamed(forty, window, val_fraction=0.0)).train
-    opened, held, read = openings(train, monkeypatch), [], stream._Reader._read_to
+    opened, buffered, read = openings(train, monkeypatch), [], stream._Reader._read_to
 
     def counted(self, row: int, shard: int) -> None:
         read(self, row, shard)
-        held.append(len(self.held))
-        assert len(self.opened) <= stream.OPEN
+        buffered.append(len(self.buffer))
+        assert len(self.opened) <= stream.MAX_OPEN
 
     monkeypatch.setattr(stream._Reader, "_read_to", counted)
     for epoch in range(2):
@@ -159,10 +164,10 @@ def test_a_window_over_many_shards_opens_and_reads_each_once(forty, monkeypatch,
         seen = torch.cat(list(train.batches(indices, torch.device("cpu"))))
         assert seen[:, 0, 0, 0].tolist() == [row % 251 for row in torch.cat(indices).tolist()]
     assert max(opened.count(number) for number in range(40)) <= 2, "once an epoch"
-    assert max(held) <= 2 * window + 10
+    assert max(buffered) <= 2 * window + 10
 
 
-def test_an_epoch_entered_in_the_middle_opens_what_is_due_alone(forty, monkeypatch):
+def test_an_epoch_entered_in_the_middle_opens_only_the_shards_left(forty, monkeypatch):
     train = load_data(streamed(forty, 40, val_fraction=0.0)).train
     opened = openings(train, monkeypatch)
     rest = train.order(0, 0)[95:]
@@ -171,12 +176,12 @@ def test_an_epoch_entered_in_the_middle_opens_what_is_due_alone(forty, monkeypat
     assert sorted(opened) == sorted(set(train.images.shards_of(rest.numpy()).tolist()))
 
 
-def test_a_stream_that_is_sorted_by_class_is_told_so_once(tmp_path, capsys):
+def test_a_stream_that_is_sorted_by_class_gets_one_line_of_advice(tmp_path, capsys):
     source = parts_of(tmp_path / "sorted", [30, 30, 30], label=lambda row: min(row // 30, 2))
     load_data(streamed(source, 15))
-    said = [line for line in capsys.readouterr().out.splitlines() if "--shuffle-rows" in line]
-    assert said == [
-        "data: 15 rows in turn hold 1.4 classes, shuffled ones would hold 2.99: the data is sorted by class; give a"
+    advice = [line for line in capsys.readouterr().out.splitlines() if "--shuffle-rows" in line]
+    assert advice == [
+        "data: 15 consecutive rows have 1.4 classes, shuffled ones would have 2.99: the data is sorted by class; give a"
         " larger --shuffle-rows, or store it shuffled"
     ]
     load_data(streamed(source, 81))
@@ -190,9 +195,9 @@ def test_a_shard_cut_short_is_named_while_labels_are_read(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-40])
     with pytest.raises(
         UserError, match=r"the stream broke off at the labels of train, row 20 \(Arrow.*the files"
-    ) as no:
+    ) as caught:
         load_data(streamed(source, 8))
-    assert "\n" not in str(no.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_killed_and_resumed_it_ends_in_the_same_bytes(folder, monkeypatch):
@@ -213,7 +218,7 @@ def test_two_processes_read_what_one_does(folder, how):
     flags += ["--model", "tests.networks:plain", "--wandb", "disabled"]
     done = script("train_teacher.py", *flags, "--out", "two", env=CPU, launcher=torchrun(2))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("data: ") == 1, "one process speaks"
+    assert done.stdout.count("data: ") == 1, "only the first process prints"
     teach(*flags, "--out", "one")
     for line, other in zip(metrics_of(Path("one")), metrics_of(Path("two")), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
@@ -226,7 +231,7 @@ def test_with_a_window_over_everything_the_weights_are_those_of_memory(folder, t
     assert not differences(tmp_path / "memory", tmp_path / "stream")
 
 
-def test_only_a_streams_window_is_a_part_of_its_runs_identity():
+def test_shuffle_rows_is_part_of_the_identity_of_streamed_runs_only():
     data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
 
     def identity(*flags: str) -> dict:
@@ -237,7 +242,7 @@ def test_only_a_streams_window_is_a_part_of_its_runs_identity():
 
 
 @pytest.mark.slow
-def test_a_cached_teacher_answers_a_streamed_student(folder):
+def test_a_cached_teacher_teaches_a_streamed_student(folder):
     flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--epochs", "1", "--views", "1"]
     flags += ["--stream", "--shuffle-rows", "8", "--workers", "2"]
     distil(*flags, "--out", "live")
@@ -247,14 +252,14 @@ def test_a_cached_teacher_answers_a_streamed_student(folder):
 
 def test_an_imagefolder_streams_too(tmp_path):
     source = images(tmp_path / "pictures")
-    kept, stream = load_data(DataConfig(source=source, image_size=16)), load_data(streamed(source, 8))
-    assert torch.equal(kept.train.images, all_of(stream.train))
-    assert torch.equal(kept.test.labels, stream.test.labels)
+    memory, stream = load_data(DataConfig(source=source, image_size=16)), load_data(streamed(source, 8))
+    assert torch.equal(memory.train.images, all_of(stream.train))
+    assert torch.equal(memory.test.labels, stream.test.labels)
 
 
 def test_a_broken_row_is_named(tmp_path):
     source = shards(tmp_path / "parquet", broken=9)
-    with pytest.raises(UserError, match=r"^train row 9 \(x.png\) is no readable image"):
+    with pytest.raises(UserError, match=r"^train row 9 \(x.png\): not a readable image"):
         load_data(streamed(source, 8, val_fraction=0.0))
 
 

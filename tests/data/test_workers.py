@@ -1,4 +1,4 @@
-"""Images decoded by workers: the same batches, facts and weights as from memory, broken rows named, no hangs."""
+"""Images decoded by workers: the same batches, statistics and weights as in memory; broken rows named; no hangs."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ VIEWS = ViewConfig(resized_crop=0.3, colour_jitter=0.4, mixup=1.0, cutmix=1.0, e
 
 
 def images(folder: Path, counts=(("train", 40), ("test", 10)), sides=(20, 32)) -> str:
-    """An imagefolder of three classes: JPEG and PNG of several sizes, each class with a colour of its own."""
+    """An imagefolder of three classes that differ in colour: JPEG and PNG of several sizes."""
     random = np.random.default_rng(0)
     for split, count in counts:
         for number in range(count):
@@ -53,10 +53,10 @@ def all_batches(data, views: ViewConfig, first: int = 0) -> list:
 
 @pytest.mark.parametrize("views", [ViewConfig(), VIEWS], ids=["crop", "all views"])
 def test_memory_and_workers_give_the_same_batches_in_the_same_order(folder, views):
-    kept, decoded = (load_data(config(folder, how, stored_size=20)) for how in ("memory", "workers"))
-    assert kept.size == decoded.size == (16, 16)
-    for ours, theirs in zip(all_batches(kept, views), all_batches(decoded, views), strict=True):
-        for name, one, other in zip(ours._fields, ours, theirs):
+    memory, workers = (load_data(config(folder, how, stored_size=20)) for how in ("memory", "workers"))
+    assert memory.size == workers.size == (16, 16)
+    for expected, actual in zip(all_batches(memory, views), all_batches(workers, views), strict=True):
+        for name, one, other in zip(expected._fields, expected, actual):
             assert (one is None) == (other is None), name
             pairs = zip(one, other) if isinstance(one, tuple) else [(one, other)]
             assert one is None or all(torch.equal(*pair) for pair in pairs), name
@@ -71,24 +71,24 @@ def test_an_epoch_entered_in_the_middle_goes_on_as_the_whole_one(folder):
 
 
 @pytest.mark.parametrize("more", [{}, {"classes": 2}, {"val_fraction": 0.0, "stored_size": 24}])
-def test_the_facts_are_those_of_the_decoded_data(folder, more):
-    kept, decoded = (load_data(config(folder, how, **more)) for how in ("memory", "workers"))
+def test_the_statistics_are_those_of_the_decoded_data(folder, more):
+    memory, workers = (load_data(config(folder, how, **more)) for how in ("memory", "workers"))
     for name in ("classes", "mean", "std", "fingerprint", "size"):
-        assert getattr(kept, name) == getattr(decoded, name), name
-    assert kept.train.sha256 == decoded.train.sha256
-    assert torch.equal(kept.train.labels, decoded.train.labels)
+        assert getattr(memory, name) == getattr(workers, name), name
+    assert memory.train.sha256 == workers.train.sha256
+    assert torch.equal(memory.train.labels, workers.train.labels)
 
 
-def test_only_the_training_split_has_a_digest(folder):
-    """The survey digests its pixels alone; another split's would be the wrong one, or cost another pass."""
+def test_only_the_training_split_has_a_sha256(folder):
+    """The scan hashes its pixels alone; hashing another split would cost another pass."""
     data = load_data(config(folder, "workers"))
     assert data.train.sha256 == load_data(config(folder, "memory")).train.sha256
     for split in (data.val, data.test):
-        with pytest.raises(RuntimeError, match="only the training split's pixels"):
+        with pytest.raises(RuntimeError, match="only the training split's pixels are hashed"):
             split.sha256  # noqa: B018
 
 
-def test_the_second_start_looks_at_nothing_again(folder, monkeypatch):
+def test_the_second_start_scans_nothing_again(folder, monkeypatch):
     first = load_data(config(folder, "workers"))
     monkeypatch.setattr("kd.data.workers._scan", None)  # would raise if called
     assert load_data(config(folder, "workers")).fingerprint == first.fingerprint
@@ -96,7 +96,7 @@ def test_the_second_start_looks_at_nothing_again(folder, monkeypatch):
         load_data(config(folder, "workers", split_seed=7))
 
 
-def test_both_ways_are_one_run_and_end_in_the_same_weights(folder, tmp_path, capsys):
+def test_memory_and_workers_have_one_identity_and_the_same_weights(folder, tmp_path, capsys):
     flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--resized-crop", "0.3", "--workers", "2"]
     flags += ["--epochs", "1"]
     for how in ("memory", "workers"):
@@ -104,16 +104,16 @@ def test_both_ways_are_one_run_and_end_in_the_same_weights(folder, tmp_path, cap
     assert not differences(tmp_path / "memory", tmp_path / "workers")
     identities = [json.loads((tmp_path / how / "config.json").read_text())["identity"] for how in ("memory", "workers")]
     assert identities[0] == identities[1]
-    said = capsys.readouterr().out
-    assert "data: in memory, decoded once (" in said
-    assert "data: decoded by workers in every epoch (as --decode says); " in said
+    output = capsys.readouterr().out
+    assert "data: in memory, decoded once (" in output
+    assert "data: decoded by workers in every epoch (as --decode says); " in output
     for how in ("memory", "workers"):
-        held = json.loads((tmp_path / how / "config.json").read_text())["data"]["held"]
-        assert f"data: {held}; 37 training, 3 validation, 10 test images of 3 classes\n" in said
+        storage = json.loads((tmp_path / how / "config.json").read_text())["data"]["held"]
+        assert f"data: {storage}; 37 training, 3 validation, 10 test images of 3 classes\n" in output
 
 
 @pytest.mark.slow
-def test_a_cached_teacher_is_found_whichever_way_the_data_is_held(folder, capsys):
+def test_a_cached_teacher_serves_every_storage(folder, capsys):
     flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--epochs", "1", "--views", "1"]
     flags += ["--cache-teacher", "--workers", "2", "--resized-crop", "0.5"]
     distil(*flags, "--decode", "workers", "--out", "one")
@@ -128,7 +128,9 @@ def test_a_broken_row_is_named_before_training(tmp_path):
     broken = tmp_path / "pictures" / "test" / "class 1" / "0004.png"
     broken.write_bytes(broken.read_bytes()[:60])
     for how in ("memory", "workers"):
-        with pytest.raises(UserError, match=r"^test row 5 \(.*0004.png\) is no readable image: mend or drop it"):
+        with pytest.raises(
+            UserError, match=r"^test row 5 \(.*0004.png\): not a readable image \(.*\); repair or drop it"
+        ):
             load_data(config(source, how))
 
 
@@ -137,7 +139,7 @@ def test_images_of_several_sizes_need_one_size(folder):
         load_data(DataConfig(source=folder, decode="workers", workers=0))
 
 
-def test_what_does_not_fit_is_left_to_workers_and_the_line_says_so(folder, monkeypatch, capsys, tmp_path):
+def test_data_that_does_not_fit_is_decoded_by_workers(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("kd.data.storage.SHARE", 1e-9)
     load_data(config(folder, "auto"))
@@ -149,7 +151,7 @@ def test_what_does_not_fit_is_left_to_workers_and_the_line_says_so(folder, monke
 
 
 def test_row_45_a_killed_worker_ends_in_one_line_with_the_remedy():
-    """Killed for real, below, in a process of its own: torch raises from a signal handler, wherever that finds us."""
+    """The next test kills a real worker, in a process of its own: torch raises from a signal handler at any place."""
 
     def fail() -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -167,7 +169,7 @@ from pathlib import Path
 from kd.training.trainer import Trainer
 real = Trainer.record
 def step(self, *args):
-    if self.state.step == 22:  # with more of the epoch to come than the workers have ready
+    if self.state.step == 22:  # while the workers still have batches to decode
         os.kill(int(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()[-1]), signal.SIGKILL)
     real(self, *args)
 Trainer.record = step
@@ -184,8 +186,8 @@ runpy.run_path(str(Path({str(ROOT)!r}) / "train_teacher.py"), run_name="__main__
     assert not differences(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_what_is_kept_under_one_key_has_a_lock_of_its_own():
-    """Closing a file gives up all of this process's locks on it: a second one must not be the first one's file."""
+def test_each_cache_key_has_a_lock_of_its_own():
+    """Closing a file releases all of this process's locks on it, so two keys must not share a lock file."""
     with locked("set") as folder:
         with locked("set.tables"):
             pass
@@ -195,7 +197,7 @@ def test_what_is_kept_under_one_key_has_a_lock_of_its_own():
     assert done.stdout == "False\n"
 
 
-def test_an_export_scores_what_the_run_scored_however_the_data_is_held(folder, tmp_path):
+def test_an_export_of_a_run_by_workers_has_the_runs_score(folder, tmp_path):
     flags = ["--data", folder, "--image-size", "16", "--stored-size", "20", "--decode", "workers", "--workers", "0"]
     teach(*flags, "--batch-size", "4", "--epochs", "3", "--model", "resnet8", "--out", "run")
     main(["run", "--formats", "safetensors"])

@@ -147,7 +147,7 @@ def test_no_history_ends_in_a_traceback(finished, text):
     shutil.copytree(finished / "run", "copy")
     Path("copy/metrics.jsonl").write_text(text, encoding="latin-1")
     (run,), _ = results.collect_runs(["copy"])
-    with pytest.raises(UserError, match=r"copy/metrics.jsonl (cannot be read|has|holds)"):
+    with pytest.raises(UserError, match=r"copy/metrics.jsonl(: cannot be read|: has lines| has no epochs)"):
         results.read_history(run)
 
 

@@ -182,7 +182,7 @@ def test_weights_of_another_network_name_the_one_that_was_tried(data):
         (["--teacher", "~nobodyx/run"], "--teacher ~nobodyx/run: no such file or folder"),
         (["--teacher", "there.pth", "--teacher-model", "resnet35"], "unknown model 'resnet35'"),
         (["--teacher", "there.pth"], "write there.json"),
-        (["--teacher", "no-one/such"], "not to be had from the Hub"),
+        (["--teacher", "no-one/such"], "cannot be downloaded from the Hub"),
     ],
 )
 def test_a_teacher_that_is_not_there_is_missed_before_any_data_is_read(flags, words, monkeypatch):

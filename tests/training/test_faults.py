@@ -317,10 +317,10 @@ def test_row_49_an_answers_file_of_objects_is_refused(tmp_path):
     identity = {"views": {"count": 1}, "rows": 2, "classes": 3, "top_k": None, "dtype": "float32"}
     store = LogitStore(tmp_path, identity)
     np.save(tmp_path / "logits.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"logits.npy cannot be read"):
+    with pytest.raises(UserError, match=r"logits.npy: cannot be read"):
         store.open("logits", "r")
     (tmp_path / "logits.npy").write_bytes(b"")
-    with pytest.raises(UserError, match=r"logits.npy cannot be read"):
+    with pytest.raises(UserError, match=r"logits.npy: cannot be read"):
         store.open("logits", "r")
     assert not Path("exploded").exists()
 

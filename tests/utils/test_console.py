@@ -1,8 +1,8 @@
-"""What fits a line of a terminal."""
+"""Names and errors that fit one line."""
 
 import pytest
 
-from kd.utils.console import shorten
+from kd.utils.console import one_line, shorten
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 9, 40])
@@ -16,3 +16,10 @@ def test_a_long_name_is_shortened_in_the_middle(width):
 def test_both_ends_stay():
     assert shorten("kd timm/vit_small_patch16", 11) == "kd ti…tch16"
     assert shorten("short", 5) == "short"
+
+
+def test_an_error_becomes_one_short_line():
+    assert one_line(ValueError("a\n  b\tc")) == "ValueError: a b c"
+    assert one_line(KeyError("name")) == "KeyError: 'name'"
+    assert len(one_line(OSError("x" * 500))) == 200
+    assert one_line(OSError("x" * 500), limit=12) == "OSError: xxx"
