@@ -13,9 +13,6 @@ def print_once(line: str) -> None:
         print(line, flush=True)
 
 
-console = Console()
-
-
 def shorten(text: str, width: int) -> str:
     """`text` in at most `width` columns, cut in the middle: names differ at both ends."""
     if len(text) <= width:
