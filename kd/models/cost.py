@@ -13,20 +13,27 @@ ROUNDS, PATIENCE = (5, 100), 30.0  # at least and at most; seconds
 
 
 def time_interleaved(pieces: Mapping[str, Callable[[], object]], patience: float = PATIENCE) -> dict[str, float]:
-    """Median seconds of each piece, the pieces taking turns: what disturbs the machine disturbs all alike.
+    """Median seconds of each piece, the pieces taking turns: what disturbs the machine disturbs all alike."""
+    return {name: statistics.median(taken) for name, taken in time_rounds(pieces, ROUNDS, patience).items()}
 
-    The first round warms up and is not counted. After `patience` seconds no more than the least rounds are made.
+
+def time_rounds(
+    pieces: Mapping[str, Callable[[], object]], rounds: tuple[int, int], patience: float = PATIENCE
+) -> dict[str, list[float]]:
+    """Seconds of each piece in each round, the pieces taking turns.
+
+    The first round warms up and is not counted. `rounds`: at least and at most; after `patience` seconds the least.
     """
     times, started = {name: [] for name in pieces}, time.perf_counter()
-    for round_ in range(ROUNDS[1] + 1):
-        if round_ > ROUNDS[0] and time.perf_counter() - started > patience:
+    for round_ in range(rounds[1] + 1):
+        if round_ > rounds[0] and time.perf_counter() - started > patience:
             break
         for name, piece in pieces.items():
             before = time.perf_counter()
             piece()
             if round_ > 0:
                 times[name].append(time.perf_counter() - before)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
 
 
 THREADS = 1  # of one image there is little to share out, and one thread's time is the steadier
