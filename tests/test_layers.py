@@ -33,6 +33,8 @@ WITHOUT_TORCH = (
     "kd.utils.images",
     "kd.utils.console",
     "kd.study.__main__",
+    "kd.bench.__main__",
+    "kd.export.__main__",
     "kd.export.onnx_runtime",
     "kd.predict",
     "train_teacher",

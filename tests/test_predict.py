@@ -1,4 +1,4 @@
-"""Image files to class names: every kind of image as the training images were, and what is none is said."""
+"""kd.predict: images of every mode are prepared as in training, and files that are no images are named."""
 
 import io
 import json
@@ -15,7 +15,7 @@ import kd
 from kd.config import DataConfig
 from kd.data import load_data, rows
 from kd.errors import UserError
-from kd.export.onnx_runtime import KEY
+from kd.export.onnx_runtime import METADATA_KEY
 from kd.predict import main, open_predictor, predict
 from kd.utils.images import crop_and_resize, decode, open_image, preprocess, to_array
 
@@ -31,7 +31,7 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Image.Image:
 
 @pytest.fixture
 def colours() -> Path:
-    """An ONNX file made by hand: the logit of a colour is its mean over 4 x 4 pixels, as a share of 255."""
+    """A hand-made ONNX file: the logit of each colour is its mean over 4 x 4 pixels, divided by 255."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -46,7 +46,7 @@ def colours() -> Path:
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
     graph = helper.make_graph(nodes, "colours", [images], [logits], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, {KEY: json.dumps({"image_size": [4, 4], "classes": CLASSES})})
+    helper.set_model_props(model, {METADATA_KEY: json.dumps({"image_size": [4, 4], "classes": CLASSES})})
     onnx.save(model, "colours.onnx")
     return Path("colours.onnx")
 
@@ -55,7 +55,7 @@ def test_a_folder_of_images_as_json(colours, capsys):
     Path("in/deeper").mkdir(parents=True)
     Image.new("RGB", (9, 5), (255, 0, 0)).save("in/a.png")
     Image.new("RGB", (4, 4), (0, 0, 255)).save("in/deeper/b.jpg", quality=100)
-    Path("in/notes.txt").write_text("no image, and not named like one")
+    Path("in/notes.txt").write_text("no image, and no image suffix")
     main([str(colours), "in", "--top", "2", "--json"])
     first, second = json.loads(capsys.readouterr().out)
     assert (first["image"], second["image"]) == ("in/a.png", "in/deeper/b.jpg")
@@ -65,7 +65,7 @@ def test_a_folder_of_images_as_json(colours, capsys):
     assert len(second["predictions"]) == 2
 
 
-def test_an_image_that_is_none_is_named_at_the_end_and_the_others_are_predicted(colours, capsys):
+def test_unreadable_images_are_named_at_the_end_and_the_others_are_predicted(colours, capsys):
     Image.new("RGB", (4, 4), (0, 255, 0)).save("good.png")
     Path("bad.png").write_bytes(b"not an image")
     picture().save("whole.png")
@@ -76,18 +76,18 @@ def test_an_image_that_is_none_is_named_at_the_end_and_the_others_are_predicted(
 
 
 @pytest.mark.parametrize("names", [["in/b.png", "in"], ["in", "in/b.png"], ["in/b.png", "in/a.png", "in/b.png"]])
-def test_an_image_named_twice_is_answered_twice_and_moves_no_others_answer(colours, names, capsys):
+def test_an_image_named_twice_is_predicted_twice_in_place(colours, names, capsys):
     colour = {"in/a.png": "red", "in/b.png": "green", "in/c.png": "blue"}
     Path("in").mkdir()
     for path, pixel in zip(colour, np.eye(3, dtype=int) * 255):
         Image.new("RGB", (4, 4), tuple(pixel)).save(path)
     main([str(colours), *names, "--json"])
-    found = [(one["image"], one["predictions"][0]["class"]) for one in json.loads(capsys.readouterr().out)]
-    wanted = [path for name in names for path in (colour if name == "in" else [name])]
-    assert found == [(path, colour[path]) for path in wanted]
+    predicted = [(one["image"], one["predictions"][0]["class"]) for one in json.loads(capsys.readouterr().out)]
+    expected = [path for name in names for path in (colour if name == "in" else [name])]
+    assert predicted == [(path, colour[path]) for path in expected]
 
 
-def test_an_onnx_file_needs_neither_torch_nor_the_network(colours):
+def test_an_onnx_file_needs_neither_torch_nor_the_model_code(colours):
     Image.new("RGB", (4, 4), (0, 255, 0)).save("good.png")
     code = "import sys\nfrom kd.predict import main\nmain(sys.argv[1:])\n"
     code += "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision', 'safetensors'}))\n"
@@ -101,8 +101,8 @@ def test_every_kind_of_image_becomes_rgb(mode, name):
     picture(mode).save(name)
     image = open_image(name)
     assert image.mode == "RGB"
-    wanted = np.asarray(picture(mode).convert("RGB")).astype(int)
-    assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1
+    expected = np.asarray(picture(mode).convert("RGB")).astype(int)
+    assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
 
 
 def test_transparency_in_a_palette_and_16_bit_greys():
@@ -114,7 +114,7 @@ def test_transparency_in_a_palette_and_16_bit_greys():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_photograph_is_turned_back(orientation):
+def test_a_photograph_is_turned_upright_by_its_exif_tag(orientation):
     upright = picture()
     turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation -> Image.Transpose that undoes what the tag does
     turned = upright.transpose(Image.Transpose(turn[orientation])) if orientation > 1 else upright
@@ -135,12 +135,12 @@ def test_training_and_prediction_bring_an_image_to_the_same_pixels(size):
 
 
 def test_an_image_wider_than_high_keeps_its_proportions():
-    whole = crop_and_resize(picture(size=(90, 50)), 10, 30)  # 90 wide is 3 times as wide, so 30 of its 50 rows are seen
+    whole = crop_and_resize(picture(size=(90, 50)), 10, 30)  # 90 wide is 3 times as wide, so 30 of its 50 rows are used
     assert whole.size == (30, 10)
     assert np.array_equal(to_array(whole), to_array(picture(size=(90, 50)).crop((0, 10, 90, 40)).resize((30, 10), 3)))
 
 
-def test_a_run_says_of_its_test_images_what_its_network_says(resnet8_run):
+def test_a_runs_predictions_are_those_of_its_network(resnet8_run):
     data = load_data(DataConfig("synthetic"))
     paths = [Path(f"{row}.png") for row in range(70)]  # more than one batch
     for row, path in enumerate(paths):
@@ -148,20 +148,20 @@ def test_a_run_says_of_its_test_images_what_its_network_says(resnet8_run):
     mean, std = (torch.tensor(part)[:, None, None] for part in (data.mean, data.std))
     with torch.no_grad():
         logits = kd.load(resnet8_run)((data.test.images[:70] / 255 - mean) / std)
-    shares, numbers = logits.double().softmax(dim=1).max(dim=1)
-    found = list(predict(open_predictor(str(resnet8_run)), paths, top=1))
-    assert [one.path for one in found] == paths
-    assert [one.best[0][0] for one in found] == [data.classes[number] for number in numbers]
-    assert [one.best[0][1] for one in found] == pytest.approx(shares.tolist(), abs=1e-4)
+    probabilities, classes = logits.double().softmax(dim=1).max(dim=1)
+    predictions = list(predict(open_predictor(str(resnet8_run)), paths, top=1))
+    assert [one.path for one in predictions] == paths
+    assert [one.best[0][0] for one in predictions] == [data.classes[number] for number in classes]
+    assert [one.best[0][1] for one in predictions] == pytest.approx(probabilities.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["nothing.onnx", "x.png"], "no such file; python -m kd.export"),
-        (["x.onnx", "x.png"], r"x\.onnx cannot be opened"),
+        (["x.onnx", "x.png"], r"x\.onnx: cannot be opened"),
         (["runs/none", "gone.png"], r"gone\.png: no such file or folder"),
-        (["runs/none", "empty"], "no file below it is named like an image"),
+        (["runs/none", "empty"], "no file in or below it has an image suffix"),
         (["runs/none", "x.png", "--top", "0"], "--top 0: give 1 or more"),
     ],
 )
@@ -173,14 +173,14 @@ def test_bad_input_is_one_message(args, message):
         main(args)
 
 
-def test_an_onnx_file_of_somebody_elses_is_refused(colours):
+def test_an_onnx_file_without_metadata_is_refused(colours):
     import onnx
 
     model = onnx.load(colours)
     del model.metadata_props[:]
     onnx.save(model, "other.onnx")
     Image.new("RGB", (4, 4)).save("x.png")
-    with pytest.raises(UserError, match="does not say what it expects"):
+    with pytest.raises(UserError, match="has no preprocessing metadata; give a file"):
         main(["other.onnx", "x.png"])
 
 
@@ -188,24 +188,26 @@ GOOD = {"image_size": [4, 4], "classes": CLASSES}
 
 
 @pytest.mark.parametrize(
-    "words",
+    "text",
     ["not json", "{}", "[1]", "[" * 100_000, json.dumps({"classes": CLASSES})]
     + [json.dumps(GOOD | {"image_size": size}) for size in ([5, 5], [4], [4.0, 4.0], "44", None)]
     + [json.dumps(GOOD | {"classes": names}) for names in (CLASSES[:2], [1, 2, 3], 3, None)]
     + [json.dumps(GOOD | {"stored_size": stored}) for stored in (3, 8.5, "8")],
 )
-def test_an_onnx_file_that_says_of_itself_what_cannot_be_is_refused(colours, words):
+def test_an_onnx_file_with_wrong_metadata_is_refused(colours, text):
     import onnx
 
     model = onnx.load(colours)
-    onnx.helper.set_model_props(model, {KEY: words})
+    onnx.helper.set_model_props(model, {METADATA_KEY: text})
     onnx.save(model, "other.onnx")
     Image.new("RGB", (4, 4)).save("x.png")
-    with pytest.raises(UserError, match=r"other\.onnx says it expects .*, which is not its network's"):
+    with pytest.raises(
+        UserError, match=r"other\.onnx: its preprocessing metadata does not fit its network \(.*\); give"
+    ):
         main(["other.onnx", "x.png"])
 
 
-def test_a_files_ending_may_be_in_capitals(colours, capsys):
+def test_the_suffix_may_be_in_capitals(colours, capsys):
     Image.new("RGB", (4, 4), (0, 255, 0)).save("x.png")
     main([str(colours.rename("M.ONNX")), "x.png"])
     assert capsys.readouterr().out == "x.png: green 57.61%\n"

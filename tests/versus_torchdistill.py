@@ -1,10 +1,10 @@
-"""Images per second beside torchdistill, interleaved in one process.
+"""Compare images per second with torchdistill, interleaved in one process.
 
     python -m tests.versus_torchdistill DATA [OUT.json]
 
-resnet56 -> resnet20 at batch 64 with plain kd, the same networks on both sides, fresh weights. torchdistill gets its
-usual pipeline: torchvision transforms on PIL images, a DataLoader with one worker a core. Not a test: nothing is
-asserted of timings. Needs `pip install torchdistill`.
+resnet56 -> resnet20 at batch 64 with plain KD, the same networks with random weights on both sides. torchdistill uses
+its usual pipeline: torchvision transforms on PIL images, a DataLoader with one worker per core. Not a test: no timing
+is asserted. Needs `pip install torchdistill`.
 """
 
 import importlib
@@ -18,18 +18,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kd.bench import __main__ as bench
-from kd.bench import measure
+from kd.bench.__main__ import BenchConfig
 from kd.bench.measure import Workloads
 from kd.data import load_data
 from kd.models import build_model
+from kd.models.cost import time_rounds
 from kd.training.launch import start
 
 STEPS, ROUNDS, BATCH = 10, 5, 64
 
 
 class Pictures(torch.utils.data.Dataset):
-    """The training split as PIL images, as torchvision's own CIFAR100 class holds it, through its transforms."""
+    """The training split as transformed PIL images, stored as in torchvision's CIFAR100."""
 
     def __init__(self, data):
         from torchvision import transforms
@@ -46,10 +46,10 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[row])), self.labels[row]
 
 
-def their_steps(data):
-    """A function that makes the next STEPS steps of torchdistill's own training loop."""
+def torchdistill_steps(data):
+    """A workload of STEPS steps of torchdistill's own training loop."""
     for module in ("core.interfaces.forward_proc", "losses.high_level", "losses.mid_level", "losses.util"):
-        importlib.import_module(f"torchdistill.{module}")  # which is what registers its names
+        importlib.import_module(f"torchdistill.{module}")  # registers its names
     from torchdistill.core.distillation import get_distillation_box
 
     path = {"student_module_path": ".", "student_module_io": "output"}
@@ -91,17 +91,17 @@ def their_steps(data):
 
 
 def main(source: str, out: str | None = None) -> None:
-    config = measure.BenchConfig(data=source, model="resnet20", teacher_model="resnet56", steps=STEPS)
+    config = BenchConfig(data=source, model="resnet20", teacher_model="resnet56", steps=STEPS)
     job = config.job()
     accelerator, data = start(job.fit, job.run), load_data(job.data)
     with tempfile.TemporaryDirectory() as folder:
-        ours = Workloads(job, config.teacher_model, STEPS, data, accelerator).all(Path(folder))
-        pieces = {"torchdistill": their_steps(data), "live": ours["live"], "cached": ours["cached"]}
-        seconds = bench.take_turns(pieces, ROUNDS, accelerator.device)
+        workloads = Workloads(job, config.teacher_model, STEPS, data, accelerator).all(Path(folder))
+        compared = {"torchdistill": torchdistill_steps(data)} | {name: workloads[name] for name in ("live", "cached")}
+        seconds = time_rounds(compared, (ROUNDS, ROUNDS))
     rates = {name: STEPS * BATCH / statistics.median(times) for name, times in seconds.items()}
-    theirs = seconds["torchdistill"]
     for name in ("live", "cached"):
-        rates[f"{name}_over_torchdistill"] = statistics.median(a / b for a, b in zip(theirs, seconds[name]))
+        ratios = [torchdistill / kd for torchdistill, kd in zip(seconds["torchdistill"], seconds[name])]
+        rates[f"{name}_over_torchdistill"] = statistics.median(ratios)
     print(json.dumps(rates, indent=2))
     if out:
         Path(out).write_text(json.dumps(rates, indent=2) + "\n")

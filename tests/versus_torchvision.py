@@ -1,12 +1,12 @@
-"""Images per second, decoded and augmented, beside a plain torchvision pipeline; and the memory that ours takes.
+"""Compare kd's worker-decoded images with a plain torchvision pipeline: images per second, and kd's memory.
 
     python -m tests.versus_torchvision FOLDER --images 100000
 
-makes so many JPEGs of 64 to 500 pixels a side in FOLDER (found there, they are used again), then takes turns between
-torchvision (ImageFolder, RandomResizedCrop, flip, ToTensor, Normalize, a DataLoader) and the worker-decoded path, with
-the same workers, batches and images, but not the same work: theirs unpack each whole JPEG and crop the original, ours
-unpack it at a fraction of its pixels, bring its central square to the stored size and crop that. It ends with the peak
-memory of reading 1,000 images often and all of them once. Not a test: nothing is asserted of timings.
+makes that many JPEGs of 64 to 500 pixels a side in FOLDER (existing ones are reused), then interleaves torchvision
+(ImageFolder, RandomResizedCrop, flip, ToTensor, Normalize, a DataLoader) and kd, with the same workers, batches and
+images, but not the same work: torchvision decodes each JPEG at full size and crops the original; kd decodes it at a
+fraction of its pixels, resizes the central square to the stored size and crops that. Finally measures the peak memory
+of reading 1,000 images many times and all images once. Not a test: no timing is asserted.
 """
 
 import json
@@ -36,29 +36,29 @@ from kd.models import libraries
 from kd.utils.system import share_of_cores
 
 CLASSES, TEST, FEW = 10, 100, 1000
-SETTLED = 500  # batches after which a process takes no more memory
+WARM_BATCHES = 500  # batches after which memory no longer grows
 
 
 @dataclass(frozen=True)
 class Config:
     folder: tyro.conf.Positional[Path]
-    """Where the images are, or are made."""
+    """Folder of the images; missing ones are made."""
     images: int = 100_000
-    """How many."""
+    """Number of training images."""
     size: int = 64
-    """Pixels a side that the networks would see."""
+    """Side of the network's images, in pixels."""
     batch_size: int = 64
     rounds: int = 5
-    """Turns; each takes an equal share of the images, and its rate is one of the median's."""
+    """Rounds; each reads an equal share of the images, and the medians over rounds are printed."""
     workers: int | None = None
-    """Of both sides; all the cores if left out."""
+    """Worker processes of both pipelines; default: all cores."""
     out: Path | None = None
-    """Also write the numbers there, as JSON."""
-    only_epoch_of: Annotated[int | None, tyro.conf.arg(help="Only read an epoch of so many; print its memory.")] = None
+    """Also write the numbers to this JSON file."""
+    only_epoch_of: Annotated[int | None, tyro.conf.arg(help="Only read this many images; print peak memory.")] = None
 
 
-def make_one(place: Path, number: int) -> None:
-    """A smooth random picture with some noise, which compresses about as photographs do."""
+def make_image(place: Path, number: int) -> None:
+    """Write a smooth random image with some noise, which compresses about as well as a photograph."""
     path = place / f"class {number % CLASSES}" / f"{number:07}.jpg"
     if path.exists():
         return
@@ -71,19 +71,19 @@ def make_one(place: Path, number: int) -> None:
     partial.rename(path)
 
 
-def make(folder: Path, count: int) -> Path:
-    """An imagefolder of `count` training images, by all cores."""
+def make_images(folder: Path, count: int) -> Path:
+    """Write an image folder with `count` training images, on all cores."""
     source = folder / f"jpegs-{count}"
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for split, many in (("train", count), ("test", TEST)):
             for label in range(CLASSES):
                 (source / split / f"class {label}").mkdir(parents=True, exist_ok=True)
-            done = pool.map(make_one, [source / split] * many, range(many), chunksize=100)
+            done = pool.map(make_image, [source / split] * many, range(many), chunksize=100)
             list(track(done, f"making {many} images", total=many, disable=not sys.stderr.isatty()))
     return source
 
 
-def ours(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
+def kd_reader(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
     images = TrainingImages(data, ViewConfig(resized_crop=0.08), 0, torch.device("cpu"))
 
     def read(rows: torch.Tensor) -> None:
@@ -93,7 +93,7 @@ def ours(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
     return read
 
 
-def theirs(config: Config, source: Path, data: Data, workers: int) -> Callable[[torch.Tensor], None]:
+def torchvision_reader(config: Config, source: Path, data: Data, workers: int) -> Callable[[torch.Tensor], None]:
     libraries.define_operators()
     from torchvision import datasets, transforms
 
@@ -109,15 +109,15 @@ def theirs(config: Config, source: Path, data: Data, workers: int) -> Callable[[
     return read
 
 
-def opened(config: Config, source: Path, workers: int) -> Data:
-    how = {"image_size": config.size, "val_fraction": 0.0, "decode": "workers", "workers": workers}
-    return load_data(DataConfig(source=str(source), **how))
+def open_data(config: Config, source: Path, workers: int) -> Data:
+    flags = {"image_size": config.size, "val_fraction": 0.0, "decode": "workers", "workers": workers}
+    return load_data(DataConfig(source=str(source), **flags))
 
 
 def compare(config: Config, source: Path, workers: int) -> dict:
-    """Images per second of a core, each side's median over the rounds, and the median of the rounds' ratios."""
-    data = opened(config, source, workers)
-    sides = {"torchvision": theirs(config, source, data, workers), "ours": ours(config, data)}
+    """Each pipeline's median images per second per core, and the median over rounds of their ratio."""
+    data = open_data(config, source, workers)
+    sides = {"torchvision": torchvision_reader(config, source, data, workers), "ours": kd_reader(config, data)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order = torch.randperm(config.images, generator=torch.Generator().manual_seed(0))
     for rows in order.chunk(config.rounds):
@@ -126,12 +126,12 @@ def compare(config: Config, source: Path, workers: int) -> dict:
             read(rows)
             seconds[name].append((time.perf_counter() - before) / len(rows))
     rates = {f"{name}_images_per_second_per_core": 1 / statistics.median(s) / workers for name, s in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["torchvision"], seconds["ours"])]
+    ratios = [torchvision / kd for torchvision, kd in zip(seconds["torchvision"], seconds["ours"])]
     return rates | {"ours_over_torchvision": statistics.median(ratios), "workers": workers, "images": config.images}
 
 
-def memory_of(config: Config, source: Path, workers: int) -> dict[str, float]:
-    """Peak memory in MB of a process that opens the data and reads it at least once, and of its largest worker."""
+def peak_memory(config: Config, source: Path, workers: int) -> dict[str, float]:
+    """Peak memory in MB of a new process that reads the data, and of its largest worker."""
     count = int(source.name.split("-")[1])
     flags = [str(config.folder), "--images", str(count), "--only-epoch-of", str(count), "--workers", str(workers)]
     flags += ["--size", str(config.size), "--batch-size", str(config.batch_size)]
@@ -143,20 +143,20 @@ def memory_of(config: Config, source: Path, workers: int) -> dict[str, float]:
 def main(config: Config) -> None:
     workers = config.workers if config.workers is not None else share_of_cores()
     if config.only_epoch_of is not None:
-        data = opened(config, config.folder / f"jpegs-{config.only_epoch_of}", workers)
-        read = ours(config, data)
-        # A small set is read often: what allocators hold on to grows with the first hundreds of batches of any set.
-        for epoch in range(max(SETTLED * config.batch_size // config.only_epoch_of, 1)):
+        data = open_data(config, config.folder / f"jpegs-{config.only_epoch_of}", workers)
+        read = kd_reader(config, data)
+        # Read a small set repeatedly: allocator caches grow during the first hundreds of batches of any set.
+        for epoch in range(max(WARM_BATCHES * config.batch_size // config.only_epoch_of, 1)):
             read(data.train.order(0, epoch))
-        # Not RUSAGE_SELF, whose peak is handed on by the process that started this one.
+        # Not RUSAGE_SELF: it inherits the peak of the parent process.
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         own, worker = int(status["VmHWM"].split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         print(json.dumps({"main_mb": own / 1000, "largest_worker_mb": worker / 1000}))
         return
     os.environ.setdefault("KD_CACHE", str(config.folder / "cache"))
-    source, small = make(config.folder, config.images), make(config.folder, FEW)
+    source, small = make_images(config.folder, config.images), make_images(config.folder, FEW)
     numbers = compare(config, source, workers)
-    numbers["peak_of_1000"], numbers["peak_of_all"] = (memory_of(config, one, workers) for one in (small, source))
+    numbers["peak_of_1000"], numbers["peak_of_all"] = (peak_memory(config, one, workers) for one in (small, source))
     print(json.dumps(numbers, indent=2))
     if config.out:
         config.out.write_text(json.dumps(numbers, indent=2) + "\n")

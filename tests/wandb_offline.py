@@ -1,7 +1,7 @@
-"""Reads what W&B keeps of an offline run, which is what `wandb sync` sends.
+"""Read W&B's file of an offline run, which `wandb sync` would upload; wandb has no public reader.
 
-The file is a LevelDB log of protobuf records: seven bytes of its own, then blocks of 32 KiB with records of
-(checksum, length, kind) in front, cut where a block ends. wandb has no public reader.
+The file is a LevelDB log of protobuf records: a header of seven bytes, then blocks of 32 KiB. Each record starts with
+(checksum, length, kind) and is split at the end of a block.
 """
 
 import json
@@ -12,22 +12,20 @@ from typing import NamedTuple
 
 from wandb.proto.wandb_internal_pb2 import Record
 
-BLOCK, START = 32768, 7
-FULL, LAST = 1, 4
+BLOCK, FILE_HEADER, RECORD_HEADER = 32768, 7, 7  # bytes
+FULL, LAST = 1, 4  # kinds of records that end a message; others continue in the next block
 
 
 class Offline(NamedTuple):
-    """One offline run."""
-
     run: object  # group, job type, tags, project, id, name
     config: dict
     history: list[dict]
     summary: dict
-    folder: Path  # of the files that were logged with it
+    folder: Path  # the files logged with the run
 
 
 def read_offline(folder: Path) -> Offline:
-    """The run in an offline-run-* folder. Raises ValueError where a record's checksum is wrong."""
+    """Read the run in an offline-run-* folder. Raises ValueError if a record's checksum is wrong."""
     (file,) = folder.glob("*.wandb")
     run, config, history, summary = None, {}, [], {}
     for data in _records(file.read_bytes()):
@@ -50,18 +48,19 @@ def _items(items) -> dict:
 
 def _records(content: bytes):
     assert content[:4] == b":W&B", content[:7]
-    position, kept = START, b""
-    while position + 7 <= len(content):
-        if BLOCK - position % BLOCK < 7:  # no room for another head: the rest of the block is empty
+    position, message = FILE_HEADER, b""
+    while position + RECORD_HEADER <= len(content):
+        if BLOCK - position % BLOCK < RECORD_HEADER:  # no room for another header: the rest of the block is padding
             position += BLOCK - position % BLOCK
             continue
-        checksum, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        checksum, length, kind = struct.unpack("<IHB", content[position : position + RECORD_HEADER])
         if kind == 0:
             return
-        data = content[position + 7 : position + 7 + length]
+        start = position + RECORD_HEADER
+        data = content[start : start + length]
         if zlib.crc32(bytes([kind]) + data) != checksum:
             raise ValueError(f"record at {position}: wrong checksum")
-        position, kept = position + 7 + length, kept + data
+        position, message = start + length, message + data
         if kind in (FULL, LAST):
-            yield kept
-            kept = b""
+            yield message
+            message = b""

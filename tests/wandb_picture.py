@@ -1,6 +1,6 @@
-"""Draws what a group of offline runs would show in W&B's workspace: `python -m tests.wandb_picture RUNS PICTURE`.
+"""Draw a group of offline runs as W&B's workspace would show them: `python -m tests.wandb_picture RUNS PICTURE`.
 
-One panel a metric, one line a run, from the offline files themselves. The picture in docs/training.md is made with it.
+One panel per metric, one line per run, read from the offline files. Makes the picture in docs/training.md.
 """
 
 import sys
@@ -24,7 +24,7 @@ PANELS = (
 
 
 def draw(folders: list[Path]) -> Figure:
-    """Every run's history under each of PANELS that it has."""
+    """Plot each run's history, in every one of PANELS that it logged."""
     runs = [read_offline(folder) for folder in folders]
     kinds = sorted({run.run.job_type for run in runs})
     colours = dict(zip(kinds, matplotlib.colormaps["tab10"].colors))

@@ -1,11 +1,10 @@
-"""How close to this machine's limit does the loop train?
+"""Measure how close training comes to this machine's limit.
 
     python -m kd.bench --data ../shared/cifar100 --model resnet8x4 --teacher-model resnet32x4
 
-Measures, interleaved and as medians over rounds: the bare arithmetic of the student's step on fixed tensors (the
-limit), our training epoch with a live and with a cached teacher, evaluation and the teacher alone; then the time to the
-first step from a cold and from a warm start, and the peak memory. Networks have fresh weights: speed does not depend on
-them.
+Interleaves the measurements and takes medians over rounds: the student's step alone on fixed tensors (the limit), the
+training loop with a live and with a cached teacher, evaluation, and the teacher alone. Then measures the time to the
+first step from a cold and from a warm start, and the peak memory. Weights are random: speed does not depend on them.
 """
 
 import json
@@ -15,77 +14,97 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from kd.bench.measure import BenchConfig
+from kd.config import CacheConfig, DataConfig, FitConfig, Job, KDConfig, RunConfig, ViewConfig
 from kd.errors import exit_code, require
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    data: str = "cifar100"
+    """Data set, as for the scripts."""
+    model: str = "resnet20"
+    """The student."""
+    teacher_model: str = "resnet32x4"
+    """The teacher."""
+    batch_size: int = 64
+    """Images per step."""
+    steps: int = 20
+    """Steps of each measurement."""
+    rounds: int = 5
+    """How often to repeat each measurement; the table shows medians."""
+    compile: bool = True
+    """Compile the student's step on CUDA."""
+    channels_last: bool = True
+    """Keep images channels-last in memory."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """no, bf16 or fp16; default: as launched."""
+    threads: int | None = None
+    """CPU threads; default: all available cores."""
+    starts: bool = True
+    """Also measure the first step from a cold and a warm start, in new processes (decodes the data again)."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+
+    def job(self) -> Job:
+        same = ("batch_size", "compile", "channels_last", "mixed_precision")
+        fit = FitConfig(lr=0.05, **{name: getattr(self, name) for name in same})
+        cache = CacheConfig(cache_teacher=True)
+        parts = (DataConfig(source=self.data), ViewConfig(count=1), fit, RunConfig(threads=self.threads), cache)
+        return Job("kd", "report", self.model, KDConfig(), *parts)
+
+
 def main(config: BenchConfig) -> None:
-    require(config.steps >= 1 and config.rounds >= 1, "--steps and --rounds: give 1 or more")
-    from kd.bench.measure import Workloads
+    for name in ("steps", "rounds"):
+        require(getattr(config, name) >= 1, f"--{name} {getattr(config, name)}: give 1 or more")
+    from kd.bench.measure import Workloads, matrix_rate
     from kd.data import load_data
+    from kd.models.cost import time_rounds
     from kd.training.launch import start
 
     job = config.job()
     accelerator = start(job.fit, job.run)
-    require(accelerator.num_processes == 1, "kd.bench measures one process; start it with plain python")
+    require(accelerator.num_processes == 1, "kd.bench measures one process: start it with plain python")
     data = load_data(job.data)
     steps = len(data.train.labels) // config.batch_size
     require(config.steps <= steps, f"--steps {config.steps}: an epoch has {steps}; give fewer, or a smaller batch")
-    pieces = Workloads(job, config.teacher_model, config.steps, data, accelerator)
+    workloads = Workloads(job, config.teacher_model, config.steps, data, accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        times = take_turns(pieces.all(Path(folder)), config.rounds, accelerator.device)
-        images = dict.fromkeys(times, config.steps * config.batch_size) | {"evaluation": pieces.scored}
+        times = time_rounds(workloads.all(Path(folder)), (config.rounds, config.rounds))
+        images = dict.fromkeys(times, config.steps * config.batch_size) | {"evaluation": workloads.scored}
         numbers = summarise(times, images) | describe(config, data.size, accelerator)
         if accelerator.device.type == "cuda":
-            numbers |= matrix_share(pieces, numbers["bare_images_per_second"])
+            rate = matrix_rate(accelerator.device)
+            used = workloads.flops_per_image() * numbers["bare_images_per_second"]
+            numbers |= {"matrix_tflops": rate / 1e12, "share_of_matrix_rate": used / rate}
         if config.starts:
-            numbers |= starts(config, Path(folder))
+            numbers |= measure_starts(config, Path(folder))
     show(numbers)
     if config.json is not None:
         config.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
-def take_turns(pieces: dict[str, Callable[[], None]], rounds: int, device) -> dict[str, list[float]]:
-    """Seconds of each piece in each round, the pieces taking turns: what disturbs the machine disturbs all alike."""
-    times = {name: [] for name in pieces}
-    for round_ in range(rounds + 1):
-        for name, piece in pieces.items():
-            seconds = timed(piece, device)
-            if round_ > 0:  # the first warms caches up and compiles
-                times[name].append(seconds)
-    return times
-
-
-def timed(piece: Callable[[], None], device) -> float:
-    import torch
-
-    before = time.perf_counter()
-    piece()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - before
-
-
 def summarise(times: dict[str, list[float]], images: dict[str, int]) -> dict:
-    """Images per second of each piece, and the two ratios that the loop is judged by."""
-    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
-    numbers = {f"{name}_images_per_second": images[name] / seconds for name, seconds in middle.items()}
-    ideal = (middle["bare"] + middle["teacher"]) / middle["bare"]
+    """Images per second of each workload, and the ratios of bare to cached and of live to cached training."""
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    numbers = {f"{name}_images_per_second": images[name] / seconds for name, seconds in medians.items()}
+    cached_over_live = statistics.median(live / cached for live, cached in zip(times["live"], times["cached"]))
+    ideal = (medians["bare"] + medians["teacher"]) / medians["bare"]
     return numbers | {
-        "epoch_over_bare": statistics.median(b / c for b, c in zip(times["bare"], times["cached"])),
-        "cached_over_live": statistics.median(a / c for a, c in zip(times["live"], times["cached"])),
-        "cached_over_ideal": statistics.median(a / c for a, c in zip(times["live"], times["cached"])) / ideal,
+        "epoch_over_bare": statistics.median(bare / cached for bare, cached in zip(times["bare"], times["cached"])),
+        "cached_over_live": cached_over_live,
+        "cached_over_ideal": cached_over_live / ideal,
         "ideal_cached_over_live": ideal,
     }
 
 
 def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
+    """What the numbers depend on, and the GPU's peak memory."""
     import torch
 
     on_gpu = accelerator.device.type == "cuda"
@@ -102,25 +121,8 @@ def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
     }
 
 
-def matrix_share(pieces, images_per_second: float) -> dict:
-    """The bare step's share of the bf16 matrix-product rate measured here and now."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size, device = 8192, pieces.accelerator.device
-    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = statistics.median(timed(lambda: one @ other, device) for _ in range(20))
-    rate = 2 * size**3 / seconds
-    with FlopCounterMode(display=False) as counter:
-        pieces.network()(torch.randn(8, 3, *pieces.data.size)).sum().backward()
-    return {
-        "matrix_tflops": rate / 1e12,
-        "share_of_matrix_rate": counter.get_total_flops() / 8 * images_per_second / rate,
-    }
-
-
-def starts(config: BenchConfig, folder: Path) -> dict:
-    """Seconds from the imports to the end of the first step, with and without decoded data, and the peak memory."""
+def measure_starts(config: BenchConfig, folder: Path) -> dict:
+    """Import time, first-step time and peak memory of new processes, without and with decoded data on disk."""
     fields = ("data", "model", "teacher_model", "batch_size", "compile", "channels_last", "mixed_precision", "threads")
     flags = json.dumps({name: getattr(config, name) for name in fields})
     env = {**os.environ, "KD_CACHE": str(folder / "decoded"), "HF_DATASETS_CACHE": str(folder / "datasets")}

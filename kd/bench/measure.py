@@ -1,23 +1,23 @@
-"""What kd.bench times: the student's bare arithmetic, our own epoch, the teacher alone, and scoring."""
+"""The workloads that kd.bench times: the student's step alone, the training loop, the teacher, and evaluation."""
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from kd.config import CacheConfig, DataConfig, FitConfig, Job, KDConfig, RunConfig, ViewConfig
+from kd.config import Job
 from kd.data import Data, Split
 from kd.data.loader import Batches
 from kd.data.rows import iter_centre_crops
 from kd.losses.base import Distiller
 from kd.models import build_model
+from kd.models.cost import time_rounds
 from kd.runs.folder import RunFolder
 from kd.teachers.cache import LogitStore
 from kd.teachers.live import TeacherLogits, live_logits
@@ -27,12 +27,12 @@ from kd.training.trainer import Trainer, make_optimizer, memory_format
 from kd.types import Outputs
 from kd.utils.rng import seed_everything
 
-Workload = Callable[[], None]  # does the same work each time
+Workload = Callable[[], None]  # repeatable: the same work at each call
 
 
 @dataclass(frozen=True)
 class Workloads:
-    """Pieces of `steps` steps each, all on the same data, networks and recipe."""
+    """Workloads of `steps` steps each, all with the same data, networks and recipe."""
 
     job: Job
     teacher_model: str
@@ -41,36 +41,38 @@ class Workloads:
     accelerator: Accelerator
 
     def all(self, folder: Path) -> dict[str, Workload]:
-        """Every one by name; `folder` is for what they write."""
-        kept = self._kept(folder / "cached")
-        return {
+        """Every workload by name, each of which waits for the device; `folder` is for what they write."""
+        cached_logits = self._cached_teacher(folder / "cached")
+        workloads = {
             "bare": self.bare(),
-            "live": self.epoch(folder / "live", self._live()),
-            "cached": self.epoch(folder / "cached", kept),
+            "live": self.epoch(folder / "live", self._live_teacher()),
+            "cached": self.epoch(folder / "cached", cached_logits),
             "teacher": self.teacher(),
             "evaluation": self.evaluation(),
         }
+        return {name: synchronised(work, self.accelerator.device) for name, work in workloads.items()}
 
     def bare(self) -> Workload:
-        """Forward, loss, backward and update of the student on one batch and one answer that never change."""
+        """Forward, loss, backward and update of the student on one fixed batch with fixed teacher logits."""
         distiller = self._distiller()
         model, optimizer = self.accelerator.prepare(
             distiller, make_optimizer(distiller, self.job.fit, self.accelerator)
         )
         batch = next(Batches(self.data, self.job, self.accelerator).epoch(0))
-        answer = Outputs(torch.randn(len(batch.label), len(self.data.classes), device=self.accelerator.device))
+        logits = torch.randn(len(batch.label), len(self.data.classes), device=self.accelerator.device)
+        teacher_outputs = Outputs(logits)
 
         def work() -> None:
             distiller.train()
             for _ in range(self.steps):
-                self.accelerator.backward(sum(model(batch, answer).terms.values()))
+                self.accelerator.backward(sum(model(batch, teacher_outputs).terms.values()))
                 optimizer.step()
                 optimizer.zero_grad()
 
         return work
 
     def epoch(self, folder: Path, teacher: TeacherLogits) -> Workload:
-        """The project's own loop over the first steps of an epoch: everything between two saves."""
+        """The training loop over the first steps of an epoch, without saving."""
         trainer = Trainer(self.job, self.data, self.accelerator, RunFolder(folder, {}), self._distiller(), teacher)
 
         def work() -> None:
@@ -81,11 +83,11 @@ class Workloads:
         return work
 
     def teacher(self) -> Workload:
-        answer, batch = self._live(), next(Batches(self.data, self.job, self.accelerator).epoch(0))
+        teacher_logits, batch = self._live_teacher(), next(Batches(self.data, self.job, self.accelerator).epoch(0))
 
         def work() -> None:
             for _ in range(self.steps):
-                answer(batch)
+                teacher_logits(batch)
 
         return work
 
@@ -97,66 +99,57 @@ class Workloads:
 
     @property
     def scored(self) -> int:
-        """Images that the evaluation scores."""
+        """How many images the evaluation scores."""
         return min(self.steps * self.job.fit.batch_size, len(self.data.test.labels))
 
-    def network(self) -> nn.Module:
-        """A student with fresh weights, on the CPU."""
+    def flops_per_image(self) -> float:
+        """Floating-point operations of one training step per image; count_macs has the forward pass only."""
+        from torch.utils.flop_counter import FlopCounterMode
+
         seed_everything(0, "network")
-        return build_model(self.job.model, len(self.data.classes), self.data.size)
+        network = build_model(self.job.model, len(self.data.classes), self.data.size)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.randn(8, 3, *self.data.size)).sum().backward()
+        return counter.get_total_flops() / 8
 
     def _distiller(self) -> Distiller:
-        """The student with its loss, as the scripts build it, on the device."""
+        """The student with its loss on the device, built as by the scripts."""
         return build_distiller(self.job, self.data).to(
             self.accelerator.device, memory_format=memory_format(self.job.fit)
         )
 
-    def _live(self) -> TeacherLogits:
+    def _live_teacher(self) -> TeacherLogits:
         network = build_model(self.teacher_model, len(self.data.classes), self.data.size).eval().requires_grad_(False)
         network.to(self.accelerator.device)
         return live_logits(network, self.accelerator, channels_last=self.job.fit.channels_last)
 
-    def _kept(self, folder: Path) -> TeacherLogits:
-        """A cache of made-up answers: looking them up costs what it costs with true ones."""
+    def _cached_teacher(self, folder: Path) -> TeacherLogits:
+        """A cache of random logits, which take as long to look up as real ones."""
         classes, views = len(self.data.classes), dataclasses.asdict(self.job.views)
         spec = {"rows": len(self.data.train.labels), "classes": classes, "views": views}
         folder.mkdir()
         store = LogitStore(folder, spec | {"dtype": self.job.cache.cache_dtype, "top_k": None})
-        answers = np.random.default_rng(0).standard_normal(store.shapes["logits"], np.float32)
-        np.save(store.path("logits"), answers.astype(np.float16))
+        logits = np.random.default_rng(0).standard_normal(store.shapes["logits"], np.float32)
+        np.save(store.path("logits"), logits.astype(np.float16))
         return store.teacher(self.accelerator.device)
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    data: str = "cifar100"
-    """As for the scripts."""
-    model: str = "resnet20"
-    """The student."""
-    teacher_model: str = "resnet32x4"
-    """The teacher."""
-    batch_size: int = 64
-    """Images per step."""
-    steps: int = 20
-    """Steps of each measurement."""
-    rounds: int = 5
-    """How often each measurement is made; the table shows medians."""
-    compile: bool = True
-    """Compile the student's step on CUDA."""
-    channels_last: bool = True
-    """Keep images channels-last in memory."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """no, bf16 or fp16; left out: as launched."""
-    threads: int | None = None
-    """CPU threads; left out: all the cores it may use."""
-    starts: bool = True
-    """Also measure the first step from a cold and a warm start, in processes of their own (decodes the data anew)."""
-    json: Path | None = None
-    """Write the numbers here as well."""
+def synchronised(work: Workload, device: torch.device) -> Workload:
+    """`work`, then waiting for the device: CUDA kernels run asynchronously."""
+    if device.type != "cuda":
+        return work
 
-    def job(self) -> Job:
-        same = ("batch_size", "compile", "channels_last", "mixed_precision")
-        fit = FitConfig(lr=0.05, **{name: getattr(self, name) for name in same})
-        cache = CacheConfig(cache_teacher=True)
-        parts = (DataConfig(source=self.data), ViewConfig(count=1), fit, RunConfig(threads=self.threads), cache)
-        return Job("kd", "report", self.model, KDConfig(), *parts)
+    def work_and_wait() -> None:
+        work()
+        torch.cuda.synchronize(device)
+
+    return work_and_wait
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a large bf16 matrix product, measured on `device` now."""
+    size, rounds = 8192, 20
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = synchronised(lambda: left @ right, device)
+    (seconds,) = time_rounds({"product": product}, (rounds, rounds)).values()
+    return 2 * size**3 / statistics.median(seconds)

@@ -1,6 +1,6 @@
-"""A process of its own that kd.bench starts: how long from its imports to the end of the first step, and its memory.
+"""Measure import time, time to the end of the first step, and peak memory in a process of its own.
 
-python -m kd.bench.startup FLAGS        FLAGS: kd.bench's, as JSON; prints the numbers as one line of JSON
+python -m kd.bench.startup FLAGS        FLAGS: those of kd.bench as JSON; prints the numbers as one line of JSON
 """
 
 import json
@@ -11,10 +11,8 @@ import time
 
 def main(flags: dict) -> dict[str, float]:
     begin = time.perf_counter()
-    from kd.bench.measure import (
-        BenchConfig,
-        Workloads,  # which imports torch
-    )
+    from kd.bench.__main__ import BenchConfig
+    from kd.bench.measure import Workloads  # imports torch
 
     imported = time.perf_counter()
     from kd.data import load_data
@@ -26,9 +24,9 @@ def main(flags: dict) -> dict[str, float]:
     data = load_data(job.data)
     Workloads(job, config.teacher_model, 1, data, accelerator).bare()()
     first = time.perf_counter()
-    pieces = Workloads(job, config.teacher_model, 30, data, accelerator)
-    pieces.bare()()
-    pieces.evaluation()()
+    workloads = Workloads(job, config.teacher_model, 30, data, accelerator)
+    workloads.bare()()
+    workloads.evaluation()()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"import_seconds": imported - begin, "first_step_seconds": first - imported, "peak_gib": peak}
 

@@ -1,4 +1,4 @@
-"""The formats a network is exported to: each written, loaded back and compared with torch."""
+"""Write one export folder: every format is written, loaded back and compared with torch, then measured."""
 
 import argparse
 from functools import partial
@@ -10,123 +10,127 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from kd.data import Data
-from kd.data.rows import iter_centre_crops
 from kd.errors import require
-from kd.export.card import Subject, write_card
-from kd.export.deployed import open_pt2, rounds, trace, write_pt2
-from kd.export.measure import CHUNK, Answer, candidates, format_table, format_verdicts, measure_files, of_torch
+from kd.export.card import CardContent, write_card
+from kd.export.deployed import open_pt2, rounds_activations, trace, write_pt2
+from kd.export.measure import (
+    SCORING_BATCH,
+    Classifier,
+    candidates,
+    format_table,
+    format_verdicts,
+    measure_files,
+    torch_classifier,
+)
 from kd.export.onnx_files import write_int8, write_onnx
 from kd.export.onnx_runtime import OnnxFile, describe
-from kd.export.source import ExportedRun, alone, copy_run
+from kd.export.source import ExportedRun, control_summary, copy_run
 from kd.models.cost import describe_machine
 from kd.report.document import Block, Heading, Lines, markdown
 from kd.utils import rng
 from kd.utils.console import console
 from kd.utils.files import write_atomically, write_json
 
-FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "int8": "model.int8.onnx", "pt2": "model.pt2"}
+# Allowed difference of a float32 file's logits from torch's, which sums in another order, as a share of the largest.
+# If a network rounds its activations, a last bit may decide on a whole step: then only the mean difference is limited.
+TOLERANCE = 1e-4
+MEAN_TOLERANCE = 0.02
 
 
-# Share of the largest logit by which a float32 file may differ from torch, which sums in another order: each logit, or
-# the mean where the network rounds what it passes on, and a last bit may make a whole step.
-CLOSE, CLOSE_ON_AVERAGE = 1e-4, 0.02
+def write_export(
+    folder: Path,
+    source: ExportedRun,
+    data: Data | None,
+    calibration: UInt8[np.ndarray, "n 3 h w"] | None,
+    args: argparse.Namespace,
+) -> None:
+    """Fill the empty `folder` with what `args`, the flags of kd.export, ask for.
+
+    `data` is for the table; `calibration` holds the images that set int8's ranges.
+    Raises: UserError if a format cannot be written.
+    """
+    expects = describe(source.info)
+    write_json(folder / "preprocessing.json", expects)
+    summary, config = copy_run(source, folder)
+    differences = write_formats(folder, source, set(args.formats), calibration)
+    table = _write_table(folder, source, data, differences, args) if args.table else []
+    onnx_files = sorted((path.name for path in folder.glob("*.onnx")), reverse=True)
+    content = CardContent(summary, config, control_summary(source), expects, onnx_files, table)
+    write_card(folder / "README.md", content, args.license, args.push)
 
 
-def make_files(
+def calibration_images(data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
+    """`count` unaugmented training images in a fixed random choice; never validation or test images."""
+    chosen = rng.order(0, 0, len(data.train.labels))[:count].sort().values  # sorted: a stream reads rows in its order
+    return torch.cat(list(iter_centred(data.train, data.size, chosen, SCORING_BATCH))).numpy()
+
+
+def write_formats(
     folder: Path, source: ExportedRun, formats: set[str], calibration: UInt8[np.ndarray, "n 3 h w"] | None
-) -> dict:
-    """Write the formats asked for; returns, by file, the largest difference of a logit from torch's.
+) -> dict[str, float]:
+    """Write the graph formats; returns each float32 file's largest logit difference from torch, by file name.
 
-    `calibration`: the images that int8's ranges are taken from.
-    Raises: UserError where the network cannot be exported, or a file does not say what the network says.
+    Raises: UserError if the network cannot be exported or a file's logits differ from torch's.
     """
     if formats <= {"safetensors"}:
         return {}
     program, expects, differences = trace(source.network, source.info["model"]), describe(source.info), {}
-    alike = partial(compare, source, rounds(program))
-    paths = {key: folder / name for key, name in FILES.items()}
-    if {"onnx", "int8"} & formats:
+    compare = partial(compare_with_torch, source, rounds_activations(program))
+    onnx, int8, pt2 = (folder / name for name in ("model.onnx", "model.int8.onnx", "model.pt2"))
+    if {"onnx", "int8"} & formats:  # int8 is quantised from the float32 file
         print("writing model.onnx", flush=True)
-        write_onnx(program, paths["onnx"], expects)
-        differences["model.onnx"] = alike("model.onnx", OnnxFile(paths["onnx"]))
+        write_onnx(program, onnx, expects)
+        differences["model.onnx"] = compare("model.onnx", OnnxFile(onnx))
     if "int8" in formats:
         print(f"writing model.int8.onnx, its ranges from {len(calibration)} training images", flush=True)
-        write_int8(paths["onnx"], paths["int8"], calibration, expects)
-        OnnxFile(paths["int8"])  # it opens; how good it is, the table says
-    if "int8" in formats and "onnx" not in formats:  # it was on the way
-        paths["onnx"].unlink()
+        write_int8(onnx, int8, calibration, expects)
+        OnnxFile(int8)  # it must open; its accuracy is in the table
+    if "model.onnx" in differences and "onnx" not in formats:
+        onnx.unlink()
         del differences["model.onnx"]
     if "pt2" in formats:
         print("writing model.pt2", flush=True)
-        write_pt2(program, paths["pt2"], expects)
-        differences["model.pt2"] = alike("model.pt2", of_torch(open_pt2(paths["pt2"]))(0))
+        write_pt2(program, pt2, expects)
+        differences["model.pt2"] = compare("model.pt2", torch_classifier(open_pt2(pt2))(0))
     return differences
 
 
-def calibration_images(data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
-    """`count` training images of a fixed random order, unaugmented; validation and test images set no range."""
-    chosen = rng.order(0, 0, len(data.train.labels))[:count].sort().values  # a stream reads them in its own order
-    return torch.cat(list(iter_centre_crops(data.train, data.size, chosen, CHUNK))).numpy()
+def compare_with_torch(source: ExportedRun, rounding: bool, name: str, classify: Classifier) -> float:
+    """The largest logit difference from torch on random pixels, in batches of 1 and 7.
 
-
-def compare(source: ExportedRun, rounding: bool, name: str, answer: Answer) -> float:
-    """The largest difference of a logit from torch's on random pixels, in batches of 1 and 7. Raises UserError where it
-    is more than another order of sums makes."""
-    rng, differences, scale = np.random.default_rng(0), [], 1.0
+    Raises: UserError if it exceeds what another order of summation explains.
+    """
+    generator, differences, scale = np.random.default_rng(0), [], 1.0
     for count in (1, 7):
-        images = rng.integers(0, 256, (count, 3, *source.info["image_size"]), dtype=np.uint8)
+        images = generator.integers(0, 256, (count, 3, *source.info["image_size"]), dtype=np.uint8)
         with torch.no_grad():
-            theirs = source.network(torch.from_numpy(images)).numpy()
-        differences.append(np.abs(answer(images) - theirs).ravel())
-        scale = max(scale, float(np.abs(theirs).max()))
-    each = np.concatenate(differences)
-    largest = float(each.max())
-    alike = each.mean() <= CLOSE_ON_AVERAGE * scale if rounding else largest <= CLOSE * scale
+            expected = source.network(torch.from_numpy(images)).numpy()
+        differences.append(np.abs(classify(images) - expected).ravel())
+        scale = max(scale, float(np.abs(expected).max()))
+    difference = np.concatenate(differences)
+    largest = float(difference.max())
+    close = difference.mean() <= MEAN_TOLERANCE * scale if rounding else largest <= TOLERANCE * scale
     require(
-        bool(alike),
-        f"{name} does not say what the network says: logits differ by up to {largest:.2g}, the largest is {scale:.2g};"
-        " nothing was written; leave that format out of --formats",
+        bool(close),
+        f"{name}: its logits differ from torch's by up to {largest:.2g} (largest logit: {scale:.2g}); nothing was"
+        " written; leave that format out of --formats",
     )
     print(f"  logits differ from torch's by at most {largest:.1e} on random pixels", flush=True)
     return largest
 
 
-#: (kd.shipping.contents) Every file of an export, into an empty folder.
-
-
-def fill(
-    folder: Path,
-    source: ExportedRun,
-    data: Data | None,
-    calibration: UInt8[np.ndarray, "n 3 h w"] | None,
-    given: argparse.Namespace,
-) -> None:
-    """Write what `given`, the flags of kd.export, asks for. Raises UserError where a format cannot be made.
-
-    `data`: for the table; `calibration`: the images that int8's ranges are taken from.
-    """
-    expects = describe(source.info)
-    write_json(folder / "preprocessing.json", expects)
-    summary, record = copy_run(source, folder)
-    differences = make_files(folder, source, set(given.formats), calibration)
-    blocks = _tabulate(folder, source, data, differences, given) if given.table else []
-    onnx = sorted((path.name for path in folder.glob("*.onnx")), reverse=True)
-    subject = Subject(summary, record, alone(source), expects, onnx, blocks)
-    write_card(folder / "README.md", subject, given.license, given.push)
-
-
-def _tabulate(
-    folder: Path, source: ExportedRun, data: Data, differences: dict[str, float], given: argparse.Namespace
+def _write_table(
+    folder: Path, source: ExportedRun, data: Data, differences: dict[str, float], args: argparse.Namespace
 ) -> list[Block]:
-    """Measure every file in `folder`; export.json and export.md are written, and the same shown."""
-    listed, notes = candidates(folder, source, data, given.trust_code)
-    rows = measure_files(listed, data, given.threads)
-    where = describe_machine(given.threads)
+    """Measure every file in `folder`, write export.json and export.md, and print the table."""
+    to_measure, notes = candidates(folder, source, data, args.trust_code)
+    rows = measure_files(to_measure, data, args.threads)
+    machine = describe_machine(args.threads)
     notes = (*format_verdicts(rows, source.summary), *notes)
-    blocks = [format_table(rows, where, len(data.test.labels)), Lines(notes)]
-    numbers = {"rows": rows, "machine": where, "threads": given.threads, "test_images": len(data.test.labels)}
-    if "int8" in given.formats:
-        numbers["calibration_images"] = min(given.calibration, len(data.train.labels))
+    blocks = [format_table(rows, machine, len(data.test.labels)), Lines(notes)]
+    numbers = {"rows": rows, "machine": machine, "threads": args.threads, "test_images": len(data.test.labels)}
+    if "int8" in args.formats:
+        numbers["calibration_images"] = min(args.calibration, len(data.train.labels))
     numbers |= {"differences_on_random_pixels": differences, "notes": notes}
     write_json(folder / "export.json", numbers)
     text = markdown([Heading(1, "What was exported"), *blocks])
@@ -135,6 +139,3 @@ def _tabulate(
     for block in blocks:
         block.show(wide)
     return blocks
-
-
-#: (kd.shipping) What kd/export.py and kd/predict.py are made of: files in other formats, their runtimes, and what they cost.

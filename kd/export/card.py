@@ -1,9 +1,9 @@
-"""The model card: where an exported network comes from, how good it is, and how it is used."""
+"""Write the model card: where an exported network comes from, how good it is, and how to use it."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-from kd.export.source import PARTS
+from kd.export.source import RESULT_FLAGS
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
 from kd.utils.files import write_atomically
 
@@ -20,8 +20,7 @@ network = kd.load("{name}")  # eval mode; takes normalised images b x 3 x h x w
 
     python -m kd.predict {name} photo.jpg"""
 
-
-USE_ONNX = """Nothing but onnxruntime is needed for {files}, which take pixels as they are:
+USE_ONNX = """With onnxruntime alone; {files} take unnormalised pixels:
 
 ```python
 import json, numpy, onnxruntime
@@ -33,33 +32,31 @@ print(expects["classes"][logits[0].argmax()])
 ```"""
 
 
-class Subject(NamedTuple):
-    """What a card is about."""
-
-    summary: dict  # the run's
-    record: dict  # its config.json
-    alone: dict | None  # the summary of the same network trained alone
+class CardContent(NamedTuple):
+    summary: dict  # the run's summary.json, as exported
+    config: dict  # the run's config.json, as exported
+    control: dict | None  # the summary of the same network trained alone
     expects: dict  # preprocessing.json
-    onnx: list[str]  # the .onnx files
-    costs: list[Block]  # the exported files' table; empty where it was not made
+    onnx_files: list[str]
+    table: list[Block]  # the exported files' table; empty with --no-table
 
 
-def write_card(path: Path, subject: Subject, licence: str, name: str | None) -> None:
-    """A README.md in the Hub's form; `name` is its id there, if it is to have one."""
-    summary, record = subject.summary, subject.record
-    place = name or "path/to/this/folder"
+def write_card(path: Path, content: CardContent, licence: str, hub_id: str | None) -> None:
+    """Write a README.md in the Hub's format; `hub_id` is where it will be pushed, if anywhere."""
+    summary, config, onnx_files = content.summary, content.config, content.onnx_files
+    place = hub_id or "path/to/this/folder"
     parts = [
         f"# {plain(summary['model'])}, {_method(summary)}",
-        _origin(summary, record),
-        _scores(summary, subject.alone).markdown(),
-        markdown([Heading(2, "The files"), *subject.costs]) if subject.costs else "",
-        "## How it is used",
+        _origin(summary, config),
+        _scores(summary, content.control).markdown(),
+        markdown([Heading(2, "The files"), *content.table]) if content.table else "",
+        "## How to use it",
         USE_TORCH.format(name=place),
-        USE_ONNX.format(file=subject.onnx[-1], files=" and ".join(subject.onnx)) if subject.onnx else "",
-        _expectations(subject.expects).markdown(),
-        markdown([Heading(2, "How it was trained"), _protocol(record), Lines(_limits(summary, record))]),
+        USE_ONNX.format(file=onnx_files[-1], files=" and ".join(onnx_files)) if onnx_files else "",
+        _expectations(content.expects).markdown(),
+        markdown([Heading(2, "How it was trained"), _protocol(config), Lines(_limits(summary, config))]),
     ]
-    head = _metadata(summary, record, licence, name, bool(subject.onnx))
+    head = _metadata(summary, config, licence, hub_id, bool(onnx_files))
     text = f"---\n{head}\n---\n\n" + "\n\n".join(part.strip() for part in parts if part) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -69,17 +66,17 @@ def _method(summary: dict) -> str:
     return "trained alone" if method == "none" else f"distilled ({method})"
 
 
-def _metadata(summary: dict, record: dict, licence: str, name: str | None, onnx: bool) -> str:
-    """The card's head, for the Hub's search and tables."""
+def _metadata(summary: dict, config: dict, licence: str, hub_id: str | None, onnx: bool) -> str:
+    """The YAML head that the Hub's search and leaderboards read."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    source, _, revision = record["flags"]["data"]["source"].partition("@")
+    source, _, revision = config["flags"]["data"]["source"].partition("@")
     results = []
     if summary["test_top1"] is not None:
-        kind = {"task_type": "image-classification", "dataset_type": source, "dataset_name": source}
-        kind |= {"dataset_revision": revision or None}
-        percent = {"metric_type": "accuracy", "metric_value": summary["test_top1"] / 100}
-        results = [EvalResult(**kind, **percent, dataset_split="test", metric_name="top-1 accuracy")]
+        data = {"task_type": "image-classification", "dataset_type": source, "dataset_name": source}
+        data |= {"dataset_revision": revision or None}
+        accuracy = {"metric_type": "accuracy", "metric_value": summary["test_top1"] / 100}
+        results = [EvalResult(**data, **accuracy, dataset_split="test", metric_name="top-1 accuracy")]
     return ModelCardData(
         license=licence,
         library_name="kd",
@@ -87,30 +84,30 @@ def _metadata(summary: dict, record: dict, licence: str, name: str | None, onnx:
         tags=["knowledge-distillation", "image-classification", *(["onnx"] if onnx else [])],
         datasets=[source] if "/" in source else None,
         metrics=["accuracy"],
-        model_name=name or summary["model"],
+        model_name=hub_id or summary["model"],
         eval_results=results or None,
     ).to_yaml()
 
 
-def _origin(summary: dict, record: dict) -> str:
-    """One sentence."""
-    source = plain(str(record["flags"]["data"]["source"]))
+def _origin(summary: dict, config: dict) -> str:
+    """One sentence on size, data and teachers."""
+    source = plain(str(config["flags"]["data"]["source"]))
     teacher = summary.get("teacher")
     teachers = plain(", ".join(teacher if isinstance(teacher, list) else [teacher])) if teacher else ""
     words = f"An image classifier of {summary['params']:,} parameters, trained on {source}"
     return f"{words} to follow {teachers} ({plain(summary['method'])})." if teachers else f"{words}."
 
 
-def _scores(summary: dict, alone: dict | None) -> Table:
+def _scores(summary: dict, control: dict | None) -> Table:
     if summary["test_top1"] is None:
         return Table(("network",), [("this network",)], "The test set was not read.")
     rows = [("this network", *_cells(summary))]
-    if alone is not None and alone.get("test_top1") is not None:
-        rows.append(("the same, trained alone", *_cells(alone | {"agreement": None})))
+    if control is not None and control.get("test_top1") is not None:
+        rows.append(("the same, trained alone", *_cells(control | {"agreement": None})))
     if summary.get("teacher_test_top1") is not None:
         rows.append(("its teacher", f"{summary['teacher_test_top1']:.2f}", *[""] * (len(SCORES) - 1)))
-    note = f"Percent, NLL in nats; on {summary['test_images']} test images, read at the end of training, which chose"
-    note += f" nothing. The last epoch's weights; one seed ({summary['seed']})."
+    note = f"Percent, NLL in nats, on {summary['test_images']} test images, read at the end of training; no choice"
+    note += f" depends on them. Weights of the last epoch, one seed ({summary['seed']})."
     return Table(("network", *(title for _, title, _ in SCORES)), rows, note)
 
 
@@ -121,25 +118,29 @@ def _cells(summary: dict) -> list[str]:
 def _expectations(expects: dict) -> Table:
     rows = [(key, str(value)) for key, value in expects.items() if key != "classes"]
     rows.append(("classes", ", ".join(map(str, expects["classes"]))))
-    return Table(("the files", "expect and give"), rows, words=2)
+    return Table(("the files", "expect and return"), rows, words=2)
 
 
-def _protocol(record: dict) -> Table:
-    """Every flag that shaped the result, and what it ran on."""
-    flags = record["flags"]
+def _protocol(config: dict) -> Table:
+    """Every flag that shaped the result, and the data, versions and commit it was trained with."""
+    flags = config["flags"]
     rows = [
-        (part, ", ".join(f"{key} {value}" for key, value in flags[part].items())) for part in PARTS if part in flags
+        (part, ", ".join(f"{key} {value}" for key, value in flags[part].items()))
+        for part in RESULT_FLAGS
+        if part in flags
     ]
-    rows += [("data's sha256", str(record["identity"]["data"]))]
-    rows += [("versions", ", ".join(f"{key} {value}" for key, value in record.get("versions", {}).items()))]
-    rows += [("commit", str(record.get("git_commit")))]
+    rows += [("data's sha256", str(config["identity"]["data"]))]
+    rows += [("versions", ", ".join(f"{key} {value}" for key, value in config.get("versions", {}).items()))]
+    rows += [("commit", str(config.get("git_commit")))]
     return Table(("what", "how"), rows, words=2)
 
 
-def _limits(summary: dict, record: dict) -> tuple[str, ...]:
+def _limits(summary: dict, config: dict) -> tuple[str, ...]:
+    tested = "No test images were scored."
+    if summary["test_images"]:
+        tested = f"Its accuracy on {summary['test_images']} test images applies to images like those it was trained on."
     return (
-        f"It knows the classes above and answers one of them whatever it is shown; {summary['test_images'] or 'no'}"
-        " test images say how often that is right, on images like those it was trained on.",
-        "One seed was trained: how much seeds vary is not in these numbers.",
-        f"The data's own terms ({record['flags']['data']['source']}) hold for what is made of it.",
+        f"It predicts one of the classes above for every image, whatever the image shows. {tested}",
+        "One seed was trained; these numbers do not show how much results vary between seeds.",
+        f"The terms of its data ({config['flags']['data']['source']}) apply to this network as well.",
     )

@@ -1,4 +1,4 @@
-"""A trained network as it is handed out: it takes pixels, and has no training left in it."""
+"""The deployed form of a trained network: it takes pixels, with normalisation inside and nothing left of training."""
 
 import io
 import json
@@ -17,29 +17,11 @@ from torch.nn.utils import parametrize
 from kd.data import rows
 from kd.errors import UserError
 
-WORDS = "preprocessing.json"  # what a .pt2 file says of itself, as one of its extra files
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters warn of their own workings, and log and print pages on the way to an error that is raised as well."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def in_short(error: Exception) -> str:
-    """The kind of an error and the first line of what it says, which may go on for pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no more is said'}"
+PREPROCESSING_ENTRY = "preprocessing.json"  # the extra file inside a .pt2 file that describes its input
 
 
 class Deployed(nn.Module):
-    """A network with the run's own normalisation, the very arithmetic of training, in front of it."""
+    """A network behind its run's own normalisation, in the same arithmetic as in training."""
 
     def __init__(self, network: nn.Module, info: dict):
         super().__init__()
@@ -54,7 +36,7 @@ class Deployed(nn.Module):
 
 
 def bake(network: nn.Module) -> nn.Module:
-    """Every weight that is computed from others (quantised, pruned, normalised) becomes what it was computed to be."""
+    """Replace every parametrized weight (quantised, pruned, normalised) by its computed value, in place."""
     for module in list(network.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
@@ -65,33 +47,51 @@ def bake(network: nn.Module) -> nn.Module:
 def trace(deployed: Deployed, model: str) -> ExportedProgram:
     """The network as a graph of torch operations, for batches of any size.
 
-    Raises: UserError where it cannot be one, as for a network whose steps follow from its inputs' values.
+    Raises: UserError if it cannot be traced, for example because its steps depend on its inputs' values.
     """
     images = torch.zeros(2, 3, *deployed.image_size, dtype=torch.uint8)
     try:
         with quiet():
             program = torch.export.export(deployed, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # it fails in as many ways as there are networks
+    except Exception as error:  # each network fails with an exception of its own
         raise UserError(
-            f"{model} cannot be exported: torch.export cannot turn it into a graph for batches of any size"
-            f" ({in_short(error)}); --formats safetensors ships its weights"
+            f"{model} cannot be exported: torch.export does not trace it for batches of any size"
+            f" ({short_error(error)}); --formats safetensors exports its weights"
         ) from error
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # lines of source code, with this machine's paths
+        node.meta.pop("stack_trace", None)  # source lines with local paths
     return program
 
 
-def rounds(program: ExportedProgram) -> bool:
-    """Whether it rounds its activations, so that a last bit's difference may become a whole step."""
+def rounds_activations(program: ExportedProgram) -> bool:
+    """Whether the graph rounds activations, so that a difference in the last bit may become a whole step."""
     return any(node.target is torch.ops.aten.round.default for node in program.graph.nodes)
 
 
 def write_pt2(program: ExportedProgram, path: Path, preprocessing: dict) -> None:
     with quiet():
-        torch.export.save(program, path, extra_files={WORDS: json.dumps(preprocessing)})
+        torch.export.save(program, path, extra_files={PREPROCESSING_ENTRY: json.dumps(preprocessing)})
 
 
 def open_pt2(path: Path) -> nn.Module:
-    """What the file holds, as a module from pixels to logits."""
+    """Load a .pt2 file as a module from pixels to logits."""
     with quiet():
         return torch.export.load(path).module()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings, logs and prints: exporters warn about their own internals, and raise their errors as well."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def short_error(error: Exception) -> str:
+    """The type and first line of an error whose message may fill pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"

@@ -1,88 +1,84 @@
-"""An exported ONNX file, run by onnxruntime: one file is enough, and neither torch nor the network's code is needed."""
+"""Run exported ONNX files with onnxruntime, and describe what they expect; needs neither torch nor the model code."""
 
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from kd.errors import UserError, require
 
-KEY = "preprocessing"  # of the metadata that the file carries
+METADATA_KEY = "preprocessing"  # what describe() returns, as JSON in the file's metadata
+
+CROPPING_RULE = (
+    "upright by its EXIF tag, RGB, the largest part around the centre with the shape of the network's images"
+    ", brought to that size (bicubic)"
+)
 
 
 class OnnxFile:
-    """Takes pixels and gives logits; `preprocessing` is what kd.shipping.preprocess.describe said of it.
+    """A callable from pixels to logits; `preprocessing` is the output of describe() stored in the file.
 
-    Raises: UserError where onnxruntime is not there, or the file is none that kd.export wrote.
+    Raises: UserError if onnxruntime is missing or kd.export did not write the file.
     """
 
     def __init__(self, path: Path, threads: int = 0):
-        onnxruntime = needed("onnxruntime")
+        onnxruntime = import_extra("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 0: as many as there are cores
         options.log_severity_level = 3  # errors
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has an exception of its own for each thing that may be wrong
-            raise UserError(f"{path} cannot be opened ({' '.join(str(error).split())[:200]})") from error
-        words = self._session.get_modelmeta().custom_metadata_map.get(KEY)
-        require(words is not None, f"{path} does not say what it expects; give a file that kd.export wrote")
+        except Exception as error:  # onnxruntime has a separate exception for each cause
+            short = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: cannot be opened ({short}); give a file that kd.export wrote") from error
+        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        require(text is not None, f"{path}: has no preprocessing metadata; give a file that kd.export wrote")
         shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         try:
-            self.preprocessing = json.loads(words)
-            sound = _fits(self.preprocessing, shapes)
+            self.preprocessing = json.loads(text)
+            valid = _fits_network(self.preprocessing, shapes)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            sound = False
-        require(sound, f"{path} says it expects {words[:100]}, which is not its network's; give a file of kd.export's")
+            valid = False
+        require(
+            valid,
+            f"{path}: its preprocessing metadata does not fit its network ({text[:100]}); give a file that kd.export"
+            " wrote",
+        )
 
     def __call__(self, images: UInt8[np.ndarray, "b 3 h w"]) -> Float[np.ndarray, "b k"]:
         (logits,) = self._session.run(["logits"], {"images": images})
         return logits
 
 
-def _fits(expects: dict, shapes: dict[str, list]) -> bool:
-    """Whether what a file says of itself is what kd.export writes, and of this very network.
+def _fits_network(expects: dict, shapes: dict[str, list]) -> bool:
+    """Whether the metadata `expects` is well formed and fits the `shapes` of the network's inputs and outputs.
 
-    `shapes`: of its inputs and outputs, by name. Raises whatever JSON of another shape leads to.
+    Raises TypeError, KeyError and the like if its JSON has another structure.
     """
     (height, width), classes, stored = expects["image_size"], expects["classes"], expects.get("stored_size")
-    whole = all(type(side) is int for side in (height, width, height if stored is None else stored))
-    (_, count), named = shapes["logits"], all(isinstance(name, str) for name in classes)
-    counted = not isinstance(count, int) or count == len(classes)  # of some networks it is computed
-    larger = stored is None or stored >= max(height, width)
-    return shapes["images"][1:] == [3, height, width] and whole and larger and named and counted
-
-
-def needed(module: str):
-    """An optional module of the extra `export`. Raises UserError saying how to get it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{module} is needed for this: pip install -e '.[export]' ({error})") from error
-
-
-#: (kd.shipping.preprocess) What a network expects of an image, in words and numbers that go with every exported file.
-
-
-RULE = "upright by its EXIF tag, RGB, the largest part around the centre with the shape of the network's images"
-
-
-RULE += ", brought to that size (bicubic)"
+    integers = all(type(side) is int for side in (height, width, height if stored is None else stored))
+    (_, count), names = shapes["logits"], all(isinstance(name, str) for name in classes)
+    same_count = not isinstance(count, int) or count == len(classes)  # symbolic in some graphs
+    large_enough = stored is None or stored >= max(height, width)
+    return shapes["images"][1:] == [3, height, width] and integers and large_enough and names and same_count
 
 
 def describe(info: dict) -> dict:
-    """What a file made from a run expects and gives, from the run's model.json; as JSON it goes with every file."""
+    """The input and output of files made from a run, given its model.json; stored as JSON with every file."""
     (height, width), stored = info["image_size"], info.get("stored_size")
+    rule = CROPPING_RULE
+    if stored is not None:
+        rule = f"{CROPPING_RULE}: first to {stored} x {stored}, whose centre is cut out"
     return {
         "input": "images",
         "dtype": "uint8",
         "shape": ["batch", 3, height, width],
         "colours": "RGB",
         "range": [0, 255],
-        "image": RULE if stored is None else f"{RULE}: first to {stored} x {stored}, whose centre is cut out",
+        "image": rule,
         "image_size": [height, width],
         "stored_size": stored,
         "mean": list(info["mean"]),
@@ -92,3 +88,11 @@ def describe(info: dict) -> dict:
         "output": "logits",
         "classes": list(info["classes"]),
     }
+
+
+def import_extra(module: str) -> ModuleType:
+    """Import an optional module of the extra `export`. Raises UserError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} is not installed: pip install -e '.[export]' ({error})") from error

@@ -28,20 +28,28 @@ def count_macs(network: nn.Module, image_size: tuple[int, int]) -> int:
 
 
 def time_interleaved(workloads: Mapping[str, Callable[[], object]], patience: float = PATIENCE) -> dict[str, float]:
-    """Median seconds of each workload. They take turns, so that a disturbance of the machine affects all alike.
+    """Median seconds of each workload. They take turns, so that a disturbance of the machine affects all alike."""
+    rounds = time_rounds(workloads, (MIN_ROUNDS, MAX_ROUNDS), patience)
+    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
 
-    The first round warms up and is not counted. After `patience` seconds, MIN_ROUNDS rounds are enough.
+
+def time_rounds(
+    workloads: Mapping[str, Callable[[], object]], rounds: tuple[int, int], patience: float = PATIENCE
+) -> dict[str, list[float]]:
+    """Seconds of each workload in each round, the workloads taking turns.
+
+    The first round warms up and is not counted. `rounds` (fewest, most): after `patience` seconds the fewest are enough.
     """
     times, started = {name: [] for name in workloads}, time.perf_counter()
-    for round_ in range(MAX_ROUNDS + 1):
-        if round_ > MIN_ROUNDS and time.perf_counter() - started > patience:
+    for round_ in range(rounds[1] + 1):
+        if round_ > rounds[0] and time.perf_counter() - started > patience:
             break
         for name, workload in workloads.items():
             before = time.perf_counter()
             workload()
             if round_ > 0:
                 times[name].append(time.perf_counter() - before)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
 
 
 def describe_machine(threads: int = THREADS) -> str:

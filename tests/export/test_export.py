@@ -1,4 +1,4 @@
-"""A run as files to deploy. What traces a network runs as its user runs it: the shape checks would be traced too."""
+"""kd.export. Tests that trace a network run a subprocess: in this process the shape checks would be traced too."""
 
 import json
 import os
@@ -50,14 +50,30 @@ assert not {"torch", "kd", "torchvision"} & {name.split(".")[0] for name in sys.
 print(json.dumps([100 * float((best == labels).mean()), [expects["classes"][number] for number in best[:5]]]))
 """
 
+STOPPED_HALFWAY = """
+import os, runpy, sys, time
+from kd.export import __main__ as export, build
+from kd.export.onnx_files import errors_as_messages
+
+def write_half(folder, *rest):
+    (folder / "model.onnx").write_bytes(b"half")
+    with errors_as_messages("model.onnx"):
+        os.kill(os.getpid(), {number})
+        time.sleep(60)
+
+build.write_formats = write_half
+sys.argv[1:] = [sys.argv[1], "--formats", "safetensors", "--no-table"]
+runpy.run_path(export.__file__, run_name="__main__")
+"""
+
 
 def export(run: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "kd.export", str(run), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
-def made_like(run: Path, folder: Path, model: str, trained: nn.Module | None = None) -> Path:
-    """A finished run of another network on the same data; of fresh weights, if not of these."""
+def run_of(run: Path, folder: Path, model: str, trained: nn.Module | None = None) -> Path:
+    """A finished run of another network on the same data, with `trained`'s weights or fresh ones."""
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("export", "checkpoint", "lock"))
     info = read_json(run / "model.json") | {"model": model}
     torch.manual_seed(0)
@@ -75,10 +91,10 @@ def run(resnet8_run, tmp_path) -> Path:
     return shutil.copytree(resnet8_run, tmp_path / "run")
 
 
-# ---- without a graph, in this process
+# ---- safetensors only, in this process
 
 
-def test_the_weights_alone_with_their_table(run, capsys):
+def test_safetensors_with_its_table(run, capsys):
     main([str(run), "--formats", "safetensors", "--license", "mit"])
     assert {path.name for path in (run / "export").iterdir()} == PARTS | TABLES
     assert [path.name for path in run.glob(".*")] == []
@@ -95,7 +111,7 @@ def test_the_weights_alone_with_their_table(run, capsys):
     assert "1 thread" in capsys.readouterr().out
 
 
-def test_an_exported_folder_is_a_run_and_names_no_folder_of_this_machine(run):
+def test_an_export_is_a_run_folder_without_local_paths(run):
     summary = read_json(run / "summary.json")
     write_json(run / "summary.json", summary | {"teacher": f"{run.parent}/big", "control": f"{run.parent}/alone"})
     main([str(run), "--formats", "safetensors", "--no-table"])
@@ -107,23 +123,23 @@ def test_an_exported_folder_is_a_run_and_names_no_folder_of_this_machine(run):
     assert read_json(Path("elsewhere/summary.json"))["teacher"] == "big"
 
 
-def test_a_failure_leaves_the_old_export_and_nothing_half_written(run, monkeypatch):
+def test_a_failure_keeps_the_old_export_and_leaves_no_partial_files(run, monkeypatch):
     main([str(run), "--formats", "safetensors", "--no-table"])
     before = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
-    there = sorted(path.name for path in run.iterdir())
+    entries = sorted(path.name for path in run.iterdir())
 
     def fails(folder, *rest):
         (folder / "model.onnx").write_bytes(b"half")
         raise UserError("the exporter fails")
 
-    monkeypatch.setattr("kd.export.build.make_files", fails)
+    monkeypatch.setattr("kd.export.build.write_formats", fails)
     with pytest.raises(UserError, match="the exporter fails"):
         main([str(run), "--formats", "safetensors", "--no-table"])
     assert before == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
-    assert there == sorted(path.name for path in run.iterdir())
+    assert entries == sorted(path.name for path in run.iterdir())
 
 
-def test_what_a_killed_export_left_is_cleared_away(run):
+def test_leftovers_of_a_killed_export_are_removed(run):
     for state in ("partial", "old"):
         (run / f".export.{state}").mkdir()
         (run / f".export.{state}" / "model.onnx").write_bytes(b"half")
@@ -132,7 +148,7 @@ def test_what_a_killed_export_left_is_cleared_away(run):
     assert [path.name for path in run.glob(".*")] == []
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     folder = tmp_path / "made"
     write_folder(folder, lambda partial: (partial / "one").write_text("1"))
     replace, calls = os.replace, []
@@ -157,15 +173,15 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         (["--all", "--formats", "onnx"], "--all and --formats: give one of them"),
         (["--calibration", "0"], "--calibration 0: give 1 or more"),
         (["--threads", "0"], "--threads 0: give 1 or more"),
-        (["--private"], "--private: goes with --push"),
-        (["--calibration", "64"], "--calibration: goes with --formats int8, or --all"),
+        (["--private"], "--private: needs --push USER/NAME"),
+        (["--calibration", "64"], "--calibration: needs --formats int8, or --all"),
         (
             ["--no-table", "--formats", "int8", "--threads", "2"],
-            "--threads: is for the table; leave it or --no-table out",
+            "--threads: only used for the table; drop it or --no-table",
         ),
-        (["--no-table", "--data", "nonsense"], "--data: is for the table and int8; leave it or --no-table out"),
-        (["--formats", "safetensors", "--data", "digits"], "--data digits: holds other images"),
-        (["--formats", "safetensors", "--data", "gone"], "--data gone: no such folder.*--data FOLDER says"),
+        (["--no-table", "--data", "nonsense"], "--data: only used for the table and int8; drop it or --no-table"),
+        (["--formats", "safetensors", "--data", "digits"], "--data digits: has other images"),
+        (["--formats", "safetensors", "--data", "gone"], "--data gone: no such folder.*have moved, give --data FOLDER"),
     ],
 )
 def test_bad_flags_are_one_message(run, flags, message):
@@ -175,7 +191,7 @@ def test_bad_flags_are_one_message(run, flags, message):
 
 
 @pytest.mark.parametrize("key", ["test_top1", "params", "seed", "method", "test_images", "model", "script"])
-def test_a_summary_that_lacks_something_is_one_message(run, key):
+def test_a_summary_without_a_required_key_is_one_message(run, key):
     summary = read_json(run / "summary.json")
     del summary[key]
     write_json(run / "summary.json", summary)
@@ -191,47 +207,42 @@ def test_a_summary_that_lacks_something_is_one_message(run, key):
     + [(("flags",), []), (("identity",), None), (("versions",), "3.11"), (("data",), [1])],
 )
 def test_a_damaged_configuration_is_one_message(run, place, value):
-    record = holder = read_json(run / "config.json")
+    config = part = read_json(run / "config.json")
     for key in place[:-1]:
-        holder = holder[key]
-    holder[place[-1]] = value
-    write_json(run / "config.json", record)
-    with pytest.raises(UserError, match=r"config\.json has no flags of a run"):
+        part = part[key]
+    part[place[-1]] = value
+    write_json(run / "config.json", config)
+    with pytest.raises(UserError, match=r"config\.json: is not a run's configuration"):
         main([str(run), "--formats", "safetensors"])
     assert not (run / "export").exists()
 
 
 def test_an_export_is_not_exported_again(run):
     main([str(run), "--formats", "safetensors", "--no-table"])
-    with pytest.raises(UserError, match="export is an export itself"):
+    with pytest.raises(UserError, match="export: is already an export"):
         main([str(run / "export"), "--formats", "safetensors", "--no-table"])
     assert {path.name for path in (run / "export").iterdir()} == PARTS
     main([str(run), "--formats", "safetensors", "--no-table"])
 
 
-def test_a_file_in_the_place_of_the_export_is_one_message(run):
+def test_a_file_named_export_is_one_message(run):
     (run / "export").write_text("years of work")
-    with pytest.raises(UserError, match="export is a file, and no export"):
+    with pytest.raises(UserError, match="export: is a file, not an export folder"):
         main([str(run), "--formats", "safetensors", "--no-table"])
     assert (run / "export").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_export_that_is_stopped_leaves_nothing(run, number, code):
-    """In the very place where whatever an exporter raises becomes a message."""
-    stop = "import os, sys, time\nfrom kd.export import __main__ as export\nfrom kd.errors import exit_code\n"
-    stop += "from kd.export import build\nfrom kd.export.onnx_files import making\n"
-    stop += "def half(folder, *rest):\n    (folder / 'model.onnx').write_bytes(b'half')\n"
-    stop += f"    with making('model.onnx'):\n        os.kill(os.getpid(), {int(number)})\n        time.sleep(60)\n"
-    stop += "build.make_files = half\nflags = ['--formats', 'safetensors', '--no-table']\n"
-    stop += "sys.argv[1:] = [sys.argv[1], *flags]\nimport runpy\nrunpy.run_path(export.__file__, run_name='__main__')\n"
-    there = sorted(path.name for path in run.iterdir())
-    done = subprocess.run([sys.executable, "-c", stop, str(run)], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, sorted(path.name for path in run.iterdir())) == (code, there), done.stderr
-    assert done.stderr == "interrupted: an export is whole or not there; the same command starts again\n"
+def test_an_interrupted_export_leaves_no_files(run, number, code):
+    """The signal arrives where an exporter's exceptions become messages."""
+    program = STOPPED_HALFWAY.format(number=int(number))
+    entries = sorted(path.name for path in run.iterdir())
+    done = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, sorted(path.name for path in run.iterdir())) == (code, entries), done.stderr
+    assert done.stderr == "interrupted: no partial export is left; the same command starts over\n"
 
 
-def test_an_unfinished_run_and_one_that_never_read_the_test_set(run):
+def test_an_unfinished_run_and_one_without_test_results_are_refused(run):
     summary = read_json(run / "summary.json")
     write_json(run / "summary.json", summary | {key: None for key in summary if key.startswith("test_")})
     with pytest.raises(UserError, match="--no-test, and the table would read the test set"):
@@ -243,21 +254,21 @@ def test_an_unfinished_run_and_one_that_never_read_the_test_set(run):
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_runtime_says_which_extra_to_install(run, module, monkeypatch):
+def test_a_missing_module_names_the_extra_to_install(run, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"{module} is needed for this: pip install -e '\.\[export\]'"):
+    with pytest.raises(UserError, match=rf"{module} is not installed: pip install -e '\.\[export\]'"):
         main([str(run), "--formats", "int8"])
 
 
-def test_what_is_in_the_way_is_not_removed(run):
+def test_other_files_in_the_export_folder_are_not_removed(run):
     (run / "export").mkdir()
     (run / "export" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds thesis\.tex, which is no export"):
+    with pytest.raises(UserError, match=r"export: contains thesis\.tex, not written by kd\.export"):
         main([str(run), "--formats", "safetensors", "--no-table"])
     assert (run / "export" / "thesis.tex").exists()
 
 
-def test_parametrized_weights_are_baked_with_their_very_values():
+def test_parametrized_weights_are_baked_with_their_exact_values():
     class Rounded(nn.Module):
         def forward(self, weight):
             return (weight * 8).round() / 8
@@ -273,19 +284,19 @@ def test_parametrized_weights_are_baked_with_their_very_values():
     assert not [name for name in baked.state_dict() if "parametrizations" in name]
 
 
-def test_normalisation_is_inside(run):
+def test_a_deployed_network_normalises(run):
     data = load_data(DataConfig("synthetic"))
     network = kd.load(run)
     mean, std = (torch.tensor(part)[:, None, None] for part in (data.mean, data.std))
     images = data.test.images[:9]
     with torch.no_grad():
-        wanted = network((images / 255 - mean) / std)
+        expected = network((images / 255 - mean) / std)
     deployed = Deployed(network, read_json(run / "model.json"))
-    assert torch.allclose(deployed(images), wanted, atol=1e-5)
+    assert torch.allclose(deployed(images), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "public"),
     [
         ("torchvision/resnet18", "torchvision/resnet18"),
         ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k"),
@@ -296,18 +307,19 @@ def test_normalisation_is_inside(run):
         ("/home/somebody/.cache/huggingface/hub/models--user--net.v1/snapshots/0a1b2c", "user/net.v1@0a1b2c"),
     ],
 )
-def test_of_a_path_the_last_part_is_told_and_of_a_public_name_the_whole(run, name, told):
-    summary, record = read_json(run / "summary.json"), read_json(run / "config.json")
+def test_only_the_last_component_of_a_path_is_kept_and_public_names_whole(run, name, public):
+    summary, config = read_json(run / "summary.json"), read_json(run / "config.json")
     write_json(run / "summary.json", summary | {"teacher": [name, name], "init": name})
-    flags = record["flags"] | {"origin": {"source": name}}
-    write_json(run / "config.json", record | {"flags": flags})
+    flags = config["flags"] | {"origin": {"source": name}}
+    write_json(run / "config.json", config | {"flags": flags})
     main([str(run), "--formats", "safetensors", "--no-table"])
-    summary, record = (read_json(run / "export" / name) for name in ("summary.json", "config.json"))
-    assert (summary["teacher"], summary["init"], record["flags"]["origin"]["source"]) == ([told, told], told, told)
-    assert f"follow {told}, {told}" in (run / "export" / "README.md").read_text().replace("\\", "")
+    summary, config = (read_json(run / "export" / name) for name in ("summary.json", "config.json"))
+    assert (summary["teacher"], summary["init"]) == ([public, public], public)
+    assert config["flags"]["origin"]["source"] == public
+    assert f"follow {public}, {public}" in (run / "export" / "README.md").read_text().replace("\\", "")
 
 
-def test_a_folder_of_data_is_told_by_its_last_part_wherever_it_is_exported(tmp_path, monkeypatch):
+def test_only_the_last_component_of_a_data_folder_is_kept(tmp_path, monkeypatch):
     for split, count in (("train", 30), ("test", 6)):
         for label, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
             place = tmp_path / "clinic" / "patients" / split / label
@@ -329,18 +341,19 @@ def test_a_folder_of_data_is_told_by_its_last_part_wherever_it_is_exported(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("noted", "head"), [({"folder": False}, ["datasets:", "- somebody/pictures", "type: somebody/pictures"]), ({}, [])]
+    ("recorded", "head"),
+    [({"folder": False}, ["datasets:", "- somebody/pictures", "type: somebody/pictures"]), ({}, [])],
 )
-def test_a_data_set_on_the_hub_is_named_without_its_revision(run, noted, head):
-    """Of a run from before it was noted that it is none of this machine's folders, it is not."""
-    record = read_json(run / "config.json")
-    record["flags"]["data"]["source"], record["data"] = "somebody/pictures@v2", noted
-    write_json(run / "config.json", record)
+def test_a_hub_data_set_is_named_without_its_revision(run, recorded, head):
+    """A run that did not record whether its data was a folder keeps only the last component."""
+    config = read_json(run / "config.json")
+    config["flags"]["data"]["source"], config["data"] = "somebody/pictures@v2", recorded
+    write_json(run / "config.json", config)
     main([str(run), "--formats", "safetensors", "--no-table"])
-    said = (run / "export" / "README.md").read_text().split("---\n")[1]
-    assert [line for line in head if line not in said] == []
-    assert ("somebody" in said) == bool(head)
-    assert "pictures@v2" not in said.replace("name: somebody/pictures@v2", "")
+    head_of_card = (run / "export" / "README.md").read_text().split("---\n")[1]
+    assert [line for line in head if line not in head_of_card] == []
+    assert ("somebody" in head_of_card) == bool(head)
+    assert "pictures@v2" not in head_of_card.replace("name: somebody/pictures@v2", "")
 
 
 @pytest.fixture(scope="module")
@@ -356,14 +369,14 @@ def chain(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_teachers_row_is_of_the_network_that_taught(chain, resnet8_run):
+def test_the_teachers_row_needs_the_network_that_taught(chain, resnet8_run):
     shutil.copytree(chain, ".", dirs_exist_ok=True)
     flags = ["run", "--formats", "safetensors", "--trust-code"]
     main(flags)
-    whole = read_json(Path("run/export/export.json"))
-    assert ([row["name"] for row in whole["rows"]], whole["notes"]) == (["model.safetensors", "teacher"], [])
+    table = read_json(Path("run/export/export.json"))
+    assert ([row["name"] for row in table["rows"]], table["notes"]) == (["model.safetensors", "teacher"], [])
     shutil.rmtree("big")
-    for why in (r"big: no such run folder", r"what lies at big now is not the network that taught"):
+    for why in (r"big: no such run folder", r"big: is no longer the network that taught this student"):
         main(flags)
         table = read_json(Path("run/export/export.json"))
         assert [row["name"] for row in table["rows"]] == ["model.safetensors"]
@@ -372,7 +385,7 @@ def test_the_teachers_row_is_of_the_network_that_taught(chain, resnet8_run):
         shutil.copytree(resnet8_run, "big", dirs_exist_ok=True)
 
 
-def test_the_student_alone_is_of_the_same_network_recipe_and_seed(chain, resnet8_run):
+def test_the_control_has_the_same_network_recipe_and_seed(chain, resnet8_run):
     shutil.copytree(chain, ".", dirs_exist_ok=True)
     control = Path(read_json(Path("run/summary.json"))["control"])
     row, score = "the same, trained alone", f"{read_json(control / 'summary.json')['test_top1']:.2f}"
@@ -382,12 +395,12 @@ def test_the_student_alone_is_of_the_same_network_recipe_and_seed(chain, resnet8
         return [line for line in Path("run/export/README.md").read_text().splitlines() if row in line]
 
     assert [line.split("|")[2].strip() for line in rows()] == [score]
-    record, summary = read_json(control / "config.json"), read_json(control / "summary.json")
+    config, summary = read_json(control / "config.json"), read_json(control / "summary.json")
     others = {"data": "0" * 64, "model": "resnet14", "lr": 0.3, "role": "teacher", "classes": 9, "weight_bits": 2}
     for key, value in others.items():
-        write_json(control / "config.json", record | {"identity": record["identity"] | {key: value}})
+        write_json(control / "config.json", config | {"identity": config["identity"] | {key: value}})
         assert rows() == [], key
-    write_json(control / "config.json", record | {"identity": record["identity"] | {"seed": 5}})
+    write_json(control / "config.json", config | {"identity": config["identity"] | {"seed": 5}})
     write_json(control / "summary.json", summary | {"seed": 5})
     assert rows() == []
     write_json(control / "summary.json", {})
@@ -396,7 +409,7 @@ def test_the_student_alone_is_of_the_same_network_recipe_and_seed(chain, resnet8
     assert rows() == []
 
 
-def test_calibration_sees_training_images_alone():
+def test_calibration_uses_training_images_only():
     data = load_data(DataConfig("synthetic"))
     chosen = build.calibration_images(data, 100)
     assert len({image.tobytes() for image in chosen}) == 100
@@ -405,7 +418,7 @@ def test_calibration_sees_training_images_alone():
     assert {image.tobytes() for image in chosen} <= train - others
 
 
-def test_the_verdict_says_slower_where_it_is():
+def test_a_slower_file_is_called_slower():
     row = {"top1": 90.0, "bytes": 100, "latency_ms": 2.0, "images_per_second": 100.0}
     rows = [row | {"name": "model.safetensors"}, row | {"name": "model.onnx", "latency_ms": 1.0}]
     rows.append(row | {"name": "model.int8.onnx", "bytes": 26, "latency_ms": 4.0, "images_per_second": 99.0})
@@ -414,12 +427,12 @@ def test_the_verdict_says_slower_where_it_is():
     assert "0.260 of its size, slower (0.25 times as fast) for one image and no faster (0.99 times)" in other
 
 
-# ---- with a graph, as its user runs it
+# ---- graph formats, in a subprocess
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory) -> tuple[Path, str]:
-    """A distilled run with everything exported, and what was printed."""
+    """A distilled run exported to every format, and what was printed."""
     folder = tmp_path_factory.mktemp("shipped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder.parent)
@@ -431,7 +444,7 @@ def shipped(tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-def test_every_format_is_there_with_a_row_and_nothing_else(shipped):
+def test_every_format_has_a_file_and_a_row(shipped):
     run, printed = shipped
     assert {path.name for path in (run / "export").iterdir()} == PARTS | TABLES | GRAPHS
     table = read_json(run / "export" / "export.json")
@@ -448,21 +461,21 @@ def test_every_format_is_there_with_a_row_and_nothing_else(shipped):
 
 
 @pytest.mark.slow
-def test_float_files_say_what_torch_says_and_int8_nearly(shipped):
+def test_float_files_match_torch_and_int8_nearly(shipped):
     rows = {row["name"]: row for row in read_json(shipped[0] / "export" / "export.json")["rows"]}
-    assert rows["model.safetensors"]["top1"] > 60  # it has learnt something
+    assert rows["model.safetensors"]["top1"] > 60  # well above chance
     for name in ("model.onnx", "model.pt2"):
         assert rows[name]["largest_difference"] <= 1e-4
         assert rows[name]["top1"] == rows["model.safetensors"]["top1"]
     int8 = rows["model.int8.onnx"]
-    assert int8["largest_difference"] > 1e-4  # it is another network
+    assert int8["largest_difference"] > 1e-4  # really quantised
     assert abs(int8["top1"] - rows["model.onnx"]["top1"]) <= 1
     assert int8["agreement"] > 97
 
 
 @pytest.mark.slow
-def test_int8_weights_have_seven_bits_and_a_scale_a_channel(shipped):
-    """With more, the quick product of x86 processors without VNNI overflows; on others no accuracy would show it."""
+def test_int8_weights_have_seven_bits_and_one_scale_per_channel(shipped):
+    """More bits overflow on x86 processors without VNNI; accuracy on other processors would not show it."""
     import onnx
     from onnx.numpy_helper import to_array
 
@@ -479,7 +492,7 @@ def test_int8_weights_have_seven_bits_and_a_scale_a_channel(shipped):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
-def test_an_onnx_file_scores_the_test_set_with_nothing_but_its_runtime(shipped, tmp_path, name):
+def test_an_onnx_file_scores_the_test_set_with_its_runtime_only(shipped, tmp_path, name):
     data = load_data(DataConfig("synthetic"))
     np.save("images.npy", data.test.images.numpy())
     np.save("labels.npy", data.test.labels.numpy())
@@ -494,29 +507,29 @@ def test_an_onnx_file_scores_the_test_set_with_nothing_but_its_runtime(shipped, 
 
 
 @pytest.mark.slow
-def test_a_pt2_file_is_loaded_back_by_torch_alone(shipped):
+def test_a_pt2_file_loads_with_torch_only(shipped):
     run = shipped[0]
-    words = {"preprocessing.json": ""}
+    extra = {"preprocessing.json": ""}
     code = "import sys, torch\n"
-    code += f"words = {words!r}\nnetwork = torch.export.load(sys.argv[1], extra_files=words).module()\n"
+    code += f"extra = {extra!r}\nnetwork = torch.export.load(sys.argv[1], extra_files=extra).module()\n"
     code += "images = torch.arange(3 * 3 * 256).remainder(256).to(torch.uint8).reshape(3, 3, 16, 16)\n"
-    code += "torch.save((network(images).detach(), network(images[:1]).detach(), words), 'answer.pt')\n"
+    code += "torch.save((network(images).detach(), network(images[:1]).detach(), extra), 'logits.pt')\n"
     code += "assert 'kd' not in sys.modules\n"
     command = [sys.executable, "-c", code, str(run / "export" / "model.pt2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    three, one, words = torch.load("answer.pt")
+    three, one, extra = torch.load("logits.pt")
     deployed = Deployed(kd.load(run), read_json(run / "model.json"))
-    wanted = deployed(torch.arange(3 * 3 * 256).remainder(256).to(torch.uint8).reshape(3, 3, 16, 16))
-    assert torch.allclose(three, wanted, atol=1e-5)
-    assert torch.allclose(one, wanted[:1], atol=1e-5)
-    assert json.loads(words["preprocessing.json"]) == read_json(run / "export" / "preprocessing.json")
+    expected = deployed(torch.arange(3 * 3 * 256).remainder(256).to(torch.uint8).reshape(3, 3, 16, 16))
+    assert torch.allclose(three, expected, atol=1e-5)
+    assert torch.allclose(one, expected[:1], atol=1e-5)
+    assert json.loads(extra["preprocessing.json"]) == read_json(run / "export" / "preprocessing.json")
 
 
 @pytest.mark.slow
-def test_a_network_that_is_no_graph_is_one_message_and_the_old_export_stays(run):
+def test_an_untraceable_network_is_one_message_and_keeps_the_old_export(run):
     main([str(run), "--formats", "safetensors", "--no-table"])
-    other = made_like(run, run.parent / "other", "tests.networks:by_value")
+    other = run_of(run, run.parent / "other", "tests.networks:by_value")
     shutil.copytree(run / "export", other / "export")
     before = {path.name: path.read_bytes() for path in (other / "export").iterdir()}
     done = export(other, "--formats", "onnx", "--no-table", "--trust-code")
@@ -531,7 +544,7 @@ def test_a_network_that_is_no_graph_is_one_message_and_the_old_export_stays(run)
 
 @pytest.mark.slow
 def test_int8_is_a_quarter_of_a_resnet18(run):
-    other = made_like(run, run.parent / "other", "resnet18")
+    other = run_of(run, run.parent / "other", "resnet18")
     done = export(other, "--formats", "onnx", "int8", "--no-table", "--calibration", "64")
     assert done.returncode == 0, done.stderr
     size = {name: (other / "export" / name).stat().st_size for name in ("model.onnx", "model.int8.onnx")}
@@ -540,8 +553,8 @@ def test_int8_is_a_quarter_of_a_resnet18(run):
 
 
 @pytest.mark.slow
-def test_a_network_that_rounds_what_it_passes_on_is_exported_too(run):
-    other = made_like(run, run.parent / "other", "tests.networks:rounding")
+def test_a_network_that_rounds_its_activations_is_exported(run):
+    other = run_of(run, run.parent / "other", "tests.networks:rounding")
     done = export(other, "--formats", "onnx", "pt2", "--trust-code")
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in read_json(other / "export" / "export.json")["rows"]}
@@ -549,7 +562,7 @@ def test_a_network_that_rounds_what_it_passes_on_is_exported_too(run):
 
 
 @pytest.mark.slow
-def test_what_simkd_deploys_is_exported_whole(tmp_path):
+def test_simkds_deployed_network_is_exported(tmp_path):
     flags = ("--student", "resnet8", "--teacher-model", "resnet8", "--epochs", "1", "--out", "run", "simkd")
     distil(*flags)
     done = export(Path("run"), "--formats", "onnx", "int8", "pt2")
@@ -561,7 +574,7 @@ def test_what_simkd_deploys_is_exported_whole(tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A student of fewer channels, mostly zeros and few bits, as files, beside the images it is tested on."""
+    """The run of a pruned, sparse and quantised student, exported."""
     folder = tmp_path_factory.mktemp("small")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -575,17 +588,17 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
-def test_a_compressed_student_keeps_its_levels_and_zeros(small, name):
+def test_exports_of_a_compressed_student_keep_its_levels_and_zeros(small, name):
     import onnx
     from onnx.numpy_helper import to_array
 
     graph, summary = onnx.load(small / "export" / name).graph, read_json(small / "summary.json")
     arrays = [to_array(array) for array in graph.initializer]
-    inner = [array for array in arrays if array.ndim == 4 and array.shape[1] != 3]  # the first layer reads colours
+    inner = [array for array in arrays if array.ndim == 4 and array.shape[1] != 3]  # not the first layer
     assert len(inner) == len(read_json(small / "model.json")["compression"]["layers"])
     assert max(len(np.unique(channel)) for array in inner for channel in array) == 3
     assert summary["sparsity"] > 0.6
-    # BatchNorm is a part of these weights, and an int8 scale: neither makes a zero of anything else.
+    # BatchNorm and int8 scales are folded into these weights; neither turns another value into zero.
     assert sum((array == 0).sum() for array in inner) / sum(array.size for array in inner) == summary["sparsity"]
 
 
@@ -600,7 +613,7 @@ def test_a_compressed_students_table_and_predictions(small, capsys):
     assert [row["packed_bytes"] for row in rows.values()] == [summary["packed_bytes"], *[None] * 4]
     page = (small / "export" / "export.md").read_text()
     assert f"{summary['packed_bytes'] / 1e6:.2f} MB" in page
-    assert "no file here is one" in page
+    assert "no file here is packed" in page
     data = load_data(DataConfig("synthetic"))
     for row in range(20):
         Image.fromarray(data.test.images[row].numpy().transpose(1, 2, 0)).save(f"{row:02}.png")
