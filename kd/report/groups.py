@@ -8,6 +8,7 @@ from pathlib import Path
 from kd.metrics import images_noise
 from kd.report.statistics import Difference, cell, mean_and_deviation, paired
 from kd.runs.results import Run
+from kd.runs.table import Metric
 
 NOT_READ = "not read"  # of a test score, where --no-test left the split alone
 
@@ -69,9 +70,9 @@ class Group:
         """One a seed, of all that have it, or of some."""
         return [value for seed, value in self.by_seed(key).items() if seeds is None or seed in seeds]
 
-    def cell(self, key: str, style: str) -> str:
+    def cell(self, metric: Metric) -> str:
         """As a table shows it: over how many seeds, where not all have it; or that no test split was read."""
-        return cell(self.values(key), style, len(self.seeds), unread(key, self.runs))
+        return cell(self.values(metric.key), metric.style, len(self.seeds), unread(metric.key, self.runs))
 
     def mean(self, key: str, seeds: set[int] | None = None) -> float | None:
         values = self.values(key, seeds)

@@ -1,38 +1,30 @@
 """What the report says of the groups of one set of images: tables and verdicts, and the figures between them."""
 
-from kd.metrics import BINS
+from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Table
 from kd.report.figures import Gallery
 from kd.report.groups import ALONE, Group, unread
 from kd.report.statistics import cell
+from kd.runs.results import Run
+from kd.runs.table import COLUMNS, METRICS, Metric
 
-SCORES = (
-    ("val_top1_last", "val, last", ".2f"),
-    ("val_top1_best", "val, best", ".2f"),
-    ("test_top1", "test, last", ".2f"),
-    ("test_top1_best", "test, best", ".2f"),
-    ("test_top5", "test top-5", ".2f"),
-)
-
-
-CALIBRATION = (("test_nll", "NLL", ".4f"), ("test_ece", "ECE", ".2f"), ("agreement", "agreement", ".2f"))
-
-
-RUN_COLUMNS = (*SCORES, *CALIBRATION)
+SCORES = [METRICS[key] for key in ("val_top1_last", "val_top1_best", "test_top1", "test_top1_best", "test_top5")]
+CALIBRATION = [METRICS[key] for key in ("test_nll", "test_ece", "agreement")]
+SHOTS = [METRICS[key] for key in ("test_top1", "test_balanced_top1", *(f"test_top1_{name}" for name in SHOT_NAMES))]
 
 
 def accuracy_table(groups: list[Group]) -> Table:
     rows = external_teachers(groups)
     for group in groups:
-        cells = [group.cell(key, style) for key, _, style in SCORES]
+        cells = [group.cell(metric) for metric in SCORES]
         rows.append((group.label, group.model, group.count, *cells))
     note = "Percent; mean ± standard deviation over seeds, of how many in brackets where not all have it; of several "
     note += "runs of a seed, whose teachers differ in theirs, the mean. last: the last epoch's weights; best: those of "
     note += "the epoch that was best on validation. The test set was read once, at each run's end; it chose nothing."
     if any(group.elsewhere for group in groups):
         note += " A teacher that is no run here: as its students' runs measured it."
-    return Table(("network", "model", "seeds", *(title for _, title, _ in SCORES)), rows, note, words=2)
+    return Table(("network", "model", "seeds", *(metric.report for metric in SCORES)), rows, note, words=2)
 
 
 def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:
@@ -42,7 +34,7 @@ def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:
         if group.elsewhere:
             measured = group.values("teacher_test_top1")[:1]  # the same of every student: its network does not change
             cells = {"test_top1": cell(measured, ".2f", 1, unread("test_top1", group.runs))}
-            scores = (cells.get(key, "") for key, _, _ in SCORES)
+            scores = (cells.get(metric.key, "") for metric in SCORES)
             row = ("teacher, no run here", group.elsewhere, "", *scores)
             rows[group.elsewhere] = row if measured else rows.get(group.elsewhere, row)
     return list(rows.values())
@@ -55,12 +47,12 @@ def cost_table(groups: list[Group], costs: Costs) -> Table:
         numbers = ("not measured",) * 3
         if cost:
             numbers = (f"{cost.macs / 1e6:.2f}M", f"{cost.bytes / 1e6:.2f} MB", f"{cost.milliseconds:.2f} ms")
-        scores = [group.cell(key, style) for key, _, style in CALIBRATION]
+        scores = [group.cell(metric) for metric in CALIBRATION]
         rows.append((group.label, group.model, f"{group.runs[0].summary['params']:,}", *numbers, *scores))
     note = "MACs: multiply-accumulates of convolutions and matrix products for one image. size: model.safetensors. "
     note += f"latency: one image, median of repeated passes ({costs.where}). NLL in nats and ECE (percent, {BINS} "
     note += "bins) on the test set; agreement: percent of its images on which the network and its teacher say the same."
-    titles = ("parameters", "MACs", "size", "latency", *(title for _, title, _ in CALIBRATION))
+    titles = ("parameters", "MACs", "size", "latency", *(metric.report for metric in CALIBRATION))
     return Table(("network", "model", *titles), rows, note, words=2)
 
 
@@ -107,12 +99,16 @@ def run_table(groups: list[Group]) -> Table:
     rows = []
     for group in groups:
         for run in group.runs:
-            shown = [(run.summary.get(key), style, unread(key, [run])) for key, _, style in RUN_COLUMNS]
-            cells = [empty if value is None else f"{value:{style}}" for value, style, empty in shown]
+            cells = [_run_cell(run, metric) for metric in COLUMNS]
             best = run.summary["best_epoch"]
             rows.append((str(run.path), group.label, str(run.seed), "" if best is None else str(best), *cells))
-    head = ("run folder", "network", "seed", "best epoch", *(title for _, title, _ in RUN_COLUMNS))
+    head = ("run folder", "network", "seed", "best epoch", *(metric.report for metric in COLUMNS))
     return Table(head, rows, words=2, quiet=True)
+
+
+def _run_cell(run: Run, metric: Metric) -> str:
+    value = run.summary.get(metric.key)
+    return unread(metric.key, [run]) if value is None else f"{value:{metric.style}}"
 
 
 def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[list[Block], list[str]]:
@@ -136,29 +132,17 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     return blocks, gallery.notes
 
 
-#: (kd.reporting.rare) The report's table of common and of rare classes, where training classes differ in size.
-
-
-SHOTS = (
-    ("test_top1", "test"),
-    ("test_balanced_top1", "balanced"),
-    ("test_top1_many", "many-shot"),
-    ("test_top1_medium", "medium-shot"),
-    ("test_top1_few", "few-shot"),
-)
-
-
 def rare_table(groups: list[Group]) -> Table | None:
     groups = [group for group in groups if group.values("test_balanced_top1")]
     if not groups:
         return None
     rows = []
     for group in groups:
-        rows.append((group.label, group.model, group.count, *(group.cell(key, ".2f") for key, _ in SHOTS)))
+        rows.append((group.label, group.model, group.count, *(group.cell(metric) for metric in SHOTS)))
     sizes = dict.fromkeys(_sizes(run.summary.get("shots")) for group in groups for run in group.tested)
     note = "Percent of test images, last epoch's weights; balanced: the mean over classes. Classes by their number of "
     note += f"training images: {'; or '.join(filter(None, sizes))}."
-    return Table(("network", "model", "seeds", *(title for _, title in SHOTS)), rows, note, words=2)
+    return Table(("network", "model", "seeds", *(metric.title for metric in SHOTS)), rows, note, words=2)
 
 
 def _sizes(shots: object) -> str:
@@ -169,5 +153,3 @@ def _sizes(shots: object) -> str:
     except (AttributeError, KeyError, TypeError, ValueError):
         return ""
 
-
-#: (kd.reporting) What kd/report.py writes: runs found and grouped, statistics, tables, figures, the page.

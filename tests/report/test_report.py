@@ -23,8 +23,9 @@ from kd.report import build, plots
 from kd.report.__main__ import main as report
 from kd.report.document import plain
 from kd.report.groups import NOT_READ
-from kd.report.tables import CALIBRATION, RUN_COLUMNS, SCORES
+from kd.report.tables import CALIBRATION, SCORES
 from kd.runs.results import collect_runs
+from kd.runs.table import COLUMNS
 from kd.training.summary import UNTESTED
 from kd.utils.files import write_json, write_weights
 from tests import networks
@@ -149,14 +150,14 @@ def test_every_number_is_the_summaries(no_figures):
     assert len(each) == 1 + 10
     for row in each[1:]:
         summary = json.loads((Path(row[0]) / "summary.json").read_text())
-        shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, _, style in RUN_COLUMNS]
+        shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, style, *_ in COLUMNS]
         assert row[4:] == shown
     for row, cost, name in zip(accuracy[1:], costs[1:], ("teacher", "alone", "smooth", "kd"), strict=True):
         runs = [json.loads(path.read_text()) for path in sorted(Path("runs").glob(f"{name}*/summary.json"))]
         assert row[2] == str(len(runs))
-        assert row[3:] == [mean_cell([run[key] for run in runs], style) for key, _, style in SCORES]
+        assert row[3:] == [mean_cell([run[key] for run in runs], style) for key, style, *_ in SCORES]
         assert cost[2] == f"{runs[0]['params']:,}"
-        assert cost[6:] == [mean_cell([run[key] for run in runs], style) for key, _, style in CALIBRATION]
+        assert cost[6:] == [mean_cell([run[key] for run in runs], style) for key, style, *_ in CALIBRATION]
     last = lambda name: [json.loads(Path(f"runs/{name}{s}/summary.json").read_text())["test_top1"] for s in range(3)]  # noqa: E731
     for row, control in zip(gains[1:], ("alone", "smooth"), strict=True):
         each = np.subtract(last("kd"), last(control))
@@ -214,7 +215,7 @@ def test_a_cell_of_fewer_seeds_says_so(no_figures):
     assert accuracy[-1][5] == mean_cell([run["test_top1"] for run in kd], ".2f")
     assert accuracy[-1][5].endswith(" (2)")
     assert rare[-1][4] == "50.00 ± 0.00 (2)"
-    assert costs[-1][6:] == [mean_cell([run[key] for run in kd], style) for key, _, style in CALIBRATION]
+    assert costs[-1][6:] == [mean_cell([run[key] for run in kd], style) for key, style, *_ in CALIBRATION]
     smooth = next(row for row in costs if "smoothing" in row[0])
     assert smooth[6:] == [NOT_READ, NOT_READ, ""], "it has no teacher to agree with"
     untested = next(row for row in each if row[0] == "runs/kd1")
