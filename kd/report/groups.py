@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd.metrics import images_noise
 from kd.report.statistics import Difference, cell, mean_and_deviation, paired
-from kd.runs.results import Run
+from kd.runs.results import Run, teachers_of
 from kd.runs.table import Metric
 
 NOT_READ = "not read"  # of a test score, where --no-test left the split alone
@@ -91,7 +91,7 @@ class Group:
 
 def unread(key: str, runs: list[Run]) -> str:
     """What stands in place of a score that none of these runs has."""
-    of_test = key.startswith("test") or (key == "agreement" and any(run.summary.get("teacher") for run in runs))
+    of_test = key.startswith("test") or (key == "agreement" and any(teachers_of(run.summary) for run in runs))
     return NOT_READ if of_test and not any(run.tested for run in runs) else ""
 
 
@@ -148,13 +148,9 @@ def _recipe(run: Run, by_path: dict[str, Run]) -> dict:
 
 def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | None]]:
     """Name, network ("" where the summary does not say it) and run of each teacher; None for one that is none here."""
-    named, models = (_listed(run.summary.get(key)) for key in ("teacher", "teacher_model"))
+    named, models = teachers_of(run.summary), teachers_of(run.summary, "teacher_model")
     models += [""] * (len(named) - len(models))
     return [(name, model, by_path.get(_resolved(name))) for name, model in zip(named, models, strict=False)]
-
-
-def _listed(value: list[str] | str | None) -> list[str]:
-    return list(value) if isinstance(value, list) else [value] if value else []
 
 
 def _family(teacher: Run) -> str:

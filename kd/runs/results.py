@@ -170,6 +170,15 @@ def _check(summary: dict) -> None:
         raise UserError(f"summary.json has only {', '.join(there)} of a test result")
 
 
+def teachers_of(summary: dict, key: str = "teacher") -> list[str]:
+    """The run folders or names of a summary's teachers, [] if it has none; with `key` "teacher_model" their models.
+
+    The file has a string for one teacher, a list for several, and null for none.
+    """
+    value = summary.get(key)
+    return list(value) if isinstance(value, list) else [value] if value else []
+
+
 def _names_some(value: object) -> bool:
     """One folder or network, several, or none."""
     names = value if isinstance(value, list) else [value]

@@ -106,18 +106,17 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
             pretrained.build_pretrained(found, name)
 
 
-def teachers_of(runs: list[Path]) -> list[str]:
-    """The folders of those that taught these finished runs, a fine-tuned or a fetched one's too."""
-    from kd.runs.results import checked_summary  # which imports torch
+def teacher_folders(runs: list[Path]) -> list[str]:
+    """The folders of these finished runs' teachers, those fetched from the Hub included."""
+    from kd.runs.results import checked_summary, teachers_of  # imports torch
 
-    named = []
+    names: list[str] = []
     for folder in runs:
         try:
-            teacher = checked_summary(folder / "summary.json").get("teacher") or []
+            names += teachers_of(checked_summary(folder / "summary.json"))
         except UserError:
             continue  # the report says what is wrong with it
-        named += teacher if isinstance(teacher, list) else [teacher]
-    return [name for name in dict.fromkeys(named) if Path(name).is_dir()]
+    return [name for name in dict.fromkeys(names) if Path(name).is_dir()]
 
 
 def main(args: list[str] | None = None) -> list[Task]:
@@ -135,7 +134,7 @@ def main(args: list[str] | None = None) -> list[Task]:
     tasks = run_study(study)
     failed = [task for task in tasks if task.failure]
     trained = [task.folder for task in tasks if task.folder]
-    folders = [*map(str, trained), *teachers_of(trained), *(name for name in config.teachers if Path(name).is_dir())]
+    folders = [*map(str, trained), *teacher_folders(trained), *(name for name in config.teachers if Path(name).is_dir())]
     failures = tuple(Other(task.label, "failed", task.failure) for task in failed)
     blocks = write_report(folders, study.out, failures, config.trust_code, trained=trained)
     show(blocks, study.out)
