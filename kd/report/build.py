@@ -67,7 +67,7 @@ def _write(out: Path, blocks: list[Block]) -> None:
     from kd.report.document import Figure
     from kd.report.figures import FILES
 
-    figures = {block.file: block.light for block in blocks if isinstance(block, Figure)}
+    figures = {block.file: block.png for block in blocks if isinstance(block, Figure)}
     for name, png in figures.items():
         write_atomically(out / name, lambda partial, png=png: partial.write_bytes(png))
     for path in out.iterdir():

@@ -29,7 +29,7 @@ th:first-child, td:first-child, .words { text-align: left; }
 td.words { white-space: normal; overflow-wrap: break-word; }
 td.words:first-child { min-width: 9rem; } td.words:last-child { min-width: 12rem; }
 .note { color: var(--soft); font-size: .85rem; margin: .4rem 0 1.5rem; }
-figure { margin: 1.5rem 0; } picture { display: block; overflow-x: auto; }
+figure { margin: 1.5rem 0; } figure div { overflow-x: auto; }
 figure img { max-width: 100%; height: auto; display: block; }
 @media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
 figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
@@ -128,26 +128,22 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Figure(Block):
-    """A PNG file beside the report, and the same for a dark page."""
+    """A PNG file beside the report, which the page embeds."""
 
     file: str
     title: str
     caption: str
-    light: bytes
-    dark: bytes
+    png: bytes
     wide: bool = False  # several panels side by side: on a narrow window they scroll rather than shrink
 
     def markdown(self) -> str:
         return f"![{plain(self.title)}]({self.file})\n\n**{plain(self.title)}** {plain(self.caption)}"
 
     def html(self) -> str:
-        light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (self.light, self.dark))
+        source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
         title, caption = html.escape(self.title), html.escape(self.caption)
-        kind = "wide" if self.wide else "one"
         return (
-            f'<figure class="{kind}"><picture>'
-            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{title}"></picture>'
+            f'<figure class="{"wide" if self.wide else "one"}"><div><img src="{source}" alt="{title}"></div>'
             f"<figcaption><strong>{title}</strong> {caption}</figcaption></figure>"
         )
 

@@ -79,8 +79,8 @@ class Gallery:
         return self.figures
 
     def _add(self, name: str, title: str, caption: str, size: tuple[float, float], draw: plots.Draw) -> None:
-        light, dark = plots.render(size, draw)
-        self.figures.append(Figure(f"{self.prefix}{name}.png", title, caption, light, dark, wide=size[0] >= 10))
+        png = plots.render(size, draw)
+        self.figures.append(Figure(f"{self.prefix}{name}.png", title, caption, png, wide=size[0] >= 10))
 
     def _read(self, runs: list[Run], read) -> list:
         found = []
@@ -101,7 +101,7 @@ class Gallery:
         curves = {label: histories for label, histories in curves.items() if histories}
         if curves:
             caption = "Mean over seeds. The training loss is the method's own sum of terms, on augmented images."
-            self._add(name, title, caption, (10.0, 4.0), plots.draw_curves(curves))
+            self._add(name, title, caption, plots.CURVES, plots.draw_curves(curves))
 
     def _pareto(self) -> None:
         points = []

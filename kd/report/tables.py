@@ -152,4 +152,3 @@ def _sizes(shots: object) -> str:
         return ", ".join(f"{name} {int(n)} of {int(least)} to {int(most)}" for name, n, least, most in parts)
     except (AttributeError, KeyError, TypeError, ValueError):
         return ""
-

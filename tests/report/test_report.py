@@ -1,6 +1,7 @@
 """The report: its numbers are the summaries', nothing is dropped silently, and names cannot break it."""
 
 import html.parser
+import io
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from kd import metrics
 from kd.errors import UserError, exit_code
 from kd.report import build, plots
 from kd.report.__main__ import main as report
-from kd.report.document import plain
+from kd.report.document import STYLE, plain
 from kd.report.groups import NOT_READ
 from kd.report.tables import CALIBRATION, SCORES
 from kd.runs.results import collect_runs
@@ -100,7 +101,7 @@ def study(seeds=(0, 1, 2)) -> None:
 @pytest.fixture
 def no_figures(monkeypatch):
     """For tests that look at the tables: drawing is what takes the time."""
-    monkeypatch.setattr(plots, "render", lambda size, draw: (b"light", b"dark"))
+    monkeypatch.setattr(plots, "render", lambda size, draw: b"png")
 
 
 class Tables(html.parser.HTMLParser):
@@ -275,7 +276,7 @@ def test_a_class_without_test_images_is_no_gain_of_nothing(monkeypatch):
     bars = []
     monkeypatch.setattr("matplotlib.axes.Axes.barh", lambda axes, places, *args, **kw: bars.append(len(places)))
     report(["runs"])
-    assert bars == [4, 4], "for a light and for a dark page"
+    assert bars == [4]
     assert "gain of each class: 1 of 5 classes have no test images" in Path("report/report.md").read_text()
 
 
@@ -299,14 +300,39 @@ def test_figures_are_there_and_embedded(monkeypatch):
     names = ["class_gain", "confusion", "fig1_student", "fig2_teacher", "grid1", "pareto", "reliability"]
     assert sorted(path.stem for path in Path("report").glob("*.png")) == names
     page = Path("report/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * len(names), "for a light and for a dark page"
+    assert page.count("data:image/png;base64,") == len(names)
     assert not re.search(r"(?:src|href|srcset)=\"(?!data:)", page), "nothing is fetched from elsewhere"
     assert "What could not be shown" not in page
     costs = json.loads(Path("report/costs.json").read_text())["networks"]
     assert [cost[0] for cost in costs.values()] == [8 * 27 * 64 + 128 * len(CLASSES)]  # by hand: 3x3 conv, linear
-    monkeypatch.setattr(plots, "render", lambda size, draw: (b"light", b"dark"))
+    monkeypatch.setattr(plots, "render", lambda size, draw: b"png")
     report(["runs"])
     assert json.loads(Path("report/costs.json").read_text())["networks"] == costs, "measured once"
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's, of two colours written #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    darker, lighter = sorted(map(luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_one_picture_reads_on_light_and_on_dark_pages():
+    light, dark = re.findall(r"--paper: (#\w{6})", STYLE)
+    assert (light, dark) == ("#ffffff", "#0d1117")
+    for paper in (light, dark):
+        assert contrast(plots.INK, paper) > 4.2
+        assert min(contrast(colour, paper) for colour in plots.COLOURS) > 3
+    history = [{"epoch": epoch, "train/loss": 1.0, "train/top1": 9.0, "val/loss": 2.0} for epoch in (1, 2)]
+    png = plots.render((4.0, 3.0), plots.draw_curves({"one": [history]}))
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+    assert (pixels[0, 0, 3], pixels[..., 3].max()) == (0, 255), "no background, and ink"
+    assert (pixels[..., 3] == 0).mean() > 0.5
 
 
 def test_whatever_is_no_finished_run_is_listed(no_figures, capsys):
