@@ -61,7 +61,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
         wide.print(Text("student alone: not measured; the same command with --control measures it"))
     elif control is not None:
         wide.print(Text(format_verdict(summary, control)))
-    wide.print(Text(f"run folder: {student}"), soft_wrap=True)  # one line, for programs that read it
+    wide.print(Text(f"run folder: {student}"), soft_wrap=True)
 
 
 def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
