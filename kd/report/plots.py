@@ -46,13 +46,13 @@ def render(size: tuple[float, float], draw: Draw) -> bytes:
 
 
 def label(text: str, longest: int = 40) -> str:
-    """As matplotlib writes it letter by letter: no mathematics between dollars, no line of any length."""
+    """Shorten and escape a text, so that matplotlib sets no mathematics between dollars."""
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return text.replace("$", r"\$")
 
 
 def draw_curves(curves: dict[str, list[list[dict]]]) -> Draw:
-    """Loss and accuracy of training and validation, the mean over seeds; `curves`: name -> one history a seed."""
+    """Loss and accuracy in training and validation, mean over seeds; `curves`: name -> one history for each seed."""
 
     def draw(figure) -> None:
         for place, (key, name) in enumerate((("loss", "loss"), ("top1", "top-1 accuracy (%)")), start=1):
@@ -83,9 +83,9 @@ def draw_pareto(points: list[tuple[str, int, float | None, float, float]]) -> Dr
     def draw(figure) -> None:
         for place, (column, name) in enumerate(((1, "parameters"), (2, "CPU latency, one image (ms)")), start=1):
             axes = figure.add_subplot(1, 2, place, xlabel=name, ylabel="test top-1 (%)", xscale="log")
-            there = [point[column] for point in points if point[column] is not None]
-            if there:  # left to itself a logarithmic axis of a single value has no width
-                axes.set_xlim(min(there) / 1.5, max(there) * 1.5)
+            values = [point[column] for point in points if point[column] is not None]
+            if values:  # by default a logarithmic axis of a single value has no width
+                axes.set_xlim(min(values) / 1.5, max(values) * 1.5)
             for number, point in enumerate(points):
                 if point[column] is not None:
                     style = {"color": COLOURS[number % len(COLOURS)], "fmt": "os^Dv<>P"[number // len(COLOURS) % 8]}
@@ -98,9 +98,9 @@ def draw_pareto(points: list[tuple[str, int, float | None, float, float]]) -> Dr
 
 
 def draw_class_gain(names: list[str], gains: Tensor) -> Draw:
-    """Difference of the accuracy of each class in points, sorted; of many classes the two ends.
+    """Difference in accuracy of each class in points, sorted; if there are many classes, both ends.
 
-    A class of NaN, which has no test images, is left out."""
+    Classes of NaN, which have no test images, are left out."""
     order = gains.argsort()[: int((~gains.isnan()).sum())].tolist()  # NaN comes last
     if len(order) > SHOWN:
         order = order[: SHOWN // 2] + order[-SHOWN // 2 :]
@@ -118,15 +118,16 @@ def draw_class_gain(names: list[str], gains: Tensor) -> Draw:
 
 
 def draw_confusion(names: list[str], logits: Tensor, labels: Tensor) -> Draw:
-    """What the worst classes are taken for, in percent of their images; the columns are these classes and the rest."""
+    """What the worst classes are predicted as, in percent of their images; columns: these classes and the rest."""
     count = len(names)
     worst = class_recall(logits, labels).nan_to_num(200).argsort()[: min(WORST, count)]
     predicted = logits.argmax(dim=1)
     matrix = torch.zeros(count, count, dtype=torch.double)
     matrix.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.double), accumulate=True)
     shares = 100 * matrix[worst] / matrix[worst].sum(dim=1, keepdim=True).clamp(min=1)
-    kept = shares[:, worst]
-    table = torch.cat([kept, shares.sum(dim=1, keepdim=True) - kept.sum(dim=1, keepdim=True)], dim=1)
+    among_worst = shares[:, worst]
+    others = shares.sum(dim=1, keepdim=True) - among_worst.sum(dim=1, keepdim=True)
+    table = torch.cat([among_worst, others], dim=1)
 
     def draw(figure) -> None:
         axes = figure.add_subplot(xlabel="predicted", ylabel="true")
@@ -137,13 +138,15 @@ def draw_confusion(names: list[str], logits: Tensor, labels: Tensor) -> Draw:
     return draw
 
 
-def draw_reliability(answers: dict[str, tuple[Tensor, Tensor]]) -> Draw:
-    """Accuracy against confidence in equal bins (Guo et al., arXiv:1706.04599, figure 1); the diagonal is ideal."""
+def draw_reliability(predictions: dict[str, tuple[Tensor, Tensor]]) -> Draw:
+    """Accuracy against confidence in equal bins (Guo et al., arXiv:1706.04599, figure 1); the diagonal is ideal.
+
+    `predictions`: name -> logits and labels."""
 
     def draw(figure) -> None:
         axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=1)
-        for colour, (title, (logits, labels)) in zip(COLOURS, answers.items()):
+        for colour, (title, (logits, labels)) in zip(COLOURS, predictions.items()):
             points = reliability(logits, labels)
             confidence, accuracy, counts = zip(*points)
             axes.plot(confidence, accuracy, color=colour, linewidth=0.8)
@@ -156,14 +159,16 @@ def draw_reliability(answers: dict[str, tuple[Tensor, Tensor]]) -> Draw:
 
 
 def reliability(logits: Tensor, labels: Tensor) -> list[tuple[float, float, int]]:
-    """Mean confidence, accuracy and number of the images in each bin that has any."""
-    confidence, right, bins = by_confidence(logits, labels)
-    inside = [bins == b for b in range(BINS)]
-    return [(confidence[i].mean().item(), right[i].mean().item(), int(i.sum())) for i in inside if i.any()]
+    """Mean confidence, accuracy and number of images of each bin that has any."""
+    confidence, correct, bins = by_confidence(logits, labels)
+    masks = [bins == b for b in range(BINS)]
+    return [
+        (confidence[mask].mean().item(), correct[mask].mean().item(), int(mask.sum())) for mask in masks if mask.any()
+    ]
 
 
 def draw_grid(groups: list[Group], seeds: set[int], rows: str, columns: str | None) -> Draw:
-    """Mean validation accuracy of `seeds` over two flags of a method (or one); what read the test set is framed."""
+    """Mean validation accuracy of `seeds` over two flags of a method (or one); settings that were tested are framed."""
     across = sorted({group.flags[columns] for group in groups}) if columns else [None]
     down = sorted({group.flags[rows] for group in groups})
     table = torch.full((len(down), len(across)), torch.nan, dtype=torch.double)
@@ -190,8 +195,8 @@ def _heat(axes, table: Tensor, rows: list[str], columns: list[str], style: str) 
     axes.imshow(table.numpy(), cmap="cividis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    there = table[~table.isnan()]
-    middle = (there.max() + there.min()).item() / 2 if len(there) else 0
+    measured = table[~table.isnan()]
+    middle = (measured.max() + measured.min()).item() / 2 if len(measured) else 0
     for row, values in enumerate(table.tolist()):
         for column, value in enumerate(values):
             if value == value:  # not NaN: a setting that was not run
