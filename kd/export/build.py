@@ -62,7 +62,7 @@ def write_export(
 def calibration_images(data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
     """`count` unaugmented training images in a fixed random choice; never validation or test images."""
     chosen = rng.order(0, 0, len(data.train.labels))[:count].sort().values  # sorted: a stream reads rows in its order
-    return torch.cat(list(iter_centred(data.train, data.size, chosen, SCORING_BATCH))).numpy()
+    return torch.cat(list(iter_centre_crops(data.train, data.size, chosen, SCORING_BATCH))).numpy()
 
 
 def write_formats(

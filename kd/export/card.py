@@ -5,13 +5,10 @@ from typing import NamedTuple
 
 from kd.export.source import RESULT_FLAGS
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
+from kd.runs.table import METRICS
 from kd.utils.files import write_atomically
 
-SCORES = (("test_top1", "top-1", ".2f"), ("test_top5", "top-5", ".2f"), ("test_nll", "NLL", ".4f"))
-
-
-SCORES += (("test_ece", "ECE", ".2f"), ("agreement", "agreement with the teacher", ".2f"))
-
+SCORES = tuple(metric for metric in METRICS.values() if metric.card)
 
 USE_TORCH = """```python
 import kd  # the project that trained this network
@@ -108,11 +105,11 @@ def _scores(summary: dict, control: dict | None) -> Table:
         rows.append(("its teacher", f"{summary['teacher_test_top1']:.2f}", *[""] * (len(SCORES) - 1)))
     note = f"Percent, NLL in nats, on {summary['test_images']} test images, read at the end of training; no choice"
     note += f" depends on them. Weights of the last epoch, one seed ({summary['seed']})."
-    return Table(("network", *(title for _, title, _ in SCORES)), rows, note)
+    return Table(("network", *(metric.card for metric in SCORES)), rows, note)
 
 
 def _cells(summary: dict) -> list[str]:
-    return ["" if summary.get(key) is None else f"{summary[key]:{style}}" for key, _, style in SCORES]
+    return ["" if summary.get(metric.key) is None else f"{summary[metric.key]:{metric.style}}" for metric in SCORES]
 
 
 def _expectations(expects: dict) -> Table:

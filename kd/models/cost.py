@@ -38,7 +38,7 @@ def time_rounds(
 ) -> dict[str, list[float]]:
     """Seconds of each workload in each round, the workloads taking turns.
 
-    The first round warms up and is not counted. `rounds` (fewest, most): after `patience` seconds the fewest are enough.
+    The first round warms up and is not counted. `rounds`: the fewest, enough after `patience` seconds, and the most.
     """
     times, started = {name: [] for name in workloads}, time.perf_counter()
     for round_ in range(rounds[1] + 1):

@@ -1,4 +1,4 @@
-"""Write a report: find the runs, count what was left out, and write report.md, report.html and the pictures."""
+"""Write a report: find the runs, list what was left out, and write report.md, report.html and the figures."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -17,13 +17,13 @@ def write_report(
     out: Path,
     failures: tuple[Other, ...] = (),
     trust_code: bool = False,
-    afresh: bool = False,
+    measure_again: bool = False,
     trained: Collection[Path] = (),
 ) -> list[Block]:
     """Read the runs, write the report into `out`, and return its blocks.
 
-    `failures` are listed with what else is no finished run; networks of the runs in `trained` are built without
-    `trust_code`. Raises UserError where `out` cannot be written.
+    `failures` are listed beside everything else that is not a finished run. Networks of the runs in `trained` are
+    built without `trust_code`. Raises UserError if no folder matches, or `out` cannot be written.
     """
     from kd.report.costs import Costs
     from kd.report.groups import by_data
@@ -33,14 +33,14 @@ def write_report(
         out.mkdir(parents=True, exist_ok=True)
         runs, others = collect_runs(patterns)
         nothing = not runs and not failures and all(other.state == "missing" for other in others)
-        require(not nothing, f"{' '.join(patterns)}: no such folder, and no folder matches; a study makes some")
-        costs = Costs(out / "costs.json", trust_code, afresh, trained)
+        require(not nothing, f"{' '.join(patterns)}: no such folder, and no folder matches; name run folders")
+        costs = Costs(out / "costs.json", trust_code, measure_again, trained)
         blocks: list[Block] = [Heading(1, TITLE), Lines((_count(len(runs), len(others) + len(failures)),))]
         notes = []
         for number, (name, groups) in enumerate(by_data(runs).items(), start=1):
-            added, lacking = section(name, groups, costs, f"data{number}_" if number > 1 else "")
+            added, missing = section(name, groups, costs, f"data{number}_" if number > 1 else "")
             blocks += added
-            notes += lacking
+            notes += missing
         blocks += _left_out([*failures, *others])
         notes += [f"{folder}: cost not measured: {why}" for folder, why in costs.notes.items()]
         if notes:
@@ -53,7 +53,7 @@ def write_report(
 
 def _count(finished: int, others: int) -> str:
     words = f"{finished} finished run{'s' * (finished != 1)}"
-    return f"{words}; {others} more listed below that count for nothing." if others else f"{words}."
+    return f"{words}; {others} more listed below are not counted." if others else f"{words}."
 
 
 def _left_out(others: list[Other]) -> list[Block]:
@@ -67,28 +67,27 @@ def _write(out: Path, blocks: list[Block]) -> None:
     from kd.report.document import Figure
     from kd.report.figures import FILES
 
-    figures = {block.file: block.light for block in blocks if isinstance(block, Figure)}
+    figures = {block.file: block.png for block in blocks if isinstance(block, Figure)}
     for name, png in figures.items():
         write_atomically(out / name, lambda partial, png=png: partial.write_bytes(png))
     for path in out.iterdir():
         if FILES.fullmatch(path.name) and path.name not in figures:
-            path.unlink()  # an earlier report's, which is replaced
+            path.unlink()  # of an earlier report
     texts = {"report.md": markdown(blocks), "report.html": page(TITLE, blocks)}
     for name, text in texts.items():
         write_atomically(out / name, lambda partial, text=text: _write_text(partial, text))
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # folders' names are not always text
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a folder's name may be any bytes
 
 
 def show(blocks: list[Block], out: Path) -> None:
-    """The same on the terminal, without the figures and the list of every run."""
+    """Print the report on the terminal, without the figures and the table of every run."""
     from rich.console import Console
 
     wide = console if console.is_terminal else Console(width=160)
     for block in blocks:
         block.show(wide)
-    wide.print(
-        f"\nreport: {out / 'report.md'} and {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
-    )
+    files = f"\nreport: {out / 'report.md'} and {out / 'report.html'}"
+    wide.print(files, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a network costs to run: multiplications, bytes on the disk, time for one image on this machine's CPU."""
+"""The cost of running a network: multiplications, bytes on disk, time for one image on this machine's CPU."""
 
 import dataclasses
 import json
@@ -16,13 +16,10 @@ from kd.runs.results import Run
 from kd.utils.files import read_json, write_json
 from kd.utils.processes import same_threads
 
-PATIENCE = 3.0  # seconds, roughly, of timing a network
+TIMING_SECONDS = 3.0  # roughly, for each network
 
-
-SHAPING = tuple(entry.name for entry in dataclasses.fields(CompressConfig))  # what else tells networks apart
-
-
-SHAPING += ("image_size", "origin")
+# Flags that change a network's cost, beside its model and data.
+COST_FLAGS = (*(entry.name for entry in dataclasses.fields(CompressConfig)), "image_size", "origin")
 
 
 class Cost(NamedTuple):
@@ -32,43 +29,44 @@ class Cost(NamedTuple):
 
 
 def measure_cost(folder: Path, trust_code: bool) -> Cost:
-    """Load the run's network and time it. Raises UserError where it cannot be loaded."""
+    """Load the run's network and time it. Raises UserError if it cannot be loaded."""
     trained = load_network(folder, trust_code)
     size = tuple(trained.info["image_size"])
     image = torch.zeros(1, 3, *size)
     with same_threads(), torch.no_grad():
         torch.set_num_threads(THREADS)
         macs = count_macs(trained.network, size)
-        (seconds,) = time_interleaved({"network": lambda: trained.network(image)}, PATIENCE).values()
+        (seconds,) = time_interleaved({"network": lambda: trained.network(image)}, TIMING_SECONDS).values()
     return Cost(macs, (folder / "model.safetensors").stat().st_size, 1000 * seconds)
 
 
 class Costs:
-    """Measured once a network and kept beside the report, so that the same report twice has the same numbers."""
+    """Costs by network, measured once and stored beside the report, so that it repeats with the same numbers."""
 
-    def __init__(self, path: Path, trust_code: bool, afresh: bool, trained: Collection[Path] = ()):
+    def __init__(self, path: Path, trust_code: bool, measure_again: bool, trained: Collection[Path] = ()):
         self.path, self.trust_code = path, trust_code
         self.trained = {folder.resolve() for folder in trained}  # runs whose code this command has run already
-        self.where, self.notes = describe_machine(), {}
-        self._kept: dict[str, Cost] = {}
-        if not afresh and path.exists():
+        self.machine = describe_machine()
+        self.notes: dict[str, str] = {}  # why a run's network could not be measured, by folder
+        self._measured: dict[str, Cost] = {}
+        if not measure_again and path.exists():
             try:
-                kept = read_json(path)
-                networks = {key: Cost(*values) for key, values in kept["networks"].items()}
-                self._kept = networks if kept["machine"] == self.where else {}
+                stored = read_json(path)
+                networks = {key: Cost(*values) for key, values in stored["networks"].items()}
+                self._measured = networks if stored["machine"] == self.machine else {}
             except (UserError, KeyError, TypeError, AttributeError):
-                self._kept = {}  # measured again
+                self._measured = {}  # malformed: measured again
 
     def of(self, run: Run) -> Cost | None:
-        """None where the network cannot be built; `notes` says why, by folder."""
+        """The cost of a run's network; None if it cannot be built, for the reason in `notes`."""
         key = f"{run.summary['model']} {run.summary['params']} {run.identity['data']} {run.identity.get('classes')}"
-        asked = {flag: run.identity[flag] for flag in SHAPING if run.identity.get(flag) is not None}
-        key += f" {json.dumps(asked, sort_keys=True)}" if asked else ""
-        if key not in self._kept:
+        flags = {flag: run.identity[flag] for flag in COST_FLAGS if run.identity.get(flag) is not None}
+        key += f" {json.dumps(flags, sort_keys=True)}" if flags else ""
+        if key not in self._measured:
             try:
-                self._kept[key] = measure_cost(run.path, self.trust_code or run.path.resolve() in self.trained)
-            except Exception as error:  # the network may be anybody's code: whatever it raises, the report goes on
+                self._measured[key] = measure_cost(run.path, self.trust_code or run.path.resolve() in self.trained)
+            except Exception as error:  # anybody's code may raise anything; the report goes on
                 self.notes[str(run.path)] = str(error)
                 return None
-            write_json(self.path, {"machine": self.where, "networks": self._kept})
-        return self._kept[key]
+            write_json(self.path, {"machine": self.machine, "networks": self._measured})
+        return self._measured[key]

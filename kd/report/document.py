@@ -1,4 +1,4 @@
-"""A report as blocks, each of which can be Markdown, HTML, or print itself on the terminal."""
+"""The blocks of a report, each written as Markdown, as HTML or on the terminal."""
 
 import base64
 import html
@@ -29,7 +29,7 @@ th:first-child, td:first-child, .words { text-align: left; }
 td.words { white-space: normal; overflow-wrap: break-word; }
 td.words:first-child { min-width: 9rem; } td.words:last-child { min-width: 12rem; }
 .note { color: var(--soft); font-size: .85rem; margin: .4rem 0 1.5rem; }
-figure { margin: 1.5rem 0; } picture { display: block; overflow-x: auto; }
+figure { margin: 1.5rem 0; } figure div { overflow-x: auto; }
 figure img { max-width: 100%; height: auto; display: block; }
 @media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
 figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
@@ -43,8 +43,8 @@ class Block(ABC):
     @abstractmethod
     def html(self) -> str: ...
 
-    def show(self, console: Console) -> None:  # noqa: B027  a figure keeps it
-        """On the terminal; figures have nothing to show there."""
+    def show(self, console: Console) -> None:  # noqa: B027  a figure has nothing to print
+        """Print it on the terminal."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Heading(Block):
 
 @dataclass(frozen=True)
 class Lines(Block):
-    """Sentences, one a point."""
+    """A list of sentences."""
 
     lines: tuple[str, ...]
 
@@ -83,14 +83,14 @@ class Lines(Block):
 
 @dataclass(frozen=True)
 class Table(Block):
-    """`words` counts the columns from the left that hold text; so does the last one with `remark`."""
+    """A table of cells that are text already. The first `words` columns, and with `remark` the last, hold prose."""
 
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
     words: int = 1
     remark: bool = False
-    quiet: bool = False  # too long for the terminal
+    quiet: bool = False  # too long to print on the terminal
 
     def _is_text(self, column: int) -> bool:
         return column < self.words or (self.remark and column == len(self.head) - 1)
@@ -128,32 +128,28 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Figure(Block):
-    """A PNG file beside the report, and the same for a dark page."""
+    """A PNG file beside the report, which the page embeds."""
 
     file: str
     title: str
     caption: str
-    light: bytes
-    dark: bytes
-    wide: bool = False  # several panels side by side: on a narrow window they scroll rather than shrink
+    png: bytes
+    wide: bool = False  # panels side by side, which scroll in a narrow window instead of shrinking
 
     def markdown(self) -> str:
         return f"![{plain(self.title)}]({self.file})\n\n**{plain(self.title)}** {plain(self.caption)}"
 
     def html(self) -> str:
-        light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (self.light, self.dark))
+        source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
         title, caption = html.escape(self.title), html.escape(self.caption)
-        kind = "wide" if self.wide else "one"
         return (
-            f'<figure class="{kind}"><picture>'
-            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{title}"></picture>'
+            f'<figure class="{"wide" if self.wide else "one"}"><div><img src="{source}" alt="{title}"></div>'
             f"<figcaption><strong>{title}</strong> {caption}</figcaption></figure>"
         )
 
 
 def plain(text: str) -> str:
-    """Markdown that reads as `text`, whatever a folder or a class is called."""
+    """Escape `text`, such as a folder's or a class's name, so that Markdown shows it unchanged."""
     text = " ".join(html.escape(text, quote=False).split())
     return re.sub(r"([\\`*_\[\]|#$~])", r"\\\1", text)
 
@@ -163,7 +159,7 @@ def markdown(blocks: list[Block]) -> str:
 
 
 def page(title: str, blocks: list[Block]) -> str:
-    """One file that needs nothing else, for narrow and wide windows, light and dark."""
+    """A self-contained HTML page, for narrow and wide windows, light and dark."""
     body = "\n".join(block.html() for block in blocks)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed, and the controls that each of them is measured against."""
+"""Groups of runs that differ only in their seed, and the controls that each group is compared with."""
 
 import hashlib
 import json
@@ -7,13 +7,12 @@ from pathlib import Path
 
 from kd.metrics import images_noise
 from kd.report.statistics import Difference, cell, mean_and_deviation, paired
-from kd.runs.results import Run
+from kd.runs.results import Run, teachers_of
+from kd.runs.table import Metric
 
-NOT_READ = "not read"  # of a test score, where --no-test left the split alone
-
+NOT_READ = "not read"  # in place of a test score, after --no-test
 
 LONGEST = 60  # letters of a setting in a label
-
 
 TEACHER, ALONE, SMOOTHED, METHOD = KINDS = "teacher", "student alone", "label smoothing", "method"
 
@@ -26,9 +25,9 @@ class Group:
     name: str
     runs: list[Run]
     budget: str  # what a control must share: data, views, recipe, network
-    flags: dict  # what tells it from other groups of its name
-    elsewhere: str = ""  # its teacher, where that is no run among these
-    setting: str = ""
+    flags: dict  # what distinguishes it from other groups of its name
+    external_teacher: str = ""  # its teacher's name, if that is not among these runs
+    setting: str = ""  # the flags that differ, in words
     controls: list["Group"] = field(default_factory=list)
 
     @property
@@ -53,49 +52,49 @@ class Group:
 
     @property
     def count(self) -> str:
-        """Of seeds, and of runs where these are more."""
+        """The number of seeds, and of runs if there are more."""
         several = len(self.runs) > len(self.seeds)
         return f"{len(self.seeds)} ({len(self.runs)} runs)" if several else str(len(self.seeds))
 
     def by_seed(self, key: str) -> dict[int, float]:
-        """Of each seed that has it the mean over its runs: students of one seed may differ in their teacher's."""
-        found: dict[int, list[float]] = {}
+        """The score of each seed that has one: the mean over its runs, whose teachers may differ in their seed."""
+        by_seed: dict[int, list[float]] = {}
         for run in self.runs:
             if run.summary.get(key) is not None:
-                found.setdefault(run.seed, []).append(float(run.summary[key]))
-        return {seed: mean_and_deviation(values)[0] for seed, values in found.items()}
+                by_seed.setdefault(run.seed, []).append(float(run.summary[key]))
+        return {seed: mean_and_deviation(values)[0] for seed, values in by_seed.items()}
 
     def values(self, key: str, seeds: set[int] | None = None) -> list[float]:
-        """One a seed, of all that have it, or of some."""
+        """One value per seed, of all seeds that have it or of those in `seeds`."""
         return [value for seed, value in self.by_seed(key).items() if seeds is None or seed in seeds]
 
-    def cell(self, key: str, style: str) -> str:
-        """As a table shows it: over how many seeds, where not all have it; or that no test split was read."""
-        return cell(self.values(key), style, len(self.seeds), unread(key, self.runs))
+    def cell(self, metric: Metric) -> str:
+        """A table's cell: mean ± deviation over seeds, and of how many if not all have it; NOT_READ after --no-test."""
+        return cell(self.values(metric.key), metric.style, len(self.seeds), missing_cell(metric.key, self.runs))
 
     def mean(self, key: str, seeds: set[int] | None = None) -> float | None:
         values = self.values(key, seeds)
         return mean_and_deviation(values)[0] if values else None
 
     def gain(self, control: "Group", key: str) -> Difference | None:
-        """This group minus `control`, over the seeds that both have; None where there is none."""
-        ours, theirs = self.by_seed(key), control.by_seed(key)
-        seeds = sorted(ours.keys() & theirs.keys())
+        """This group minus `control`, over the seeds that both have; None if they share none."""
+        students, controls = self.by_seed(key), control.by_seed(key)
+        seeds = sorted(students.keys() & controls.keys())
         if not seeds or not self.tested:
             return None
-        tops = [mean_and_deviation([side[seed] for seed in seeds])[0] for side in (ours, theirs)]
-        noise = images_noise(*tops, images=self.tested[0].summary["test_images"])
-        return paired({seed: ours[seed] - theirs[seed] for seed in seeds}, noise)
+        means = [mean_and_deviation([side[seed] for seed in seeds])[0] for side in (students, controls)]
+        noise = images_noise(*means, images=self.tested[0].summary["test_images"])
+        return paired({seed: students[seed] - controls[seed] for seed in seeds}, noise)
 
 
-def unread(key: str, runs: list[Run]) -> str:
-    """What stands in place of a score that none of these runs has."""
-    of_test = key.startswith("test") or (key == "agreement" and any(run.summary.get("teacher") for run in runs))
-    return NOT_READ if of_test and not any(run.tested for run in runs) else ""
+def missing_cell(key: str, runs: list[Run]) -> str:
+    """What a table shows in place of a score that none of these runs has."""
+    needs_test = key.startswith("test") or (key == "agreement" and any(teachers_of(run.summary) for run in runs))
+    return NOT_READ if needs_test and not any(run.tested for run in runs) else ""
 
 
 def by_data(runs: list[Run]) -> dict[str, list[Group]]:
-    """The groups of each set of images, under its name; accuracies on different images are never put side by side."""
+    """Groups by data set: accuracies on different images are never put side by side."""
     by_path = {_resolved(run.path): run for run in runs}
     tasks: dict[tuple, list[Run]] = {}
     for run in runs:
@@ -108,52 +107,48 @@ def by_data(runs: list[Run]) -> dict[str, list[Group]]:
 
 
 def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
-    """Teachers, controls, then methods, each with its controls: the same student and recipe without a teacher."""
-    gathered: dict[str, list[Run]] = {}
+    """Teachers, controls, then methods; a method's controls are the same student and recipe without a teacher."""
+    by_recipe: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.seed, str(run.path))):
-        gathered.setdefault(_dump(_recipe(run, by_path)), []).append(run)
-    groups = [_group(members, by_path) for members in gathered.values()]
+        by_recipe.setdefault(_dump(_recipe(run, by_path)), []).append(run)
+    groups = [_group(members, by_path) for members in by_recipe.values()]
     for group in groups:
         alike = [other.flags for other in groups if (other.name, other.model) == (group.name, group.model)]
         differing = [key for key in sorted(group.flags) if len({_dump(flags.get(key)) for flags in alike}) > 1]
         group.setting = ", ".join(f"{key.replace('_', ' ')} {_short(group.flags[key])}" for key in differing)
-        group.controls = [other for other in groups if _controls(other, group)]
+        group.controls = [other for other in groups if _is_control(other, group)]
     return sorted(groups, key=lambda group: (KINDS.index(group.kind), group.name, group.model, _numbers(group)))
 
 
 def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     first = runs[0]
     recipe = _recipe(first, by_path)
-    beside = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", *first.method_flags}
-    budget = _dump({key: value for key, value in recipe.items() if key not in beside})
+    not_budget = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", *first.method_flags}
+    budget = _dump({key: value for key, value in recipe.items() if key not in not_budget})
     kind = {"teacher": TEACHER, "none": ALONE}.get(first.role, METHOD)
     smoothing = first.method_flags.get("label_smoothing")
     if kind == ALONE and smoothing:
         return Group(SMOOTHED, f"{ALONE}, {SMOOTHED} {smoothing}", runs, budget, recipe)
-    elsewhere = recipe["teacher"] if any(run is None for _, _, run in _teachers(first, by_path)) else ""
-    return Group(kind, kind if kind != METHOD else f"student ({first.role})", runs, budget, recipe, elsewhere)
+    external = recipe["teacher"] if any(run is None for _, _, run in _teachers(first, by_path)) else ""
+    return Group(kind, kind if kind != METHOD else f"student ({first.role})", runs, budget, recipe, external)
 
 
 def _recipe(run: Run, by_path: dict[str, Run]) -> dict:
-    """What two seeds of one thing have in common. Teachers that differ in their seed alone count as the same."""
+    """What the seeds of one group share. Teachers that differ only in their seed count as the same."""
     recipe = {key: value for key, value in run.identity.items() if key != "seed"}
     if teachers := _teachers(run, by_path):
-        names = " and ".join(_family(teacher) if teacher else _from(name, model) for name, model, teacher in teachers)
+        names = " and ".join(_family(run) if run else _external_name(name, model) for name, model, run in teachers)
         known = all(teacher is not None for _, _, teacher in teachers)
-        names = names if known else f"{names} {_hash(recipe['teacher'])}"  # names alone do not tell their weights
+        names = names if known else f"{names} {_hash(recipe['teacher'])}"  # a name does not identify the weights
         recipe["teacher"] = names if len(names) <= LONGEST else f"{len(teachers)} networks {_hash(names)}"
     return recipe
 
 
 def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | None]]:
-    """Name, network ("" where the summary does not say it) and run of each teacher; None for one that is none here."""
-    named, models = (_listed(run.summary.get(key)) for key in ("teacher", "teacher_model"))
-    models += [""] * (len(named) - len(models))
-    return [(name, model, by_path.get(_resolved(name))) for name, model in zip(named, models, strict=False)]
-
-
-def _listed(value: list[str] | str | None) -> list[str]:
-    return list(value) if isinstance(value, list) else [value] if value else []
+    """Each teacher's name, its model ("" if not recorded), and its run (None if it is not among these runs)."""
+    names, models = teachers_of(run.summary), teachers_of(run.summary, "teacher_model")
+    models += [""] * (len(names) - len(models))
+    return [(name, model, by_path.get(_resolved(name))) for name, model in zip(names, models, strict=False)]
 
 
 def _family(teacher: Run) -> str:
@@ -161,8 +156,8 @@ def _family(teacher: Run) -> str:
     return f"{teacher.identity['model']} {_hash(recipe)}"
 
 
-def _from(name: str, model: str) -> str:
-    """A teacher that is no run here: its network, and the file or folder that it came from."""
+def _external_name(name: str, model: str) -> str:
+    """A teacher that is not among these runs: its model, and the file or folder that it came from."""
     return model if name == model else f"{model} from {Path(name).name[:24]}".strip()
 
 
@@ -174,12 +169,12 @@ def _resolved(name: object) -> str:
     return str(Path(str(name)).resolve())
 
 
-def _controls(control: Group, group: Group) -> bool:
+def _is_control(control: Group, group: Group) -> bool:
     return group.distilled and control.kind in (ALONE, SMOOTHED) and control.budget == group.budget
 
 
 def _numbers(group: Group) -> list[tuple]:
-    """Settings in the order of their numbers, so that temperature 10 comes after 5."""
+    """Sorts settings by their numbers, so that temperature 10 comes after 5."""
     return [
         (key, value if isinstance(value, int | float) else 0, str(value)) for key, value in sorted(group.flags.items())
     ]

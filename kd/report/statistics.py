@@ -1,13 +1,15 @@
-"""What several seeds say: means, deviations, and whether a difference is more than their noise."""
+"""Means and deviations over seeds, and whether a difference between two networks exceeds the seeds' noise."""
 
 import math
 from typing import NamedTuple
+
+from scipy.special import stdtrit  # Student's t quantile; scipy.stats calls the same and is slower to import
 
 CONFIDENCE = 0.95
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """The mean and the sample standard deviation (n - 1); None for the latter of a single value."""
+    """The mean and the sample standard deviation (n - 1), which is None for a single value."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None
@@ -15,7 +17,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
 
 
 def cell(values: list[float], style: str, seeds: int, empty: str = "") -> str:
-    """Mean ± sample standard deviation, and of how many values where these are fewer than the row's seeds."""
+    """Mean ± sample standard deviation, followed by the number of values if it is not `seeds`, the row's number."""
     if not values:
         return empty
     mean, deviation = mean_and_deviation(values)
@@ -23,41 +25,13 @@ def cell(values: list[float], style: str, seeds: int, empty: str = "") -> str:
     return shown if len(values) == seeds else f"{shown} ({len(values)})"
 
 
-def t_within(t: float, freedom: int) -> float:
-    """P(|T| <= t) of Student's t: exact for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    if freedom % 2 == 0:
-        term = total = 1.0
-        for k in range(1, freedom // 2):
-            term *= square * (2 * k - 1) / (2 * k)
-            total += term
-        return sine * total
-    term, total = math.cos(angle), 0.0
-    for k in range(1, (freedom - 1) // 2 + 1):
-        total += term
-        term *= square * (2 * k) / (2 * k + 1)
-    return 2 / math.pi * (angle + sine * total)
-
-
-def t_quantile(share: float, freedom: int) -> float:
-    """The t that |T| stays below with probability `share`."""
-    low, high = 0.0, 1.0
-    while t_within(high, freedom) < share:
-        low, high = high, 2 * high
-    for _ in range(100):  # halving, down to the last digits
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, freedom) < share else (low, middle)
-    return high
-
-
 class Difference(NamedTuple):
-    """Of paired runs, seed by seed, in points of accuracy."""
+    """Mean difference between runs paired by seed, in points of accuracy."""
 
     seeds: list[int]
     mean: float
-    half: float | None  # of the t interval over seeds; None for one seed
-    words: str
+    half: float | None  # half the width of the t interval over seeds; None for one seed
+    words: str  # the verdict
 
     @property
     def interval(self) -> str:
@@ -65,18 +39,22 @@ class Difference(NamedTuple):
 
 
 def paired(gains: dict[int, float], noise: float) -> Difference:
-    """What `gains` (seed -> difference) show; `noise` is the test set's own (images_noise), the measure of one seed."""
+    """The mean of `gains` (seed -> difference) with its interval and a verdict.
+
+    `noise` is the test set's own (images_noise), the only yardstick if there is a single seed.
+    """
     seeds = sorted(gains)
     mean, deviation = mean_and_deviation([gains[seed] for seed in seeds])
     direction = "helped" if mean > 0 else "hurt"
-    beside = f"{'within' if abs(mean) <= noise else 'beyond'} the test set's own noise of ±{noise:.2f}"
+    compared = f"{'within' if abs(mean) <= noise else 'beyond'} the test set's own noise of ±{noise:.2f}"
     if deviation is None:
-        words = f"one seed says nothing about the seeds' noise; {beside}"
+        words = f"one seed says nothing about the seeds' noise; {compared}"
         return Difference(seeds, mean, None, words)
-    half = t_quantile(CONFIDENCE, len(seeds) - 1) * deviation / math.sqrt(len(seeds))
+    quantile = float(stdtrit(len(seeds) - 1, (1 + CONFIDENCE) / 2))
+    half = quantile * deviation / math.sqrt(len(seeds))
     if mean - half <= 0 <= mean + half:
         return Difference(seeds, mean, half, "smaller than the seeds' noise")
     if deviation < 1e-9:
-        words = f"every seed differs by the same, which hides the seeds' noise; {beside}"
+        words = f"every seed differs by the same, which hides the seeds' noise; {compared}"
         return Difference(seeds, mean, half, words)
     return Difference(seeds, mean, half, f"{direction}, beyond the seeds' noise")

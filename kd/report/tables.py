@@ -1,50 +1,44 @@
-"""What the report says of the groups of one set of images: tables and verdicts, and the figures between them."""
+"""The report on one data set: verdicts, tables of its groups, and the figures between them."""
 
-from kd.metrics import BINS
+from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Table
 from kd.report.figures import Gallery
-from kd.report.groups import ALONE, Group, unread
+from kd.report.groups import ALONE, Group, missing_cell
 from kd.report.statistics import cell
+from kd.runs.results import Run
+from kd.runs.table import COLUMNS, METRICS, Metric
 
-SCORES = (
-    ("val_top1_last", "val, last", ".2f"),
-    ("val_top1_best", "val, best", ".2f"),
-    ("test_top1", "test, last", ".2f"),
-    ("test_top1_best", "test, best", ".2f"),
-    ("test_top5", "test top-5", ".2f"),
-)
-
-
-CALIBRATION = (("test_nll", "NLL", ".4f"), ("test_ece", "ECE", ".2f"), ("agreement", "agreement", ".2f"))
-
-
-RUN_COLUMNS = (*SCORES, *CALIBRATION)
+SCORES = [METRICS[key] for key in ("val_top1_last", "val_top1_best", "test_top1", "test_top1_best", "test_top5")]
+CALIBRATION = [METRICS[key] for key in ("test_nll", "test_ece", "agreement")]
+SHOTS = [METRICS[key] for key in ("test_top1", "test_balanced_top1", *(f"test_top1_{name}" for name in SHOT_NAMES))]
 
 
 def accuracy_table(groups: list[Group]) -> Table:
     rows = external_teachers(groups)
     for group in groups:
-        cells = [group.cell(key, style) for key, _, style in SCORES]
+        cells = [group.cell(metric) for metric in SCORES]
         rows.append((group.label, group.model, group.count, *cells))
-    note = "Percent; mean ± standard deviation over seeds, of how many in brackets where not all have it; of several "
-    note += "runs of a seed, whose teachers differ in theirs, the mean. last: the last epoch's weights; best: those of "
-    note += "the epoch that was best on validation. The test set was read once, at each run's end; it chose nothing."
-    if any(group.elsewhere for group in groups):
-        note += " A teacher that is no run here: as its students' runs measured it."
-    return Table(("network", "model", "seeds", *(title for _, title, _ in SCORES)), rows, note, words=2)
+    note = "Percent; mean ± standard deviation over seeds (in brackets: how many seeds, if not all have it). If a seed "
+    note += "has several runs, whose teachers have several seeds, their mean counts. last: the last epoch's weights; "
+    note += "best: those of the epoch that was best on validation. The test set was read once, at each run's end; it "
+    note += "chose nothing."
+    if any(group.external_teacher for group in groups):
+        note += " A teacher that is not among these runs: as its students' runs measured it."
+    return Table(("network", "model", "seeds", *(metric.report for metric in SCORES)), rows, note, words=2)
 
 
 def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:
-    """Rows of the teachers that are no runs here, with the one number that is known of them."""
+    """Rows of the teachers that are not among these runs, with the one number known of them."""
     rows = {}
     for group in groups:
-        if group.elsewhere:
-            measured = group.values("teacher_test_top1")[:1]  # the same of every student: its network does not change
-            cells = {"test_top1": cell(measured, ".2f", 1, unread("test_top1", group.runs))}
-            scores = (cells.get(key, "") for key, _, _ in SCORES)
-            row = ("teacher, no run here", group.elsewhere, "", *scores)
-            rows[group.elsewhere] = row if measured else rows.get(group.elsewhere, row)
+        if group.external_teacher:
+            measured = group.values("teacher_test_top1")[:1]  # the same for every student: the teacher does not change
+            cells = {"test_top1": cell(measured, ".2f", 1, missing_cell("test_top1", group.runs))}
+            scores = (cells.get(metric.key, "") for metric in SCORES)
+            name = group.external_teacher
+            row = ("teacher, not among these runs", name, "", *scores)
+            rows[name] = row if measured else rows.get(name, row)
     return list(rows.values())
 
 
@@ -55,17 +49,19 @@ def cost_table(groups: list[Group], costs: Costs) -> Table:
         numbers = ("not measured",) * 3
         if cost:
             numbers = (f"{cost.macs / 1e6:.2f}M", f"{cost.bytes / 1e6:.2f} MB", f"{cost.milliseconds:.2f} ms")
-        scores = [group.cell(key, style) for key, _, style in CALIBRATION]
+        scores = [group.cell(metric) for metric in CALIBRATION]
         rows.append((group.label, group.model, f"{group.runs[0].summary['params']:,}", *numbers, *scores))
     note = "MACs: multiply-accumulates of convolutions and matrix products for one image. size: model.safetensors. "
-    note += f"latency: one image, median of repeated passes ({costs.where}). NLL in nats and ECE (percent, {BINS} "
-    note += "bins) on the test set; agreement: percent of its images on which the network and its teacher say the same."
-    titles = ("parameters", "MACs", "size", "latency", *(title for _, title, _ in CALIBRATION))
+    note += f"latency: one image, median of repeated passes ({costs.machine}). NLL in nats and ECE (percent, {BINS} "
+    note += (
+        "bins) on the test set; agreement: percent of its images on which network and teacher predict the same class."
+    )
+    titles = ("parameters", "MACs", "size", "latency", *(metric.report for metric in CALIBRATION))
     return Table(("network", "model", *titles), rows, note, words=2)
 
 
 def gain_table(groups: list[Group]) -> Table | None:
-    """Every method against every control, on the same seeds."""
+    """Every method minus every control, on the same seeds; None if there is no such pair."""
     rows, intervals = [], 0
     for group in groups:
         for control in group.controls:
@@ -77,7 +73,7 @@ def gain_table(groups: list[Group]) -> Table | None:
                 intervals += last.half is not None
     if not rows:
         return None
-    note = "Points of test accuracy, paired by seed; the interval is Student's t over seeds, 95%. It holds the noise "
+    note = "Points of test accuracy, paired by seed; the interval is Student's t over seeds, 95%. It covers the noise "
     note += "of training, not that of the choice of test images."
     if intervals > 1:
         note += f" Of {intervals} such intervals {0.05 * intervals:.1f} are expected to miss 0 by luck alone."
@@ -86,7 +82,7 @@ def gain_table(groups: list[Group]) -> Table | None:
 
 
 def format_verdicts(groups: list[Group]) -> Lines:
-    """The answer in words, one line a method."""
+    """One line for each method and control: what was gained, and whether that exceeds the noise."""
     lines = []
     for group in groups:
         if not group.distilled or not group.tested:
@@ -98,25 +94,31 @@ def format_verdicts(groups: list[Group]) -> Lines:
             else:
                 lines.append(f"{group.label} against {control.label}: {gain.mean:+.2f} points: {gain.words}.")
         if not any(control.kind == ALONE for control in group.controls):
-            lines.append(f"{group.label}: no student alone by the same recipe among these runs, so no gain is known.")
+            lines.append(
+                f"{group.label}: no student alone by the same recipe among these runs, so its gain is unknown."
+            )
     return Lines(tuple(lines) or ("No distilled student with a test result among these runs.",))
 
 
 def run_table(groups: list[Group]) -> Table:
-    """Every run by itself, as its summary.json has it."""
+    """Every run by itself, with the numbers of its summary.json."""
     rows = []
     for group in groups:
         for run in group.runs:
-            shown = [(run.summary.get(key), style, unread(key, [run])) for key, _, style in RUN_COLUMNS]
-            cells = [empty if value is None else f"{value:{style}}" for value, style, empty in shown]
+            cells = [_run_cell(run, metric) for metric in COLUMNS]
             best = run.summary["best_epoch"]
             rows.append((str(run.path), group.label, str(run.seed), "" if best is None else str(best), *cells))
-    head = ("run folder", "network", "seed", "best epoch", *(title for _, title, _ in RUN_COLUMNS))
+    head = ("run folder", "network", "seed", "best epoch", *(metric.report for metric in COLUMNS))
     return Table(head, rows, words=2, quiet=True)
 
 
+def _run_cell(run: Run, metric: Metric) -> str:
+    value = run.summary.get(metric.key)
+    return missing_cell(metric.key, [run]) if value is None else f"{value:{metric.style}}"
+
+
 def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[list[Block], list[str]]:
-    """All blocks on one set of images, and what could not be shown."""
+    """All blocks on one data set, and notes on what could not be shown."""
     gallery = Gallery(groups, costs, prefix)
     blocks: list[Block] = [
         Heading(2, f"On {name}"),
@@ -136,38 +138,24 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     return blocks, gallery.notes
 
 
-#: (kd.reporting.rare) The report's table of common and of rare classes, where training classes differ in size.
-
-
-SHOTS = (
-    ("test_top1", "test"),
-    ("test_balanced_top1", "balanced"),
-    ("test_top1_many", "many-shot"),
-    ("test_top1_medium", "medium-shot"),
-    ("test_top1_few", "few-shot"),
-)
-
-
 def rare_table(groups: list[Group]) -> Table | None:
+    """Accuracy on common and rare classes; None if no run's training classes differ in size."""
     groups = [group for group in groups if group.values("test_balanced_top1")]
     if not groups:
         return None
     rows = []
     for group in groups:
-        rows.append((group.label, group.model, group.count, *(group.cell(key, ".2f") for key, _ in SHOTS)))
-    sizes = dict.fromkeys(_sizes(run.summary.get("shots")) for group in groups for run in group.tested)
+        rows.append((group.label, group.model, group.count, *(group.cell(metric) for metric in SHOTS)))
+    sizes = dict.fromkeys(_class_sizes(run.summary.get("shots")) for group in groups for run in group.tested)
     note = "Percent of test images, last epoch's weights; balanced: the mean over classes. Classes by their number of "
     note += f"training images: {'; or '.join(filter(None, sizes))}."
-    return Table(("network", "model", "seeds", *(title for _, title in SHOTS)), rows, note, words=2)
+    return Table(("network", "model", "seeds", *(metric.title for metric in SHOTS)), rows, note, words=2)
 
 
-def _sizes(shots: object) -> str:
-    """'many 3 of 120 to 450, ...', or nothing where a summary does not say it."""
+def _class_sizes(shots: object) -> str:
+    """'many 3 of 120 to 450, ...'; "" if missing or malformed."""
     try:
         parts = [(name, part["classes"], part["smallest"], part["largest"]) for name, part in shots.items()]
         return ", ".join(f"{name} {int(n)} of {int(least)} to {int(most)}" for name, n, least, most in parts)
     except (AttributeError, KeyError, TypeError, ValueError):
         return ""
-
-
-#: (kd.reporting) What kd/report.py writes: runs found and grouped, statistics, tables, figures, the page.

@@ -18,6 +18,7 @@ from kd.data import Data
 from kd.data.sources import BUILT_IN
 from kd.errors import UserError, require
 from kd.runs import checkpoint
+from kd.runs.handover import announce
 from kd.runs.results import finished_summary, read_config, weights_sha256
 from kd.utils.files import write_json
 from kd.utils.processes import wait_for
@@ -92,6 +93,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str
     main = accelerator.is_main_process
     try:
         if main:
+            announce(job.role, run.path)
             require(
                 run.path.exists() or not job.run.resume,
                 f"--resume: {run.path} has no checkpoint; leave the flag out to start",

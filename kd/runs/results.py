@@ -68,18 +68,13 @@ def checked_summary(path: Path) -> dict:
     return summary
 
 
-def teachers_of(summary: dict) -> list[str]:
-    """The run folders or names of a student's teachers; summary.json has a string for one, a list for several."""
-    return _as_list(summary.get("teacher"))
+def teachers_of(summary: dict, key: str = "teacher") -> list[str]:
+    """The run folders or names of a summary's teachers, [] if it has none; with `key` "teacher_model" their models.
 
-
-def teacher_models_of(summary: dict) -> list[str]:
-    """The networks of a student's teachers, in the order of `teachers_of`."""
-    return _as_list(summary.get("teacher_model"))
-
-
-def _as_list(value: str | list[str] | None) -> list[str]:
-    return value if isinstance(value, list) else [value] if value else []
+    The file has a string for one teacher, a list for several, and null for none.
+    """
+    value = summary.get(key)
+    return list(value) if isinstance(value, list) else [value] if value else []
 
 
 def _check_summary(summary: dict) -> None:

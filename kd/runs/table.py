@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -12,17 +13,36 @@ from kd.metrics import images_noise
 from kd.runs.results import checked_summary, teachers_of
 from kd.utils.console import console
 
-COLUMNS = (
-    ("val_top1_last", "val", ".2f"),
-    ("val_top1_best", "best val", ".2f"),
-    ("test_top1", "test", ".2f"),
-    ("test_top1_best", "test@best", ".2f"),
-    ("test_top5", "test top-5", ".2f"),
-    ("test_nll", "NLL", ".4f"),
-    ("test_ece", "ECE", ".2f"),
-    ("agreement", "agreement", ".2f"),
-)
 
+class Metric(NamedTuple):
+    """A number of summary.json, and how tables show it."""
+
+    key: str
+    style: str  # its format
+    title: str  # in a run's own table, and in the report's table of rare classes
+    report: str = ""  # the report's title; "" if it has no column there
+    card: str = ""  # the model card's
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("val_top1_last", ".2f", "val", "val, last"),
+        Metric("val_top1_best", ".2f", "best val", "val, best"),
+        Metric("test_top1", ".2f", "test", "test, last", "top-1"),
+        Metric("test_top1_best", ".2f", "test@best", "test, best"),
+        Metric("test_top5", ".2f", "test top-5", "test top-5", "top-5"),
+        Metric("test_nll", ".4f", "NLL", "NLL", "NLL"),
+        Metric("test_ece", ".2f", "ECE", "ECE", "ECE"),
+        Metric("agreement", ".2f", "agreement", "agreement", "agreement with the teacher"),
+        # Only if the training classes differ in size.
+        Metric("test_balanced_top1", ".2f", "balanced"),
+        Metric("test_top1_many", ".2f", "many-shot"),
+        Metric("test_top1_medium", ".2f", "medium-shot"),
+        Metric("test_top1_few", ".2f", "few-shot"),
+    )
+}
+COLUMNS = tuple(metric for metric in METRICS.values() if metric.report)
 NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a terminal of 80 columns
 
 
@@ -35,7 +55,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
     rows = _rows(summary, control)
     control = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
-    wide.print(_table(rows, [column for column in COLUMNS if wide.width >= 110 or column[0] in NARROW]))
+    wide.print(_table(rows, [column for column in COLUMNS if wide.width >= 110 or column.key in NARROW]))
     if any(run["test_top1"] is None for run in (summary, control) if run):
         wide.print(Text("the test split was not read (--no-test)"))
     elif control is None and summary["method"] != "none":
@@ -70,7 +90,7 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
 
 def plain_table(summary: dict) -> tuple[list[str], list[list]]:
     """The same table as titles and rows of unrounded values, for W&B."""
-    keys = ("model", "params", *(key for key, _, _ in COLUMNS))
+    keys = ("model", "params", *(column.key for column in COLUMNS))
     rows = [[name, *(network.get(key) for key in keys)] for name, network in _rows(summary) if network is not None]
     return ["network", *keys], rows
 
@@ -98,18 +118,18 @@ def _read(folder: str) -> dict | None:
         return None
 
 
-def _table(rows: list[tuple[str, dict | None]], columns: list[tuple[str, str, str]]) -> Table:
+def _table(rows: list[tuple[str, dict | None]], columns: list[Metric]) -> Table:
     table = Table(title="percent, except NLL; weights of the last epoch, except for best val and test@best")
     table.add_column("network", no_wrap=True)
     table.add_column("model", overflow="fold")
     table.add_column("params", justify="right")
-    for _, title, _ in columns:
-        table.add_column(title, justify="right")
+    for column in columns:
+        table.add_column(column.title, justify="right")
     for name, summary in rows:
         if summary is None:
             table.add_row(name, "not measured", *[""] * (len(columns) + 1))
             continue
-        cells = [_cell(summary.get(key), style) for key, _, style in columns]
+        cells = [_cell(summary.get(column.key), column.style) for column in columns]
         table.add_row(Text(name), Text(summary["model"]), _count(summary["params"]), *cells)
     return table
 

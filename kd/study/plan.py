@@ -1,4 +1,4 @@
-"""What a study is to run: its command line, checked before anything starts, as the scripts' own commands."""
+"""A study's plan: its command line, checked before anything starts, as commands of distill_student.py."""
 
 import argparse
 import dataclasses
@@ -6,18 +6,16 @@ import itertools
 import os
 from pathlib import Path
 
-from kd.config import METHODS, DistillConfig
+from kd.config import METHODS
 from kd.config.cli import parse
-from kd.config.presets import PRESETS, distill_defaults, train_defaults
+from kd.config.presets import PRESETS, distill_defaults
 from kd.errors import nearest, require
 from kd.study.runner import Task, parse_launch_flags
 from kd.utils.system import cores
 
-GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views says otherwise: what one cache holds
+GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views is given: one cache stores them all
 
-
-SMOOTHING = "0.1"  # of the second control; the share that its paper uses (arXiv:1512.00567, section 7)
-
+SMOOTHING = "0.1"  # label smoothing of the second control: its paper's share (arXiv:1512.00567, section 7)
 
 STUDY_FLAGS = (
     "--seed",
@@ -33,7 +31,7 @@ STUDY_FLAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What was asked for, checked."""
+    """A study's command line, parsed and checked."""
 
     preset: str
     methods: tuple[str, ...]
@@ -42,72 +40,48 @@ class Study:
     grid: dict[str, tuple[str, ...]]
     launch: tuple[str, ...]  # flags of accelerate launch
     out: Path
-    rest: tuple[str, ...]  # common flags, passed on
+    rest: tuple[str, ...]  # common flags, passed on to every run
 
     def student(self, method: str, seed: int, *flags: str) -> Task:
-        """A run of distill_student.py; tyro and our own checks refuse a bad flag here, before anything starts."""
+        """A run of distill_student.py. Parsing its flags here refuses a bad one before anything starts."""
         args = [method, "--preset", self.preset, *self.rest, "--seed", str(seed)]
         args += ["--auto-resume", "--no-control", *flags]
         parse(distill_defaults, "", args)
-        shown = " ".join(flag for flag in flags if flag != "--no-test")
-        return Task(" ".join([method, shown, f"seed {seed}"]).replace("  ", " "), _script("distill_student.py"), args)
+        label = " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])
+        return Task(label, _script("distill_student.py"), args, needs_teacher=METHODS[method].needs_teacher)
 
-    def teacher(self) -> list[Task]:
-        """The recipe's teacher, in the folder where its students look for it; none if one is named or none is asked."""
-        config = parse(distill_defaults, "", ["--preset", self.preset, *self.rest])
-        if config.teachers or not any(METHODS[method].needs_teacher for method in self.methods):
-            return []
-        args = ["--preset", self.preset, *teacher_flags(config), "--auto-resume"]
-        return [Task(f"teacher seed {config.teacher_seed}", _script("train_teacher.py"), args)]
+    def students(self, method: str, flags: tuple[str, ...]) -> list[Task]:
+        """A method's runs with these flags, one a seed."""
+        return [self.student(method, seed, *flags) for seed in self.seeds]
 
     def controls(self) -> list[Task]:
-        smoothing = ("--label-smoothing", SMOOTHING)
-        return [self.student("none", seed, *flags) for flags in ((), smoothing) for seed in self.seeds]
+        """The student alone, without and with label smoothing."""
+        return [*self.students("none", ()), *self.students("none", ("--label-smoothing", SMOOTHING))]
 
     def lacks(self, method: str) -> list[str]:
-        """The grid's flags that a method does not have: with any of them it is not swept at all."""
-        return [name for name in self.grid if not _takes(method, {name: ()})]
+        """The grid's flags that a method does not have. If there is any, the method is not swept."""
+        return [name for name in self.grid if name not in _flags_of(method)]
 
     def settings(self, method: str) -> list[tuple[str, ...]]:
-        """The grid's flags for a method: one empty setting where it is not swept."""
+        """The grid's settings for a method, each as flags; one without flags if the method is not swept."""
         if not self.grid or self.lacks(method):
             return [()]
         flags = [[(f"--{name.replace('_', '-')}", value) for value in values] for name, values in self.grid.items()]
         return [tuple(itertools.chain(*setting)) for setting in itertools.product(*flags)]
 
 
-def teacher_flags(config: DistillConfig) -> list[str]:
-    """train_teacher.py's flags for the teacher that distill_student.py would train on the way."""
-    job, default = config.teacher_job(), train_defaults(config.preset)
-    flags = ["--model", job.model]
-    for part in ("data", "views", "fit", "run"):
-        ours, usual = getattr(job, part), getattr(default, part)
-        for entry in dataclasses.fields(ours):
-            value = getattr(ours, entry.name)
-            if value != getattr(usual, entry.name) and entry.name != "auto_resume":
-                flags += _flag({"source": "data", "count": "views"}.get(entry.name, entry.name), value)
-    return flags
-
-
-def _flag(name: str, value: object) -> list[str]:
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-
-
-def _takes(method: str, grid: dict) -> bool:
-    return set(grid) <= {entry.name for entry in dataclasses.fields(METHODS[method])}
+def _flags_of(method: str) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(METHODS[method])}
 
 
 def _script(name: str) -> Path:
     path = Path(__file__).resolve().parents[2] / name
-    require(path.exists(), f"{path} is not there: kd.study runs the scripts beside kd/, so work from the checkout")
+    require(path.exists(), f"{path}: no such file; kd.study runs the scripts beside kd/, so work from the checkout")
     return path
 
 
 def read_command_line(args: list[str] | None, description: str = "") -> Study:
-    """Raises UserError, or exits with 2, for what cannot be run."""
+    """Parse a study's flags. Raises UserError, or exits with 2, if they are wrong."""
     parser = argparse.ArgumentParser("python -m kd.study", description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--preset", default="report", choices=PRESETS, help="the recipe (default: report)")
@@ -118,7 +92,7 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     parser.add_argument("--launch", default="", help="flags for accelerate launch, in one string")
     parser.add_argument("--out", type=Path, default=Path("report"), help="the report and the logs (default: report)")
     given, rest = parser.parse_known_args(args)
-    rest = [_as_we_write_it(word) for word in rest]
+    rest = [_with_dashes(word) for word in rest]
     _check(given, rest)
     launch = parse_launch_flags(given.launch, given.jobs)
     if given.jobs > 1 and not any(word.startswith("--threads") for word in rest):
@@ -132,17 +106,17 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     return Study(given.preset, methods, seeds, given.jobs, grid, launch, given.out, tuple(rest))
 
 
-def _as_we_write_it(word: str) -> str:
-    """A flag's name with dashes: tyro takes --no_test for --no-test."""
+def _with_dashes(word: str) -> str:
+    """Write a flag's name with dashes: tyro takes --no_test for --no-test."""
     name, equals, value = word.partition("=")
     return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else word
 
 
 def _check(given: argparse.Namespace, rest: list[str]) -> None:
-    """Raises UserError for what the study's own flags cannot be, and for those that it sets itself."""
+    """Raises UserError for a wrong value of the study's own flags, and for flags that the study sets itself."""
     require(
         os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"),
-        "a launcher started kd.study in several processes: start it once, it launches processes itself, as many as"
+        "a launcher started kd.study in several processes: start it once; it launches processes itself, as many as"
         " --launch '--num_processes N' says",
     )
     for method in given.methods:
@@ -155,17 +129,37 @@ def _check(given: argparse.Namespace, rest: list[str]) -> None:
 
 
 def group_name(preset: str, rest: list[str]) -> str:
-    """What W&B groups the study's runs under."""
+    """The study's group on W&B."""
     config = parse(distill_defaults, "", ["--preset", preset, *rest])
     teacher = "+".join(Path(folder).name for folder in config.teacher) or config.teacher_model
     return f"study-{preset}-{teacher}-{config.student}"[:128]
 
 
 def cache_flags(preset: str, rest: list[str]) -> list[str]:
-    """What makes one teacher's cache serve a whole grid; the controls see the same views, so that they compare."""
+    """Flags with which all settings of a grid share one cache of the teacher's logits.
+
+    The controls get them too: they are comparable only if they see the same views.
+    """
     config = parse(distill_defaults, "", ["--preset", preset, *rest])
     views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, config.fit.epochs))]
     return views + ([] if config.cache.cache_teacher else ["--cache-teacher"])
+
+
+def read_grid(words: list[str], methods: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """--grid as flag -> values. Raises UserError if a word is malformed, or no method has all of these flags."""
+    grid = {}
+    for word in words:
+        name, _, values = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        require(name not in grid, f"--grid {word}: {name} is given twice; write all its values in one list")
+        grid[name] = tuple(value for value in values.split(",") if value)
+        require(all(grid.values()), f"--grid {word}: write FLAG=VALUE,VALUE, such as temperature=2,5,10")
+        different = len(set(map(_number, grid[name]))) == len(grid[name])
+        require(different, f"--grid {word}: has a value twice, which would be two trials of one run; give it once")
+    swept = any(grid.keys() <= _flags_of(method) for method in methods)
+    flags = set().union(*map(_flags_of, methods))
+    require(swept, f"--grid {' '.join(words)}: none of {', '.join(methods)} has these; {nearest('', flags)}")
+    return grid
 
 
 def _number(value: str) -> float | str:
@@ -174,19 +168,3 @@ def _number(value: str) -> float | str:
         return float(value)
     except ValueError:
         return value
-
-
-def read_grid(words: list[str], methods: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    grid = {}
-    for word in words:
-        name, _, values = word.partition("=")
-        name = name.removeprefix("--").replace("-", "_")
-        require(name not in grid, f"--grid {word}: {name} stands there twice; write all its values in one list")
-        grid[name] = tuple(value for value in values.split(",") if value)
-        require(all(grid.values()), f"--grid {word}: write FLAG=VALUE,VALUE, such as temperature=2,5,10")
-        different = len(set(map(_number, grid[name]))) == len(grid[name])
-        require(different, f"--grid {word}: holds a value twice, which would be two trials of one run")
-    fits = [method for method in methods if _takes(method, grid)]
-    there = {entry.name for method in methods for entry in dataclasses.fields(METHODS[method])}
-    require(bool(fits), f"--grid {' '.join(words)}: none of {', '.join(methods)} has these; {nearest('', there)}")
-    return grid

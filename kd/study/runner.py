@@ -1,4 +1,4 @@
-"""Running scripts one after another or side by side: their progress, their logs, and how each of them ended."""
+"""Run scripts one after another or side by side, with progress bars and logs, and record how each of them ended."""
 
 import argparse
 import os
@@ -10,28 +10,28 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kd.errors import Preempted, UserError, require
+from kd.runs.handover import FOLDERS_FILE, announced
 from kd.utils.console import console
 from kd.utils.system import StopRequests
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 
-
 POLL = 0.2  # seconds
 
-
-FOLDER = re.compile(r"^run folder: (.+)$", re.MULTILINE)  # what a script prints last
-
-
-EPOCH = re.compile(r" epoch (\d+)/(\d+) ")
+EPOCH = re.compile(r" epoch (\d+)/(\d+) ")  # for the bars: the last one in a log is how far its script is
 
 
 def parse_launch_flags(words: str, jobs: int) -> tuple[str, ...]:
-    """--launch as single words. Raises UserError where they are none, or want several processes for each of `jobs`."""
+    """Split --launch into flags.
+
+    Raises UserError if a shell could not split it, or if it wants several processes while `jobs` run side by side.
+    """
     try:
         launch = tuple(shlex.split(words))
     except ValueError as error:
@@ -39,12 +39,12 @@ def parse_launch_flags(words: str, jobs: int) -> tuple[str, ...]:
     parser = argparse.ArgumentParser("accelerate launch", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--config_file", "--config-file", type=Path)
-    told = parser.parse_known_args(launch)[0]
-    processes = told.num_processes
-    if told.config_file is not None:
-        require(told.config_file.is_file(), f"--launch {words}: {told.config_file}: no such file")
-        found = re.search(r"^num_processes:\s*(\d+)", told.config_file.read_text(errors="replace"), re.MULTILINE)
-        processes = processes or (int(found[1]) if found else None)
+    flags = parser.parse_known_args(launch)[0]
+    processes = flags.num_processes
+    if flags.config_file is not None:
+        require(flags.config_file.is_file(), f"--launch {words}: {flags.config_file}: no such file")
+        match = re.search(r"^num_processes:\s*(\d+)", flags.config_file.read_text(errors="replace"), re.MULTILINE)
+        processes = processes or (int(match[1]) if match else None)
     require(
         jobs == 1 or (processes or 1) == 1,
         f"--jobs {jobs}: each job gets one GPU, and --launch wants {processes} processes in it; leave --jobs out",
@@ -60,14 +60,19 @@ class Task:
     script: Path
     args: list[str]
     folder: Path | None = None  # once it has finished
-    failure: str = ""  # in words, once it has failed
+    failure: str = ""  # why it has failed, once it has
+    needs_teacher: bool = False
+    teachers: list[Path] = field(default_factory=list)  # finished runs of teachers that it trained, or found trained
 
 
 @dataclass
 class Running:
+    """A task's process."""
+
     task: Task
     process: subprocess.Popen
     log: Path
+    folders: Path  # the file that it announces its run folders in
     slot: int
     output: TextIO
     bar: int
@@ -75,19 +80,22 @@ class Running:
 
 
 class Runner:
-    """Runs tasks through `accelerate launch`, `jobs` at a time; within it SIGTERM and Ctrl-C stop them all.
+    """Runs tasks through `accelerate launch`, `jobs` at a time. Within it SIGTERM and Ctrl-C stop them all.
 
-    Each writes to a log of its own instead of a pipe, so that it outlives this process: killed and started again, the
-    study waits for what still runs, and takes it over.
+    Each task writes to its own log instead of a pipe, so that it outlives this process. If the study is killed and
+    started again, its tasks wait for the runs that still go on, and take over their results.
+
+    Once a task has failed to train its teacher, those not yet started that need one are not started.
     """
 
     def __init__(self, jobs: int, launch: tuple[str, ...], logs: Path, total: int):
         self.jobs, self.launch, self.logs = jobs, launch, logs
         self.done: list[Task] = []
         self._running: list[Running] = []
+        self._teacher_failure = ""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._whole = self._progress.add_task("runs of the study", total=total)
+        self._total_bar = self._progress.add_task("runs of the study", total=total)
         self._requests = StopRequests()
 
     def __enter__(self) -> "Runner":
@@ -95,6 +103,7 @@ class Runner:
             self.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.logs.parent} cannot be written ({error}); choose another") from error
+        self._announcements = TemporaryDirectory(prefix="kd-study-")
         self._requests.__enter__()
         self._progress.start()
         return self
@@ -105,28 +114,37 @@ class Runner:
             _stop(running.process)
             running.output.close()
         self._requests.__exit__()
+        self._announcements.cleanup()
 
     def run(self, tasks: list[Task]) -> None:
-        """Until each has finished or failed. Raises Preempted where the study was asked to stop."""
+        """Return once each task has finished or failed. Raises Preempted if the study was asked to stop."""
         waiting = list(tasks)
         while waiting or self._running:
             if self._requests.number:
                 message = f"{len(self.done)} runs are done, the others were asked to save; the same command goes on"
                 raise Preempted(self._requests.number, message)
             while waiting and len(self._running) < self.jobs:
-                self._start(waiting.pop(0))
-            time.sleep(POLL)
+                task = waiting.pop(0)
+                if task.needs_teacher and self._teacher_failure:
+                    self.skip([task], self._teacher_failure)
+                else:
+                    self._start(task)
+            if self._running:
+                time.sleep(POLL)
             for running in list(self._running):
-                self._look(running)
+                self._poll(running)
 
     def skip(self, tasks: list[Task], why: str) -> None:
+        """Count tasks that are not started as failed."""
         for task in tasks:
             task.failure = why
             self._report(task, "")
 
     def _start(self, task: Task) -> None:
         slot = min(set(range(self.jobs)) - {running.slot for running in self._running})
-        log = self.logs / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', task.label)}.log"
+        name = re.sub(r"[^A-Za-z0-9.=-]+", "_", task.label)
+        log = self.logs / f"{name}.log"
+        folders = Path(self._announcements.name, f"{len(self.done)}-{slot}")  # a new name: its slot was freed by a task
         command = [*LAUNCHER, *self.launch, str(task.script), *task.args]
         with open(log, "w", encoding="utf-8") as file:
             file.write(f"{shlex.join(command)}\n")
@@ -136,14 +154,19 @@ class Runner:
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=_environment(slot, self.jobs),
+                env={**os.environ, **_gpu_of(slot, self.jobs), FOLDERS_FILE: str(folders)},
                 start_new_session=True,
             )
         output = open(log, encoding="utf-8", errors="replace")  # noqa: SIM115  closed when the task has ended
         bar = self._progress.add_task(task.label, total=None)
-        self._running.append(Running(task, process, log, slot, output, bar))
+        self._running.append(Running(task, process, log, folders, slot, output, bar))
 
-    def _look(self, running: Running) -> None:
+    def _poll(self, running: Running) -> None:
+        """Move the task's bar; if its process has ended, record how."""
+        runs = announced(running.folders)
+        on_the_way = bool(runs) and runs[-1][0] == "teacher"
+        description = f"{running.task.label}: its teacher" if on_the_way else running.task.label
+        self._progress.update(running.bar, description=description)
         for done, epochs in EPOCH.findall(running.output.read()):
             self._progress.update(running.bar, completed=int(done), total=int(epochs))
         code = running.process.poll()
@@ -152,41 +175,54 @@ class Runner:
         self._running.remove(running)
         running.output.close()
         self._progress.remove_task(running.bar)
-        text = running.log.read_text(encoding="utf-8", errors="replace")
-        folders = FOLDER.findall(text)
-        if code == 0 and folders:
-            running.task.folder = Path(folders[-1])
-        else:
-            running.task.failure = f"{_last_words(text, code)} (log: {running.log})"
+        self._record(running, code)
         self._report(running.task, f" in {time.monotonic() - running.started:.0f} s")
+
+    def _record(self, running: Running, code: int) -> None:
+        """The task's folder, or its failure, and the teachers on the way."""
+        task, runs = running.task, announced(running.folders)
+        teachers = [folder for role, folder in runs if role == "teacher"]
+        task.teachers = [folder for folder in teachers if _is_finished(folder)]
+        if code == 0 and runs:
+            task.folder = runs[-1][1]
+            return
+        words = _last_words(running.log.read_text(encoding="utf-8", errors="replace"), code)
+        task.failure = f"{words} (log: {running.log})"
+        role, folder = runs[-1] if runs else ("", None)
+        if task.needs_teacher and role == "teacher" and not _is_finished(folder):
+            task.failure = f"its teacher {folder} failed: {task.failure}"
+            self._teacher_failure = f"not started: the teacher of {task.label} failed"
 
     def _report(self, task: Task, time_taken: str) -> None:
         self.done.append(task)
-        self._progress.update(self._whole, completed=len(self.done))
-        what = f"{task.label}: " + (f"failed: {task.failure}" if task.failure else f"{task.folder}{time_taken}")
-        self.say(what)
+        self._progress.update(self._total_bar, completed=len(self.done))
+        self.say(f"{task.label}: " + (f"failed: {task.failure}" if task.failure else f"{task.folder}{time_taken}"))
 
     def say(self, words: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
-def _environment(slot: int, jobs: int) -> dict[str, str]:
-    """Of several jobs at once each gets one GPU in turn, where there are several."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+def _is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def _gpu_of(slot: int, jobs: int) -> dict[str, str]:
+    """The environment that gives a job one GPU, in turn, if several jobs run at once and there are GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if jobs == 1:
-        return dict(os.environ)
-    if given is None:
+        return {}
+    if visible is None:
         import torch
 
         gpus = [str(number) for number in range(torch.cuda.device_count())]
     else:
-        gpus = [name for name in given.split(",") if name]
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else dict(os.environ)
+        gpus = [name for name in visible.split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ask launcher and script to stop; the script saves first, and holds its folder's lock until it has."""
+    """Ask launcher and script to stop; the script saves first, and keeps its folder locked until it has."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)
@@ -195,8 +231,8 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _last_words(text: str, code: int) -> str:
-    """Why it failed, from its log: our own message, else the last line that is not the launcher's."""
+    """Why a script failed, from its log: kd's own message, else the last line that is not the launcher's."""
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    ours = [line for line in lines if line.startswith(("error: ", "preempted: ", "interrupted: "))]
+    own = [line for line in lines if line.startswith(("error: ", "preempted: ", "interrupted: "))]
     others = [line for line in lines if "CalledProcessError" not in line]
-    return (ours or others or [f"exit code {code}"])[-1][:300]
+    return (own or others or [f"exit code {code}"])[-1][:300]

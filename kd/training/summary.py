@@ -7,6 +7,7 @@ from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.data import Data
 from kd.errors import require
+from kd.report import plots
 from kd.runs.checkpoint import State
 from kd.teachers.load import TeacherNetwork
 from kd.training.evaluate import score_test_split
@@ -94,28 +95,7 @@ def _model_info(job: Job, data: Data) -> dict:
     }
 
 
-#: (kd.curves) The report's Fig. 1 and 2: loss and accuracy over the epochs, training and validation.
-
-
-TRAINING, VALIDATION = "#1f6feb", "#d1495b"
-
-
 def draw_curves(history: list[dict], title: str, path: Path) -> None:
-    """One PNG of two panels; the validation lines are left out where there was no validation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    epochs = [line["epoch"] for line in history]
-    for place, (key, name) in enumerate((("loss", "loss"), ("top1", "top-1 accuracy (%)")), start=1):
-        axes = figure.add_subplot(1, 2, place, xlabel="epoch", ylabel=name)
-        marker = "o" if len(history) == 1 else None
-        axes.plot(epochs, [line[f"train/{key}"] for line in history], color=TRAINING, label="training", marker=marker)
-        if f"val/{key}" in history[0]:
-            values = [line[f"val/{key}"] for line in history]
-            axes.plot(epochs, values, color=VALIDATION, label="validation", marker=marker)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    canvas = FigureCanvasAgg(figure)
-    write_atomically(path, lambda partial: canvas.print_png(str(partial)))
+    """Loss and accuracy over the epochs, as the report draws them, of this run alone."""
+    png = plots.render(plots.CURVES, plots.draw_curves({title: [history]}))
+    write_atomically(path, lambda partial: partial.write_bytes(png))

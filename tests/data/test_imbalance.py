@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kd.config import DataConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults, train_defaults
+from kd.config.presets import distill_defaults
 from kd.data import Split, load_data
 from kd.data.cache import Arrays
 from kd.data.loader import balanced_order, epoch_order
@@ -21,7 +21,6 @@ from kd.metrics import rare_class_scores, shot_groups
 from kd.report.groups import by_data
 from kd.report.tables import rare_table
 from kd.runs.results import collect_runs
-from kd.study.plan import teacher_flags
 from kd.types import Batch, Mix
 from kd.utils import rng
 from tests.pairs import LABELS, batch_of, build, terms_of
@@ -219,6 +218,5 @@ def test_a_method_without_cross_entropy_refuses_balance():
 def test_a_study_hands_the_flags_to_teacher_and_students_alike():
     flags = ["--data", "synthetic", "--label", "kind", "--imbalance", "0.05", "--balance", "logit-adjust"]
     config = parse(distill_defaults, "", flags)
-    teacher = parse(train_defaults, "", teacher_flags(config)).job()
-    for job in (config.job(), config.teacher_job(), config.control_job(), teacher):
+    for job in (config.job(), config.teacher_job(), config.control_job()):
         assert (job.data.imbalance, job.data.label, job.fit.balance) == (0.05, "kind", "logit-adjust")

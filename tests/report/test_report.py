@@ -1,6 +1,7 @@
 """The report: its numbers are the summaries', nothing is dropped silently, and names cannot break it."""
 
 import html.parser
+import io
 import itertools
 import json
 import os
@@ -21,10 +22,11 @@ from kd import metrics
 from kd.errors import UserError, exit_code
 from kd.report import build, plots
 from kd.report.__main__ import main as report
-from kd.report.document import plain
+from kd.report.document import STYLE, plain
 from kd.report.groups import NOT_READ
-from kd.report.tables import CALIBRATION, RUN_COLUMNS, SCORES
+from kd.report.tables import CALIBRATION, SCORES
 from kd.runs.results import collect_runs
+from kd.runs.table import COLUMNS
 from kd.training.summary import UNTESTED
 from kd.utils.files import write_json, write_weights
 from tests import networks
@@ -99,7 +101,7 @@ def study(seeds=(0, 1, 2)) -> None:
 @pytest.fixture
 def no_figures(monkeypatch):
     """For tests that look at the tables: drawing is what takes the time."""
-    monkeypatch.setattr(plots, "render", lambda size, draw: (b"light", b"dark"))
+    monkeypatch.setattr(plots, "render", lambda size, draw: b"png")
 
 
 class Tables(html.parser.HTMLParser):
@@ -149,14 +151,14 @@ def test_every_number_is_the_summaries(no_figures):
     assert len(each) == 1 + 10
     for row in each[1:]:
         summary = json.loads((Path(row[0]) / "summary.json").read_text())
-        shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, _, style in RUN_COLUMNS]
+        shown = ["" if summary[key] is None else f"{summary[key]:{style}}" for key, style, *_ in COLUMNS]
         assert row[4:] == shown
     for row, cost, name in zip(accuracy[1:], costs[1:], ("teacher", "alone", "smooth", "kd"), strict=True):
         runs = [json.loads(path.read_text()) for path in sorted(Path("runs").glob(f"{name}*/summary.json"))]
         assert row[2] == str(len(runs))
-        assert row[3:] == [mean_cell([run[key] for run in runs], style) for key, _, style in SCORES]
+        assert row[3:] == [mean_cell([run[key] for run in runs], style) for key, style, *_ in SCORES]
         assert cost[2] == f"{runs[0]['params']:,}"
-        assert cost[6:] == [mean_cell([run[key] for run in runs], style) for key, _, style in CALIBRATION]
+        assert cost[6:] == [mean_cell([run[key] for run in runs], style) for key, style, *_ in CALIBRATION]
     last = lambda name: [json.loads(Path(f"runs/{name}{s}/summary.json").read_text())["test_top1"] for s in range(3)]  # noqa: E731
     for row, control in zip(gains[1:], ("alone", "smooth"), strict=True):
         each = np.subtract(last("kd"), last(control))
@@ -214,7 +216,7 @@ def test_a_cell_of_fewer_seeds_says_so(no_figures):
     assert accuracy[-1][5] == mean_cell([run["test_top1"] for run in kd], ".2f")
     assert accuracy[-1][5].endswith(" (2)")
     assert rare[-1][4] == "50.00 ± 0.00 (2)"
-    assert costs[-1][6:] == [mean_cell([run[key] for run in kd], style) for key, _, style in CALIBRATION]
+    assert costs[-1][6:] == [mean_cell([run[key] for run in kd], style) for key, style, *_ in CALIBRATION]
     smooth = next(row for row in costs if "smoothing" in row[0])
     assert smooth[6:] == [NOT_READ, NOT_READ, ""], "it has no teacher to agree with"
     untested = next(row for row in each if row[0] == "runs/kd1")
@@ -231,7 +233,7 @@ def test_a_teacher_from_elsewhere_has_its_row_and_name(no_figures):
     edit(path / "summary.json", teacher=["a/x", "b/y"], teacher_model=["resnet8", "timm/z"], teacher_test_top1=None)
     report(["runs"])
     page = Tables(Path("report/report.html").read_text())
-    outside = [row for row in page.tables[0] if row[0] == "teacher, no run here"]
+    outside = [row for row in page.tables[0] if row[0] == "teacher, not among these runs"]
     assert [re.sub(" [0-9a-f]{4}$", "", row[1]) for row in outside] == [
         "resnet20 from big.safetensors",
         "resnet8 from x and timm/z from y",
@@ -274,7 +276,7 @@ def test_a_class_without_test_images_is_no_gain_of_nothing(monkeypatch):
     bars = []
     monkeypatch.setattr("matplotlib.axes.Axes.barh", lambda axes, places, *args, **kw: bars.append(len(places)))
     report(["runs"])
-    assert bars == [4, 4], "for a light and for a dark page"
+    assert bars == [4]
     assert "gain of each class: 1 of 5 classes have no test images" in Path("report/report.md").read_text()
 
 
@@ -298,14 +300,39 @@ def test_figures_are_there_and_embedded(monkeypatch):
     names = ["class_gain", "confusion", "fig1_student", "fig2_teacher", "grid1", "pareto", "reliability"]
     assert sorted(path.stem for path in Path("report").glob("*.png")) == names
     page = Path("report/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * len(names), "for a light and for a dark page"
+    assert page.count("data:image/png;base64,") == len(names)
     assert not re.search(r"(?:src|href|srcset)=\"(?!data:)", page), "nothing is fetched from elsewhere"
     assert "What could not be shown" not in page
     costs = json.loads(Path("report/costs.json").read_text())["networks"]
     assert [cost[0] for cost in costs.values()] == [8 * 27 * 64 + 128 * len(CLASSES)]  # by hand: 3x3 conv, linear
-    monkeypatch.setattr(plots, "render", lambda size, draw: (b"light", b"dark"))
+    monkeypatch.setattr(plots, "render", lambda size, draw: b"png")
     report(["runs"])
     assert json.loads(Path("report/costs.json").read_text())["networks"] == costs, "measured once"
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's, of two colours written #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    darker, lighter = sorted(map(luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_one_picture_reads_on_light_and_on_dark_pages():
+    light, dark = re.findall(r"--paper: (#\w{6})", STYLE)
+    assert (light, dark) == ("#ffffff", "#0d1117")
+    for paper in (light, dark):
+        assert contrast(plots.INK, paper) > 4.2
+        assert min(contrast(colour, paper) for colour in plots.COLOURS) > 3
+    history = [{"epoch": epoch, "train/loss": 1.0, "train/top1": 9.0, "val/loss": 2.0} for epoch in (1, 2)]
+    png = plots.render((4.0, 3.0), plots.draw_curves({"one": [history]}))
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+    assert (pixels[0, 0, 3], pixels[..., 3].max()) == (0, 255), "no background, and ink"
+    assert (pixels[..., 3] == 0).mean() > 0.5
 
 
 def test_whatever_is_no_finished_run_is_listed(no_figures, capsys):
@@ -450,7 +477,7 @@ def test_what_the_user_did_wrong(args, words):
 
 def test_real_runs_are_read_without_the_test_set(no_figures, monkeypatch):
     distil("--out", "runs/report/student", "--control")
-    monkeypatch.setattr("kd.data.load_data", None)
+    monkeypatch.setattr("kd.data.dataset.find_source", None)  # what every load_data, by whatever name, calls first
     report(["runs", "--trust-code"])
     finished, others = collect_runs(["runs"])
     assert (len(finished), others) == (3, [])

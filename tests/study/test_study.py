@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.progress import Progress
 
 from kd.config import METHODS, DataConfig
-from kd.config.cli import parse
-from kd.config.presets import distill_defaults, train_defaults
 from kd.data import load_data
 from kd.errors import Preempted, UserError, require
+from kd.runs.handover import FOLDERS_FILE, announce, announced
 from kd.study import __main__ as study
 from kd.study import plan, runner
 from kd.study.runner import Runner, Task
@@ -26,32 +26,41 @@ from tests.conftest import ROOT
 from tests.report.test_report import edit, fake_run
 from tests.run_scripts import teach
 
-# Stands in for both scripts: notes what it was asked, and leaves the little that the study reads.
+# Stands in for distill_student.py: notes its arguments, trains no network, and leaves the little that the study reads.
 FAKE = """
 import json, os, pathlib, sys
-name, *args = sys.argv[0], *sys.argv[1:]
-log = pathlib.Path("calls.jsonl")
-with open(log, "a") as file:
-    file.write(json.dumps([pathlib.Path(name).name, *args]) + "\\n")
-print("something epoch 1/2  val/top1 3", flush=True)
+from kd.runs.handover import announce
+
+args = sys.argv[1:]
 text = " ".join(args)
-if os.environ.get("BREAKS", "nothing") in text:
-    print("error: it broke", file=sys.stderr)
-    sys.exit(2)
-folder = pathlib.Path("runs") / "".join(c if c.isalnum() else "_" for c in text.replace(" --no-test", ""))
-folder.mkdir(parents=True, exist_ok=True)
+with open("calls.jsonl", "a") as file:
+    file.write(json.dumps(args) + "\\n")
+
+
+def train(role, folder, top1=80, loss=2.0):
+    announce(role, folder)
+    print(f"{role} epoch 1/2  val/top1 3", flush=True)
+    if f"{role} {text}".startswith(os.environ.get("BREAKS", "nothing")):
+        sys.exit("error: it broke")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps({"val_top1_last": top1}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"val/loss": loss}))
+
+
+if text.startswith(os.environ.get("REFUSES", "nothing")):
+    sys.exit("error: refused")
+if args[0] in ("kd", "dkd") and not pathlib.Path("runs/teacher/summary.json").exists():
+    train("teacher", pathlib.Path("runs/teacher"))
 top1 = 90 - abs(float(args[args.index("--temperature") + 1]) - 5) if "--temperature" in args else 80
-(folder / "summary.json").write_text(json.dumps({"val_top1_last": top1}))
-(folder / "metrics.jsonl").write_text(json.dumps({"val/loss": 1.0 if "0.9" in args else 2.0}))
-print("run folder:", folder)
+name = "".join(c if c.isalnum() else "_" for c in text.replace(" --no-test", ""))
+train(args[0], pathlib.Path("runs") / name, top1, 1.0 if "0.9" in args else 2.0)
 """
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Run the stand-in directly instead of the scripts through the launcher."""
-    for name in ("distill_student.py", "train_teacher.py"):
-        Path(name).write_text(FAKE)
+    """Run the stand-in directly instead of the script through the launcher."""
+    Path("distill_student.py").write_text(FAKE)
     monkeypatch.setattr(plan, "_script", lambda name: Path(name))
     monkeypatch.setattr("kd.study.runner.LAUNCHER", (sys.executable,))
     monkeypatch.setattr(runner, "POLL", 0.01)
@@ -70,18 +79,17 @@ def test_everything_runs_once_with_equal_budgets(fake):
     done = study.run_study(asked("--seeds", "0", "1", "--epochs", "3", "--threads", "1"))
     assert not any(task.failure for task in done)
     common = "--epochs 3 --threads 1 --wandb-group study-digits-resnet20-resnet8"
+    run = lambda method, seed, *flags: " ".join((method, common, f"--seed {seed} --auto-resume --no-control", *flags))  # noqa: E731
     assert calls() == [
-        f"train_teacher.py --model resnet20 {common} --auto-resume",
-        *(f"distill_student.py none {common} --seed {seed} --auto-resume --no-control" for seed in (0, 1)),
-        *(
-            f"distill_student.py none {common} --seed {seed} --auto-resume --no-control --label-smoothing 0.1"
-            for seed in (0, 1)
-        ),
-        *(f"distill_student.py kd {common} --seed {seed} --auto-resume --no-control" for seed in (0, 1)),
+        run("kd", 0),
+        *(run("none", seed) for seed in (0, 1)),
+        *(run("none", seed, "--label-smoothing 0.1") for seed in (0, 1)),
+        run("kd", 1),
     ]
+    assert [task.teachers for task in done if "kd" in task.label] == [[Path("runs/teacher")], []]
 
 
-def test_methods_that_ask_no_teacher_have_none_trained(fake):
+def test_methods_without_a_teacher_have_none_trained(fake):
     done = study.run_study(asked("--seeds", "0", "--methods", "tfkd", "apprentice"))
     assert [task.label for task in done] == [
         f"{name} seed 0" for name in ("none", "none --label-smoothing 0.1", "tfkd", "apprentice")
@@ -99,23 +107,79 @@ def test_a_grid_picks_on_validation_and_only_the_picked_setting_is_tested(fake, 
     assert "picked --temperature 5 --alpha 0.9 on validation" in capsys.readouterr().out
 
 
-def test_a_failure_loses_only_itself(fake, monkeypatch):
-    monkeypatch.setenv("BREAKS", "--seed 1 ")
-    done = study.run_study(asked("--seeds", "0", "1", "2"))
-    failed = [task for task in done if task.failure]
-    assert [task.label for task in failed] == ["none seed 1", "none --label-smoothing 0.1 seed 1", "kd seed 1"]
-    assert all(task.failure.startswith("error: it broke (log: report/logs/") for task in failed)
-    assert len(done) == 10
+def failures(done: list[Task]) -> dict[str, str]:
+    return {task.label: task.failure.split(" (log")[0] for task in done if task.failure}
 
 
-def test_without_its_teacher_no_student_is_tried(fake, monkeypatch):
-    monkeypatch.setenv("BREAKS", "--model")
-    done = study.run_study(asked("--seeds", "0", "--grid", "alpha=0.1,0.2"))
-    assert [task.failure.split(" (")[0] for task in done if task.failure] == [
-        "error: it broke",
-        *["its teacher failed"] * 3,
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_a_failure_loses_only_itself(fake, monkeypatch, jobs):
+    monkeypatch.setenv("BREAKS", "kd kd")
+    done = study.run_study(asked("--seeds", "0", "1", "2", "--methods", "kd", "dkd", "--jobs", jobs))
+    assert failures(done) == dict.fromkeys([f"kd seed {seed}" for seed in range(3)], "error: it broke")
+    assert len(done) == 12
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_a_failed_teacher_is_reported_once_and_no_other_student_is_started(fake, monkeypatch, jobs):
+    monkeypatch.setenv("BREAKS", "teacher")
+    methods = ["--methods", "kd", "dkd", "tfkd"]
+    done = study.run_study(asked("--seeds", "0", "--jobs", jobs, *methods, "--grid", "alpha=0.1,0.2"))
+    skipped = "not started: the teacher of kd --alpha 0.1 seed 0 failed"
+    unpicked = "not started: no setting of the grid has a validation score to pick by"
+    assert [(task.label, task.failure.split(" (log")[0]) for task in done if task.failure] == [
+        ("kd --alpha 0.1 seed 0", "its teacher runs/teacher failed: error: it broke"),
+        ("kd --alpha 0.2 seed 0", skipped),
+        ("dkd --alpha 0.1 seed 0", skipped),
+        ("dkd --alpha 0.2 seed 0", skipped),
+        ("kd --alpha 0.1 seed 0", unpicked),
+        ("dkd --alpha 0.1 seed 0", unpicked),
     ]
-    assert len(calls()) == 3, "the teacher and the controls"
+    assert sorted(call.split()[0] for call in calls()) == ["kd", "none", "none", "tfkd", "tfkd", "tfkd"]
+    assert len(done) == 2 + 6 + 3
+
+
+def test_a_student_that_fails_before_its_teacher_leaves_it_to_the_next(fake, monkeypatch):
+    monkeypatch.setenv("REFUSES", "kd")
+    done = study.run_study(asked("--seeds", "0", "1", "--methods", "kd", "dkd"))
+    assert failures(done) == dict.fromkeys(["kd seed 0", "kd seed 1"], "error: refused")
+    assert [task.teachers for task in done if task.label == "dkd seed 0"] == [[Path("runs/teacher")]]
+
+
+def test_the_last_teacher_to_try_fails_the_rest(fake, monkeypatch):
+    monkeypatch.setenv("REFUSES", "kd")
+    monkeypatch.setenv("BREAKS", "teacher")
+    done = study.run_study(asked("--seeds", "0", "1", "--methods", "kd", "dkd"))
+    assert failures(done)["dkd seed 0"] == "its teacher runs/teacher failed: error: it broke"
+    assert failures(done)["dkd seed 1"] == "not started: the teacher of dkd seed 0 failed"
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_the_bars_count_every_run(fake, monkeypatch, jobs):
+    shown = []
+    update = Progress.update
+
+    def noted(self, bar, **fields):
+        update(self, bar, **fields)
+        shown.append((self.tasks[0].completed, self.tasks[0].total, fields.get("description")))
+
+    monkeypatch.setattr(Progress, "update", noted)
+    study.run_study(asked("--seeds", "0", "1", "--jobs", jobs, "--grid", "alpha=0.1,0.2"))
+    counts = [count for count, _, _ in shown]
+    assert counts == sorted(counts)
+    assert {total for _, total, _ in shown} == {counts[-1]} == {4 + 2 + 2}
+
+
+def test_folders_are_handed_over_whatever_their_names(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDERS_FILE, str(tmp_path / "folders"))
+    odd = Path(os.fsdecode(b"runs/\xff\nrun folder: x"))
+    announce("teacher", odd)
+    announce("kd", Path("runs/kd"))
+    with open(tmp_path / "folders", "a") as file:
+        file.write('["kd", "runs/ha')  # a process was killed here
+    assert announced(tmp_path / "folders") == [("teacher", odd), ("kd", Path("runs/kd"))]
+    assert announced(tmp_path / "gone") == []
+    monkeypatch.setenv(FOLDERS_FILE, str(tmp_path / "gone" / "folders"))
+    announce("kd", odd)  # its study is gone, and its folder with it: the run goes on
 
 
 def test_a_failed_run_is_in_the_report_and_the_exit_code(monkeypatch, capsys):
@@ -145,7 +209,7 @@ def test_row_49_a_strangers_code_is_not_run_by_the_report_either(fake, resnet8_r
 
 
 def test_the_teachers_of_finished_students_are_in_the_report(monkeypatch):
-    """A fine-tuned one is trained on the way, and no task of the study's."""
+    """They are trained on the way, and are no tasks of the study's."""
     fake_run("runs/head", "teacher", 0)
     student = fake_run("runs/kd", "kd", 0)
     edit(student / "summary.json", teacher="runs/head", teacher_model="resnet20", teacher_test_top1=50.0)
@@ -175,22 +239,6 @@ def test_asked_to_stop_it_stops_what_it_runs():
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ["--preset", "digits"],
-        ["--preset", "crd", "--data", "synthetic", "--classes", "5", "--teacher-seed", "3", "--lr", "0.1"],
-        ["--preset", "strong", "--no-flip", "--milestones", "0.3", "0.6", "--clip-norm", "1", "--no-nesterov"],
-        ["--teacher-model", "resnet56", "--mixed-precision", "bf16", "--wandb", "disabled", "--threads", "2"],
-    ],
-    ids=" ".join,
-)
-def test_the_teacher_is_the_one_that_the_students_look_for(flags):
-    wanted = parse(distill_defaults, "", flags)
-    args = ["--preset", wanted.preset, *plan.teacher_flags(wanted), "--auto-resume"]
-    assert parse(train_defaults, "", args).job() == wanted.teacher_job()
-
-
-@pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--methods", "kdd"], "no such method; did you mean kd"),
@@ -203,7 +251,7 @@ def test_the_teacher_is_the_one_that_the_students_look_for(flags):
         (["--grid", "temperature=0,1"], "--temperature 0"),
         (["--grid", "temperature=1,2", "--val-fraction", "0"], "picks on validation"),
         (["--epochs", "0"], "--epochs 0"),
-        (["--grid", "temperature=2,5", "temperature=7,8"], "temperature stands there twice"),
+        (["--grid", "temperature=2,5", "temperature=7,8"], "temperature is given twice"),
         (["--grid", "temperature=2,2.0,2"], "two trials of one run"),
         (["--out", "file"], "is a file"),
         (["--out", "file/x"], "choose another"),
@@ -346,9 +394,17 @@ def test_a_grid_of_nine_asks_its_teacher_once(monkeypatch):
     assert sum(number for number in asked if number > 2) == views * training + test + compared, "2 probe its shapes"
 
 
-def test_help_imports_no_torch():
-    code = "import sys; sys.argv = ['study', '--help']\nfrom kd.study import __main__ as study\ntry: study.main()\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules"
+def test_help_imports_no_torch_and_no_scipy():
+    code = """
+import sys
+from kd.runs.handover import FOLDERS_FILE, announce, announced
+from kd.study import __main__ as study
+try:
+    study.main(["--help"])
+except SystemExit:
+    print({"torch", "scipy"} & sys.modules.keys())
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "--grid" in done.stdout
+    assert done.stdout.endswith("set()\n")
