@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from kd.data import Data
+from kd.data.rows import iter_centre_crops
 from kd.errors import require
 from kd.export.card import CardContent, write_card
 from kd.export.deployed import open_pt2, rounds_activations, trace, write_pt2

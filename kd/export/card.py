@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from kd.export.source import RESULT_FLAGS
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
+from kd.runs.results import FLAG_PARTS
 from kd.runs.table import METRICS
 from kd.utils.files import write_atomically
 
@@ -123,7 +123,7 @@ def _protocol(config: dict) -> Table:
     flags = config["flags"]
     rows = [
         (part, ", ".join(f"{key} {value}" for key, value in flags[part].items()))
-        for part in RESULT_FLAGS
+        for part in FLAG_PARTS
         if part in flags
     ]
     rows += [("data's sha256", str(config["identity"]["data"]))]

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from kd.errors import UserError, require
+from kd.utils.console import one_line
 
 METADATA_KEY = "preprocessing"  # what describe() returns, as JSON in the file's metadata
 
@@ -32,7 +33,7 @@ class OnnxFile:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has a separate exception for each cause
-            short = " ".join(str(error).split())[:200]
+            short = one_line(error)
             raise UserError(f"{path}: cannot be opened ({short}); give a file that kd.export wrote") from error
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         require(text is not None, f"{path}: has no preprocessing metadata; give a file that kd.export wrote")

@@ -15,10 +15,9 @@ from kd.models import LIBRARIES
 from kd.models.pretrained import PICKLED
 from kd.report.groups import ALONE, group_runs
 from kd.runs.load import load_network
-from kd.runs.results import checked_summary, collect_runs
-from kd.utils.files import read_json, write_json
+from kd.runs.results import checked_summary, collect_runs, named_paths, read_config
+from kd.utils.files import write_json
 
-RESULT_FLAGS = ("data", "views", "fit", "method", "compress")  # the groups of flags that shape a result
 WEIGHT_SUFFIXES = (*PICKLED, ".safetensors")
 
 
@@ -33,36 +32,13 @@ class ExportedRun(NamedTuple):
 def read_source(folder: Path, trust_code: bool) -> ExportedRun:
     """Raises UserError if the folder is no finished run, or its network is untrusted code."""
     trained = load_network(folder, trust_code)
-    summary, config = checked_summary(folder / "summary.json"), read_json(folder / "config.json")
-    require(
-        _is_run_config(config),
-        f"{folder / 'config.json'}: is not a run's configuration; copy the whole run folder again",
-    )
+    summary, config = checked_summary(folder / "summary.json"), read_config(folder)
     init = summary.get("init")
     require(
         init is None or isinstance(init, str),
         f"{folder / 'summary.json'}: init is {init!r}, not a name; copy the whole run folder again",
     )
     return ExportedRun(folder, Deployed(trained.network, trained.info), trained.info, summary, config)
-
-
-def _is_run_config(config: dict) -> bool:
-    """Whether everything that an export reads from a config.json has the type that a run writes."""
-    flags, identity, optional = config.get("flags"), config.get("identity"), ("versions", "data")
-    if not isinstance(flags, dict) or not isinstance(identity, dict):
-        return False
-    parts = [flags.get("run"), flags.get("data"), *(flags[part] for part in RESULT_FLAGS if part in flags)]
-    parts += [flags.get("origin") or {}, *(config.get(part, {}) for part in optional)]
-    if not all(isinstance(part, dict) for part in parts):
-        return False
-    texts = [flags["data"].get("source"), identity.get("data")]
-    texts += [part.get(key) or "" for part, key in _network_names(flags)]
-    return all(isinstance(text, str) for text in texts)
-
-
-def _network_names(flags: dict) -> list[tuple[dict, str]]:
-    """The flags that may hold a local path, except the data's, as (dict, key)."""
-    return [(flags.get("compress", {}), "init"), (flags.get("origin") or {}, "source")]
 
 
 def read_data(source: ExportedRun, moved_to: str | None) -> Data:
@@ -96,7 +72,7 @@ def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:
     summary, config = json.loads(json.dumps([source.summary, source.config]))
     flags = config["flags"]
     flags["run"]["out"] = None
-    names = [(summary, "teacher"), (summary, "control"), (summary, "init"), *_network_names(flags)]
+    names = [(summary, "teacher"), (summary, "control"), (summary, "init"), *named_paths(flags)]
     names += [(member, "folder") for member in summary.get("teachers", [])]
     for part, key in names:
         if part.get(key):

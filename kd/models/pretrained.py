@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kd.config import Origin
 from kd.errors import UserError, require
 from kd.models import LIBRARIES, build_model, check_name, libraries
+from kd.utils.console import one_line
 from kd.utils.files import not_finite, read_json, read_weights, without_prefixes
 
 NEW_HEAD_ADVICE = "--fine-tune-teacher trains a new last layer for them"
@@ -152,7 +153,7 @@ def _from_timm(name: str, short: str) -> Pretrained:
 
 
 def _unreachable(name: str, error: Exception, remedy: str) -> str:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+    reason = one_line(error, 150)
     return (
         f"--teacher {name}: cannot fetch its pretrained weights ({reason}); check the network, {remedy}, or name a file"
         " of weights (--teacher FILE --teacher-model NAME)"
@@ -202,7 +203,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path}: contains more than tensors, which is never executed, or cannot be read"
-            f" ({' '.join(str(error).split())[:120]}); save its state_dict() alone, best as safetensors"
+            f" ({one_line(error, 120)}); save its state_dict() alone, best as safetensors"
         ) from error
     for key in NESTED:
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content

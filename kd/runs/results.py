@@ -110,18 +110,17 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     config = read_json(path)
     identity, flags = config.get("identity"), config.get("flags")
-    require(isinstance(identity, dict), f"{path} has no identity of a run")
-    texts = all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
-    require(texts and isinstance(identity.get("classes"), int | None), f"{path} has no identity of a run")
-    require(isinstance(flags, dict) and _are_flags(flags), f"{path} has no flags of a run")
-    parts = all(isinstance(config.get(key, {}), dict) for key in ("versions", "data"))
-    require(parts, f"{path} has no versions or data of a run")
+    valid = isinstance(identity, dict) and isinstance(identity.get("classes"), int | None)
+    valid = valid and all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
+    valid = valid and isinstance(flags, dict) and _are_flags(flags)
+    valid = valid and all(isinstance(config.get(key, {}), dict) for key in ("versions", "data"))
+    require(valid, f"{path}: is not a run's configuration; copy the whole run folder again")
     return config
 
 
 def _are_flags(flags: dict) -> bool:
     """Whether config.json's flags have the parts and the names that a job has."""
-    parts = [flags.get("method"), flags.get("data"), flags.get("run", {}), flags.get("origin") or {}]
+    parts = [flags.get("method"), flags.get("data"), flags.get("run"), flags.get("origin") or {}]
     parts += [flags[part] for part in FLAG_PARTS if part in flags]
     if not all(isinstance(part, dict) for part in parts):
         return False

@@ -21,6 +21,7 @@ from kd.errors import UserError, exit_code, require
 from kd.report.document import Block, Figure, Heading, Table
 from kd.study.plan import Study, read_command_line
 from kd.study.runner import Runner, Task
+from kd.utils.console import one_line
 
 
 def pick_setting(tasks: list[Task]) -> int:
@@ -144,7 +145,7 @@ def main(args: list[str] | None = None) -> list[Task]:
 
 def track_report(blocks: list[Block], out: Path, config: RunConfig) -> None:
     """Log the report's tables, figures and page as one more run of the study's group, of job type `study`."""
-    from kd.training.tracking import _line, start_wandb, wandb_mode  # imports torch
+    from kd.training.tracking import start_wandb, wandb_mode  # imports torch
 
     if (mode := wandb_mode(config.wandb)) == "disabled":
         return
@@ -156,7 +157,7 @@ def track_report(blocks: list[Block], out: Path, config: RunConfig) -> None:
         run.log(_wandb_media(blocks, out))
         run.finish()
     except Exception as error:  # whatever W&B raises, the study goes on
-        print(f"W&B failed to keep the report ({_line(error)}); it is in {out}", flush=True)
+        print(f"W&B failed to keep the report ({one_line(error)}); it is in {out}", flush=True)
 
 
 def _wandb_media(blocks: list[Block], out: Path) -> dict:

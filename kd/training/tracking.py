@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from kd.config import Job
 from kd.runs.folder import RunFolder
 from kd.runs.table import plain_table
+from kd.utils.console import one_line
 from kd.utils.files import write_atomically
 
 
@@ -84,7 +85,7 @@ class Tracker:
             work()
         except Exception as error:  # W&B may raise anything
             self._wandb = None
-            print(f"W&B failed to {what} ({_line(error)}); the run continues without it", flush=True)
+            print(f"W&B failed to {what} ({one_line(error)}); the run continues without it", flush=True)
 
 
 def start_wandb(project: str, mode: str, options: dict):
@@ -99,13 +100,9 @@ def start_wandb(project: str, mode: str, options: dict):
         except Exception as error:
             if attempt == "offline":
                 raise
-            print(f"W&B: {_line(error)}; the run is stored offline", flush=True)
+            print(f"W&B: {one_line(error)}; the run is stored offline", flush=True)
     print(f"W&B: {run.dir if run.offline else run.url}", flush=True)
     return run
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def wandb_mode(asked: str) -> str:

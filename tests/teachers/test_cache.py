@@ -244,8 +244,8 @@ def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch)
 def test_row_19_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):
     opened()
     folder = cache_folder().resolve()
-    holder = f"import time; from kd.utils.system import Lock; from pathlib import Path; lock = Lock(Path({str(folder / 'lock')!r}));"
-    holder += " lock.acquire(); print('held', flush=True); time.sleep(2)"
+    holder = "import time; from pathlib import Path; from kd.utils.system import Lock; "
+    holder += f"lock = Lock(Path({str(folder / 'lock')!r})); lock.acquire(); print('held', flush=True); time.sleep(2)"
     process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
