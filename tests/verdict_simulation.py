@@ -4,8 +4,8 @@
     python -m tests.verdict_simulation --draws 100
 
 A network is right about an image if mean + seed + image + rest exceeds 0, all normal; a part of the image's effect is
-the same for all networks, another for all seeds of a method. So two networks agree more than chance, as real ones do. The
-noise of seeds is a multiple of the noise that the test images add to the difference of one pair of networks.
+the same for all networks, another for all seeds of a method. So two networks agree more than chance, as real ones do.
+The noise of seeds is a multiple of the noise that the test images add to the difference of one pair of networks.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def count_families(methods: int, seeds: int, images: int, ratio: float, draws: i
 
 
 def found_gains(seeds: int, images: int, times: float, draws: int) -> float:
-    """Percent of the draws with a verdict of a true gain of `times` the images' noise; the seeds' noise is half that noise."""
+    """Percent of the draws with a verdict; the true gain is `times` the images' noise, the seeds' noise half of it."""
     kind = NETWORKS[1]
     gain = times * math.sqrt((1 - agreement(kind)) / images) / stats.norm.pdf(stats.norm.ppf(kind.accuracy))
     rng, deviation = np.random.default_rng([seeds, images]), seed_noise(kind, images, 0.5)
