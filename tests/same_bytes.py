@@ -33,13 +33,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from kd.config import METHODS
+from kd.runs.checkpoint import steps
 from tests.conftest import ROOT
 from tests.data.test_workers import images
 from tests.run_scripts import CLOCK
 
 CONSOLE = Console()
 PATIENCE = 300.0  # seconds that a command may take
-SHOWN = 8  # differences of one command
+SHOWN, SHOWN_OF_FILE = 12, 2  # lines on one command, and on one of its files
 
 LEFT_OUT = {
     *(*CLOCK, "timing", "latency_ms"),
@@ -115,18 +116,19 @@ def run(line: str, output: str = LOG) -> Step:
 
 
 def stop(line: str, number: int, at: int) -> Step:
-    """Send a signal as soon as the run has a checkpoint of step `at`, in the middle of an epoch."""
+    """Send a signal as soon as the run has saved step `at`, in the middle of an epoch."""
 
     def step(side: Side, folder: Path) -> None:
-        process, begun = start(side, folder, line, LOG), time.monotonic()
-        checkpoint = folder / "run" / "checkpoint" / f"step-{at}"
-        while process.poll() is None and not checkpoint.exists() and time.monotonic() - begun < PATIENCE:
+        process, deadline = start(side, folder, line, LOG), time.monotonic() + PATIENCE
+        while max(steps(folder / "run" / "checkpoint"), default=0) < at:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                finish(process, folder, line)
+                break
             time.sleep(0.002)
         process.send_signal(number)
         process.wait()
-        if not checkpoint.exists():
-            finish(process, folder, line)
-        if not checkpoint.parent.exists() or (folder / "run" / "summary.json").exists():
+        if (folder / "run" / "summary.json").exists():
             raise Failed(f"ended before the signal: {line}")
 
     return step
@@ -144,7 +146,7 @@ FILES += " --image-size 16 --stored-size 20 --workers 1"
 STUDENT = f"{{checkout}}/distill_student.py {SMALL} --student resnet8"
 TAUGHT = f"{STUDENT} --teacher ../train/run"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2"
-SAVING = f"{TAUGHT} --epochs 6 --out run --save-every 3"  # long enough to be met in its first half
+SAVING = f"{TAUGHT} --epochs 6 --out run --save-every 3"  # long enough for the signal to come before its end
 CACHED = f"{SAVING} --views 2 --cache-teacher --cache-dtype float32"
 OPTIONS = {"crd": "--negatives 16", "dkd": "--ramp-epochs 2"}
 STUDY = "--batch-size 100 --epochs 1 --threads 1 --wandb disabled"
@@ -153,10 +155,7 @@ COMMANDS = {
     "control": Command((run(f"{STUDENT} --teacher-model resnet8 kd --temperature 4 --control"),)),
     "cached": Command((run(f"{TAUGHT} --views 2 --cache-teacher --cache-top-k 3 dkd"),), ("train",)),
     "methods": Command(tuple(run(f"{TAUGHT} {name} {OPTIONS.get(name, '')}") for name in METHODS), ("train",)),
-    "killed": Command(
-        (stop(f"{SAVING} vid", signal.SIGKILL, at=3), run(f"{SAVING} --resume vid")),
-        ("train",),
-    ),
+    "killed": Command((stop(f"{SAVING} vid", signal.SIGKILL, at=3), run(f"{SAVING} --resume vid")), ("train",)),
     "stopped": Command(
         (stop(f"{CACHED} dist", signal.SIGTERM, at=3), copy(".", "../interrupted"), run(f"{CACHED} --resume dist")),
         ("train",),
@@ -198,7 +197,7 @@ def _read_lines(path: Path) -> list:
 
 
 def _read_tensors(path: Path) -> dict[str, str]:
-    tensors = sorted(load_safetensors(path.read_bytes()).items())  # it gives them in any order
+    tensors = sorted(load_safetensors(path.read_bytes()).items())  # read in any order
     return {name: f"{array.dtype}{list(array.shape)} {_short(array.tobytes())}" for name, array in tensors}
 
 
@@ -224,12 +223,15 @@ READERS = {
 
 
 def compare_folders(one: Path, other: Path) -> list[str]:
-    """Every difference between two folders, a line each: files that only one has, bytes, values."""
+    """The differences between two folders, a line each: files that only one has, bytes, values."""
     before, now = _results(one), _results(other)
     found = [f"{path}: only before" for path in sorted(before - now)]
     found += [f"{path}: only now" for path in sorted(now - before)]
     for path in sorted(before & now):
-        found += [f"{path}: {text}" for text in compare_files(one / path, other / path)]
+        texts = compare_files(one / path, other / path)
+        found += [f"{path}: {text}" for text in texts[:SHOWN_OF_FILE]]
+        if len(texts) > SHOWN_OF_FILE:
+            found.append(f"{path}: {len(texts) - SHOWN_OF_FILE} more differences")
     return found
 
 
@@ -276,9 +278,8 @@ def compare_values(before: object, now: object, where: str = "") -> Iterator[str
 
 
 def _first_byte(before: bytes, now: bytes) -> str:
-    at = next(
-        (number for number, pair in enumerate(zip(before, now)) if pair[0] != pair[1]), min(len(before), len(now))
-    )
+    shorter = min(len(before), len(now))
+    at = next((number for number in range(shorter) if before[number] != now[number]), shorter)
     return f"byte {at} differs ({len(before)} bytes before, {len(now)} now)"
 
 
@@ -315,7 +316,7 @@ def run_command(name: str, side: Side) -> str:
     try:
         for step in COMMANDS[name].steps:
             step(side, folder)
-    except Failed as failure:
+    except (Failed, OSError) as failure:  # an OSError: what a failed command before it has not left
         return str(failure)
     return ""
 
@@ -330,8 +331,8 @@ def compare_versions(names: list[str], sides: list[Side]) -> list[str]:
             failures = list(pool.map(lambda side, name=name: run_command(name, side), sides))
             found = [f"{when}: {text}" for text, when in zip(failures, ("before", "now")) if text]
             found = found or compare_folders(*(side.work / name for side in sides))
-            words = f"{len(found)} differences" if found else "equal"
-            _say(f"{name:9} {'failed' if any(failures) else words} ({time.monotonic() - begun:.0f} s)")
+            result = "failed" if any(failures) else "differs" if found else "equal"
+            _say(f"{name:9} {result} ({time.monotonic() - begun:.0f} s)")
             wrong += [name] * bool(found)
             for text in found[:SHOWN]:
                 _say(f"    {text}")
@@ -357,8 +358,11 @@ def main(args: list[str] | None = None) -> int:
     sides = [Side(base / "checkout", base / "before"), Side(ROOT, base / "now")]
     images(base / "images", (("train", 60), ("test", 12)))  # one for both: a file's path and time tell kd its version
     with worktree(given.commit, base / "checkout"):
-        for side in sides:
-            check_import(side)
+        try:
+            for side in sides:
+                check_import(side)
+        except Failed as failure:
+            parser.error(str(failure))
         wrong = compare_versions(with_needs(given.only), sides)
     if wrong:
         _say(f"not equal to {given.commit}: {', '.join(wrong)}; folders: {base}")

@@ -103,6 +103,13 @@ def test_another_order_of_keys_and_another_type_are_reported():
     assert compare() == ["finished/summary.json: epochs 2 before, 2.0 now"]
 
 
+def test_many_differences_in_one_file_take_three_lines():
+    for key in ("test_top1", "test_top5", "test_nll", "epochs"):
+        edit("finished/summary.json", key, value=12345)
+    assert len(found := compare()) == 3
+    assert found[-1] == "finished/summary.json: 2 more differences"
+
+
 def test_names_are_compared():
     Path("now/finished/best.safetensors").unlink()
     Path(f"now/{KEPT}").rename("now/runs/cache/teacher-000000000000")
