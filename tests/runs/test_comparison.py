@@ -261,8 +261,8 @@ def test_many_equal_methods_have_hardly_any_verdict():
 @pytest.mark.slow
 def test_the_whole_simulation():
     for seeds in simulation.SEEDS[1:]:
-        found = simulation.worst(seeds, 359, draws=1000)
-        assert max(found.by_image, found.by_accuracy) < 7.2, "5% and three deviations of 1,000 draws"
+        found = simulation.worst(seeds, 359, draws=300)
+        assert max(found.by_image, found.by_accuracy) < 8.8, "5% and three deviations of 300 draws"
 
 
 def test_the_table_of_one_run_says_what_one_seed_can(runs):
