@@ -108,7 +108,7 @@ def _verdict_line(comparison: Comparison) -> str:
     numbers = f"{found.mean:+.2f} points"
     if found.interval:
         corrected = f", {format_p(comparison.corrected)} corrected for {comparison.number} comparisons"
-        numbers += f" ({found.interval}; p = {format_p(found.p)}{corrected * (comparison.number > 1)})"
+        numbers += f" ({found.interval}; p {format_p(found.p, '= ')}{corrected * (comparison.number > 1)})"
     return f"{comparison.name}: {numbers}: {comparison.verdict}."
 
 

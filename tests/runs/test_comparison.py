@@ -158,6 +158,8 @@ def test_the_verdict_follows_the_corrected_p():
     assert found.verdict() == "helped, beyond the noise of seeds and test images"
     assert found.verdict(0.049, 9) == found.verdict()
     assert found.verdict(0.3, 9) == f"no verdict: p = {found.p:.3f} alone is 0.300 among 9 comparisons"
+    sure = Difference([0, 1, 2, 3, 4], 40.0, 0.5, 0.1)
+    assert sure.verdict(0.2, 999) == "no verdict: p <0.001 alone is 0.200 among 999 comparisons"
     one = Difference([0], 4.0, None, 2.0)
     assert one.verdict(0.04, 9).endswith("beyond the test images' noise of ±2.77")
     assert one.verdict(0.3, 9).endswith("; no verdict: p = 0.005 alone is 0.300 among 9 comparisons")
