@@ -143,7 +143,10 @@ def _read_state(run: RunFolder, job: Job) -> None:
     run.summary = finished_summary(path, job.run.test)
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
     if run.summary is None and finished_summary(path) is not None:  # trained, and only the test split is unread
-        require(run.resuming, f"{path} never read the test split and has no checkpoint left to do it from; remove it")
+        require(
+            run.resuming,
+            f"{path} never read the test split and has no checkpoint to score from; remove the folder and train again",
+        )
     elif run.summary is None:
         require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
         require(
@@ -172,7 +175,7 @@ def _check_same(path: Path, existing: dict, wanted: dict) -> None:
     ]
     require(
         not differences,
-        f"{path} has another run ({'; '.join(differences)}); choose another --out, or the same flags",
+        f"{path} has another run ({'; '.join(differences)}); choose another --out, or use the flags of that run",
     )
 
 

@@ -137,7 +137,7 @@ def read_model(folder: Path) -> tuple[dict, dict]:
     """A finished run's model.json and summary.json. Raises UserError if the folder has no finished run."""
     require(folder.is_dir(), f"{folder}: no such run folder")
     summary = finished_summary(folder)
-    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
+    require(summary is not None, f"{folder} has no finished run; finish it with --resume")
     require(isinstance(summary.get("model"), str), f"{folder / 'summary.json'} names no model")
     info = read_json(folder / "model.json")
     _check_model(folder / "model.json", info)
@@ -211,7 +211,7 @@ class Run:
 
 
 class Other(NamedTuple):
-    """A folder that was named and has no finished run."""
+    """A folder that was named and is not counted, since it has no finished run."""
 
     path: str
     state: str

@@ -49,7 +49,7 @@ NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a
 def show_results(student: Path, control: Path | None = None) -> None:
     """Print a finished run's table: teacher, student alone and student, as far as they exist.
 
-    `control`: the run of the student alone, if this run was finished before it.
+    `control`: the run of the student alone; needed only if it was trained after this run.
     """
     summary = checked_summary(student / "summary.json")
     rows = _rows(summary, control)
@@ -77,8 +77,8 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
     teachers = [_read(folder) for folder in teachers_of(summary)]
     agreement = {member["folder"]: member["agreement"] for member in summary.get("teachers", [])}
     for folder, teacher in zip(teachers_of(summary), teachers, strict=True):
-        if teacher and folder in agreement:
-            teacher["agreement"] = agreement[folder]
+        if teacher:  # not its own agreement with a teacher that it was distilled from
+            teacher["agreement"] = agreement.get(folder)
     if teachers and not agreement and not any(teachers):
         teachers = [_external_teacher(summary)]
     rows = [("teacher", teacher) for teacher in teachers]
@@ -152,4 +152,4 @@ def format_verdict(student: dict, control: dict) -> str:
     words = f"distilled against alone: {counted}, one seed; the test set's own noise is ±{noise:.2f}."
     if abs(gain) <= noise:
         return f"{words} Smaller than that noise: no gain or loss was shown."
-    return f"{words} Distillation {'helped' if gain > 0 else 'hurt'} here; how much seeds vary is not in this number."
+    return f"{words} Distillation {'helped' if gain > 0 else 'hurt'} here; this does not include the variation between seeds."

@@ -34,7 +34,7 @@ from kd.utils.processes import wait_for
 from kd.utils.system import Lock, StopRequests
 
 ROOT = Path("runs/cache")
-PROBES = 16  # fewest rows of a batch: with 12 or more a CPU gives the same bits whatever the batch
+MIN_BATCH = 16  # fewest rows of a batch: with 12 or more a CPU gives the same bits whatever the batch
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; float16 has 11 bits
 
 
@@ -91,7 +91,7 @@ class LogitStore:
         write_json(self.folder / "manifest.json", {"identity": self.identity, "blocks": blocks})
 
     def block(self, view: int) -> dict[str, str]:
-        """The sha256 of a view's part of each file."""
+        """The sha256s of a view's block in each file."""
         return {name: hashlib.sha256(self.open(name, "r")[view]).hexdigest() for name in self.shapes}
 
     def check(self) -> None:
@@ -168,7 +168,7 @@ def cached_logits(
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder, accelerator)
     try:
-        share = max(job.fit.batch_size // accelerator.num_processes, PROBES)
+        share = max(job.fit.batch_size // accelerator.num_processes, MIN_BATCH)
         _build(store, images, query, accelerator, share)
         store.check()
         _compare(store, images, query, accelerator, share)

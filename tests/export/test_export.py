@@ -248,7 +248,7 @@ def test_an_unfinished_run_and_one_without_test_results_are_refused(run):
     with pytest.raises(UserError, match="--no-test, and the table would read the test set"):
         main([str(run), "--formats", "safetensors"])
     (run / "summary.json").unlink()
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="has no finished run"):
         main([str(run)])
     assert not (run / "export").exists()
 

@@ -48,7 +48,9 @@ def test_row_27_weights_that_overflow_are_not_saved_though_the_loss_was_finite(m
 
     monkeypatch.setattr(Trainer, "record", overflow)
     monkeypatch.setattr("kd.training.trainer.validate", lambda *args: {"val/loss": 1.0, "val/top1": 10.0})
-    with pytest.raises(UserError, match=rf"was not finite after step {step - 1}; the checkpoint of step .* {LOWER}"):
+    with pytest.raises(
+        UserError, match=rf"was not finite after step {step - 1}; the last good checkpoint is step .* {LOWER}"
+    ):
         teach("--out", "run")
     assert checkpoint.steps(Path("run/checkpoint"))[0] < step
     assert not Path("run/summary.json").exists()
@@ -56,7 +58,9 @@ def test_row_27_weights_that_overflow_are_not_saved_though_the_loss_was_finite(m
 
 def test_row_27_a_score_that_is_not_finite_ends_the_epoch_unsaved(monkeypatch):
     monkeypatch.setattr("kd.metrics.nll", lambda *args: float("nan"))
-    with pytest.raises(UserError, match=rf"val/loss was not finite after step 17; the checkpoint of step 0 .* {LOWER}"):
+    with pytest.raises(
+        UserError, match=rf"val/loss was not finite after step 17; the last good checkpoint is step 0 .* {LOWER}"
+    ):
         teach("--out", "run")
     assert Path("run/metrics.jsonl").read_text() == ""
 
@@ -189,7 +193,7 @@ def test_a_damaged_checkpoint_that_was_passed_over_is_not_counted_as_kept(monkey
         real(self, result, batch)
 
     monkeypatch.setattr(Trainer, "record", overflow)
-    stands = pytest.raises(UserError, match=r"the checkpoint of step 22 stands")
+    stands = pytest.raises(UserError, match=r"the last good checkpoint is step 22")
     with pytest.warns(UserWarning, match="step-28 is damaged"), stands:
         teach("--out", "run", "--save-every", "2", "--resume")
     assert checkpoint.steps(saved) == [22, 21]

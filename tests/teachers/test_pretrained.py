@@ -174,7 +174,7 @@ def test_weights_of_another_network_name_the_one_that_was_tried(data):
     ("flags", "words"),
     [
         (["--teacher", "./nowhere"], "nowhere: no such run folder"),
-        (["--teacher", "empty"], "empty is no finished run"),
+        (["--teacher", "empty"], "empty has no finished run"),
         (["--teacher", "torchvision/resnet19"], "unknown model 'torchvision/resnet19'"),
         (["--teacher", "torchvision/googlenet"], "rescales its images internally"),
         (["--teacher", "big.pth"], "--teacher big.pth: no such file"),
