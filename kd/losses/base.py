@@ -38,7 +38,8 @@ class DistillationLoss(nn.Module, ABC):
         self.student_layers = tuple(pair.student.features)  # keys of student.features in forward
         self.teacher_layers = tuple(pair.teacher.features) if pair.teacher else ()
         self.cross_entropy = BalancedCrossEntropy(pair.balance, pair.labels, pair.student.logits.shape[1])
-        self.recipe: dict = {}  # JSON from which `rebuild` makes the deployed network; empty if the student is deployed unchanged
+        # JSON from which `rebuild` makes the deployed network; empty if the student is deployed unchanged.
+        self.recipe: dict = {}
 
     @classmethod
     def layers(cls, config, student: Stages, teacher: Stages | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

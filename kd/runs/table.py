@@ -152,4 +152,5 @@ def format_verdict(student: dict, control: dict) -> str:
     words = f"distilled against alone: {counted}, one seed; the test set's own noise is ±{noise:.2f}."
     if abs(gain) <= noise:
         return f"{words} Smaller than that noise: no gain or loss was shown."
-    return f"{words} Distillation {'helped' if gain > 0 else 'hurt'} here; this does not include the variation between seeds."
+    effect = "helped" if gain > 0 else "hurt"
+    return f"{words} Distillation {effect} here; this does not include the variation between seeds."

@@ -236,13 +236,13 @@ class Trainer:
         before, now = self.state.processes, self.accelerator.num_processes
         if not self.job.run.resume_inexact:
             raise UserError(
-                f"{self.run.path} was trained with {before} processes, and this launch has {now}: resume it with {before}; or"
-                " add --resume-inexact, which keeps the global batch; the result is then not bit-identical"
+                f"{self.run.path} was trained with {before} processes, and this launch has {now}: resume it with {before};"
+                " or add --resume-inexact, which keeps the global batch; the result is then not bit-identical"
             )
         if self.accelerator.is_main_process:
             print(
-                f"{self.run.path}: continues from step {self.state.step} with {now} processes instead of {before}; not bit-exact;"
-                f" the global batch stays {self.job.fit.batch_size}",
+                f"{self.run.path}: continues from step {self.state.step} with {now} processes instead of {before};"
+                f" not bit-exact; the global batch stays {self.job.fit.batch_size}",
                 flush=True,
             )
         self.state.processes_before.append(before)

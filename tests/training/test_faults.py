@@ -156,7 +156,7 @@ def test_row_28_a_finite_spike_is_warned_of_and_never_skipped(monkeypatch, capsy
 
     monkeypatch.setattr(Trainer, "record", step)
     teach("--out", "run")
-    assert capsys.readouterr().out.count("step 27: the loss rose to ") == 1
+    assert capsys.readouterr().out.count("step 27: the loss jumped to ") == 1
     weights = [files.read_weights(Path(run, "model.safetensors")) for run in ("run", "quiet")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
