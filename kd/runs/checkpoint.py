@@ -83,8 +83,8 @@ def check_position(state: State, steps_an_epoch: int, epochs: int) -> None:
     # An epoch is added to the history after its validation, so `step` may be up to one epoch ahead.
     if not done * steps_an_epoch <= state.step <= min(done + 1, epochs) * steps_an_epoch:
         raise UserError(
-            f"the checkpoint says step {state.step} after {done} epochs, impossible with {steps_an_epoch} steps an epoch"
-            f" and {epochs} epochs; to start again, remove the run folder"
+            f"the checkpoint says step {state.step} after {done} epochs, impossible with {steps_an_epoch} steps an"
+            f" epoch and {epochs} epochs; to start again, remove the run folder"
         )
 
 

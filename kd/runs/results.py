@@ -274,6 +274,8 @@ def _read_run(folder: Path) -> Run | Other:
         return Other(str(folder), "unfinished", f"its summary's status is {summary.get('status')!r}")
     _check_summary(summary)
     config = read_config(folder)
+    if config["identity"].get("epochs", summary["epochs"]) != summary["epochs"]:
+        return Other(str(folder), "unfinished", f"being extended from {summary['epochs']} epochs; {_progress(folder)}")
     flags = config["flags"]
     return Run(folder, summary, config["identity"], flags["method"], flags["data"]["source"])
 

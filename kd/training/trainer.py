@@ -236,8 +236,8 @@ class Trainer:
         before, now = self.state.processes, self.accelerator.num_processes
         if not self.job.run.resume_inexact:
             raise UserError(
-                f"{self.run.path} was trained with {before} processes, and this launch has {now}: resume it with {before};"
-                " or add --resume-inexact, which keeps the global batch; the result is then not bit-identical"
+                f"{self.run.path} was trained with {before} processes, and this launch has {now}: resume it with"
+                f" {before}, or add --resume-inexact, which keeps the global batch; the result is then not bit-identical"
             )
         if self.accelerator.is_main_process:
             print(
