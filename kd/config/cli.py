@@ -36,7 +36,7 @@ GROUPS = {
     "training": "preset epochs batch-size lr seed weight-decay momentum nesterov schedule warmup-epochs milestones "
     "label-smoothing balance clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
     "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed",
-    "run": "out resume auto-resume resume-inexact save-every threads test",
+    "run": "out resume auto-resume resume-inexact extend save-every threads test",
     "logging": "log-every diagnose-every wandb wandb-project wandb-group",
     "compression": "init weight-bits activation-bits prune sparsity",
 }

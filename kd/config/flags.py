@@ -181,13 +181,13 @@ class RunConfig:
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Run folder; runs/<preset>/<method>-<model>-seed<seed>-<hash> if left out."""
     resume: bool = False
-    """Continue the run in the folder; an error if there is none. With more --epochs: extend a finished run."""
+    """Continue the run in the folder; an error if there is none."""
     auto_resume: bool = False
     """Continue the run in the folder, or start if there is none."""
     resume_inexact: bool = False
     """With --resume: allow another number of processes (same recipe, other bits)."""
     extend: bool = False
-    """With --resume and more --epochs on a finished run: go on by the schedule of the new length."""
+    """With --resume and more --epochs: extend a finished run by the longer schedule (lr jumps)."""
     save_every: int = 0
     """Save a checkpoint every N steps too; 0: only after every epoch."""
     log_every: int = 50

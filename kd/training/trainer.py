@@ -237,7 +237,7 @@ class Trainer:
         if not self.job.run.resume_inexact:
             raise UserError(
                 f"{self.run.path} was trained with {before} processes, and this launch has {now}: resume it with"
-                f" {before}, or add --resume-inexact, which keeps the global batch; the result is then not bit-identical"
+                f" {before}, or add --resume-inexact, which keeps the global batch; the bits then differ"
             )
         if self.accelerator.is_main_process:
             print(
