@@ -14,7 +14,7 @@ from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kd.errors import Preempted, UserError, require
+from kd.errors import ENDINGS, Preempted, UserError, require
 from kd.utils.console import console
 from kd.utils.system import StopRequests
 
@@ -197,6 +197,6 @@ def _stop(process: subprocess.Popen) -> None:
 def _last_words(text: str, code: int) -> str:
     """Why it failed, from its log: our own message, else the last line that is not the launcher's."""
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    ours = [line for line in lines if line.startswith(("error: ", "preempted: ", "interrupted: "))]
+    ours = [line for line in lines if line.startswith(ENDINGS)]
     others = [line for line in lines if "CalledProcessError" not in line]
     return (ours or others or [f"exit code {code}"])[-1][:300]
