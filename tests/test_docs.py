@@ -133,7 +133,7 @@ def test_the_marked_commands_are_all_found():
 @pytest.mark.slow
 def test_the_readmes_commands_run_as_written(user_folder):
     run_page("README.md", user_folder)
-    fine_tuned = [json.loads(path.read_text())["resized"] for path in Path("runs/report").glob("teacher-*/model.json")]
+    fine_tuned = [json.loads(path.read_text())["resized"] for path in Path("runs/own").glob("teacher-*/model.json")]
     assert [224, 224] in fine_tuned, "the size at which the network from elsewhere sees them"
     distilled = json.loads(Path("runs/small/summary.json").read_text())
     assert distilled["test_images"] == 36

@@ -62,8 +62,8 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     """The checked configuration of `args` (the command line if None).
 
     `defaults` maps a preset's name to its configuration, which gives every flag its default: hence the first pass,
-    which reads --preset, or the data that it follows from. Raises kd.errors.UserError for values out of range; tyro itself exits with 2 and a
-    short message on flags that do not parse.
+    which reads --preset, or --data, from which it follows. Raises kd.errors.UserError for values out of range; tyro
+    itself exits with 2 and a short message on flags that do not parse.
     """
     args = sys.argv[1:] if args is None else args
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -63,7 +63,7 @@ def distill_defaults(preset: str) -> DistillConfig:
     return DistillConfig(preset=preset, **models, **recipe)
 
 
-# Without --preset, other data than this is trained by `own`. tests/config/test_presets.py holds the names to the data's.
+# Without --preset, data other than this is trained by `own`. A test holds the names to those of kd/data/sources.py.
 REPORT_DATA = ("cifar100", "uoft-cs/cifar100", "digits", "synthetic")
 
 

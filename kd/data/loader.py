@@ -44,13 +44,13 @@ def check_batch(fit: FitConfig, rows: int, processes: int) -> None:
     require(size <= rows, f"--batch-size {size}: larger than the training split of {rows} images; give fewer")
     require(
         last % processes == 0,
-        f"--no-drop-last: the last batch of {last} images does not divide by the number of processes, {processes}; leave"
-        " the flag out, or give another --batch-size",
+        f"--no-drop-last: the last batch of {last} images does not divide by the number of processes, {processes}:"
+        " leave the flag out, or give another --batch-size",
     )
     require(
         last == 0 or last > processes,
-        f"--no-drop-last: the last batch has one image{' per process' * (processes > 1)}, too few for BatchNorm; leave"
-        " the flag out, or give another --batch-size",
+        f"--no-drop-last: the last batch has one image{' per process' * (processes > 1)}, too few for BatchNorm:"
+        " leave the flag out, or give another --batch-size",
     )
 
 

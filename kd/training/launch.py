@@ -109,7 +109,7 @@ def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) ->
 
 
 def _numbers(fit: FitConfig) -> str:
-    """Epochs, batch size and learning rate, with those last that follow from the number of images."""
+    """Epochs, batch size and learning rate; those that follow from the number of images come last, without values."""
     numbers = {
         "epochs": fit.epochs and f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}",
         "batch": fit.batch_size and f"batch {fit.batch_size}",

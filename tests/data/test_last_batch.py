@@ -131,9 +131,7 @@ def test_older_runs_keep_their_identity(data):
 @pytest.mark.slow
 def test_two_processes_train_on_it_as_one_does():
     plain = [*STUDENT, *ALL, "--student", "tests.networks:plain"]
-    two = script(
-        "distill_student.py", *plain, "--out", "two", env={"ACCELERATE_USE_CPU": "true"}, launcher=torchrun(2)
-    )
+    two = script("distill_student.py", *plain, "--out", "two", env={"ACCELERATE_USE_CPU": "true"}, launcher=torchrun(2))
     assert two.returncode == 0, two.stderr
     teacher = json.loads(Path("two/summary.json").read_text())["teacher"]
     one = script("distill_student.py", *plain, "--out", "one", "--teacher", teacher, "--trust-code")
