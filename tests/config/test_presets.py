@@ -127,7 +127,7 @@ def test_teacher_control_and_student_train_by_the_same_settled_numbers(photos, m
 def test_train_teacher_settles_them_alike(photos, monkeypatch):
     """The study trains the teacher by train_teacher.py; its students must find it where they would train it."""
     monkeypatch.setattr(presets, "EPOCHS", (1, 2))
-    study = read_command_line(["--data", photos, *NETWORKS, "--seeds", "0", "--epochs", "1"])
+    study = read_command_line(["--data", photos, *NETWORKS, "--seeds", "0"])
     train_teacher.main(cli.parse(train_defaults, "", study.teacher()[0].args))
     (teacher,) = Path("runs/own").glob("teacher-*")
     written = (teacher / "summary.json").stat().st_mtime_ns
