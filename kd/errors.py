@@ -1,6 +1,7 @@
 """Errors that the user can mend, and how a script ends: one line on stderr and an exit code.
 
 Code 2 is an error that the user can mend, 128 + N a stop by signal N. Any other error is ours and keeps its traceback.
+Under a launcher the line is framed: the launcher prints a traceback of its own, which a script cannot prevent.
 """
 
 import difflib
@@ -14,13 +15,21 @@ from collections.abc import Callable, Iterable
 # Errors of a disk that cannot be written to: full, over quota, read-only, file too large, broken.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
+# What the last line of a script that did not finish begins with.
+ENDINGS = ("error: ", "preempted and saved: ", "stopped and saved: ", "interrupted: ")
+
+# Set by `accelerate launch` and by torchrun, always. Both print a traceback where a script's exit code is not 0.
+SET_BY_LAUNCHERS = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
+FRAME = "\n{rule}\n{message}\n{rule}\nA traceback beside these lines is the launcher's and says nothing more.\n"
+RULE = "-" * 80
+
 
 class UserError(ValueError):
     """An error that the user can mend, in one line with the value and the remedy."""
 
 
 class Preempted(Exception):
-    """Training stopped for a signal (SIGTERM or Ctrl-C), after it saved its state."""
+    """Training stopped for a signal (SIGTERM or Ctrl-C), after it saved its state; the message says what and where."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
@@ -55,7 +64,8 @@ def exit_code(
     except UserError as error:
         return _print_error(f"error: {error}", 2)
     except Preempted as stop:
-        return _print_error(f"preempted: {stop}", 128 + stop.signal_number)
+        how = "stopped" if stop.signal_number == signal.SIGINT else "preempted"
+        return _print_error(f"{how} and saved: {stop}", 128 + stop.signal_number)
     except (RuntimeError, MemoryError, OSError) as error:
         remedy = remedy_for(error)
         if remedy is None:
@@ -94,5 +104,8 @@ def _print_error(message: str, code: int) -> int:
     # All processes of a run may fail with the same message: all but the first say which they are.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         message = f"[process {os.environ.get('RANK')}] {message}"
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    message = " ".join(message.split())
+    if any(name in os.environ for name in SET_BY_LAUNCHERS):
+        message = FRAME.format(rule=RULE, message=message)
+    print(message, file=sys.stderr, flush=True)
     return code

@@ -6,14 +6,14 @@ import signal
 import pytest
 import torch
 
-from kd.errors import Preempted, UserError, exit_code, nearest
+from kd.errors import ENDINGS, SET_BY_LAUNCHERS, Preempted, UserError, exit_code, nearest
 
 
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
         (UserError("--lr 0:\n give more"), 2, "error: --lr 0: give more\n"),
-        (Preempted(signal.SIGTERM, "saved"), 143, "preempted: saved\n"),
+        (Preempted(signal.SIGTERM, "step 5"), 143, "preempted and saved: step 5\n"),
         (KeyboardInterrupt(), 130, "interrupted: the last checkpoint is intact; continue with --resume\n"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "--resume"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "give a smaller --batch-size"),
@@ -52,3 +52,31 @@ def test_our_own_errors_keep_their_traceback():
 def test_nearest_names_similar_names_or_all():
     assert nearest("resnet19", ["resnet18", "vgg8"]) == "did you mean resnet18?"
     assert nearest("qqq", ["b", "a"]) == "there are a, b"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_says_by_whom_and_that_it_was_saved(number, capsys):
+    def work():
+        raise Preempted(number, "step 5 in run; continue with --resume")
+
+    assert exit_code(work) == 128 + number
+    how = {signal.SIGINT: "stopped", signal.SIGTERM: "preempted"}[number]
+    assert capsys.readouterr().err == f"{how} and saved: step 5 in run; continue with --resume\n"
+
+
+@pytest.mark.parametrize("variable", SET_BY_LAUNCHERS)
+@pytest.mark.parametrize(
+    "error", [UserError("--lr 0"), Preempted(signal.SIGINT, "step 5"), KeyboardInterrupt(), MemoryError()], ids=repr
+)
+def test_under_a_launcher_the_message_is_framed(variable, error, monkeypatch, capsys):
+    """The launcher's own traceback follows, or precedes it after Ctrl-C."""
+    monkeypatch.setenv(variable, "NO")
+
+    def work():
+        raise error
+
+    assert exit_code(work) in (2, 130)
+    before, rule, message, again, note, after = capsys.readouterr().err.splitlines()
+    assert (before, rule, again, after) == ("", "-" * 80, "-" * 80, "")
+    assert message.startswith(ENDINGS)
+    assert "the launcher's" in note

@@ -15,6 +15,9 @@ from kd.errors import require
 
 MAX_PADDING = 4096  # pixels
 
+# Fields of FitConfig that --preset own leaves to the number of training images: None until kd.config.presets.settle.
+SETTLED_BY_DATA = ("epochs", "batch_size", "lr", "warmup_epochs")
+
 MAX_RATE = 1e6  # learning rate or decay: beyond it floats overflow in the first step
 
 
@@ -121,11 +124,11 @@ class ViewConfig:
 class FitConfig:
     """How a network is trained."""
 
-    epochs: int = 10
+    epochs: int | None = 10
     """Passes over the training data."""
-    batch_size: int = 64
+    batch_size: int | None = 64
     """Images per step, over all processes together."""
-    lr: float = 0.001
+    lr: float | None = 0.001
     """Peak learning rate."""
     # The report gives neither momentum nor weight decay; these are the field's usual values.
     momentum: float = 0.9
@@ -136,13 +139,15 @@ class FitConfig:
     """L2 penalty on every parameter."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """How the learning rate falls, step by step."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float | None = 0.0
     """Epochs of linear rise before the schedule."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """With --schedule step: divide lr by 10 at these shares of the run."""
     balance: Literal["none", "sampler", "weights", "logit-adjust"] = "none"
     """For classes of unequal size. sampler: draw all classes equally often; weights: weight cross-entropy by class
     (arXiv:1901.05555); logit-adjust: add log class frequencies to its logits (arXiv:2007.07314)."""
+    drop_last: bool = True
+    """Leave the last batch of an epoch out if it is incomplete."""
     clip_norm: float | None = None
     """Largest gradient norm; longer gradients are scaled down to it."""
     seed: int = 0
@@ -161,13 +166,14 @@ class FitConfig:
     def check(self) -> None:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        require(0 < self.lr <= MAX_RATE, f"--lr {self.lr}: give a number above 0, up to {MAX_RATE:g}")
+            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        lr, warmup = self.lr, self.warmup_epochs
+        require(lr is None or 0 < lr <= MAX_RATE, f"--lr {lr}: give a number above 0, up to {MAX_RATE:g}")
         require(0 <= self.momentum < 1, f"--momentum {self.momentum}: give 0 or more, below 1")
         require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
         decay = self.weight_decay
         require(0 <= decay <= MAX_RATE, f"--weight-decay {decay}: give 0 or more, up to {MAX_RATE:g}")
-        require(0 <= self.warmup_epochs < math.inf, f"--warmup-epochs {self.warmup_epochs}: give 0 or more")
+        require(warmup is None or 0 <= warmup < math.inf, f"--warmup-epochs {warmup}: give 0 or more")
         require(
             self.clip_norm is None or 0 < self.clip_norm < math.inf, f"--clip-norm {self.clip_norm}: give more than 0"
         )

@@ -33,6 +33,7 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "shuffle_rows": 4096,
     "resized_crop": 0.0,
     "colour_jitter": 0.0,
+    "drop_last": True,
 }
 
 

@@ -249,7 +249,7 @@ def _stop_requested(requests: StopRequests, accelerator: Accelerator) -> int:
 
 def _stop(signal_number: int, store: LogitStore, views: int) -> None:
     """Raises Preempted: between two batches, or with several processes between two views, where they agree."""
-    done = f"{views} of {store.views} views of the teacher's logits are stored in {store.folder}"
+    done = f"{views} of {store.views} views of the teacher's logits in {store.folder}"
     raise Preempted(signal_number, f"{done}; the same command continues")
 
 

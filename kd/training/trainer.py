@@ -126,7 +126,7 @@ class Trainer:
         """Add a step to the sums on the device, and count it."""
         self.meter.update(result, batch.label, batch.step)
         self.state.step += 1
-        self.clock.step(self.job.fit.batch_size)
+        self.clock.step(len(batch.label) * self.accelerator.num_processes)
 
     def compare_gradients(self, result: Step, batch: Batch, teacher_outputs: Outputs | None) -> None:
         """Every --diagnose-every steps, measure the gradients of distillation and cross-entropy at the new weights."""
@@ -257,7 +257,7 @@ class Trainer:
 
     def raise_preempted(self, signal_number: int) -> None:
         """Raises Preempted; everything is saved."""
-        raise Preempted(signal_number, f"saved step {self.state.step} in {self.run.path}; continue with --resume")
+        raise Preempted(signal_number, f"step {self.state.step} in {self.run.path}; continue with --resume")
 
 
 def lr_at(step: int, steps_per_epoch: int, config: FitConfig) -> float:

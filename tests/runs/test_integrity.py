@@ -238,7 +238,8 @@ def test_row_36_row_37_a_signal_to_a_real_script_saves_and_ends_with_its_number(
     fault = f"signal:20:0:{int(number)}"
     stopped = script("tests/faults.py", fault, str(ROOT / "train_teacher.py"), *args, "--out", "run")
     assert stopped.returncode == 128 + number
-    assert "preempted: saved step 20 in run; continue with --resume" in stopped.stderr
+    how = "stopped" if number == signal.SIGINT else "preempted"
+    assert f"{how} and saved: step 20 in run; continue with --resume" in stopped.stderr
     for out in (["--out", "run", "--resume"], ["--out", "whole"]):
         assert script("train_teacher.py", *args, *out).returncode == 0
     assert differences(Path("whole"), Path("run")) == []

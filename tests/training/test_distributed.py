@@ -90,7 +90,7 @@ def test_row_39_an_error_in_one_process_ends_both_and_is_shown():
 def test_row_38_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(whole):
     args = [*NORMALISED, "--out", "run", "--log-every", "6"]
     done = fault(f"signal:20:1:{int(signal.SIGTERM)}", *args)
-    assert "saved step 24" in done.stderr
+    assert "saved: step 24" in done.stderr
     resumed = script("train_teacher.py", *args, "--resume", env=CPU, launcher=torchrun(2))
     assert resumed.returncode == 0, resumed.stderr
     assert differences(whole, Path("run")) == []
