@@ -122,7 +122,10 @@ class Gallery:
         """The figures drawn from the runs' stored test logits; the test set itself is not read."""
         method, alone = self.method, self.alone
         groups = [group for group in (*self.teachers[:1], alone, method) if group]
-        read = {group.label: self._read(group.tested, lambda r: (r.seed, *read_test_logits(r))) for group in groups}
+        read = {
+            group.label: self._read(group.tested, lambda r: (r.seed, *read_test_logits(r.path, r.summary)))
+            for group in groups
+        }
         if not read[method.label]:
             return
         shape = read[method.label][0][1].shape
