@@ -30,9 +30,10 @@ th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bo
 th { background: var(--band); } tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child, .words { text-align: left; }
 td.words { white-space: normal; overflow-wrap: break-word; }
-td.words:first-child { min-width: 9rem; } td.words:last-child { min-width: 12rem; }
+td.words:first-child { min-width: 9rem; } td.words:nth-child(2) { min-width: 6rem; }
+td.words:last-child { min-width: 12rem; }
 .note { color: var(--soft); font-size: .85rem; margin: .4rem 0 1.5rem; }
-figure { margin: 1.5rem 0 2rem; max-width: 44rem; }
+figure { margin: 1.5rem 0 2rem; max-width: 40rem; }
 figure img { width: 100%; max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .4rem; } figcaption strong { color: var(--ink); }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .3rem 1rem; max-width: 60rem; }

@@ -136,7 +136,7 @@ class Gallery:
             self.notes.append(f"accuracy against cost: the first {plots.POINTS} of {len(points)} networks are drawn")
             points = points[: plots.POINTS]
         if points:
-            height = 5.0 + plots.legend_height([title for title, *_ in points])
+            height = 4.6 + plots.legend_height([title for title, *_ in points])
             caption = "Test accuracy of the last epoch, with the standard deviation over seeds. Up and left is better. "
             caption += "Networks of the same cost stand side by side."
             self._add("pareto", "accuracy against cost.", caption, height, plots.draw_pareto(points))
@@ -157,10 +157,10 @@ class Gallery:
         pooled = {label: pool(runs) for label, runs in read.items() if runs}
         caption = f"{method.label}, all seeds: percent of each true class's test images."
         draw = plots.draw_confusion(names, *pooled[method.label])
-        self._add("confusion", "what the worst classes are mistaken for.", caption, 5.2, draw)
+        self._add("confusion", "what the worst classes are mistaken for.", caption, 4.6, draw)
         caption = f"Accuracy against confidence on the test set, {BINS} bins, all seeds. A marker's area is its bin's "
         caption += "number of images; empty bins have none. Below the diagonal: overconfident."
-        self._add("reliability", "reliability.", caption, 6.6, plots.draw_reliability(pooled))
+        self._add("reliability", "reliability.", caption, 5.6, plots.draw_reliability(pooled))
 
     def _class_gain(self, names: list[str], method: list[tuple], alone: list[tuple]) -> None:
         """`method` and `alone`: seed, logits and labels of each run; paired by seed, as in the table of gains."""
@@ -189,4 +189,4 @@ class Gallery:
         shown = ", ".join(map(str, sorted(seeds)))
         caption = f"{members[0].name}: validation accuracy (seeds {shown}). Framed: settings that read the test set."
         draw = plots.draw_grid(members, seeds, rows, columns)
-        self._add(f"grid{number}", "the grid.", caption, 4.4, draw)
+        self._add(f"grid{number}", "the grid.", caption, 3.8, draw)

@@ -41,12 +41,12 @@ def what_was_compared(groups: list[Group]) -> str:
     against = f" against {_named([control.label for control in controls])}" if controls else ", with no control"
     images = {run.summary["test_images"] for group in methods for run in group.tested}
     facts = [
-        f"students: {_named(sorted(students))}",
+        f"Students: {_named(sorted(students))}",
         f"teacher: {_named(_teachers(groups))}",
-        f"seeds: {_named([str(seed) for seed in sorted(seeds)])}",
+        f"seeds: {_named([str(seed) for seed in sorted(seeds)], ' ')}",
         f"test images: {', '.join(f'{count:,}' for count in sorted(images)) or 'not read'}",
     ]
-    return f"Compared: {_named([group.label for group in methods])}{against}. {'; '.join(facts).capitalize()}."
+    return f"Compared: {_named([group.label for group in methods])}{against}. {'; '.join(facts)}."
 
 
 def _teachers(groups: list[Group]) -> list[str]:
@@ -65,16 +65,17 @@ def headline(gains: list[Gain]) -> str:
     by_verdict: dict[str, list[str]] = {}
     for gain in best:
         if gain.control.label == control.label:
-            by_verdict.setdefault(gain.verdict, []).append(f"{gain.group.label} ({gain.mean:+.2f})")
-    parts = [f"{_named(names)}: {verdict}" for verdict, names in by_verdict.items()]
+            by_verdict.setdefault(gain.verdict, []).append(f"{gain.group.label} {gain.mean:+.2f}")
+    parts = [f"{verdict[0].upper()}{verdict[1:]}: {_named(names)}." for verdict, names in by_verdict.items()]
     more = len(parts) - VERDICTS
-    return f"Against {control.label}, in points: {'. '.join(parts[:VERDICTS])}.{f' {more} more below.' * (more > 0)}"
+    rest = f" {more} more below." if more > 0 else ""
+    return f"Points of test accuracy against {control.label}. {' '.join(parts[:VERDICTS])}{rest}"
 
 
-def _named(names: list[str]) -> str:
+def _named(names: list[str], between: str = "; ") -> str:
     """'a; b; c', and how many more there are."""
     more = len(names) - NAMED
-    return "; ".join(names[:NAMED]) + (f"; and {more} more" if more > 0 else "")
+    return between.join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def how_it_was_made(runs: list[Run], command: str, machine: str) -> Facts:

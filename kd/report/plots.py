@@ -38,9 +38,9 @@ COLOURS = tuple(f"C{number}" for number in range(len(LIGHT.colours)))
 BETTER, WORSE = COLOURS[2], COLOURS[4]
 MARKERS = "os^Dv<>P"
 
-WIDTH = 6.4  # inches of every figure
-DOTS = 160  # per inch: sharper than the page's 110 on a screen of many pixels
-CURVES = (WIDTH, 6.0)  # two panels, with their legend below
+WIDTH = 5.4  # inches of every figure: in 10 points, which a phone still shows legibly
+DOTS = 200  # per inch: sharper than the page's 118, for screens of many pixels
+CURVES = (WIDTH, 5.4)  # two panels, with their legend below
 ROW = 0.2  # inches of a legend's row
 LINE = 2.0  # points
 
@@ -48,7 +48,7 @@ SHOWN = 30  # classes that a bar chart has room for
 WORST = 10  # classes in the confusion matrix
 POINTS = 40  # networks that the Pareto picture's legend has room for
 COMPARED = 40  # rows of the picture of gains
-LETTERS = 48  # of ticks beside one another, which the width has room for
+LETTERS = 40  # of ticks beside one another, which the width has room for
 
 Draw = Callable[[object], None]
 
@@ -78,12 +78,12 @@ def settings(theme: Theme) -> dict:
     chosen |= dict.fromkeys(("grid.color", "legend.edgecolor"), theme.grid)
     chosen |= {"axes.prop_cycle": cycler(color=theme.colours), "axes.axisbelow": True, "axes.grid": True}
     chosen |= {"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 1.0}
-    return chosen | {"lines.linewidth": LINE, "lines.markersize": 7, "legend.fontsize": "small", "font.size": 10}
+    return chosen | {"lines.linewidth": LINE, "lines.markersize": 7, "legend.fontsize": 9, "font.size": 10}
 
 
 def columns_of(labels: list[str]) -> int:
     """The number of columns that a legend of these labels has room for."""
-    return 2 if max(map(len, labels), default=0) <= 34 else 1
+    return 2 if max(map(len, labels), default=0) <= 26 else 1
 
 
 def legend_height(labels: list[str]) -> float:
@@ -159,7 +159,7 @@ def draw_curves(curves: dict[str, list[list[dict]]]) -> Draw:
                         marker = "o" if len(points) == 1 else None
                         (line,) = axes.plot(*zip(*points), style, color=colour, marker=marker)
                         lines.setdefault(label(f"{title}, {words}", 60), line)
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
         _legend(figure, list(lines.values()), list(lines))
 
     return draw
@@ -216,7 +216,7 @@ def _logarithmic(axes, low: float, high: float) -> float:
 def round_numbers(low: float, high: float, most: int = 6) -> list[float]:
     """Up to `most` round numbers from `low` to `high`, both positive, at distances that suit a logarithmic axis."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for mantissas in ((1, 1.5, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+    for mantissas in ((1, 1.5, 2, 3, 4, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         numbers = [mantissa * 10.0**power for power in powers for mantissa in mantissas]
         numbers = [number for number in numbers if low <= number <= high]
         if len(numbers) <= most:
@@ -280,7 +280,7 @@ def draw_reliability(predictions: dict[str, tuple[Tensor, Tensor]]) -> Draw:
     """
     bins = {title: reliability(*scored) for title, scored in predictions.items()}
     most = max((count for points in bins.values() for _, _, count in points), default=1)
-    area = lambda count: 10 + 390 * count / most  # noqa: E731  square points
+    area = lambda count: 18 + 382 * count / most  # noqa: E731  square points
 
     def draw(figure) -> None:
         from matplotlib.lines import Line2D
@@ -291,11 +291,12 @@ def draw_reliability(predictions: dict[str, tuple[Tensor, Tensor]]) -> Draw:
         axes.plot([0, 1], [0, 1], "--", linewidth=1.2, color=_setting("axes.edgecolor"))
         marks = {}
         for number, (title, points) in enumerate(bins.items()):
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             confidence, accuracy, counts = zip(*points)
             sizes = [area(count) for count in counts]
-            axes.scatter(confidence, accuracy, sizes, alpha=0.75, edgecolors=_setting("axes.facecolor"), **style)
-            marks[label(title)] = Line2D([], [], linestyle="", **style)
+            # Rings over pale faces: a large marker hides none below it.
+            axes.scatter(confidence, accuracy, sizes, facecolors=[(colour, 0.3)], edgecolors=colour, marker=marker)
+            marks[label(title)] = Line2D([], [], linestyle="", color=colour, marker=marker)
         for count in _round_counts(most):
             name = f"{count:,} image{'s' * (count > 1)}"
             style = {"marker": "o", "markersize": area(count) ** 0.5, "color": _setting("legend.labelcolor")}
