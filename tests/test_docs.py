@@ -160,7 +160,7 @@ def test_the_readmes_table_has_the_columns_that_the_program_prints():
     (header,) = re.findall(r"^    ┃ (network .*) ┃$", read("README.md"), re.M)
     titles = [title.strip() for title in header.split("┃")]
     assert titles[:3] == ["network", "model", "params"]
-    assert [title for _, title, _ in COLUMNS if title in titles] == titles[3:]
+    assert [column.title for column in COLUMNS if column.title in titles] == titles[3:]
 
 
 def headings(page: Path) -> set[str]:

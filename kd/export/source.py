@@ -71,7 +71,7 @@ def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:
         shutil.copyfile(source.folder / name, folder / name)
     summary, config = json.loads(json.dumps([source.summary, source.config]))
     flags = config["flags"]
-    flags["run"]["out"] = None
+    flags.setdefault("run", {})["out"] = None
     names = [(summary, "teacher"), (summary, "control"), (summary, "init"), *named_paths(flags)]
     names += [(member, "folder") for member in summary.get("teachers", [])]
     for part, key in names:

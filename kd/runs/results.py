@@ -120,7 +120,7 @@ def read_config(folder: Path) -> dict:
 
 def _are_flags(flags: dict) -> bool:
     """Whether config.json's flags have the parts and the names that a job has."""
-    parts = [flags.get("method"), flags.get("data"), flags.get("run"), flags.get("origin") or {}]
+    parts = [flags.get("method"), flags.get("data"), flags.get("run", {}), flags.get("origin") or {}]
     parts += [flags[part] for part in FLAG_PARTS if part in flags]
     if not all(isinstance(part, dict) for part in parts):
         return False

@@ -29,17 +29,17 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     summary = _training_summary(trainer.state, job, sum(p.numel() for p in network.parameters())) | UNTESTED
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
-        summary |= _who_taught(teacher) | {"control": control and str(control)}
+        summary |= _teacher_summary(teacher) | {"control": control and str(control)}
         summary |= {"teacher_test_top1": None, "agreement": None}
-    answers = {}
+    test_logits = {}
     if job.run.test:
-        scores, answers = score_test_split(network, trainer.best, data, job, accelerator, teacher)
+        scores, test_logits = score_test_split(network, trainer.best, data, job, accelerator, teacher)
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
         summary |= scores
     if accelerator.is_main_process:
-        if answers:
-            write_weights(run.path / "test_logits.safetensors", answers)
+        if test_logits:
+            write_weights(run.path / "test_logits.safetensors", test_logits)
         write_weights(run.path / "model.safetensors", plain_weights(network))
         if trainer.best:
             write_weights(run.path / "best.safetensors", plain_weights(network, trainer.best))
@@ -53,11 +53,15 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     return summary
 
 
-def _who_taught(teacher: TeacherNetwork | None) -> dict:
-    """Folder and network of the teacher; lists of several; None for none."""
-    asked = (teacher.members or (teacher,)) if teacher else ()
-    told = {"teacher": [str(one.folder) for one in asked], "teacher_model": [one.summary["model"] for one in asked]}
-    return {key: found if len(found) > 1 else next(iter(found), None) for key, found in told.items()}
+def _teacher_summary(teacher: TeacherNetwork | None) -> dict:
+    """Folder and network of the teacher: a string for one, a list for several, None for none."""
+    members = (teacher.members or (teacher,)) if teacher else ()
+    folders, models = [str(member.folder) for member in members], [member.summary["model"] for member in members]
+    return {"teacher": _one_or_list(folders), "teacher_model": _one_or_list(models)}
+
+
+def _one_or_list(names: list[str]) -> str | list[str] | None:
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def _training_summary(state: State, job: Job, params: int) -> dict:

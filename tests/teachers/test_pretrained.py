@@ -372,5 +372,5 @@ def test_training_the_last_layer_resumes_to_the_same_bytes(monkeypatch):
 
 
 def test_the_flag_needs_a_teacher():
-    with pytest.raises(UserError, match="--fine-tune-teacher: needs a --teacher"):
+    with pytest.raises(UserError, match="--fine-tune-teacher: needs a pretrained --teacher"):
         dataclasses.replace(distill_defaults("report"), fine_tune_teacher=True).check()
