@@ -1,7 +1,5 @@
 """How good predictions are: accuracy, likelihood, calibration, agreement, and accuracy on rare classes."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -112,12 +110,3 @@ def _extent(counts: Int[Tensor, "m"]) -> dict[str, int]:
     """Number of classes, and training images of the smallest and the largest."""
     smallest, largest = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
     return {"classes": len(counts), "smallest": smallest, "largest": largest}
-
-
-def images_noise(top1: float, other: float, images: int) -> float:
-    """Half width of the 95% interval around a difference of two accuracies (percent) on so many test images.
-
-    For two independent samples. Both networks see the same images, so the true interval tends to be narrower.
-    """
-    shares = (top1 / 100, other / 100)
-    return 1.96 * 100 * math.sqrt(sum(share * (1 - share) for share in shares) / images)

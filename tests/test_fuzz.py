@@ -205,7 +205,7 @@ def test_the_report_reads_a_run_right_or_lists_it(finished, data, name):
     for run in runs:
         assert isinstance(run, results.Run)
         refused(lambda run=run: results.read_history(run))
-        refused(lambda run=run: results.read_test_logits(run))
+        refused(lambda run=run: results.read_test_logits(run.path, run.summary))
     if name == "summary.json":
         refused(lambda: show_results(Path("copy")))
 

@@ -10,8 +10,7 @@ from kd.metrics import BINS, class_recall
 from kd.report import plots
 from kd.report.costs import Costs
 from kd.report.document import Block, Figure
-from kd.report.groups import ALONE, TEACHER, Group
-from kd.report.opening import Gain
+from kd.report.groups import ALONE, TEACHER, Comparison, Group
 from kd.report.statistics import mean_and_deviation
 from kd.runs.results import Run, class_names, read_history, read_test_logits
 
@@ -64,19 +63,25 @@ class Gallery:
         self.alone = next((c for c in method.controls if c.kind == ALONE), None) if method else None
         self.teachers = [group for group in groups if group.kind == TEACHER]
 
-    def draw_gains(self, gains: list[Gain]) -> list[Block]:
+    def draw_gains(self, comparisons: list[Comparison]) -> list[Block]:
         """The figure that opens the report: each method's gain; [] if there is none."""
+        gains = []
+        for one in comparisons:
+            if found := one.difference:
+                half = found.half() if found.interval else None
+                gains.append((self._title(one.group), self._title(one.control), found.mean, half))
         if not gains:
             return []
         if len(gains) > plots.COMPARED:
             self.notes.append(f"gain of each method: the first {plots.COMPARED} of {len(gains)} gains are drawn")
             gains = gains[: plots.COMPARED]
-        drawn = [(self._title(gain.group), self._title(gain.control), gain.mean, gain.half) for gain in gains]
+        halves = [half for *_, half in gains]
         caption = "Points of test accuracy, last epoch, same seeds; right of the line is better."
-        caption += " Bars: the interval in the table of gains." if any(gain.half is not None for gain in gains) else ""
-        caption += " Hollow: no interval." if any(gain.half is None for gain in gains) else ""
-        height = plots.gains_height(drawn)
-        return [self._figure("gain", "gain of each method.", caption, height, plots.draw_gains(drawn))]
+        if any(half is not None for half in halves):
+            caption += " Bars: 95% intervals, each by itself; a verdict counts all comparisons."
+        caption += " Hollow: no interval, for the seeds' noise is unknown." if None in halves else ""
+        height = plots.gains_height(gains)
+        return [self._figure("gain", "gain of each method.", caption, height, plots.draw_gains(gains))]
 
     def draw(self) -> list[Block]:
         students = [group for group in (self.method, self.alone) if group]
@@ -145,7 +150,10 @@ class Gallery:
         """The figures drawn from the runs' stored test logits; the test set itself is not read."""
         method, alone = self.method, self.alone
         groups = [group for group in (*self.teachers[:1], alone, method) if group]
-        read = {group.label: self._read(group.tested, lambda r: (r.seed, *read_test_logits(r))) for group in groups}
+        read = {
+            group.label: self._read(group.tested, lambda r: (r.seed, *read_test_logits(r.path, r.summary)))
+            for group in groups
+        }
         if not read[method.label]:
             return
         shape = read[method.label][0][1].shape

@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd.metrics import images_noise
-from kd.report.statistics import Difference, cell, mean_and_deviation, paired
+from kd.report.statistics import cell, mean_and_deviation
+from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.results import Run, teachers_of
 from kd.runs.table import Metric
 
@@ -76,15 +76,52 @@ class Group:
         values = self.values(key, seeds)
         return mean_and_deviation(values)[0] if values else None
 
-    def gain(self, control: "Group", key: str) -> Difference | None:
-        """This group minus `control`, over the seeds that both have; None if they share none."""
-        students, controls = self.by_seed(key), control.by_seed(key)
-        seeds = sorted(students.keys() & controls.keys())
-        if not seeds or not self.tested:
-            return None
-        means = [mean_and_deviation([side[seed] for seed in seeds])[0] for side in (students, controls)]
-        noise = images_noise(*means, images=self.tested[0].summary["test_images"])
-        return paired({seed: students[seed] - controls[seed] for seed in seeds}, noise)
+    @property
+    def results(self) -> list[Result]:
+        return [Result(run.path, run.summary) for run in self.runs]
+
+    @property
+    def shares_a_teacher(self) -> bool:
+        """Whether several seeds were taught by the very same weights."""
+        teachers = {_dump(run.identity.get("teacher")) for run in self.runs if teachers_of(run.summary)}
+        return len(self.seeds) > 1 and len(teachers) == 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against a control; `difference` is None if they share no seed with a test result."""
+
+    group: Group
+    control: Group
+    difference: Difference | None
+    corrected: float = 1.0  # its p-value, corrected for all comparisons on this data set
+    number: int = 1  # of these comparisons
+
+    @property
+    def name(self) -> str:
+        return f"{self.group.label} against {self.control.label}"
+
+    @property
+    def verdict(self) -> str:
+        return self.difference.verdict(self.corrected, self.number)
+
+    def mean_gain(self, key: str) -> float | None:
+        """The mean difference in another score, over the seeds that both have."""
+        ours, theirs = self.group.by_seed(key), self.control.by_seed(key)
+        gains = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        return mean_and_deviation(gains)[0] if gains else None
+
+
+def compare_groups(groups: list[Group], answers: Answers) -> list[Comparison]:
+    """Every tested method against each of its controls, counted as many as they are."""
+    pairs = [(group, control) for group in groups if group.tested for control in group.controls]
+    differences = [compare(group.results, control.results, answers) for group, control in pairs]
+    corrected = iter(holm([found.p for found in differences if found]))
+    number = len(differences) - differences.count(None)
+    return [
+        Comparison(*pair, found, next(corrected), number) if found else Comparison(*pair, None)
+        for pair, found in zip(pairs, differences, strict=True)
+    ]
 
 
 def missing_cell(key: str, runs: list[Run]) -> str:

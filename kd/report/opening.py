@@ -3,32 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
-from typing import NamedTuple
 
 from kd.errors import UserError
 from kd.report.document import Facts
-from kd.report.groups import ALONE, TEACHER, Group
+from kd.report.groups import ALONE, TEACHER, Comparison, Group
 from kd.runs.results import Run, read_config, teachers_of
 
 NAMED = 6  # methods, teachers and seeds that a sentence names; the others are counted
 VERDICTS = 4  # different verdicts that a sentence has room for
-
-
-class Gain(NamedTuple):
-    """A method against a control, in points of test accuracy."""
-
-    group: Group
-    control: Group
-    mean: float
-    half: float | None  # half the width of the interval; None if there is none
-    verdict: str
-
-
-def gains_of(groups: list[Group]) -> list[Gain]:
-    """Every method against each of its controls, if they share a seed with a test result."""
-    pairs = [(group, control) for group in groups for control in group.controls]
-    found = [(group, control, group.gain(control, "test_top1")) for group, control in pairs]
-    return [Gain(group, control, gain.mean, gain.half, gain.words) for group, control, gain in found if gain]
 
 
 def what_was_compared(groups: list[Group]) -> str:
@@ -56,16 +38,17 @@ def _teachers(groups: list[Group]) -> list[str]:
     return list(dict.fromkeys(models or [group.model for group in groups if group.kind == TEACHER])) or ["none"]
 
 
-def headline(gains: list[Gain]) -> str:
+def headline(comparisons: list[Comparison]) -> str:
     """The verdict on every method in one sentence, against the student alone if that is there; "" without a gain."""
-    best = [gain for gain in gains if gain.control.kind == ALONE] or gains
-    if not best:
+    found = [one for one in comparisons if one.difference]
+    found = [one for one in found if one.control.kind == ALONE] or found
+    if not found:
         return ""
-    control = best[0].control
+    control = found[0].control
     by_verdict: dict[str, list[str]] = {}
-    for gain in best:
-        if gain.control.label == control.label:
-            by_verdict.setdefault(gain.verdict, []).append(f"{gain.group.label} {gain.mean:+.2f}")
+    for one in found:
+        if one.control.label == control.label:
+            by_verdict.setdefault(one.verdict, []).append(f"{one.group.label} {one.difference.mean:+.2f}")
     parts = [f"{verdict[0].upper()}{verdict[1:]}: {_named(names)}." for verdict, names in by_verdict.items()]
     more = len(parts) - VERDICTS
     rest = f" {more} more below." if more > 0 else ""

@@ -4,9 +4,10 @@ from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
-from kd.report.groups import ALONE, Group, missing_cell
-from kd.report.opening import gains_of, headline, what_was_compared
+from kd.report.groups import ALONE, Comparison, Group, compare_groups, missing_cell
+from kd.report.opening import headline, what_was_compared
 from kd.report.statistics import cell
+from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
 from kd.runs.table import COLUMNS, METRICS, Metric
 
@@ -61,44 +62,59 @@ def cost_table(groups: list[Group], costs: Costs) -> Table:
     return Table(("network", "model", *titles), rows, note, words=2)
 
 
-def gain_table(groups: list[Group]) -> Table | None:
+def gain_table(comparisons: list[Comparison]) -> Table | None:
     """Every method minus every control, on the same seeds; None if there is no such pair."""
-    rows, intervals = [], 0
-    for group in groups:
-        for control in group.controls:
-            last, best = (group.gain(control, key) for key in ("test_top1", "test_top1_best"))
-            if last:
-                seeds = " ".join(map(str, last.seeds))
-                numbers = (f"{last.mean:+.2f}", last.interval, f"{best.mean:+.2f}" if best else "")
-                rows.append((group.label, control.label, seeds, *numbers, last.words))
-                intervals += last.half is not None
+    rows, bounded, alone = [], 0, False
+    for comparison in comparisons:
+        if not (found := comparison.difference):
+            continue
+        best = comparison.mean_gain("test_top1_best")
+        numbers = (f"{found.mean:+.2f}", found.interval, format_p(found.p), format_p(comparison.corrected))
+        seeds, best_gain = " ".join(map(str, found.seeds)), "" if best is None else f"{best:+.2f}"
+        rows.append((comparison.group.label, comparison.control.label, seeds, *numbers, best_gain, comparison.verdict))
+        bounded += not found.by_image
+        alone = alone or found.of_seeds is None
     if not rows:
         return None
-    note = "Points of test accuracy, paired by seed; the interval is Student's t over seeds, 95%. It covers the noise "
-    note += "of training, not that of the choice of test images."
-    if intervals > 1:
-        note += f" Of {intervals} such intervals {0.05 * intervals:.1f} are expected to miss 0 by luck alone."
-    head = ("method", "control", "seeds", "gain, last", "95% interval", "gain, best", "verdict")
+    note = (
+        "Points of test accuracy, paired by seed. The 95% interval and p hold the noise of the seeds' training and of "
+    )
+    note += (
+        f"the choice of test images. p, corrected: Holm's, for the {len(rows)} comparisons of this table; the verdict "
+    )
+    note += "follows it, and a false one is expected in at most 5 of 100 such tables."
+    if alone:
+        note += " Where the seeds' noise is unknown there is no interval, and p holds that of the images alone."
+    if bounded:
+        note += f" In {bounded} of them the images' noise is only bounded, by the accuracies: test logits are missing."
+    head = ("method", "control", "seeds", "gain, last", "95% interval", "p", "p, corrected", "gain, best", "verdict")
     return Table(head, rows, note, words=3, remark=True)
 
 
-def format_verdicts(groups: list[Group]) -> Lines:
+def format_verdicts(groups: list[Group], comparisons: list[Comparison]) -> Lines:
     """One line for each method and control: what was gained, and whether that exceeds the noise."""
-    lines = []
-    for group in groups:
-        if not group.distilled or not group.tested:
-            continue
-        for control in group.controls:
-            gain = group.gain(control, "test_top1")
-            if gain is None:
-                lines.append(f"{group.label} against {control.label}: no seed in common with a test result.")
-            else:
-                lines.append(f"{group.label} against {control.label}: {gain.mean:+.2f} points: {gain.words}.")
+    lines, methods = [], [group for group in groups if group.distilled and group.tested]
+    for group in methods:
+        lines += [_verdict_line(comparison) for comparison in comparisons if comparison.group is group]
         if not any(control.kind == ALONE for control in group.controls):
             lines.append(
                 f"{group.label}: no student alone by the same recipe among these runs, so its gain is unknown."
             )
+    if sharing := [group.label for group in methods if group.shares_a_teacher]:
+        whose = "each method" if 1 < len(sharing) == len(methods) else " and of ".join(sharing)
+        lines.append(f"All seeds of {whose} share one teacher: this says nothing about other teachers.")
     return Lines(tuple(lines) or ("No distilled student with a test result among these runs.",))
+
+
+def _verdict_line(comparison: Comparison) -> str:
+    found = comparison.difference
+    if found is None:
+        return f"{comparison.name}: no seed in common with a test result."
+    numbers = f"{found.mean:+.2f} points"
+    if found.interval:
+        corrected = f", {format_p(comparison.corrected)} corrected for {comparison.number} comparisons"
+        numbers += f" ({found.interval}; p = {format_p(found.p)}{corrected * (comparison.number > 1)})"
+    return f"{comparison.name}: {numbers}: {comparison.verdict}."
 
 
 def run_table(groups: list[Group]) -> Table:
@@ -120,23 +136,24 @@ def _run_cell(run: Run, metric: Metric) -> str:
 
 def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[list[Block], list[str]]:
     """All blocks on one data set, and notes on what could not be shown."""
-    gallery = Gallery(groups, costs, prefix)
-    compared = gains_of(groups)
+    gallery, answers = Gallery(groups, costs, prefix), Answers()
+    comparisons = compare_groups(groups, answers)
     blocks: list[Block] = [Heading(2, f"On {name}"), Paragraph(what_was_compared(groups))]
-    if verdict := headline(compared):
+    if verdict := headline(comparisons):
         blocks.append(Paragraph(verdict, lead=True))
-    blocks += [*gallery.draw_gains(compared), format_verdicts(groups), Heading(3, "Accuracy"), accuracy_table(groups)]
+    blocks += [*gallery.draw_gains(comparisons), format_verdicts(groups, comparisons)]
+    blocks += [Heading(3, "Accuracy"), accuracy_table(groups)]
     rare = rare_table(groups)
     if rare:
         blocks += [Heading(3, "Common and rare classes"), rare]
-    gains = gain_table(groups)
+    gains = gain_table(comparisons)
     if gains:
         blocks += [Heading(3, "Gain over the controls"), gains]
     blocks += [Heading(3, "Cost and calibration"), cost_table(groups, costs)]
     figures = gallery.draw()
     blocks += [Heading(3, "Figures", quiet=True), *figures] if figures else []
     blocks += [Heading(3, "Every run", quiet=True), run_table(groups)]
-    return blocks, gallery.notes
+    return blocks, [*answers.notes, *gallery.notes]
 
 
 def rare_table(groups: list[Group]) -> Table | None:

@@ -296,12 +296,12 @@ def read_history(run: Run) -> list[dict]:
     return lines
 
 
-def read_test_logits(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def read_test_logits(folder: Path, summary: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (n x k) and labels (n) of the test split, as they were scored.
 
     Raises UserError if they are missing, malformed, or do not give the summary's accuracy.
     """
-    path = run.path / "test_logits.safetensors"
+    path = folder / "test_logits.safetensors"
     require(path.exists(), f"{path} is not there: the run read no test split, or an older version made it")
     tensors = read_weights(path)
     logits, labels = tensors.get("logits"), tensors.get("labels")
@@ -311,7 +311,7 @@ def read_test_logits(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     require(types, f"{path} has {logits.dtype} and {labels.dtype} for logits and labels")
     in_range = bool(labels.min() >= 0) and bool(labels.max() < logits.shape[1])
     require(in_range, f"{path} has labels outside 0..{logits.shape[1] - 1}")
-    same = abs(top_k(logits, labels, 1) - run.summary["test_top1"]) <= 1e-6
+    same = abs(top_k(logits, labels, 1) - summary["test_top1"]) <= 1e-6
     require(same, f"{path} does not give the accuracy in the summary")
     return logits, labels
 

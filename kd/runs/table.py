@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kd.errors import UserError
-from kd.metrics import images_noise
+from kd.runs.comparison import ERROR, Answers, Result, compare
 from kd.runs.results import checked_summary, teachers_of
 from kd.utils.console import console
 
@@ -52,6 +52,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
     `control`: the run of the student alone, if this run was finished before it.
     """
     summary = checked_summary(student / "summary.json")
+    alone = summary.get("control") or control
     rows = _rows(summary, control)
     control = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
@@ -61,10 +62,9 @@ def show_results(student: Path, control: Path | None = None) -> None:
     elif control is None and summary["method"] != "none":
         wide.print(Text("student alone: not measured; the same command with --control measures it"))
     elif control is not None:
-        wide.print(Text(format_verdict(summary, control)))
+        wide.print(Text(format_verdict(Result(student, summary), Result(Path(alone), control))))
     wide.print(Text(f"run folder: {student}"), soft_wrap=True)
     related = [("teacher", folder) for folder in teachers_of(summary)]
-    alone = summary.get("control") or control
     related += [("student alone", str(alone))] if alone and summary["method"] != "none" else []
     for name, folder in related:
         wide.print(Text(f"{name}: {folder}"), soft_wrap=True)
@@ -144,12 +144,15 @@ def _count(params: int | None) -> str:
     return f"{params / 1e6:.2f}M" if params >= 1e6 else f"{params / 1e3:.1f}k"
 
 
-def format_verdict(student: dict, control: dict) -> str:
-    """One seed's difference in test accuracy, compared with the noise of a test set of that size."""
-    gain, images = student["test_top1"] - control["test_top1"], student["test_images"]
-    noise = images_noise(student["test_top1"], control["test_top1"], images)
-    counted = f"{gain:+.2f} points ({round(gain * images / 100):+d} of {images} test images)"
-    words = f"distilled against alone: {counted}, one seed; the test set's own noise is ±{noise:.2f}."
-    if abs(gain) <= noise:
+def format_verdict(student: Result, control: Result) -> str:
+    """One seed's difference in test accuracy, compared with the noise of these test images."""
+    found, images = compare([student], [control], Answers()), student.summary["test_images"]
+    if found is None:
+        seeds = f"{student.summary['seed']} and {control.summary['seed']}"
+        return f"distilled against alone: seeds {seeds} differ, so they are not compared"
+    counted = f"{found.mean:+.2f} points ({round(found.mean * images / 100):+d} of {images} test images)"
+    noise = f"is ±{found.half():.2f}" if found.by_image else f"is at most ±{found.half():.2f} (no test logits)"
+    words = f"distilled against alone: {counted}, one seed; the test images' noise {noise}."
+    if found.p >= ERROR:
         return f"{words} Smaller than that noise: no gain or loss was shown."
-    return f"{words} Distillation {'helped' if gain > 0 else 'hurt'} here; how much seeds vary is not in this number."
+    return f"{words} Beyond that noise; whether the method or the seed did it takes more seeds: python -m kd.study"

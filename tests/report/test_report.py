@@ -24,6 +24,7 @@ from kd.report.__main__ import main as report
 from kd.report.document import plain
 from kd.report.groups import NOT_READ
 from kd.report.tables import CALIBRATION, SCORES
+from kd.runs.comparison import Difference, format_p, holm, variances_by_image
 from kd.runs.results import collect_runs
 from kd.runs.table import COLUMNS
 from kd.training.summary import UNTESTED
@@ -159,11 +160,26 @@ def test_every_number_is_the_summaries(no_figures):
         assert cost[2] == f"{runs[0]['params']:,}"
         assert cost[6:] == [mean_cell([run[key] for run in runs], style) for key, style, *_ in CALIBRATION]
     last = lambda name: [json.loads(Path(f"runs/{name}{s}/summary.json").read_text())["test_top1"] for s in range(3)]  # noqa: E731
+    p_values, name_of = [], {"alone": "student alone", "smooth": "student alone, label smoothing 0.1"}
     for row, control in zip(gains[1:], ("alone", "smooth"), strict=True):
         each = np.subtract(last("kd"), last(control))
+        right = [torch.stack([answers(f"runs/{name}{seed}") for seed in range(3)]) for name in ("kd", control)]
+        found = Difference([0, 1, 2], each.mean(), *variances_by_image(right[0] - right[1]))
         low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
-        assert row[2:5] == ["0 1 2", f"{np.mean(each):+.2f}", f"{low:+.2f} to {high:+.2f}"]
-        assert "noise" in row[6]
+        assert found.half() > (high - low) / 2, "wider than the interval of the seeds alone"
+        assert row[2:6] == ["0 1 2", f"{each.mean():+.2f}", found.interval, format_p(found.p)]
+        assert row[8] == "smaller than the noise of seeds and test images"
+        p_values.append(found.p)
+        assert (
+            f"against {name_of[control]}: {each.mean():+.2f} points ({found.interval}; p = {row[5]}, {row[6]}" in text
+        )
+    assert [row[6] for row in gains[1:]] == [format_p(p) for p in holm(p_values)]
+
+
+def answers(folder: str) -> torch.Tensor:
+    """Which test images the run got right, from its saved logits."""
+    kept = load_file(f"{folder}/test_logits.safetensors")
+    return (kept["logits"].argmax(dim=1) == kept["labels"]).double()
 
 
 def mean_cell(values: list, style: str) -> str:
@@ -243,15 +259,67 @@ def test_a_teacher_from_elsewhere_has_its_row_and_name(no_figures):
     assert "curves of the teacher: resnet20 from big.safetensors" in page.text
 
 
-def test_as_many_intervals_as_there_are_are_counted(no_figures):
-    study(seeds=(0,))
+def make_better(name: str, seeds: int, wrong: int) -> None:
+    """Give the runs of `name` answers of which `wrong` are wrong, others for each seed."""
+    for seed in range(seeds):
+        path = Path(f"runs/{name}{seed}")
+        kept = load_file(path / "test_logits.safetensors")
+        logits = torch.eye(len(CLASSES))[kept["labels"]]
+        logits[10 * seed : 10 * seed + wrong + seed] = logits[10 * seed : 10 * seed + wrong + seed].roll(1, dims=1)
+        write_weights(path / "test_logits.safetensors", kept | {"logits": logits})
+        edit(path / "summary.json", test_top1=metrics.top_k(logits, kept["labels"], 1))
+
+
+def test_many_methods_are_counted_as_many(no_figures):
+    """A p that a single method may have is no verdict among twenty; a single one is unchanged."""
+    for seed in range(4):
+        fake_run(f"runs/alone{seed}", "none", seed, label_smoothing=0.0)
+        fake_run(f"runs/kd{seed}", "kd", seed, temperature=4.0)
+    make_better("kd", 4, 40)
+    make_better("alone", 4, 52)
     report(["runs"])
-    assert "are expected to miss" not in Path("report/report.md").read_text()
-    shutil.rmtree("runs")
-    study(seeds=(0, 1))
-    fake_run("runs/odd", "kd", 0, temperature=9.0, alpha=0.9)
+    (row,) = Tables(Path("report/report.html").read_text()).tables[1][1:]
+    assert 0.001 < float(row[5]) < 0.05
+    assert row[5] == row[6]
+    assert row[-1] == "helped, beyond the noise of seeds and test images"
+    assert "corrected for" not in Tables(Path("report/report.html").read_text()).text
+    for number, seed in itertools.product(range(49), range(4)):
+        fake_run(f"runs/odd{number}-{seed}", f"odd{number}", seed)
     report(["runs"])
-    assert "Of 2 such intervals 0.1 are expected" in Path("report/report.md").read_text()
+    text, page = Path("report/report.md").read_text(), Tables(Path("report/report.html").read_text())
+    again = next(row for row in page.tables[1] if row[0] == "student (kd)")
+    assert again[:6] == row[:6], "the interval and the plain p are as before"
+    assert again[-1] == f"no verdict: p = {row[5]} alone is {again[6]} among 50 comparisons"
+    assert f"p = {row[5]}, {again[6]} corrected for 50 comparisons): no verdict:" in text
+    assert "for the 50 comparisons of this table" in text
+
+
+def test_missing_test_logits_are_said_where_they_count(no_figures):
+    study()
+    Path("runs/alone1/test_logits.safetensors").unlink()
+    report(["runs"])
+    text = Path("report/report.md").read_text()
+    assert "In 1 of them the images' noise is only bounded" in text
+    assert plain("runs/alone1/test_logits.safetensors") in text[text.index("What could not be shown") :]
+
+
+def test_seeds_that_share_one_teacher_say_so(no_figures):
+    says = "All seeds of {} share one teacher: this says nothing about other teachers."
+    study()
+    for seed in range(3):
+        edit(Path(f"runs/kd{seed}/summary.json"), teacher="runs/teacher", teacher_model="tests.networks:plain")
+        edit_identity(Path(f"runs/kd{seed}"), teacher="0" * 64)
+        path = fake_run(f"runs/dkd{seed}", "dkd", seed, teacher="0" * 64)
+        edit(path / "summary.json", teacher="runs/teacher", teacher_model="tests.networks:plain")
+        fake_run(f"runs/tfkd{seed}", "tfkd", seed)
+    report(["runs"])
+    assert says.format("student (dkd) and of student (kd)") in Tables(Path("report/report.html").read_text()).text
+    shutil.rmtree("runs/tfkd0"), shutil.rmtree("runs/tfkd1"), shutil.rmtree("runs/tfkd2")
+    report(["runs"])
+    assert plain(says.format("each method")) in Path("report/report.md").read_text()
+    edit_identity(Path("runs/kd1"), teacher="1" * 64)
+    report(["runs"])
+    assert plain(says.format("student (dkd)")) in Path("report/report.md").read_text()
 
 
 def test_every_teacher_is_drawn_or_named(no_figures, monkeypatch):
@@ -325,7 +393,7 @@ def test_the_report_opens_with_what_was_compared_and_the_verdict(monkeypatch):
     compared = "Compared: student (kd) against student alone; student alone, label smoothing 0.1. "
     compared += "Students: tests.networks:plain; teacher: tests.networks:Plain; seeds: 0 1 2; test images: 200."
     gains = page.tables[1]
-    verdict = f"Points of test accuracy against student alone. {gains[1][6].capitalize()}: student (kd) {gains[1][3]}."
+    verdict = f"Points of test accuracy against student alone. {gains[1][-1].capitalize()}: student (kd) {gains[1][3]}."
     order = (compared, verdict, "Figure 1: gain of each method.", "Accuracy", "Every run", "How this report was made")
     assert place(page.text, *order) == sorted(place(page.text, *order))
     unescaped = re.sub(r"\\(.)", r"\1", text)

@@ -158,7 +158,7 @@ def test_answers_that_are_no_floats_are_refused(finished, dtype):
     files.write_weights(Path("copy/test_logits.safetensors"), kept | {"logits": kept["logits"].to(dtype)})
     (run,), _ = results.collect_runs(["copy"])
     with pytest.raises(UserError, match="for logits and labels"):
-        results.read_test_logits(run)
+        results.read_test_logits(run.path, run.summary)
 
 
 @pytest.mark.parametrize(
