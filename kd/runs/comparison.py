@@ -66,19 +66,22 @@ class Difference:
 
         "helped" and "hurt" are said of a method, so they need two seeds whose noise is known.
         """
-        p, corrected = self.p, self.p if corrected is None else corrected
-        if self.of_seeds is None:
-            one = "one seed says nothing about the seeds' noise"
-            unknown = one if len(self.seeds) == 1 else "every seed differs by the same, which hides the seeds' noise"
-            place = "beyond" if corrected < ERROR else "within"
-            found = f"{place} the test images' noise of ±{self.half():.2f}"
-        else:
-            unknown = ""
-            words = f"{'helped' if self.mean > 0 else 'hurt'}, beyond the noise of seeds and test images"
-            found = words if corrected < ERROR else "smaller than the noise of seeds and test images"
-        if p < ERROR <= corrected:
+        p = self.p
+        corrected = p if corrected is None else corrected
+        beyond = corrected < ERROR
+        if p < ERROR and not beyond:
             found = f"no verdict: p = {format_p(p)} alone is {format_p(corrected)} among {comparisons} comparisons"
-        return f"{unknown}; {found}" if unknown else found
+        elif self.of_seeds is None:
+            found = f"{'beyond' if beyond else 'within'} the test images' noise of ±{self.half():.2f}"
+        elif beyond:
+            found = f"{'helped' if self.mean > 0 else 'hurt'}, beyond the noise of seeds and test images"
+        else:
+            found = "smaller than the noise of seeds and test images"
+        if self.of_seeds is not None:
+            return found
+        if len(self.seeds) == 1:
+            return f"one seed says nothing about the seeds' noise; {found}"
+        return f"every seed differs by the same, which hides the seeds' noise; {found}"
 
 
 def format_p(p: float) -> str:
