@@ -24,7 +24,9 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: 
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { margin: 2rem 0 .5rem; } p, li { max-width: 46rem; } ul { padding-left: 1.3rem; }
 .lead { font-size: 1.1rem; }
-.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px;
+  background: linear-gradient(to left, var(--paper) 50%, transparent) right / 2rem 100% no-repeat local,
+    linear-gradient(to left, var(--soft), transparent) right / .7rem 100% no-repeat; } /* a shadow: more to the right */
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--band); } tr:last-child td { border-bottom: 0; }

@@ -351,7 +351,7 @@ def _heat(axes, table: Tensor, rows: list[str], columns: list[str], style: str) 
     axes.grid(visible=False)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    if max(map(len, columns)) * len(columns) > LETTERS:
+    if len(columns) * max(len(one) + len(other) for one, other in zip(columns, columns[1:] or [""])) > 2 * LETTERS:
         axes.tick_params(axis="x", rotation=45)
         for tick in axes.get_xticklabels():
             tick.set(ha="right", rotation_mode="anchor")  # a label ends at its column
