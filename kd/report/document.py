@@ -26,7 +26,7 @@ h3 { margin: 2rem 0 .5rem; } p, li { max-width: 46rem; } ul { padding-left: 1.3r
 .lead { font-size: 1.1rem; }
 .table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px;
   background: linear-gradient(to left, var(--paper) 50%, transparent) right / 2rem 100% no-repeat local,
-    linear-gradient(to left, var(--soft), transparent) right / .7rem 100% no-repeat; } /* a shadow: more to the right */
+    linear-gradient(to left, var(--line), transparent) right / .7rem 100% no-repeat; } /* a shadow: more to the right */
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--band); } tr:last-child td { border-bottom: 0; }
