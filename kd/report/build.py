@@ -26,8 +26,7 @@ def write_report(
     """Read the runs, write the report into `out`, and return its blocks.
 
     `failures` are listed beside everything else that is not a finished run. Networks of the runs in `trained` are
-    built without `trust_code`. The report names the `command` that made it. Raises UserError if no folder matches, or
-    `out` cannot be written.
+    built without `trust_code`. `command` made the report. Raises UserError: no folder matches, `out` cannot be written.
     """
     from kd.report.costs import Costs
     from kd.report.groups import by_data
@@ -50,8 +49,8 @@ def write_report(
         notes += [f"{folder}: cost not measured: {why}" for folder, why in costs.notes.items()]
         if notes:
             blocks += [Heading(2, "What could not be shown"), Lines(tuple(dict.fromkeys(notes)))]
-        blocks += [Heading(2, "How this report was made", quiet=True), how_it_was_made(runs, command, costs.machine)]
-        blocks = numbered(blocks)
+        made = how_it_was_made(runs, command, costs.machine)
+        blocks = numbered([*blocks, Heading(2, "How this report was made", quiet=True), made])
         _write(out, blocks)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error}); choose another") from error

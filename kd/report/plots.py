@@ -191,7 +191,7 @@ def draw_pareto(points: list[tuple[str, int, float | None, float, float]]) -> Dr
             for number, (title, *numbers) in enumerate(points):
                 value, mean, deviation = numbers[column - 1], *numbers[2:]
                 if value is not None:
-                    aside = step ** (drawn[value] - (same[value] - 1) / 2)
+                    aside = step ** ((drawn[value] - (same[value] - 1) / 2) * min(1, 4 / same[value]))
                     drawn[value] += 1
                     marker = MARKERS[(number // len(COLOURS) + number) % len(MARKERS)]
                     style = {"color": COLOURS[number % len(COLOURS)], "fmt": marker, "capsize": 3}
