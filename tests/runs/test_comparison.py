@@ -228,7 +228,7 @@ def test_seeds_apart_are_not_compared(runs):
 @pytest.mark.parametrize("seeds", simulation.SEEDS)
 def test_equal_methods_have_a_verdict_in_at_most_5_percent(seeds):
     """A small version of `python -m tests.verdict_simulation`: 5% more are allowed for 200 draws."""
-    for kind, ratio in ((simulation.NETWORKS[2], 0.0), (simulation.NETWORKS[3], 1.0)):
+    for kind, ratio in ((simulation.NETWORKS[2], 0.0), (simulation.NETWORKS[4], 1.0)):
         found = simulation.count(kind, seeds, 359, ratio, draws=200)
         assert max(found.by_image, found.by_accuracy) <= 10
         if seeds == 1:
@@ -237,6 +237,15 @@ def test_equal_methods_have_a_verdict_in_at_most_5_percent(seeds):
 
 def test_the_simulation_sees_what_forgetting_the_images_costs():
     assert simulation.count(simulation.NETWORKS[2], 5, 359, 0.0, draws=100).before > 15
+
+
+def test_one_seeds_p_is_nearly_mcnemars():
+    """Never called beyond oftener than 5%, exactly; where it says so, scipy's exact test of the pairs agrees."""
+    assert max(simulation.size_of_one_seed(359, share) for share in (0.01, 0.1, 0.5)) < 5
+    for differing in (3, 5, 6, 17, 60):
+        lead = simulation.least_lead(differing, 359)
+        exact = stats.binomtest((differing + min(lead, differing)) // 2, differing).pvalue
+        assert (lead > differing) if differing < 6 else (exact < 0.06)
 
 
 def test_a_true_gain_is_found():
