@@ -2,9 +2,10 @@
 
 from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
-from kd.report.document import Block, Heading, Lines, Table
+from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
 from kd.report.groups import ALONE, Comparison, Group, compare_groups, missing_cell
+from kd.report.opening import headline, what_was_compared
 from kd.report.statistics import cell
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
@@ -137,12 +138,11 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     """All blocks on one data set, and notes on what could not be shown."""
     gallery, answers = Gallery(groups, costs, prefix), Answers()
     comparisons = compare_groups(groups, answers)
-    blocks: list[Block] = [
-        Heading(2, f"On {name}"),
-        format_verdicts(groups, comparisons),
-        Heading(3, "Accuracy"),
-        accuracy_table(groups),
-    ]
+    blocks: list[Block] = [Heading(2, f"On {name}"), Paragraph(what_was_compared(groups))]
+    if verdict := headline(comparisons):
+        blocks.append(Paragraph(verdict, lead=True))
+    blocks += [*gallery.draw_gains(comparisons), format_verdicts(groups, comparisons)]
+    blocks += [Heading(3, "Accuracy"), accuracy_table(groups)]
     rare = rare_table(groups)
     if rare:
         blocks += [Heading(3, "Common and rare classes"), rare]
@@ -150,7 +150,8 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     if gains:
         blocks += [Heading(3, "Gain over the controls"), gains]
     blocks += [Heading(3, "Cost and calibration"), cost_table(groups, costs)]
-    blocks += gallery.draw()
+    figures = gallery.draw()
+    blocks += [Heading(3, "Figures", quiet=True), *figures] if figures else []
     blocks += [Heading(3, "Every run", quiet=True), run_table(groups)]
     return blocks, [*answers.notes, *gallery.notes]
 

@@ -128,7 +128,7 @@ def main(args: list[str] | None = None) -> list[Task]:
         "--grid: picks on validation, which --val-fraction 0 leaves without images; give a larger fraction",
     )
     check_networks(config, study.methods)
-    from kd.report.build import show, write_report  # imports torch, which --help need not wait for
+    from kd.report.build import command_line, show, write_report  # imports torch, which --help need not wait for
     from kd.runs.results import Other
 
     tasks = run_study(study)
@@ -137,7 +137,8 @@ def main(args: list[str] | None = None) -> list[Task]:
     named = [name for name in config.teachers if Path(name).is_dir()]
     failures = tuple(Other(task.label, "failed", task.failure) for task in failed)
     folders = [*map(str, trained), *teacher_folders(trained), *named]
-    blocks = write_report(folders, study.out, failures, config.trust_code, trained=trained)
+    command = command_line("kd.study", args)
+    blocks = write_report(folders, study.out, failures, config.trust_code, trained=trained, command=command)
     show(blocks, study.out)
     track_report(blocks, study.out, config.run)
     return failed
