@@ -68,7 +68,9 @@ def check_name(name: str) -> None:
 def build_model(name: str, num_classes: int, image_size: tuple[int, int], quiet: bool = False) -> nn.Module:
     """A network with fresh weights from torch's generator, checked to output b x num_classes for such images.
 
-    `quiet`: without the line that says how a network of the user's own is used. Raises: UserError for an unknown name (with the nearest ones), or a network that cannot take these images.
+    `quiet`: without the line that says how a network of the user's own is used.
+
+    Raises: UserError for an unknown name (with the nearest ones), or a network that cannot take these images.
     """
     check_name(name)
     library, _, short = name.partition("/")

@@ -85,9 +85,7 @@ def with_fresh_head(job: Job, classes: int) -> nn.Module:
     network = build_model(pretrained.model, classes, pretrained.image_size)
     head = stages(pretrained.model, network, classes).classifier
     require(head is not None, f"--fine-tune-teacher: {pretrained.model} ends in no linear layer to put in place")
-    fresh = {key: value for key, value in network.state_dict().items() if key.startswith(f"{head}.")}
-    kept = {key: value for key, value in pretrained.weights.items() if not key.startswith(f"{head}.")}
-    load_into(network, kept | fresh, origin.source, pretrained.model)
+    load_into(network, pretrained, origin.source, head)
     network.requires_grad_(False).get_submodule(head).requires_grad_(True)
     return network
 

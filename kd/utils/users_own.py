@@ -40,7 +40,10 @@ def import_function(name: str, what: str) -> Callable:
 
 
 def call_function(function: Callable, name: str, what: str, **arguments):
-    """What `function`, named `name`, returns. Raises UserError if it takes other arguments, UsersOwnError if it fails."""
+    """What `function`, named `name`, returns.
+
+    Raises: UserError if it takes other arguments, UsersOwnError if it fails.
+    """
     called = f"{name.partition(':')[2]}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
     try:
         signature = inspect.signature(function)
