@@ -183,13 +183,14 @@ def _without(named: dict, head: str) -> dict:
 
 def _why_misfit(pretrained: Pretrained, weights: Weights, shapes: dict, name: str) -> str:
     rows, classes = rows_of_head(weights), len(pretrained.classes)
-    fitting = _networks_that_fit(weights, rows or classes, pretrained.image_size)
     if pretrained.saved_by:
-        remedy = (
-            f"it is a {pretrained.saved_by} of Transformers: give --teacher-model module:function, a function of your"
+        return (
+            f"--teacher {name}: is a {pretrained.saved_by} of Transformers, which does not fit the network"
+            f" {pretrained.model} ({misfit(weights, shapes)}); give --teacher-model module:function, a function of your"
             " own that takes num_classes and returns that model, or name the same network as --teacher timm/NAME"
         )
-    elif fitting and pretrained.model in fitting:
+    fitting = _networks_that_fit(weights, rows or classes, pretrained.image_size)
+    if pretrained.model in fitting:
         remedy = f"its last layer has {rows} outputs, and {classes} classes are named for it; name all of them"
     elif fitting:
         remedy = f"they fit {' and '.join(fitting)}: give --teacher-model {fitting[0]}"

@@ -117,8 +117,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"{path}: contains more than tensors, which is never executed ({', '.join(classes[:2])}); save its"
             " state_dict() alone, best as safetensors"
         )
-    archive = tarfile.is_tarfile(path) or (zipfile.is_zipfile(path) and "PytorchStreamReader" in str(error))
-    if archive and "PytorchStreamReader" in str(error):
+    if tarfile.is_tarfile(path) or (zipfile.is_zipfile(path) and "PytorchStreamReader" in str(error)):
         return f"{path}: is an archive of other files, not a file of weights; unpack it and name the file inside"
     size = path.stat().st_size
     return (

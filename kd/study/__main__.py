@@ -108,7 +108,8 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
 
 def teacher_folders(runs: list[Path]) -> list[str]:
     """The folders of these finished runs' teachers, those fetched from the Hub included."""
-    from kd.runs.results import checked_summary, teachers_of  # imports torch
+    from kd.models.pretrained import is_pretrained  # imports torch
+    from kd.runs.results import checked_summary, teachers_of
 
     names: list[str] = []
     for folder in runs:
@@ -116,7 +117,7 @@ def teacher_folders(runs: list[Path]) -> list[str]:
             names += teachers_of(checked_summary(folder / "summary.json"))
         except UserError:
             continue  # the report says what is wrong with it
-    return [name for name in dict.fromkeys(names) if Path(name).is_dir()]
+    return [name for name in dict.fromkeys(names) if Path(name).is_dir() and not is_pretrained(name)]
 
 
 def main(args: list[str] | None = None) -> list[Task]:
@@ -134,7 +135,7 @@ def main(args: list[str] | None = None) -> list[Task]:
     tasks = run_study(study)
     failed = [task for task in tasks if task.failure]
     trained = list(dict.fromkeys(folder for task in tasks for folder in (*task.teachers, task.folder) if folder))
-    named = [name for name in config.teachers if Path(name).is_dir()]
+    named = [name for name in config.teachers if Path(name).is_dir() and not is_pretrained(name)]
     failures = tuple(Other(task.label, "failed", task.failure) for task in failed)
     folders = [*map(str, trained), *teacher_folders(trained), *named]
     blocks = write_report(folders, study.out, failures, config.trust_code, trained=trained)

@@ -54,6 +54,7 @@ def build_network(job: Job, data: Data) -> BuiltNetwork:
 
 def load_initial_weights(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
     """Load a finished run's weights, and for a pruned one its shapes. Raises UserError if they do not fit the job."""
+    require(not folder.is_file(), f"--init {folder}: is a file; name the folder of a finished run")
     require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
     info, _ = read_model(folder)
     model, recipe = info["model"], info.get("compression") or {}
