@@ -227,7 +227,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
                 break
             prefixes.add(".".join(words[:depth]) + ".")
     parts = {}
-    for prefix in sorted(prefixes, key=len):
+    for prefix in sorted(sorted(prefixes), key=len):
         parts[prefix] = {name[len(prefix) :]: name for name in tensors if name.startswith(prefix)}
     return parts
 

@@ -108,6 +108,8 @@ def test_a_safetensors_file_has_no_order():
     found = read_file(Path("big.safetensors"))
     assert find_fit(found, shapes_of("vgg8")) is None
     assert "keeps no order to match them by" in misfit(found, shapes_of("vgg8"))
+    save_file({"second.weight": torch.zeros(4, 4), "first.weight": torch.ones(4, 4)}, "small.safetensors")
+    assert find_fit(read_file(Path("small.safetensors")), {"in.weight": (4, 4), "out.weight": (4, 4)}) is None
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_weights_of_another_network_name_the_one_that_was_tried(data):
             ["--teacher", "fits.tar", "--teacher-model", "vgg8"],
             "do not fit the network vgg8: of its 32 tensors, 32 miss",
         ),
-        (["--teacher", "fits.tar", "--teacher-model", MODEL, "there.ckpt"], "there.ckpt: no such file"),
+        (["--teacher", "fits.tar", "there.ckpt", "--teacher-model", MODEL], "there.ckpt: no such file"),
         (["--teacher", "nan.bin", "--teacher-model", MODEL], "nan.bin: 6.bias holds NaN or infinity"),
     ],
 )
@@ -425,5 +425,5 @@ def test_training_the_last_layer_resumes_to_the_same_bytes(monkeypatch):
 
 
 def test_the_flag_needs_a_teacher():
-    with pytest.raises(UserError, match="--fine-tune-teacher: needs a --teacher"):
+    with pytest.raises(UserError, match="--fine-tune-teacher: needs a pretrained --teacher"):
         dataclasses.replace(distill_defaults("report"), fine_tune_teacher=True).check()
