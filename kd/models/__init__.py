@@ -124,7 +124,7 @@ def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tu
 
     It may do so in training only, as networks with auxiliary heads do. A hook leaves its layers their names.
     """
-    answers = {"": _answer(network, image_size, name), " in training": _training_answer(network, image_size)}
+    answers = {"": probe(network, image_size, name).logits, " in training": _training_answer(network, image_size)}
     several = {when: answer for when, answer in answers.items() if logits_of(answer) is not answer}
     for when, answer in several.items():
         logits = logits_of(answer)
@@ -151,10 +151,6 @@ def logits_of(answer: object) -> object:
     if isinstance(answer, Mapping) and "logits" in answer:  # Transformers' outputs are dicts too
         return answer["logits"]
     return answer[0] if isinstance(answer, tuple | list) and answer else answer
-
-
-def _answer(network: nn.Module, image_size: tuple[int, int], name: str) -> object:
-    return probe(network, image_size, name).logits
 
 
 def _training_answer(network: nn.Module, image_size: tuple[int, int]) -> object:

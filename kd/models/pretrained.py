@@ -49,7 +49,7 @@ class Pretrained(NamedTuple):
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    ordered: bool = True  # whether the weights stand in the order of the network's layers
+    ordered: bool = True  # whether weights of other names may be matched in their order
     notes: tuple[str, ...] = ()  # what was chosen and left out of a file
     saved_by: str = ""  # the class of a Transformers folder
 
@@ -234,7 +234,7 @@ def _from_torchvision(name: str, short: str) -> Pretrained:
     # DenseNets' files have the layer names that torchvision used before 2018.
     tensors = {re.sub(r"(layer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key): value for key, value in tensors.items()}
     classes, size = tuple(weights.meta["categories"]), (transforms.crop_size[0],) * 2
-    return Pretrained(name, tensors, classes, size, tuple(transforms.mean), tuple(transforms.std))
+    return Pretrained(name, tensors, classes, size, tuple(transforms.mean), tuple(transforms.std), ordered=False)
 
 
 def _from_timm(name: str, short: str) -> Pretrained:
@@ -248,7 +248,8 @@ def _from_timm(name: str, short: str) -> Pretrained:
     if not classes and subset:
         classes = timm.data.ImageNetInfo(subset).label_descriptions()
     size = tuple(config["input_size"][1:])
-    return Pretrained(name, network.state_dict(), tuple(classes), size, tuple(config["mean"]), tuple(config["std"]))
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Pretrained(name, network.state_dict(), tuple(classes), size, mean, std, ordered=False)
 
 
 def _unreachable(name: str, error: Exception, remedy: str) -> str:

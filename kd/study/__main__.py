@@ -100,6 +100,7 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
         if not pretrained.is_pretrained(name):
             load_network(local_folder(name), config.trust_code or not config.teacher)  # --init is the user's own
             continue
+        pretrained.check_pretrained(name, config.teacher_model, config.fine_tune_teacher)
         network = pretrained.load_pretrained(name, config.teacher_model)
         check_name(network.model)
         if not config.fine_tune_teacher:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import kd
 from kd.config import DataConfig
 from kd.config.presets import distill_defaults
 from kd.data import load_data
@@ -260,6 +261,20 @@ def test_a_teacher_that_lacks_a_class_leaves_no_folder_behind(data):
 def test_a_mistyped_method_is_not_taken_for_a_second_teacher(resnet8_run, word, method):
     with pytest.raises(UserError, match=f"--teacher {word}: no such run folder; did you mean the method {method}?"):
         distil("--teacher", str(resnet8_run), word)
+
+
+def test_a_file_or_a_download_in_place_of_a_run_folder_says_what_it_is():
+    file_of("big.tar", TEN)
+    with pytest.raises(UserError, match=r"big.tar: is a file, not a run folder; a file of weights is taken .*--teach"):
+        kd.load("big.tar")
+    with pytest.raises(UserError, match=r"--init big.tar: is a file; name the folder of a finished run"):
+        teach("--init", "big.tar", "--sparsity", "0.5")
+    Path("vit").mkdir()
+    Path("vit/config.json").write_text(json.dumps({"architectures": ["ViTForImageClassification"]}))
+    with pytest.raises(UserError, match=r"holds a network of Transformers or timm \(ViTForImageClassification\); name"):
+        kd.load("vit")
+    with pytest.raises(UserError, match=r"vit: holds no model.safetensors and no pytorch_model.bin"):
+        distil("--teacher", "vit", "--out", "student")
 
 
 def test_a_run_has_learned_its_last_layer(resnet8_run):
