@@ -130,7 +130,8 @@ def main(args: list[str] | None = None) -> list[Task]:
         "--grid: picks on validation, which --val-fraction 0 leaves without images; give a larger fraction",
     )
     check_networks(config, study.methods)
-    from kd.report.build import show, write_report  # imports torch, which --help need not wait for
+    from kd.models.pretrained import is_pretrained  # imports torch, which --help need not wait for
+    from kd.report.build import show, write_report
     from kd.runs.results import Other
 
     tasks = run_study(study)
