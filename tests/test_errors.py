@@ -2,11 +2,13 @@
 
 import errno
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from kd.errors import ENDINGS, SET_BY_LAUNCHERS, Preempted, UserError, exit_code, nearest
+from tests.run_scripts import script
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,65 @@ def test_under_a_launcher_the_message_is_framed(variable, error, monkeypatch, ca
     assert (before, rule, again, after) == ("", "-" * 80, "-" * 80, "")
     assert message.startswith(ENDINGS)
     assert "the launcher's" in note
+
+
+BROKEN = {
+    "imported": "x = [1][3]\n",
+    "library": "import no_such_library\n",
+    "syntax": "def net(:\n",
+    "called": "def net(num_classes):\n    return {}['width']\n",
+    "forward": """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = nn.Linear(3, classes)
+    def forward(self, image):
+        return self.fc(image.mean((2, 3))) / widht
+def net(num_classes):
+    return Net(num_classes)
+""",
+    "training": """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = nn.Linear(3, classes)
+    def forward(self, image):
+        if self.training and len(image) > 2:
+            raise KeyError('width')
+        return self.fc(image.mean((2, 3)))
+def net(num_classes):
+    return Net(num_classes)
+""",
+}
+SHOWN = {
+    "imported": "IndexError: list index out of range",
+    "library": "ModuleNotFoundError: No module named 'no_such_library'",
+    "syntax": "SyntaxError: invalid syntax",
+    "called": "KeyError: 'width'",
+    "forward": "NameError: name 'widht' is not defined",
+    "training": "KeyError: 'width'",
+}
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_a_mistake_in_a_users_own_code_shows_its_own_traceback(where):
+    Path("my_net.py").write_text(BROKEN[where])
+    done = script("train_teacher.py", "--data", "digits", "--model", "my_net:net", "--epochs", "1", "--threads", "1")
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    what = SHOWN[where]
+    assert lines[-1].startswith(f"error: {Path('my_net.py').resolve()}, line ")
+    assert what in lines[-1]
+    assert lines[-1].endswith("; mend that code")
+    shown = [line for line in lines if line.lstrip().startswith("File ")]
+    assert len(shown) == 1, done.stderr
+    assert "my_net.py" in shown[0]
+
+
+def test_a_module_that_is_not_there_is_one_line():
+    done = script("train_teacher.py", "--data", "digits", "--model", "nowhere:net", "--threads", "1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot import nowhere" in done.stderr

@@ -12,13 +12,11 @@ from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed
 from kd.models import LIBRARIES
-from kd.models.pretrained import PICKLED
+from kd.models.weights import SUFFIXES
 from kd.report.groups import ALONE, group_runs
 from kd.runs.load import load_network
 from kd.runs.results import checked_summary, collect_runs, named_paths, read_config
 from kd.utils.files import write_json
-
-WEIGHT_SUFFIXES = (*PICKLED, ".safetensors")
 
 
 class ExportedRun(NamedTuple):
@@ -99,7 +97,7 @@ def public_name(name: str | list) -> str | list:
     if isinstance(name, list):
         return [public_name(member) for member in name]
     library, _, model = name.partition("/")
-    if library in LIBRARIES and model and Path(name).suffix not in WEIGHT_SUFFIXES:
+    if library in LIBRARIES and model and Path(name).suffix not in SUFFIXES:
         return name
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$", name)
     return "{}/{}@{}".format(*cached.groups()) if cached else Path(name).name

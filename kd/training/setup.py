@@ -78,6 +78,7 @@ def build_network(job: Job, data: Data) -> BuiltNetwork:
 
 def load_initial_weights(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
     """Load a finished run's weights, and for a pruned one its shapes. Raises UserError if they do not fit the job."""
+    require(not folder.is_file(), f"--init {folder}: is a file; name the folder of a finished run")
     require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
     info, _ = read_model(folder)
     model, recipe = info["model"], info.get("compression") or {}
@@ -109,9 +110,7 @@ def with_fresh_head(job: Job, classes: int) -> nn.Module:
     network = build_model(pretrained.model, classes, pretrained.image_size)
     head = stages(pretrained.model, network, classes).classifier
     require(head is not None, f"--fine-tune-teacher: {pretrained.model} ends in no linear layer to put in place")
-    fresh = {key: value for key, value in network.state_dict().items() if key.startswith(f"{head}.")}
-    kept = {key: value for key, value in pretrained.weights.items() if not key.startswith(f"{head}.")}
-    load_into(network, kept | fresh, origin.source, pretrained.model)
+    load_into(network, pretrained, origin.source, head)
     network.requires_grad_(False).get_submodule(head).requires_grad_(True)
     return network
 
