@@ -193,7 +193,7 @@ class RunConfig:
     resume_inexact: bool = False
     """With --resume: allow another number of processes (same recipe, other bits)."""
     extend: bool = False
-    """With --resume and more --epochs: extend a finished run by the longer schedule (lr jumps)."""
+    """With --resume and more --epochs: extend a finished run (the lr jumps)."""
     save_every: int = 0
     """Save a checkpoint every N steps too; 0: only after every epoch."""
     log_every: int = 50

@@ -47,8 +47,7 @@ class TrainConfig(_Common):
     """Flags of train_teacher.py."""
 
     model: str = "resnet34"
-    """resnet34 or another name, torchvision/NAME, timm/NAME, or your own module:function, called as
-    f(num_classes=K)."""
+    """NAME, torchvision/NAME, timm/NAME, or your own module:function(num_classes=K)."""
     method: NoneConfig = field(default_factory=NoneConfig)
 
     def check(self) -> None:
@@ -66,8 +65,7 @@ class DistillConfig(_Common):
     """Flags of distill_student.py."""
 
     student: str = "resnet18"
-    """resnet18 or another name, torchvision/NAME, timm/NAME, or your own module:function, called as
-    f(num_classes=K)."""
+    """NAME, torchvision/NAME, timm/NAME, or your own module:function(num_classes=K)."""
     teacher: Annotated[tuple[str, ...], arg(metavar="RUN ...")] = ()
     """Run folder, Hub id, torchvision/NAME, timm/NAME or file of weights (several: mean of their probabilities). If
     left out: --init's network with --prune or --sparsity, else the recipe's own, trained first and reused."""
