@@ -23,10 +23,10 @@ class DataConfig:
     """Which data, how it is stored and how it is split."""
 
     source: Annotated[str, arg(name="data")] = "cifar100"
-    """Hub: cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k, or any user/name or
-    user/name@revision; local: digits, synthetic, a folder of images (SPLIT/CLASS/) or of parquet files."""
+    """Hub: cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k, or user/name[@revision];
+    local: digits, synthetic, a folder of images (SPLIT/CLASS/ or CLASS/) or parquet files, or your module:function."""
     label: str | None = None
-    """Label column, if the data has several; the first one if left out."""
+    """Label column, if there are several."""
     classes: int | None = None
     """Use the first N classes only."""
     image_size: int | None = None
@@ -34,8 +34,7 @@ class DataConfig:
     stored_size: int | None = None
     """Store N x N pixels: train on random --image-size crops, score the centre."""
     decode: Literal["auto", "memory", "workers"] = "auto"
-    """memory: decode once and store on disk; workers: decode in every epoch; auto: memory if the decoded images fit.
-    The results are the same."""
+    """memory: decode once; workers: in every epoch; auto: by what fits."""
     stream: bool = False
     """Read shards in order and store nothing, for data larger than the disk."""
     shuffle_rows: int = 4096
@@ -47,8 +46,13 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the validation split, so that every --seed shares one teacher."""
     imbalance: float = 1.0
-    """Long tail: training images per class fall to this share of the first class's, drawn by --split-seed; 1: all
-    (arXiv:1906.07413)."""
+    """Long tail: the last class keeps this share of its images (arXiv:1906.07413)."""
+    image: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Image column, if there are several."""
+    test_fraction: float = 0.2
+    """Share of each class held out as test split, if there is none."""
+    skip_broken: bool = False
+    """Leave out images that cannot be read, and say how many."""
 
     def check_sizes(self) -> None:
         """Check the two sizes, after a named set's own --image-size is filled in."""
@@ -69,7 +73,9 @@ class DataConfig:
             f"--stream: leave --decode {self.decode} out; a stream is decoded as it is read",
         )
         require(self.split_seed >= 0, f"--split-seed {self.split_seed}: give 0 or more")
-        require(0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: give a share from 0 up to 1")
+        for name in ("val_fraction", "test_fraction"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name.replace('_', '-')} {value}: give a share from 0 up to 1")
 
 
 @dataclass(frozen=True)

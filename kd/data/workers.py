@@ -22,7 +22,7 @@ from kd.data.rows import LazyImages, Rows
 from kd.data.statistics import ChannelHistogram, DatasetHash, Statistics
 from kd.errors import UserError
 from kd.utils.files import read_json, write_json
-from kd.utils.images import decode_to
+from kd.utils.images import BrokenImage, broken_images, decode, decode_to
 
 BLOCK = 256  # images that are scanned at a time before training
 
@@ -48,8 +48,21 @@ class EncodedImages(LazyImages, Dataset):
 
         Raises UserError naming the row that cannot be read.
         """
+        for images in self._load(_Decoder(self), indices, pinned):
+            if isinstance(images, str):
+                raise UserError(images)
+            yield images
+
+    def find_broken(self) -> dict[int, str]:
+        """Place and message of each image that cannot be read."""
+        blocks = torch.arange(len(self.rows)).split(BLOCK)
+        found = zip(blocks, self._load(_Checker(self), blocks))
+        return {int(block[place]): message for block, part in found for place, message in part.items()}
+
+    def _load(self, decoder: Dataset, indices: Sequence[Tensor], pinned: bool = False) -> Iterator:
+        """What `decoder` makes of each index, in worker processes."""
         loader = DataLoader(
-            _Decoder(self),
+            decoder,
             sampler=[self.rows[index.numpy()] for index in indices],
             batch_size=None,  # each item of the sampler is a whole batch
             num_workers=self.workers,
@@ -58,10 +71,7 @@ class EncodedImages(LazyImages, Dataset):
             generator=torch.Generator(),  # the loader draws a seed for its workers, not to be taken from torch's own
             collate_fn=_unchanged,
         )
-        for images in _receive(loader):
-            if isinstance(images, str):
-                raise UserError(images)
-            yield images
+        return _receive(loader)
 
     def iter_blocks(self) -> Iterator[np.ndarray]:
         """All images in order (b x 3 x h x w), a block at a time, with a progress bar on a terminal."""
@@ -90,7 +100,24 @@ class _Decoder(Dataset):
         return torch.from_numpy(batch)
 
 
-def _receive(loader: DataLoader) -> Iterator[Tensor | str]:
+class _Checker(Dataset):
+    """Runs in a worker: the place in a batch and the message of each row that cannot be read."""
+
+    def __init__(self, images: EncodedImages):
+        self.images = images
+
+    def __getitem__(self, rows: Int[np.ndarray, "b"]) -> dict[int, str]:
+        images, found = self.images, {}
+        cells = images.stored[rows.tolist()][images.column]
+        for place, (row, cell) in enumerate(zip(rows.tolist(), cells)):
+            try:
+                decode(cell, images.resize_to, images.split, row)
+            except BrokenImage as error:
+                found[place] = error.what
+        return found
+
+
+def _receive(loader: DataLoader) -> Iterator[Tensor | str | dict]:
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:  # the worker died while sending a batch, which torch does not notice
@@ -99,7 +126,7 @@ def _receive(loader: DataLoader) -> Iterator[Tensor | str]:
         raise RuntimeError(f"a DataLoader worker died ({error!r})") from error
 
 
-def _unchanged(batch: Tensor | str) -> Tensor | str:
+def _unchanged(batch: Tensor | str | dict) -> Tensor | str | dict:
     return batch
 
 
@@ -126,6 +153,18 @@ class WorkerRows(Rows):
             yield images.to(device, non_blocking=True)
 
 
+def find_broken(key: str, splits: dict[str, EncodedImages]) -> dict[str, dict[int, str]]:
+    """Row and message of each image of each split that cannot be read; decodes all once, and caches what it finds."""
+    with locked(f"{key}.workers") as folder:
+        path = folder / "broken.json"
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            found = {name: images.find_broken() for name, images in splits.items()}
+            write_json(path, found)
+        known = read_json(path)
+    return {name: {int(row): message for row, message in found.items()} for name, found in known.items()}
+
+
 def scan(key: str, splits: dict[str, Arrays], classes: tuple[str, ...], train: Arrays) -> tuple[Statistics, str]:
     """The statistics that decoded arrays would give, and the sha256 of the training rows `train`.
 
@@ -137,7 +176,13 @@ def scan(key: str, splits: dict[str, Arrays], classes: tuple[str, ...], train: A
         path = folder / f"{train_rows}.json"
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            write_json(path, _scan(splits, classes, train))
+            try:
+                write_json(path, _scan(splits, classes, train))
+            except UserError:  # of the first broken image, if it is not another
+                every = [message for split in splits.values() for message in split.images.find_broken().values()]
+                if every:
+                    raise broken_images(every) from None
+                raise
         known = read_json(path)
     statistics = Statistics(tuple(known["mean"]), tuple(known["std"]), known["fingerprint"])
     return statistics, known["train_sha256"]

@@ -33,6 +33,9 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "shuffle_rows": 4096,
     "resized_crop": 0.0,
     "colour_jitter": 0.0,
+    "image": None,
+    "test_fraction": 0.2,
+    "skip_broken": False,
 }
 
 

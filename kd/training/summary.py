@@ -36,7 +36,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         scores, answers = score_test_split(network, trainer.best, data, job, accelerator, teacher)
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
-        summary |= scores
+        summary |= scores | {"test_split": data.test_split}
     if accelerator.is_main_process:
         if answers:
             write_weights(run.path / "test_logits.safetensors", answers)

@@ -1,10 +1,14 @@
 """The console, and errors as one line of text. No torch here."""
 
 import os
+import re
+import textwrap
 
 from rich.console import Console
 
 console = Console()
+
+ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours of a terminal
 
 
 def print_once(line: str) -> None:
@@ -22,5 +26,14 @@ def shorten(text: str, width: int) -> str:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """An exception's type and message as one line of at most `limit` characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+    """An exception's type and message as one line of about `limit` characters, cut between words."""
+    words = ESCAPE_CODES.sub("", f"{type(error).__name__}: {error}").split()
+    line = " ".join(words)
+    return line if len(line) <= limit else f"{textwrap.shorten(line, limit, placeholder='') or line[:limit]} ..."
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a library's own exception was raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -263,7 +263,7 @@ def test_large_images_get_imagenets_stem():
     ("flags", "words"),
     [
         ({"stored_size": 32}, "--stored-size 32: give --image-size too"),
-        ({"stored_size": 32, "image_size": 40}, "--stored-size 32: give --image-size too, and no less than that"),
+        ({"stored_size": 32, "image_size": 40}, "--stored-size 32: give --image-size too, at most 32"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(flags, words):

@@ -106,7 +106,7 @@ def test_memory_and_workers_have_one_identity_and_the_same_weights(folder, tmp_p
     assert identities[0] == identities[1]
     output = capsys.readouterr().out
     assert "data: in memory, decoded once (" in output
-    assert "data: decoded by workers in every epoch (as --decode says); " in output
+    assert "data: decoded by workers in every epoch (as --decode says), columns image and label; " in output
     for how in ("memory", "workers"):
         storage = json.loads((tmp_path / how / "config.json").read_text())["data"]["held"]
         assert f"data: {storage}; 37 training, 3 validation, 10 test images of 3 classes\n" in output
