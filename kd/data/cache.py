@@ -103,7 +103,7 @@ def cached(key: str, create: Callable[[Path], Facts | None]) -> Decoded | None:
 def _write_meta(folder: Path, facts: Facts) -> None:
     splits = sorted({path.name.split(".")[0] for path in folder.glob("*.npy")})
     meta = {"splits": splits, **facts._asdict()}
-    meta["sha256"] = _sha256({name: _open(folder, name) for name in splits}, facts.classes)
+    meta["sha256"] = hash_arrays({name: _open(folder, name) for name in splits}, facts.classes)
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -112,7 +112,7 @@ def _load(folder: Path) -> Decoded | None:
         meta = json.loads((folder / "meta.json").read_text())
         splits = {name: _open(folder, name) for name in meta["splits"]}
         facts = Facts(tuple(meta["classes"]), meta.get("columns", ""), tuple(meta.get("notes", ())))
-        intact = _sha256(splits, facts.classes) == meta["sha256"]
+        intact = hash_arrays(splits, facts.classes) == meta["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return Decoded(splits, facts, meta["sha256"]) if intact else None
@@ -123,7 +123,7 @@ def _open(folder: Path, name: str) -> Arrays:
     return Arrays(read_array(folder / f"{name}.images.npy", "c"), read_array(folder / f"{name}.labels.npy"))
 
 
-def _sha256(splits: dict[str, Arrays], classes: tuple[str, ...]) -> str:
+def hash_arrays(splits: dict[str, Arrays], classes: tuple[str, ...]) -> str:
     digest = DatasetHash(splits, classes)
     for name in sorted(splits):
         digest.begin(splits[name].images.shape)

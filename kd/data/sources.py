@@ -17,6 +17,7 @@ from kd.config import DataConfig
 from kd.data.cache import Arrays, Facts, cached, open_dataset, write_arrays
 from kd.data.folder import ImageFolder, check_archives, check_names, describe_files, scan_folder
 from kd.data.metadata import Loaded, read_folder
+from kd.data.own import is_users_own, load_own
 from kd.data.splits import hold_out
 from kd.data.storage import DataSource, InMemory, choose_storage
 from kd.data.stream import Streaming
@@ -110,10 +111,14 @@ def find_source(config: DataConfig) -> DataSource:
         return _find_built_in(config)
     if path.is_dir():
         return _find_folder(config, path)
+    if is_users_own(source):
+        return load_own(config)
+    require(not path.is_file(), f"--data {source}: is a file; name the folder that has it, or unpack it")
     looks_like_id = source in HUB_SETS or ("/" in source and not source.startswith((".", "/", "~")))
     require(
         looks_like_id,
-        f"--data {source}: no such folder, named set or Hub id (user/name); {nearest(source, [*BUILT_IN, *HUB_SETS])}",
+        f"--data {source}: no such folder, named set, Hub id (user/name) or module:function;"
+        f" {nearest(source, [*BUILT_IN, *HUB_SETS])}",
     )
     return _find_hub_set(config)
 

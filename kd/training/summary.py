@@ -27,6 +27,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     job, data, run, accelerator = trainer.job, trainer.data, trainer.run, trainer.accelerator
     network, compression = trainer.distiller.deployed, trainer.distiller.compression
     summary = _training_summary(trainer.state, job, sum(p.numel() for p in network.parameters())) | UNTESTED
+    summary["test_split"] = data.test_split
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         summary |= _who_taught(teacher) | {"control": control and str(control)}
@@ -36,7 +37,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         scores, answers = score_test_split(network, trainer.best, data, job, accelerator, teacher)
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
-        summary |= scores | {"test_split": data.test_split}
+        summary |= scores
     if accelerator.is_main_process:
         if answers:
             write_weights(run.path / "test_logits.safetensors", answers)

@@ -18,6 +18,7 @@ from kd.config import DataConfig
 from kd.data import load_data
 from kd.data.columns import check_class_names
 from kd.errors import UserError
+from kd.report.build import write_report
 from tests.run_scripts import teach
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
@@ -344,6 +345,9 @@ def test_a_validation_split_that_is_reported_says_so(tmp_path, splits, capsys):
     teach("--data", str(tmp_path / "set"), "--epochs", "1", "--batch-size", "8", "--out", "run")
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["test_split"] == ("validation" if splits[1] == "val" else "test")
+    write_report(["run"], Path("report"))
+    told = "test is its validation split" in Path("report/report.md").read_text()
+    assert told == (splits[1] == "val")
     said = "no test split: the validation split is scored at the end in its place" in capsys.readouterr().out
     assert said == (splits[1] == "val")
 
