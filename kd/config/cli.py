@@ -29,8 +29,8 @@ from kd.errors import exit_code
 
 # The groups of --help, commonest flags first. The dataclasses' own order is that of every config.json.
 GROUPS = {
-    "data": "data classes image-size val-fraction label stored-size decode workers stream shuffle-rows split-seed "
-    "imbalance",
+    "data": "data classes image-size val-fraction test-fraction label image skip-broken stored-size decode workers "
+    "stream shuffle-rows split-seed imbalance",
     "model": "student model",
     "teacher": "teacher teacher-model teacher-seed control fine-tune-teacher trust-code cache-teacher cache-dtype "
     "cache-top-k",

@@ -26,10 +26,10 @@ class DataConfig:
     """Which data, how it is stored and how it is split."""
 
     source: Annotated[str, arg(name="data")] = "cifar100"
-    """Hub: cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k, or any user/name or
-    user/name@revision; local: digits, synthetic, a folder of images (SPLIT/CLASS/) or of parquet files."""
+    """Hub: cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k, or user/name[@revision];
+    local: digits, synthetic, a folder of images (SPLIT/CLASS/ or CLASS/) or parquet, or module:function."""
     label: str | None = None
-    """Label column, if the data has several; the first one if left out."""
+    """Label column, if there are several."""
     classes: int | None = None
     """Use the first N classes only."""
     image_size: int | None = None
@@ -37,8 +37,7 @@ class DataConfig:
     stored_size: int | None = None
     """Store N x N pixels: train on random --image-size crops, score the centre."""
     decode: Literal["auto", "memory", "workers"] = "auto"
-    """memory: decode once and store on disk; workers: decode in every epoch; auto: memory if the decoded images fit.
-    The results are the same."""
+    """memory: decode once; workers: in every epoch; auto: by what fits."""
     stream: bool = False
     """Read shards in order and store nothing, for data larger than the disk."""
     shuffle_rows: int = 4096
@@ -50,8 +49,13 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the validation split, so that every --seed shares one teacher."""
     imbalance: float = 1.0
-    """Long tail: training images per class fall to this share of the first class's, drawn by --split-seed; 1: all
-    (arXiv:1906.07413)."""
+    """Long tail: the last class keeps this share of its images (arXiv:1906.07413)."""
+    image: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Image column, if there are several."""
+    test_fraction: float = 0.2
+    """Share of each class held out as test split, if there is none."""
+    skip_broken: bool = False
+    """Leave out images that cannot be read, and say how many."""
 
     def check_sizes(self) -> None:
         """Check the two sizes, after a named set's own --image-size is filled in."""
@@ -72,7 +76,9 @@ class DataConfig:
             f"--stream: leave --decode {self.decode} out; a stream is decoded as it is read",
         )
         require(self.split_seed >= 0, f"--split-seed {self.split_seed}: give 0 or more")
-        require(0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: give a share from 0 up to 1")
+        for name in ("val_fraction", "test_fraction"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name.replace('_', '-')} {value}: give a share from 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ class FitConfig:
     milestones: tuple[float, ...] = (0.5, 0.75)
     """With --schedule step: divide lr by 10 at these shares of the run."""
     balance: Literal["none", "sampler", "weights", "logit-adjust"] = "none"
-    """For classes of unequal size. sampler: draw all classes equally often; weights: weight cross-entropy by class
-    (arXiv:1901.05555); logit-adjust: add log class frequencies to its logits (arXiv:2007.07314)."""
+    """sampler: draw all classes equally often; weights: weight cross-entropy (arXiv:1901.05555); logit-adjust:
+    add log class frequencies (arXiv:2007.07314)."""
     drop_last: bool = True
     """Leave the last batch of an epoch out if it is incomplete."""
     clip_norm: float | None = None
@@ -203,8 +209,7 @@ class RunConfig:
     threads: int | None = None
     """CPU threads of each process; all the cores it may use if left out."""
     test: bool = True
-    """Score the test split at the end. Add --no-test to compare settings on validation; the same command without it
-    scores the test split later."""
+    """Score the test split at the end; with --no-test, later, by the same command without it."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases; auto: online if a key is found, else offline."""
     wandb_project: str = "kd"

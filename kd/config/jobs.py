@@ -47,7 +47,7 @@ class TrainConfig(_Common):
     """Flags of train_teacher.py."""
 
     model: str = "resnet34"
-    """NAME, torchvision/NAME, timm/NAME, or your own module:function(num_classes=K)."""
+    """NAME, torchvision/NAME, timm/NAME or your own module:function."""
     method: NoneConfig = field(default_factory=NoneConfig)
 
     def check(self) -> None:
@@ -65,7 +65,7 @@ class DistillConfig(_Common):
     """Flags of distill_student.py."""
 
     student: str = "resnet18"
-    """NAME, torchvision/NAME, timm/NAME, or your own module:function(num_classes=K)."""
+    """NAME, torchvision/NAME, timm/NAME or your own module:function."""
     teacher: Annotated[tuple[str, ...], arg(metavar="RUN ...")] = ()
     """Run folder, Hub id, torchvision/NAME, timm/NAME or file of weights (several: mean of their probabilities). If
     left out: --init's network with --prune or --sparsity, else the recipe's own, trained first and reused."""

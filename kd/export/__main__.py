@@ -58,7 +58,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--push", metavar="USER/NAME", help="push the export to this model repository on the Hub")
     parser.add_argument("--private", action="store_true", help="with --push: create the repository as private")
     parser.add_argument("--license", default="unknown", help="license id of the model card, as on the Hub (e.g. mit)")
-    parser.add_argument("--trust-code", action="store_true", help="allow building a network given as module:function")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="allow a network, and data, that are a module:function"
+    )
     args = parser.parse_args(argv)
     require(not (args.all and args.formats), "--all and --formats: give one of them")
     args.formats = list(FILES) if args.all else list(dict.fromkeys(args.formats or ["onnx"]))
@@ -103,7 +105,7 @@ def export(args: argparse.Namespace) -> Path:
         f"{args.run}: trained with --no-test, and the table would read the test set; train it without that flag"
         " first, or add --no-table",
     )
-    data = read_data(source, args.data) if args.table or "int8" in args.formats else None
+    data = read_data(source, args.data, args.trust_code) if args.table or "int8" in args.formats else None
     calibration = calibration_images(data, args.calibration) if "int8" in args.formats else None
     folder = args.run / "export"
     _check_target(folder)

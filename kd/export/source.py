@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from kd.config import DataConfig
 from kd.data import Data, load_data
+from kd.data.own import is_users_own
 from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed
@@ -39,9 +40,17 @@ def read_source(folder: Path, trust_code: bool) -> ExportedRun:
     return ExportedRun(folder, Deployed(trained.network, trained.info), trained.info, summary, config)
 
 
-def read_data(source: ExportedRun, moved_to: str | None) -> Data:
-    """Load the images that the run was trained on. Raises UserError if they are missing or not the same."""
+def read_data(source: ExportedRun, moved_to: str | None, trust_code: bool) -> Data:
+    """Load the images that the run was trained on.
+
+    Raises UserError if they are missing or not the same, or come from code that the run names and the user does not.
+    """
     flags = source.config["flags"]["data"] | ({"source": moved_to} if moved_to else {})
+    require(
+        trust_code or moved_to is not None or not is_users_own(str(flags.get("source"))),
+        f"{source.folder}: reading its data {flags.get('source')} runs its author's code; --trust-code says that you"
+        " trust it, --data names other data",
+    )
     try:
         data = load_data(DataConfig(**flags))
     except TypeError as error:

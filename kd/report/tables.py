@@ -25,6 +25,8 @@ def accuracy_table(groups: list[Group]) -> Table:
     note += "has several runs, whose teachers have several seeds, their mean counts. last: the last epoch's weights; "
     note += "best: those of the epoch that was best on validation. The test set was read once, at each run's end; it "
     note += "chose nothing."
+    if any(run.summary.get("test_split") == "validation" for group in groups for run in group.runs):
+        note += " The data has no test split: test is its validation split, held out of all training."
     if any(group.external_teacher for group in groups):
         note += " A teacher that is not among these runs: as its students' runs measured it."
     return Table(("network", "model", "seeds", *(metric.report for metric in SCORES)), rows, note, words=2)

@@ -34,6 +34,9 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "resized_crop": 0.0,
     "colour_jitter": 0.0,
     "drop_last": True,
+    "image": None,
+    "test_fraction": 0.2,
+    "skip_broken": False,
 }
 
 

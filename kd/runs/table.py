@@ -57,6 +57,8 @@ def show_results(student: Path, control: Path | None = None) -> None:
     control = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
     wide.print(_table(rows, [column for column in COLUMNS if wide.width >= 110 or column.key in NARROW]))
+    if summary.get("test_split") == "validation":
+        wide.print(Text("test: the data's validation split, as it has no test split"))
     if any(run["test_top1"] is None for run in (summary, control) if run):
         wide.print(Text("the test split was not read (--no-test)"))
     elif control is None and summary["method"] != "none":

@@ -27,6 +27,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     job, data, run, accelerator = trainer.job, trainer.data, trainer.run, trainer.accelerator
     network, compression = trainer.distiller.deployed, trainer.distiller.compression
     summary = _training_summary(trainer.state, job, sum(p.numel() for p in network.parameters())) | UNTESTED
+    summary["test_split"] = data.test_split
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         summary |= _teacher_summary(teacher) | {"control": control and str(control)}

@@ -36,3 +36,10 @@ def clip(text: str, limit: int = 200) -> str:
     if len(line) <= limit:
         return line
     return (line[:limit].rpartition(" ")[0] or line[: limit - 2]) + " …"
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a library's own exception was raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
