@@ -34,7 +34,7 @@ class _Common:
 
     preset: PresetName = "report"
     """Sets all defaults. report: the report's; own (for data other than CIFAR-100): by its number of images; strong:
-    200 epochs, our best; crd: the literature's 240; patient: mixup, 1,200 epochs; digits: a demonstration."""
+    200 epochs, our best; crd: the literature's 240; patient: mixup, 1,200 epochs; digits: a demo."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     fit: FitConfig = field(default_factory=FitConfig)

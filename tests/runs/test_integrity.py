@@ -224,7 +224,7 @@ def test_row_36_a_stop_while_the_last_view_is_sealed_is_not_lost(monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return real(self, view)
 
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"2 of 2 views .* are stored"):
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"2 of 2 views of the teacher.s logits in "):
         patch.setattr(LogitStore, "block", block)
         distil("--cache-teacher", "--views", "2", "--epochs", "1", "--out", "run")
     distil("--cache-teacher", "--views", "2", "--epochs", "1", "--out", "run")
