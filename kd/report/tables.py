@@ -78,13 +78,9 @@ def gain_table(comparisons: list[Comparison]) -> Table | None:
         alone = alone or found.of_seeds is None
     if not rows:
         return None
-    note = (
-        "Points of test accuracy, paired by seed. The 95% interval and p hold the noise of the seeds' training and of "
-    )
-    note += (
-        f"the choice of test images. p, corrected: Holm's, for the {len(rows)} comparisons of this table; the verdict "
-    )
-    note += "follows it, and a false one is expected in at most 5 of 100 such tables."
+    note = "Points of test accuracy, paired by seed. The 95% interval and p hold the noise of the seeds' training and "
+    note += "of the choice of test images. p, corrected: by Holm's method, for the number of comparisons in this table "
+    note += f"({len(rows)}); the verdict follows it, so a false one is expected in at most 5 of 100 such tables."
     if alone:
         note += " Where the seeds' noise is unknown there is no interval, and p holds that of the images alone."
     if bounded:
@@ -115,7 +111,7 @@ def _verdict_line(comparison: Comparison) -> str:
     numbers = f"{found.mean:+.2f} points"
     if found.interval:
         corrected = f", {format_p(comparison.corrected)} corrected for {comparison.number} comparisons"
-        numbers += f" ({found.interval}; p = {format_p(found.p)}{corrected * (comparison.number > 1)})"
+        numbers += f" ({found.interval}; p {format_p(found.p, '= ')}{corrected * (comparison.number > 1)})"
     return f"{comparison.name}: {numbers}: {comparison.verdict}."
 
 

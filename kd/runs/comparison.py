@@ -70,7 +70,7 @@ class Difference:
         corrected = p if corrected is None else corrected
         beyond = corrected < ERROR
         if p < ERROR and not beyond:
-            found = f"no verdict: p = {format_p(p)} alone is {format_p(corrected)} among {comparisons} comparisons"
+            found = f"no verdict: p {format_p(p, '= ')} alone is {format_p(corrected)} among {comparisons} comparisons"
         elif self.of_seeds is None:
             found = f"{'beyond' if beyond else 'within'} the test images' noise of ±{self.half():.2f}"
         elif beyond:
@@ -84,8 +84,9 @@ class Difference:
         return f"every seed differs by the same, which hides the seeds' noise; {found}"
 
 
-def format_p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+def format_p(p: float, sign: str = "") -> str:
+    """`sign`: what stands between "p" and the number in a sentence, unless the number begins with one."""
+    return f"{sign}{p:.3f}" if p >= 0.001 else "<0.001"
 
 
 def holm(p_values: list[float]) -> list[float]:

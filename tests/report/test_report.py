@@ -291,7 +291,7 @@ def test_many_methods_are_counted_as_many(no_figures):
     assert again[:6] == row[:6], "the interval and the plain p are as before"
     assert again[-1] == f"no verdict: p = {row[5]} alone is {again[6]} among 50 comparisons"
     assert f"p = {row[5]}, {again[6]} corrected for 50 comparisons): no verdict:" in text
-    assert "for the 50 comparisons of this table" in text
+    assert "the number of comparisons in this table (50)" in page.text
 
 
 def test_missing_test_logits_are_said_where_they_count(no_figures):

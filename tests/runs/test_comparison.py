@@ -158,6 +158,8 @@ def test_the_verdict_follows_the_corrected_p():
     assert found.verdict() == "helped, beyond the noise of seeds and test images"
     assert found.verdict(0.049, 9) == found.verdict()
     assert found.verdict(0.3, 9) == f"no verdict: p = {found.p:.3f} alone is 0.300 among 9 comparisons"
+    sure = Difference([0, 1, 2, 3, 4], 40.0, 0.5, 0.1)
+    assert sure.verdict(0.2, 999) == "no verdict: p <0.001 alone is 0.200 among 999 comparisons"
     one = Difference([0], 4.0, None, 2.0)
     assert one.verdict(0.04, 9).endswith("beyond the test images' noise of ±2.77")
     assert one.verdict(0.3, 9).endswith("; no verdict: p = 0.005 alone is 0.300 among 9 comparisons")
@@ -261,8 +263,8 @@ def test_many_equal_methods_have_hardly_any_verdict():
 @pytest.mark.slow
 def test_the_whole_simulation():
     for seeds in simulation.SEEDS[1:]:
-        found = simulation.worst(seeds, 359, draws=1000)
-        assert max(found.by_image, found.by_accuracy) < 7.2, "5% and three deviations of 1,000 draws"
+        found = simulation.worst(seeds, 359, draws=300)
+        assert max(found.by_image, found.by_accuracy) < 8.8, "5% and three deviations of 300 draws"
 
 
 def test_the_table_of_one_run_says_what_one_seed_can(runs):
