@@ -46,11 +46,8 @@ def by_confidence(
     """Each sample's confidence, correctness (1 or 0), and bin among BINS equal ones: (0, 1/15], ..., (14/15, 1]."""
     confidence = logits.double().softmax(dim=1).amax(dim=1)
     edges = torch.linspace(0, 1, BINS + 1, dtype=torch.double, device=logits.device)
-    return (
-        confidence,
-        (predicted(logits) == labels).double(),
-        (torch.bucketize(confidence, edges) - 1).clamp(0, BINS - 1),
-    )
+    bins = (torch.bucketize(confidence, edges) - 1).clamp(0, BINS - 1)
+    return confidence, (predicted(logits) == labels).double(), bins
 
 
 def ece(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
