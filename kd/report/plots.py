@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd.metrics import BINS, by_confidence, class_recall
+from kd.metrics import BINS, by_confidence, class_recall, predicted
 from kd.report.groups import Group
 
 
@@ -256,9 +256,8 @@ def draw_confusion(names: list[str], logits: Tensor, labels: Tensor) -> Draw:
     """What the worst classes are predicted as, in percent of their images; columns: these classes and the rest."""
     count = len(names)
     worst = class_recall(logits, labels).nan_to_num(200).argsort()[: min(WORST, count)]
-    predicted = logits.argmax(dim=1)
     matrix = torch.zeros(count, count, dtype=torch.double)
-    matrix.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.double), accumulate=True)
+    matrix.index_put_((labels, predicted(logits)), torch.ones(len(labels), dtype=torch.double), accumulate=True)
     shares = 100 * matrix[worst] / matrix[worst].sum(dim=1, keepdim=True).clamp(min=1)
     among_worst = shares[:, worst]
     others = shares.sum(dim=1, keepdim=True) - among_worst.sum(dim=1, keepdim=True)

@@ -24,6 +24,7 @@ from kd.data import Data
 from kd.data.loader import TrainingImages
 from kd.data.rows import place_on
 from kd.errors import Preempted, UserError, require
+from kd.metrics import ranked
 from kd.runs.folder import without_newer_defaults
 from kd.teachers.live import TeacherLogits, live_logits
 from kd.teachers.load import TeacherNetwork
@@ -108,7 +109,8 @@ class LogitStore:
         """Store the logits (b x C) of one view's rows. Raises UserError if they are not finite in the cache's dtype."""
         parts = {"logits": logits}
         if self.top_k is not None:
-            values, classes = logits.topk(self.top_k, dim=1)
+            classes = ranked(logits)[:, : self.top_k]  # the first of equals is kept, as it is the prediction
+            values = logits.gather(1, classes)
             others = logits.scatter(1, classes, -math.inf).logsumexp(dim=1, keepdim=True)
             # FKD's smoothing: the remaining mass, spread evenly over the classes that are not stored.
             rest = others - math.log(self.classes - self.top_k)
