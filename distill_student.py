@@ -35,17 +35,19 @@ def main(config: DistillConfig) -> None:
     from kd.runs.table import show_results
     from kd.teachers.load import check_teachers
     from kd.training.launch import print_plan, start
-    from kd.training.setup import build_distiller, build_network, check_job
+    from kd.training.setup import build_distiller, build_network, check_job, settle_by_data
 
-    job, needs_teacher = config.job(), config.method.needs_teacher
+    needs_teacher = config.method.needs_teacher
     check_name(config.student)
     if needs_teacher and config.teachers:
         check_teachers(config)
     elif needs_teacher:
         check_name(config.teacher_model)
-    print_plan(job, (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
+    print_plan(config.job(), (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
+    config = settle_by_data(config, data, accelerator)
+    job = config.job()
     network = build_network(job, data)
     check_job(job, network, data, accelerator)
     teacher = find_teacher(config, data, accelerator) if needs_teacher else None

@@ -50,13 +50,14 @@ def main(config: TrainConfig) -> None:
     from kd.models import check_name
     from kd.runs.table import show_results
     from kd.training.launch import print_plan, start
-    from kd.training.setup import build_distiller, build_network, check_job
+    from kd.training.setup import build_distiller, build_network, check_job, settle_by_data
 
-    job = config.job()
     check_name(config.model)
-    print_plan(job)
+    print_plan(config.job())
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
+    config = settle_by_data(config, data, accelerator)
+    job = config.job()
     network = build_network(job, data)
     check_job(job, network, data, accelerator)
     folder = train(job, data, accelerator, build_distiller(job, data, network=network))

@@ -1,6 +1,8 @@
 """Errors that the user can mend, and how a script ends: one line on stderr and an exit code.
 
-Code 2 is an error that the user can mend, 128 + N a stop by signal N. Any other error is ours and keeps its traceback.
+Code 2 is an error that the user can mend, 128 + N a stop by signal N. A mistake in code of the user's own is shown with
+that code's traceback before the line. Any other error is ours and keeps its traceback.
+Under a launcher the line is framed: the launcher prints a traceback of its own, which a script cannot prevent.
 """
 
 import difflib
@@ -9,18 +11,44 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 # Errors of a disk that cannot be written to: full, over quota, read-only, file too large, broken.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+
+# What the last line of a script that did not finish begins with.
+ENDINGS = ("error: ", "preempted and saved: ", "stopped and saved: ", "interrupted: ")
+
+# Set by `accelerate launch` and by torchrun, always. Both print a traceback where a script's exit code is not 0.
+SET_BY_LAUNCHERS = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
+FRAME = "\n{rule}\n{message}\n{rule}\nA traceback beside these lines is the launcher's and says nothing more.\n"
+RULE = "-" * 80
 
 
 class UserError(ValueError):
     """An error that the user can mend, in one line with the value and the remedy."""
 
 
+class UsersOwnError(UserError):
+    """An exception in code of the user's own; `shown` is its traceback without our frames."""
+
+    def __init__(self, message: str, shown: str):
+        super().__init__(message)
+        self.shown = shown
+
+
+USERS_FILES: set[str] = set()
+"""The files of the user's own code that was imported; kd.utils.users_own adds them."""
+
+# Frames that are not shown: ours, and the plumbing between a call of a network and its forward.
+OUR_FOLDER = str(Path(__file__).parent) + os.sep
+PLUMBING = (os.path.join("torch", "nn", "modules", "module.py"), os.path.join("importlib", "__init__.py"))
+
+
 class Preempted(Exception):
-    """Training stopped for a signal (SIGTERM or Ctrl-C), after it saved its state."""
+    """Training stopped for a signal (SIGTERM or Ctrl-C), after it saved its state; the message says what and where."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
@@ -40,6 +68,46 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
 
 
+def users_own_error(error: BaseException, context: str = "") -> UsersOwnError:
+    """`error`, which code of the user's own raised, as what is shown of it: that code's traceback, then one line."""
+    shown = traceback.TracebackException.from_exception(error)
+    place = _last_place(shown)
+    _leave_out_our_frames(shown)
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    notes = "; ".join(filter(None, (context, *getattr(error, "__notes__", ()))))
+    where = f"{place}: " if place else ""
+    return UsersOwnError(f"{where}{said}{f' ({notes})' if notes else ''}; mend that code", "".join(shown.format()))
+
+
+def is_users_own(error: BaseException) -> bool:
+    """Whether code of the user's own raised `error`, or called what did."""
+    return any(frame.f_code.co_filename in USERS_FILES for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _last_place(shown: traceback.TracebackException) -> str:
+    """The innermost line of the user's own files in a traceback."""
+    if shown.exc_type is not None and issubclass(shown.exc_type, SyntaxError):
+        return f"{shown.filename}, line {shown.lineno}"
+    frames = [frame for frame in shown.stack if frame.filename in USERS_FILES]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+
+
+def _leave_out_our_frames(shown: traceback.TracebackException | None) -> None:
+    if shown is None:
+        return
+    theirs = [frame for frame in shown.stack if not _is_ours(frame.filename)]
+    first = next((index for index, frame in enumerate(theirs) if frame.filename in USERS_FILES), 0)
+    shown.stack = traceback.StackSummary.from_list(theirs[first:])
+    for earlier in (shown.__cause__, shown.__context__):
+        _leave_out_our_frames(earlier)
+
+
+def _is_ours(file: str) -> bool:
+    ours = file.startswith((OUR_FOLDER, "<")) and file not in USERS_FILES
+    return ours or file.endswith(PLUMBING)
+
+
 def exit_code(
     work: Callable[[], None], interrupted: str = "the last checkpoint is intact; continue with --resume"
 ) -> int:
@@ -52,15 +120,20 @@ def exit_code(
             stream.reconfigure(errors="backslashreplace")  # file names are bytes, and not always valid text
     try:
         work()
+    except UsersOwnError as error:
+        return _print_users_own(error)
     except UserError as error:
         return _print_error(f"error: {error}", 2)
     except Preempted as stop:
-        return _print_error(f"preempted: {stop}", 128 + stop.signal_number)
-    except (RuntimeError, MemoryError, OSError) as error:
-        remedy = remedy_for(error)
-        if remedy is None:
-            raise
-        return _print_error(f"error: {remedy}", 2)
+        how = "stopped" if stop.signal_number == signal.SIGINT else "preempted"
+        return _print_error(f"{how} and saved: {stop}", 128 + stop.signal_number)
+    except Exception as error:
+        remedy = remedy_for(error) if isinstance(error, RuntimeError | MemoryError | OSError) else None
+        if remedy is not None:
+            return _print_error(f"error: {remedy}", 2)
+        if is_users_own(error):
+            return _print_users_own(users_own_error(error))
+        raise
     except KeyboardInterrupt as stop:
         return _print_error(f"interrupted: {interrupted}", 128 + next(iter(stop.args), signal.SIGINT))
     return 0
@@ -90,9 +163,18 @@ def remedy_for(error: BaseException) -> str | None:
     return None
 
 
+def _print_users_own(error: UsersOwnError) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(error.shown, end="", file=sys.stderr)
+    return _print_error(f"error: {error}", 2)
+
+
 def _print_error(message: str, code: int) -> int:
     # All processes of a run may fail with the same message: all but the first say which they are.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         message = f"[process {os.environ.get('RANK')}] {message}"
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    message = " ".join(message.split())
+    if any(name in os.environ for name in SET_BY_LAUNCHERS):
+        message = FRAME.format(rule=RULE, message=message)
+    print(message, file=sys.stderr, flush=True)
     return code

@@ -1,4 +1,8 @@
-"""How good predictions are: accuracy, likelihood, calibration, agreement, and accuracy on rare classes."""
+"""How good predictions are: accuracy, likelihood, calibration, agreement, and accuracy on rare classes.
+
+A network predicts the class with the largest logit, the first of equals. Every measure here, training's accuracy, the
+report and kd.predict rank classes by that rule, so that no two of them can contradict each other.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +14,22 @@ MANY, FEW = 100, 20  # training images: more than MANY, fewer than FEW; Liu et a
 SHOT_NAMES = ("many", "medium", "few")
 
 
+def predicted(logits: Float[Tensor, "n k"]) -> Int[Tensor, "n"]:
+    """The predicted class of each sample: the largest logit, the first of equals."""
+    return logits.argmax(dim=1)
+
+
+def ranked(logits: Float[Tensor, "n k"]) -> Int[Tensor, "n k"]:
+    """Each sample's classes by falling logit, equals in their order; the first is `predicted`.
+
+    torch.topk would return equals in any order.
+    """
+    return logits.argsort(dim=1, descending=True, stable=True)
+
+
 def top_k(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"], k: int) -> float:
-    """Percent of samples whose label is among the k largest logits."""
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    """Percent of samples whose label is among the first k `ranked` classes."""
+    best = predicted(logits)[:, None] if k == 1 else ranked(logits)[:, :k]
     return 100 * (best == labels[:, None]).any(dim=1).double().mean().item()
 
 
@@ -25,9 +42,10 @@ def by_confidence(
     logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Int[Tensor, "n"]]:
     """Each sample's confidence, correctness (1 or 0), and bin among BINS equal ones: (0, 1/15], ..., (14/15, 1]."""
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    confidence = logits.double().softmax(dim=1).amax(dim=1)
     edges = torch.linspace(0, 1, BINS + 1, dtype=torch.double, device=logits.device)
-    return confidence, (predicted == labels).double(), (torch.bucketize(confidence, edges) - 1).clamp(0, BINS - 1)
+    bins = (torch.bucketize(confidence, edges) - 1).clamp(0, BINS - 1)
+    return confidence, (predicted(logits) == labels).double(), bins
 
 
 def ece(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
@@ -40,7 +58,7 @@ def ece(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
 
 def agreement(logits: Float[Tensor, "n k"], others: Float[Tensor, "n k"]) -> float:
     """Percent of samples on which two networks predict the same class."""
-    return 100 * (logits.argmax(dim=1) == others.argmax(dim=1)).double().mean().item()
+    return 100 * (predicted(logits) == predicted(others)).double().mean().item()
 
 
 @torch.no_grad()
@@ -56,9 +74,9 @@ def closeness(
     teacher_entropy in nats at temperature 1, soft_entropy of the labels as the method softens them.
     """
     log_student, log_teacher = student_logits.log_softmax(dim=1), teacher_logits.log_softmax(dim=1)
-    teacher_predicted = teacher_logits.argmax(dim=1)
+    teacher_predicted = predicted(teacher_logits)
     measures = {
-        "agreement": 100 * (student_logits.argmax(dim=1) == teacher_predicted).float().mean(),
+        "agreement": 100 * (predicted(student_logits) == teacher_predicted).float().mean(),
         "kl": F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True),
         "teacher_top1": 100 * (teacher_predicted == labels).float().mean(),
         "teacher_entropy": _entropy(log_teacher),
@@ -75,7 +93,7 @@ def _entropy(log_probabilities: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
 def class_recall(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> Float[Tensor, "k"]:
     """Percent of each class's samples that are classified correctly; NaN for a class without samples."""
     size = torch.bincount(labels, minlength=logits.shape[1])
-    correct = torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=logits.shape[1])
+    correct = torch.bincount(labels[predicted(logits) == labels], minlength=logits.shape[1])
     return 100 * correct.double() / size
 
 

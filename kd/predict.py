@@ -110,14 +110,23 @@ def predict(predictor: Predictor, paths: list[Path], top: int) -> Iterator[Predi
         batch = paths[start : start + BATCH]
         loaded = [_read(path, predictor) for path in batch]  # a list, not a dict: a path may occur twice
         images = [image for image in loaded if not isinstance(image, str)]
-        rows = iter(_softmax(predictor.classify(np.stack(images))) if images else ())
+        rows = iter(predictor.classify(np.stack(images)) if images else ())
         for path, image in zip(batch, loaded, strict=True):
             if isinstance(image, str):
                 yield Prediction(path, [], image)
             else:
-                probabilities = next(rows)
-                best = np.argsort(-probabilities, kind="stable")[:top]
-                yield Prediction(path, [(predictor.classes[index], float(probabilities[index])) for index in best])
+                best = most_likely(next(rows), top)
+                yield Prediction(path, [(predictor.classes[index], probability) for index, probability in best])
+
+
+def most_likely(logits: Float[np.ndarray, "k"], top: int) -> list[tuple[int, float]]:
+    """The `top` most likely classes and their probabilities, ranked as kd.metrics.ranked does.
+
+    By logit, not by probability: different logits may have equal probabilities, such as zero.
+    """
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    best = np.argsort(-logits, kind="stable")[:top]
+    return [(int(index), float(powers[index] / powers.sum())) for index in best]
 
 
 def _read(path: Path, predictor: Predictor) -> np.ndarray | str:
@@ -126,11 +135,6 @@ def _read(path: Path, predictor: Predictor) -> np.ndarray | str:
         return preprocess(path, predictor.image_size, predictor.stored_size)
     except Exception as error:  # Pillow raises many types; all of them mean that the file is bad
         return " ".join(str(error).split()) or type(error).__name__
-
-
-def _softmax(logits: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b k"]:
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def _as_json(prediction: Prediction) -> dict:

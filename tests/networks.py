@@ -95,3 +95,67 @@ def rounding(num_classes: int) -> nn.Module:
 
     network[2].register_forward_pre_hook(enter)
     return network
+
+
+class _Several(nn.Module):
+    """Returns its features too; `form` says how."""
+
+    def __init__(self, num_classes: int, form: str):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1))
+        self.fc = nn.Linear(8, num_classes)
+        self.form = form
+
+    def forward(self, image):
+        features = self.features(image).flatten(1)
+        logits = self.fc(features)
+        forms = {
+            "logits": logits,
+            "tuple": (logits, features),
+            "list": [logits, features],
+            "dict": {"features": features, "logits": logits},
+            "features first": (features, logits),
+            "unnamed": {"features": features, "out": logits},
+            "in training": (logits, features) if self.training else logits,
+        }
+        return forms[self.form]
+
+
+def logits_alone(num_classes: int) -> nn.Module:
+    return _Several(num_classes, "logits")
+
+
+def in_a_tuple(num_classes: int) -> nn.Module:
+    return _Several(num_classes, "tuple")
+
+
+def in_a_list(num_classes: int) -> nn.Module:
+    return _Several(num_classes, "list")
+
+
+def in_a_dict(num_classes: int) -> nn.Module:
+    return _Several(num_classes, "dict")
+
+
+def in_training(num_classes: int) -> nn.Module:
+    return _Several(num_classes, "in training")
+
+
+def features_first(num_classes: int) -> nn.Module:
+    return _Several(num_classes, "features first")
+
+
+def unnamed(num_classes: int) -> nn.Module:
+    return _Several(num_classes, "unnamed")
+
+
+def without_classes() -> nn.Module:
+    return plain(10)
+
+
+def two_arguments(classes: int, width: int) -> nn.Module:
+    return plain(classes)
+
+
+def pair(num_classes: int) -> tuple:
+    return plain(num_classes), 3

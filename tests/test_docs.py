@@ -133,7 +133,7 @@ def test_the_marked_commands_are_all_found():
 @pytest.mark.slow
 def test_the_readmes_commands_run_as_written(user_folder):
     run_page("README.md", user_folder)
-    fine_tuned = [json.loads(path.read_text())["resized"] for path in Path("runs/report").glob("teacher-*/model.json")]
+    fine_tuned = [json.loads(path.read_text())["resized"] for path in Path("runs/own").glob("teacher-*/model.json")]
     assert [224, 224] in fine_tuned, "the size at which the network from elsewhere sees them"
     distilled = json.loads(Path("runs/small/summary.json").read_text())
     assert distilled["test_images"] == 36
@@ -180,3 +180,12 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_readme_is_short():
     assert len(read("README.md").splitlines()) <= 200
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_git_ignores_what_runs_studies_and_reports_write_by_default_and_nothing_of_ours():
+    written = ["runs/report/kd-x/config.json", "runs/cache/x/logits.npy", "report/report.html", "report/logs/x.log"]
+    ours = ["kd/report/build.py", "kd/runs/folder.py", "tests/report/test_report.py", "tests/runs/test_integrity.py"]
+    command = ["git", "check-ignore", "--no-index", *written, *ours]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == written, done.stderr

@@ -1,11 +1,17 @@
 """Scores against independent implementations, and the sums that training keeps."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from kd import metrics
+from kd.predict import most_likely
 from kd.training.meter import Meter
 from kd.types import Step
 
@@ -79,3 +85,60 @@ def test_meter_goes_on_after_a_restore():
     other.update(*step)
     assert one.read(accelerator) == other.read(accelerator)
     assert one.read(accelerator)[0]["train/gradient_ratio"] == 1.5
+
+
+def test_rows_of_zeros_are_predicted_as_the_first_class_by_every_measure():
+    logits, labels = torch.zeros(6, 10), torch.tensor([0, 9, 0, 3, 5, 0])
+    assert metrics.top_k(logits, labels, 1) == metrics.class_recall(logits, labels)[0] / 2 == 50
+    assert metrics.top_k(logits, labels, 5) == pytest.approx(100 * 4 / 6)  # classes 0 to 4 come first
+    assert metrics.agreement(logits, torch.eye(10)[[0] * 6]) == 100
+    assert [number for number, _ in most_likely(logits[0].numpy(), 3)] == [0, 1, 2]
+
+
+@st.composite
+def tied(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two networks' logits with many ties, and labels."""
+    rows, classes = draw(st.integers(1, 8)), draw(st.integers(1, 7))
+    values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-30, 1e30, -math.inf, 2.5])
+    matrix = st.lists(values, min_size=rows * classes, max_size=rows * classes)
+    logits, others = (torch.tensor(draw(matrix)).reshape(rows, classes) for _ in range(2))
+    labels = draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows))
+    return logits, others, torch.tensor(labels)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(tied())
+def test_no_two_measures_of_one_prediction_contradict_each_other(drawn):
+    logits, others, labels = drawn
+    rows, classes = logits.shape
+    naive = [sorted(range(classes), key=lambda k, row=row: (-row[k], k)) for row in logits.tolist()]
+    top1 = metrics.top_k(logits, labels, 1)
+    right = [order[0] == label for order, label in zip(naive, labels.tolist(), strict=True)]
+    assert top1 == pytest.approx(100 * sum(right) / rows)
+    assert metrics.ranked(logits).tolist() == naive
+    for k in range(1, classes + 2):
+        hits = [label in order[:k] for order, label in zip(naive, labels.tolist(), strict=True)]
+        assert metrics.top_k(logits, labels, k) == pytest.approx(100 * sum(hits) / rows)
+    # Two networks of different accuracy disagree at least as much.
+    agreement = metrics.agreement(logits, others)
+    assert abs(top1 - metrics.top_k(others, labels, 1)) <= 100 - agreement + 1e-9
+    recall, counts = metrics.class_recall(logits, labels), torch.bincount(labels, minlength=classes)
+    assert (recall.nan_to_num() * counts).sum().item() / rows == pytest.approx(top1)
+    assert metrics.by_confidence(logits, labels)[1].tolist() == right
+    for row, order in zip(logits, naive, strict=True):
+        if row.max() > -math.inf:  # else it has no probabilities
+            assert [number for number, _ in most_likely(row.numpy(), classes)] == order
+    close = metrics.closeness(logits, others, labels, None)
+    assert close["agreement"].item() == pytest.approx(agreement)
+    assert close["teacher_top1"].item() == pytest.approx(metrics.top_k(others, labels, 1))
+    accelerator = Accelerator(cpu=True)
+    meter = Meter(accelerator.device)
+    meter.update(Step(logits, {"ce": torch.tensor(0.0)}, {}), labels, torch.tensor(0))
+    assert meter.read(accelerator)[0]["train/top1"] == pytest.approx(top1)
+
+
+def test_classes_are_ranked_by_logit_where_probabilities_vanish():
+    assert [number for number, _ in most_likely(np.float32([-2000, 0, -1000]), 3)] == [1, 2, 0]
+    logits, labels = torch.tensor([[0, 1e-30]]), torch.tensor([1])  # both have probability 1/2
+    assert metrics.by_confidence(logits, labels)[1].tolist() == [1]
+    assert metrics.top_k(logits, labels, 1) == 100

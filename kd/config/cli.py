@@ -21,22 +21,23 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import tyro
 from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes
 
+from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import DistillConfig
 from kd.config.methods import METHODS, method_name
-from kd.config.presets import PRESETS
+from kd.config.presets import PRESETS, default_preset
 from kd.errors import exit_code
 
 # The groups of --help, commonest flags first. The dataclasses' own order is that of every config.json.
 GROUPS = {
-    "data": "data classes image-size val-fraction label stored-size decode workers stream shuffle-rows split-seed "
-    "imbalance",
+    "data": "data classes image-size val-fraction test-fraction label image skip-broken stored-size decode workers "
+    "stream shuffle-rows split-seed imbalance",
     "model": "student model",
     "teacher": "teacher teacher-model teacher-seed control fine-tune-teacher trust-code cache-teacher cache-dtype "
     "cache-top-k",
     "training": "preset epochs batch-size lr seed weight-decay momentum nesterov schedule warmup-epochs milestones "
-    "label-smoothing balance clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
+    "label-smoothing balance drop-last clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
     "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed",
-    "run": "out resume auto-resume resume-inexact save-every threads test",
+    "run": "out resume auto-resume resume-inexact extend save-every threads test",
     "logging": "log-every diagnose-every wandb wandb-project wandb-group",
     "compression": "init weight-bits activation-bits prune sparsity",
 }
@@ -61,13 +62,15 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     """The checked configuration of `args` (the command line if None).
 
     `defaults` maps a preset's name to its configuration, which gives every flag its default: hence the first pass,
-    which reads --preset alone. Raises kd.errors.UserError for values out of range; tyro itself exits with 2 and a
-    short message on flags that do not parse.
+    which reads --preset, or --data, from which it follows. Raises kd.errors.UserError for values out of range; tyro
+    itself exits with 2 and a short message on flags that do not parse.
     """
     args = sys.argv[1:] if args is None else args
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="report")
-    preset = first.parse_known_args(args)[0].preset
+    first.add_argument("--preset", nargs="?")  # tyro reports a missing value
+    first.add_argument("--data", nargs="?")
+    given = first.parse_known_args(args)[0]
+    preset = given.preset or default_preset(given.data)
     default = defaults(preset if preset in PRESETS else "report")  # tyro reports an unknown one
     if "-h" in args or "--help" in args:
         _print_and_exit(format_help(default, description, args, shutil.get_terminal_size().columns))
@@ -170,7 +173,7 @@ def _flags(config) -> dict[str, Flag]:
             flags |= _flags(value)
         else:
             name, usage = _usage(field.name, hints[field.name], value)
-            flags[name] = Flag(usage, texts[field.name], _default(value))
+            flags[name] = Flag(usage, texts[field.name], _default(field.name, value))
     return flags
 
 
@@ -207,11 +210,11 @@ def _metavar(hint: Any) -> str:
     return {int: "N", float: "X", str: "NAME"}[hint]
 
 
-def _default(value: object) -> str:
+def _default(field: str, value: object) -> str:
     if value is None or value is False:
-        return ""
+        return "by the number of images" if field in SETTLED_BY_DATA else ""
     if value is True:
         return "on"
     if isinstance(value, tuple):
-        return " ".join(map(_default, value))
+        return " ".join(_default(field, part) for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

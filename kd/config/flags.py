@@ -15,6 +15,9 @@ from kd.errors import require
 
 MAX_PADDING = 4096  # pixels
 
+# Fields of FitConfig that --preset own leaves to the number of training images: None until kd.config.presets.settle.
+SETTLED_BY_DATA = ("epochs", "batch_size", "lr", "warmup_epochs")
+
 MAX_RATE = 1e6  # learning rate or decay: beyond it floats overflow in the first step
 
 
@@ -23,10 +26,10 @@ class DataConfig:
     """Which data, how it is stored and how it is split."""
 
     source: Annotated[str, arg(name="data")] = "cifar100"
-    """Hub: cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k, or any user/name or
-    user/name@revision; local: digits, synthetic, a folder of images (SPLIT/CLASS/) or of parquet files."""
+    """Hub: cifar10, cifar100, tiny-imagenet, imagenette, food101, oxford-pets, imagenet-1k, or user/name[@revision];
+    local: digits, synthetic, a folder of images (SPLIT/CLASS/ or CLASS/) or parquet, or module:function."""
     label: str | None = None
-    """Label column, if the data has several; the first one if left out."""
+    """Label column, if there are several."""
     classes: int | None = None
     """Use the first N classes only."""
     image_size: int | None = None
@@ -34,8 +37,7 @@ class DataConfig:
     stored_size: int | None = None
     """Store N x N pixels: train on random --image-size crops, score the centre."""
     decode: Literal["auto", "memory", "workers"] = "auto"
-    """memory: decode once and store on disk; workers: decode in every epoch; auto: memory if the decoded images fit.
-    The results are the same."""
+    """memory: decode once; workers: in every epoch; auto: by what fits."""
     stream: bool = False
     """Read shards in order and store nothing, for data larger than the disk."""
     shuffle_rows: int = 4096
@@ -47,8 +49,13 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the validation split, so that every --seed shares one teacher."""
     imbalance: float = 1.0
-    """Long tail: training images per class fall to this share of the first class's, drawn by --split-seed; 1: all
-    (arXiv:1906.07413)."""
+    """Long tail: the last class keeps this share of its images (arXiv:1906.07413)."""
+    image: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Image column, if there are several."""
+    test_fraction: float = 0.2
+    """Share of each class held out as test split, if there is none."""
+    skip_broken: bool = False
+    """Leave out images that cannot be read, and say how many."""
 
     def check_sizes(self) -> None:
         """Check the two sizes, after a named set's own --image-size is filled in."""
@@ -69,7 +76,9 @@ class DataConfig:
             f"--stream: leave --decode {self.decode} out; a stream is decoded as it is read",
         )
         require(self.split_seed >= 0, f"--split-seed {self.split_seed}: give 0 or more")
-        require(0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: give a share from 0 up to 1")
+        for name in ("val_fraction", "test_fraction"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name.replace('_', '-')} {value}: give a share from 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -121,11 +130,11 @@ class ViewConfig:
 class FitConfig:
     """How a network is trained."""
 
-    epochs: int = 10
+    epochs: int | None = 10
     """Passes over the training data."""
-    batch_size: int = 64
+    batch_size: int | None = 64
     """Images per step, over all processes together."""
-    lr: float = 0.001
+    lr: float | None = 0.001
     """Peak learning rate."""
     # The report gives neither momentum nor weight decay; these are the field's usual values.
     momentum: float = 0.9
@@ -136,13 +145,15 @@ class FitConfig:
     """L2 penalty on every parameter."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """How the learning rate falls, step by step."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float | None = 0.0
     """Epochs of linear rise before the schedule."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """With --schedule step: divide lr by 10 at these shares of the run."""
     balance: Literal["none", "sampler", "weights", "logit-adjust"] = "none"
-    """For classes of unequal size. sampler: draw all classes equally often; weights: weight cross-entropy by class
-    (arXiv:1901.05555); logit-adjust: add log class frequencies to its logits (arXiv:2007.07314)."""
+    """sampler: draw all classes equally often; weights: weight cross-entropy (arXiv:1901.05555); logit-adjust:
+    add log class frequencies (arXiv:2007.07314)."""
+    drop_last: bool = True
+    """Leave the last batch of an epoch out if it is incomplete."""
     clip_norm: float | None = None
     """Largest gradient norm; longer gradients are scaled down to it."""
     seed: int = 0
@@ -161,13 +172,14 @@ class FitConfig:
     def check(self) -> None:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        require(0 < self.lr <= MAX_RATE, f"--lr {self.lr}: give a number above 0, up to {MAX_RATE:g}")
+            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        lr, warmup = self.lr, self.warmup_epochs
+        require(lr is None or 0 < lr <= MAX_RATE, f"--lr {lr}: give a number above 0, up to {MAX_RATE:g}")
         require(0 <= self.momentum < 1, f"--momentum {self.momentum}: give 0 or more, below 1")
         require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
         decay = self.weight_decay
         require(0 <= decay <= MAX_RATE, f"--weight-decay {decay}: give 0 or more, up to {MAX_RATE:g}")
-        require(0 <= self.warmup_epochs < math.inf, f"--warmup-epochs {self.warmup_epochs}: give 0 or more")
+        require(warmup is None or 0 <= warmup < math.inf, f"--warmup-epochs {warmup}: give 0 or more")
         require(
             self.clip_norm is None or 0 < self.clip_norm < math.inf, f"--clip-norm {self.clip_norm}: give more than 0"
         )
@@ -186,6 +198,8 @@ class RunConfig:
     """Continue the run in the folder, or start if there is none."""
     resume_inexact: bool = False
     """With --resume: allow another number of processes (same recipe, other bits)."""
+    extend: bool = False
+    """With --resume and more --epochs: extend a finished run (the lr jumps)."""
     save_every: int = 0
     """Save a checkpoint every N steps too; 0: only after every epoch."""
     log_every: int = 50
@@ -195,8 +209,7 @@ class RunConfig:
     threads: int | None = None
     """CPU threads of each process; all the cores it may use if left out."""
     test: bool = True
-    """Score the test split at the end. Add --no-test to compare settings on validation; the same command without it
-    scores the test split later."""
+    """Score the test split at the end; with --no-test, later, by the same command without it."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases; auto: online if a key is found, else offline."""
     wandb_project: str = "kd"

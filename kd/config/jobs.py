@@ -13,7 +13,7 @@ from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, 
 from kd.config.methods import KDConfig, Method, NoneConfig, method_name
 from kd.errors import require
 
-PresetName = Literal["report", "strong", "crd", "patient", "digits"]
+PresetName = Literal["report", "strong", "crd", "patient", "own", "digits"]
 
 
 def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
@@ -33,8 +33,8 @@ class _Common:
     """Flags of both scripts."""
 
     preset: PresetName = "report"
-    """Sets all defaults. report: the report's; strong: 200 epochs, our best; crd: the literature's 240 epochs; patient:
-    distillation alone, mixup, 1,200 epochs; digits: a quick demonstration."""
+    """Sets all defaults. report: the report's; own (for data other than CIFAR-100): by its number of images; strong:
+    200 epochs, our best; crd: the literature's 240; patient: mixup, 1,200 epochs; digits: a demo."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     fit: FitConfig = field(default_factory=FitConfig)
@@ -47,8 +47,7 @@ class TrainConfig(_Common):
     """Flags of train_teacher.py."""
 
     model: str = "resnet34"
-    """resnet34 or another name, torchvision/NAME, timm/NAME, or your own module:function, called as
-    f(num_classes=K)."""
+    """NAME, torchvision/NAME, timm/NAME or your own module:function."""
     method: NoneConfig = field(default_factory=NoneConfig)
 
     def check(self) -> None:
@@ -66,8 +65,7 @@ class DistillConfig(_Common):
     """Flags of distill_student.py."""
 
     student: str = "resnet18"
-    """resnet18 or another name, torchvision/NAME, timm/NAME, or your own module:function, called as
-    f(num_classes=K)."""
+    """NAME, torchvision/NAME, timm/NAME or your own module:function."""
     teacher: Annotated[tuple[str, ...], arg(metavar="RUN ...")] = ()
     """Run folder, Hub id, torchvision/NAME, timm/NAME or file of weights (several: mean of their probabilities). If
     left out: --init's network with --prune or --sparsity, else the recipe's own, trained first and reused."""

@@ -1,6 +1,8 @@
 """Presets: recipes that change the flags' defaults, one for teacher and student together."""
 
-from kd.config.flags import DataConfig, FitConfig, ViewConfig
+import dataclasses
+
+from kd.config.flags import SETTLED_BY_DATA, DataConfig, FitConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import KDConfig
 
@@ -28,6 +30,12 @@ PRESETS: dict[str, dict] = {
         "fit": FitConfig(epochs=1200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5.0),
         "method": KDConfig(temperature=1.0, alpha=1.0),
     },
+    # Small sets of one's own, from scratch: batch, lr, epochs and warm-up follow from the number of images (`settle`).
+    "own": {
+        "fit": FitConfig(nesterov=True, **dict.fromkeys(SETTLED_BY_DATA)),
+        "method": KDConfig(temperature=4.0, alpha=0.9),
+        "control": True,
+    },
     # scikit-learn's 1,797 digits of 8 x 8 pixels. Tuned on the validation split (README, "The digits preset").
     "digits": {
         "data": DataConfig(source="digits", val_fraction=0.2),
@@ -53,3 +61,38 @@ def distill_defaults(preset: str) -> DistillConfig:
     recipe = dict(PRESETS[preset])
     models = {"teacher_model": recipe.pop("teacher", "resnet34"), "student": recipe.pop("student", "resnet18")}
     return DistillConfig(preset=preset, **models, **recipe)
+
+
+# Without --preset, data other than this is trained by `own`. A test holds the names to those of kd/data/sources.py.
+REPORT_DATA = ("cifar100", "uoft-cs/cifar100", "digits", "synthetic")
+
+
+def default_preset(source: str | None) -> str:
+    """The preset for --data `source` (None: left out), if none is given."""
+    return "report" if source is None or source.partition("@")[0] in REPORT_DATA else "own"
+
+
+# What `own` aims at. Measured in docs/measurements.md, "The own preset".
+STEPS = 10_000  # of the whole run
+EPOCHS = (10, 200)  # but no fewer and no more epochs
+STEPS_PER_EPOCH = 20  # at least, as far as BATCHES allows
+BATCHES = (8, 16, 32, 64)
+LR_PER_IMAGE = 0.05 / 64  # grows with the batch (Goyal et al., arXiv:1706.02677)
+WARMUP = 0.05  # share of the epochs
+
+
+def settle(fit: FitConfig, images: int, processes: int) -> FitConfig:
+    """`fit` with numbers for what it leaves to the number of training images; what is given stays."""
+    batch = fit.batch_size or _batch_size(images, processes)
+    steps = max(images // batch, 1)
+    epochs = fit.epochs or min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1])
+    lr = LR_PER_IMAGE * batch if fit.lr is None else fit.lr
+    warmup = WARMUP * epochs if fit.warmup_epochs is None else fit.warmup_epochs
+    return dataclasses.replace(fit, epochs=epochs, batch_size=batch, lr=lr, warmup_epochs=warmup)
+
+
+def _batch_size(images: int, processes: int) -> int:
+    """The largest of BATCHES with enough steps an epoch, rounded up to a multiple of the processes."""
+    fitting = [size for size in BATCHES if images // size >= STEPS_PER_EPOCH]
+    size = min(max(fitting, default=BATCHES[0]), images)
+    return -(-size // processes) * processes

@@ -19,10 +19,11 @@ import numpy as np
 from rich.progress import track
 
 from kd.data.columns import Columns, encode_labels
+from kd.data.metadata import Loaded
 from kd.data.statistics import DatasetHash
 from kd.errors import UserError, require
 from kd.utils.files import create_map, read_array, read_json, write_array, write_json
-from kd.utils.images import decode_to, pool
+from kd.utils.images import BrokenImage, decode_to, pool
 from kd.utils.system import Lock
 
 BLOCK = 1000  # rows that are decoded at a time
@@ -33,6 +34,22 @@ class Arrays(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+
+class Facts(NamedTuple):
+    """What is known of a data set without its images."""
+
+    classes: tuple[str, ...]
+    columns: str = ""  # in words: where images and labels come from
+    notes: tuple[str, ...] = ()  # what was left out or decided
+
+
+class Decoded(NamedTuple):
+    """A data set as it is cached."""
+
+    splits: dict[str, Arrays]
+    facts: Facts
+    sha256: str
 
 
 def cache_root() -> Path:
@@ -57,13 +74,11 @@ def locked(key: str) -> Iterator[Path]:
         lock.close()
 
 
-def cached(
-    key: str, create: Callable[[Path], tuple[str, ...] | None]
-) -> tuple[dict[str, Arrays], tuple[str, ...], str] | None:
-    """Load the splits, class names and sha256 that are cached under `key`, or create them.
+def cached(key: str, create: Callable[[Path], Facts | None]) -> Decoded | None:
+    """Load the splits that are cached under `key`, or create them.
 
-    `create(folder)` writes the splits there and returns the class names, or None to cache nothing; then this returns
-    None too. A cache whose content does not match its sha256 is created anew.
+    `create(folder)` writes the splits there and returns their facts, or None to cache nothing; then this returns None
+    too. A cache whose content does not match its sha256 is created anew.
     """
     with locked(key) as folder:
         if (loaded := _load(folder)) is not None:
@@ -73,10 +88,10 @@ def cached(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            classes = create(partial)
-            if classes is None:
+            facts = create(partial)
+            if facts is None:
                 return None
-            _write_meta(partial, classes)
+            _write_meta(partial, facts)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -85,22 +100,22 @@ def cached(
         return loaded
 
 
-def _write_meta(folder: Path, classes: tuple[str, ...]) -> None:
+def _write_meta(folder: Path, facts: Facts) -> None:
     splits = sorted({path.name.split(".")[0] for path in folder.glob("*.npy")})
-    meta = {"splits": splits, "classes": classes}
-    meta["sha256"] = _sha256({name: _open(folder, name) for name in splits}, classes)
+    meta = {"splits": splits, **facts._asdict()}
+    meta["sha256"] = hash_arrays({name: _open(folder, name) for name in splits}, facts.classes)
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _load(folder: Path) -> tuple[dict[str, Arrays], tuple[str, ...], str] | None:
+def _load(folder: Path) -> Decoded | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         splits = {name: _open(folder, name) for name in meta["splits"]}
-        classes = tuple(meta["classes"])
-        intact = _sha256(splits, classes) == meta["sha256"]
+        facts = Facts(tuple(meta["classes"]), meta.get("columns", ""), tuple(meta.get("notes", ())))
+        intact = hash_arrays(splits, facts.classes) == meta["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return (splits, classes, meta["sha256"]) if intact else None
+    return Decoded(splits, facts, meta["sha256"]) if intact else None
 
 
 def _open(folder: Path, name: str) -> Arrays:
@@ -108,7 +123,7 @@ def _open(folder: Path, name: str) -> Arrays:
     return Arrays(read_array(folder / f"{name}.images.npy", "c"), read_array(folder / f"{name}.labels.npy"))
 
 
-def _sha256(splits: dict[str, Arrays], classes: tuple[str, ...]) -> str:
+def hash_arrays(splits: dict[str, Arrays], classes: tuple[str, ...]) -> str:
     digest = DatasetHash(splits, classes)
     for name in sorted(splits):
         digest.begin(splits[name].images.shape)
@@ -126,17 +141,22 @@ def write_arrays(folder: Path, splits: dict[str, Arrays]) -> None:
 
 def decode_split(
     dataset, columns: Columns, size: int | None, folder: Path, split: str, image_size: tuple[int, int]
-) -> None:
+) -> list[str]:
     """Decode every row of a `datasets` split into memory maps in `folder`; all have `image_size` (height, width).
 
-    Raises UserError naming the split and row of an image that cannot be read, or of a label that is no class.
+    Leaves out images that cannot be read and returns what is wrong with each. Raises UserError naming the split and row
+    of an image of another size, or of a label that is no class.
     """
-    labels = encode_labels(dataset[columns.label], columns.classes, split)
-    stored = open_undecoded(dataset, columns.image)
-    images = create_map(folder / f"{split}.images.npy", np.uint8, (len(dataset), 3, *image_size))
+    labels = encode_labels(dataset[columns.label], columns, split)
+    stored, path = open_undecoded(dataset, columns.image), folder / f"{split}.images.npy"
+    images = create_map(path, np.uint8, (len(dataset), 3, *image_size))
+    broken: dict[int, str] = {}
 
     def decode_row(row: int, cell: dict | None) -> None:
-        images[row] = decode_to(image_size, cell, size, split, row)
+        try:
+            images[row] = decode_to(image_size, cell, size, split, row)
+        except BrokenImage as error:
+            broken[row] = error.what
 
     with pool() as threads:
         starts = range(0, len(dataset), BLOCK)
@@ -144,7 +164,22 @@ def decode_split(
             cells = stored[start : start + BLOCK][columns.image]
             list(threads.map(decode_row, range(start, start + len(cells)), cells))
     images.flush()
+    if broken:
+        whole = np.setdiff1d(np.arange(len(labels)), list(broken))
+        _keep_rows(path, images, whole)
+        labels = labels[whole]
     write_array(folder / f"{split}.labels.npy", labels)
+    return [broken[row] for row in sorted(broken)]
+
+
+def _keep_rows(path: Path, images: np.ndarray, rows: np.ndarray) -> None:
+    """Write the memory map anew with these rows alone."""
+    kept = path.with_name(f"{path.name}.kept")
+    target = create_map(kept, np.uint8, (len(rows), *images.shape[1:]))
+    for start in range(0, len(rows), BLOCK):
+        target[start : start + BLOCK] = images[rows[start : start + BLOCK]]
+    target.flush()
+    kept.rename(path)
 
 
 def open_undecoded(dataset, column: str):
@@ -154,7 +189,7 @@ def open_undecoded(dataset, column: str):
     return dataset.cast_column(column, ImageFeature(decode=False))
 
 
-def open_dataset(key: str, load: Callable[[], dict]) -> dict:
+def open_dataset(key: str, load: Callable[[], Loaded]) -> Loaded:
     """The `datasets` splits that `load()` gives, mapped from the tables on disk of an earlier call if there are any.
 
     Raises UserError as `load` does.
@@ -162,11 +197,15 @@ def open_dataset(key: str, load: Callable[[], dict]) -> dict:
     with locked(f"{key}.tables") as folder:
         folder.mkdir(exist_ok=True)
         path = folder / "tables.json"
-        tables = read_json(path) if path.exists() else {}
+        known = read_json(path) if path.exists() else {}
+        tables = known.get("tables", {})
         if not (tables and all(os.path.exists(file) for files in tables.values() for file in files)):
-            tables = _list_tables(load)
-            write_json(path, tables)
-    return {name: _map_tables(files) for name, files in tables.items()} if tables else load()
+            tables, notes = _list_tables(load)
+            known = {"tables": tables, "notes": notes}
+            write_json(path, known)
+    if not tables:
+        return load()
+    return Loaded({name: _map_tables(files) for name, files in tables.items()}, tuple(known["notes"]))
 
 
 def _map_tables(files: list[str]):
@@ -175,8 +214,8 @@ def _map_tables(files: list[str]):
     return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
 
 
-def _list_tables(load: Callable[[], dict]) -> dict[str, list[str]]:
-    """Run `load()` in a process of its own; the arrow files of each split, or {} if some split has none."""
+def _list_tables(load: Callable[[], Loaded]) -> tuple[dict[str, list[str]], list[str]]:
+    """Run `load()` in a process of its own; the arrow files of each split ({} if some split has none), and notes."""
     context = multiprocessing.get_context("fork")  # `load` is a closure
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_tables, args=(load, sender))
@@ -185,17 +224,18 @@ def _list_tables(load: Callable[[], dict]) -> dict[str, list[str]]:
     try:
         result = receiver.recv()
     except EOFError:  # the process died; its cause will show when `load` runs in this process
-        result = {}
+        result = {}, []
     process.join()
     if isinstance(result, str):
         raise UserError(result)
     return result
 
 
-def _send_tables(load: Callable[[], dict], sender: Connection) -> None:
+def _send_tables(load: Callable[[], Loaded], sender: Connection) -> None:
     try:
-        tables = {name: [file["filename"] for file in rows.cache_files] for name, rows in load().items()}
+        loaded = load()
+        tables = {name: [file["filename"] for file in rows.cache_files] for name, rows in loaded.splits.items()}
     except UserError as error:
         sender.send(str(error))
     else:
-        sender.send(tables if all(tables.values()) else {})
+        sender.send((tables if all(tables.values()) else {}, list(loaded.notes)))

@@ -1,77 +1,145 @@
 """Find the image and label columns of a data set, and encode labels as class numbers."""
 
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from kd.config import DataConfig
 from kd.errors import require
 
-LARGEST_LABEL = 99_999  # every number up to the largest label is a class; a column of ids would fill the memory
+LARGEST_LABEL = 99_999  # a larger number is no class; a column of ids would fill the memory
 
-LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")  # taken as labels without --label, in this order
+IMAGE_NAMES = ("image", "img")  # taken as images without --image
+
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")  # taken as labels without --label
+
+SHOWN = 5  # values in a line
 
 
 class Columns(NamedTuple):
     image: str
     label: str
     classes: tuple[str, ...]
+    numbers: dict[int | str, int]  # class number of each value of the label column
+    note: str = ""  # what is to be said about the labels
+
+    def __str__(self) -> str:
+        return f"columns {self.image} and {self.label}"
 
 
-def find_columns(features, unique: Callable[[str], list], label: str | None, source: str) -> Columns:
-    """Image column, label column and class names, from `datasets` features; `unique` gives a column's values.
+def find_columns(features, unique: Callable[[str], list], config: DataConfig) -> Columns:
+    """Image column, label column and classes, from `datasets` features; `unique` gives a column's values.
 
-    Raises UserError listing the columns.
+    One clear choice by name or by type is taken. Raises UserError listing the columns for none or several.
     """
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
+    source = config.source
     listed = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
     images = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
     require(bool(images), f"--data {source}: no image column; it has {listed or 'no columns'}")
+    image = config.image or _only(images, IMAGE_NAMES)
+    require(image is not None, f"--data {source}: several image columns ({', '.join(images)}); choose one with --image")
+    require(image in images, f"--image {image}: no such image column in {source}; it has {listed}")
+    label = config.label
+    require(label is None or label in features, f"--label {label}: no such column in {source}; it has {listed}")
     typed = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     named = [name for name in LABEL_NAMES if name in features]
-    require(label is None or label in features, f"--label {label}: no such column in {source}; it has {listed}")
-    chosen = label or next(iter(typed + named), None)
-    require(chosen is not None, f"--data {source}: no label column; it has {listed}; name one with --label")
-    if isinstance(features[chosen], ClassLabel):
-        return Columns(images[0], chosen, tuple(features[chosen].names))
-    return Columns(images[0], chosen, _class_names(features, chosen, unique, source, listed))
+    candidates = list(dict.fromkeys(typed + named))
+    label = label or _only([name for name in named if name in typed], ()) or _only(candidates, ())
+    label = label or (_only(named, ()) if not typed else None)
+    require(bool(label or candidates), f"--data {source}: no label column; it has {listed}; name one with --label")
+    require(
+        label is not None, f"--data {source}: several label columns ({', '.join(candidates)}); choose one with --label"
+    )
+    if isinstance(features[label], ClassLabel):
+        classes = tuple(features[label].names)
+        columns = Columns(image, label, classes, _by_number(classes))
+    else:
+        columns = _plain_columns(features[label], image, label, lambda: unique(label), f"{source} has {listed}")
+    check_class_names(columns.classes, source)
+    return columns
 
 
-def _class_names(features, label: str, unique: Callable[[str], list], source: str, listed: str) -> tuple[str, ...]:
-    """Class names of a column of plain numbers (from 0 to the largest) or names (sorted)."""
+def _only(names: list[str], preferred: tuple[str, ...]) -> str | None:
+    """The only name, or the only preferred one; None if there is no or more than one."""
+    chosen = [name for name in names if name in preferred] if len(names) > 1 else names
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def _by_number(classes: tuple[str, ...]) -> dict[int | str, int]:
+    named = {name: number for number, name in enumerate(classes)}
+    return named | {number: number for number in range(len(classes))}
+
+
+def _plain_columns(kind, image: str, label: str, unique: Callable[[], list], listed: str) -> Columns:
+    """Columns whose labels are plain numbers or names; the classes are the values that exist, sorted."""
     from datasets import Value
 
-    require(
-        isinstance(features[label], Value),
-        f"--label {label}: needs numbers or names, not {type(features[label]).__name__}; {source} has {listed}",
-    )
-    values = unique(label)
+    require(isinstance(kind, Value), f"--label {label}: needs numbers or names, not {type(kind).__name__}; {listed}")
+    values = unique()
     require(
         all(isinstance(value, int | str) for value in values) and len({type(value) for value in values}) == 1,
-        f"--label {label}: needs whole numbers or names, one for each row of {source}",
+        f"--label {label}: needs whole numbers or names, one for each row; {listed}",
     )
-    if isinstance(values[0], str):
-        return tuple(sorted(values))
-    least, most = min(values), max(values)
-    require(least >= 0, f"--label {label}: {source} has the label {least}; number classes from 0")
+    values = sorted(values)
+    least, most = values[0], values[-1]
+    if isinstance(least, str):
+        require(
+            all(value.strip() for value in values), f"--label {label}: a name is empty; {listed}; name or drop its rows"
+        )
+    else:
+        require(least >= 0, f"--label {label}: there is the label {least}; number classes from 0; {listed}")
+        require(
+            most <= LARGEST_LABEL,
+            f"--label {label}: there is the label {most}, above {LARGEST_LABEL}; number classes from 0, or use names;"
+            f" {listed}",
+        )
+    classes = tuple(str(int(value)) if isinstance(value, int) else value for value in values)
+    numbers = {value: number for number, value in enumerate(values)}
+    note = ""
+    if isinstance(most, int) and most >= len(values):
+        listed = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
+        note = f"the {len(classes)} classes are the numbers that occur in column {label}: {listed} (others up to {most}"
+        note += " do not)"
+    return Columns(image, label, classes, numbers, note)
+
+
+def check_class_names(classes: Sequence[str], source: str) -> None:
+    """Raises UserError for names that differ only in Unicode form, case or spaces around: one class written twice.
+
+    Single letters may differ in case: they are what sets of handwriting show.
+    """
+    alike = defaultdict(list)
+    for name in classes:
+        form = unicodedata.normalize("NFC", name).strip()
+        alike[form if len(form) == 1 else unicodedata.normalize("NFC", form.casefold())].append(name)
+    doubled = next((names for names in alike.values() if len(names) > 1), [])
+    shown = " and ".join(f"{name!r} ({_code_points(name)})" for name in doubled)
     require(
-        most <= LARGEST_LABEL,
-        f"--label {label}: {source} has the label {most}, above {LARGEST_LABEL}; number classes from 0, or use names",
+        not doubled,
+        f"--data {source}: class names that differ in Unicode form, case or spaces only: {shown}; write one of them"
+        " everywhere",
     )
-    return tuple(str(number) for number in range(most + 1))
 
 
-def encode_labels(labels: Sequence, classes: tuple[str, ...], split: str) -> np.ndarray:
+def _code_points(name: str) -> str:
+    return " ".join(f"U+{ord(character):04X}" for character in name)
+
+
+def encode_labels(labels: Sequence, columns: Columns, split: str) -> np.ndarray:
     """Labels (names or numbers) as int64. Raises UserError naming the split and row of one that is no class."""
-    numbers_by_name = {name: number for number, name in enumerate(classes)}
     numbers = np.empty(len(labels), np.int64)
     for row, label in enumerate(labels):
-        number = numbers_by_name.get(label) if isinstance(label, str) else label
+        number = columns.numbers.get(label)
         require(
-            isinstance(number, int) and 0 <= number < len(classes),
-            f"{split} row {row}: label {label!r} is not one of the {len(classes)} classes; correct or drop the row",
+            number is not None,
+            f"{split} row {row}: label {label!r} is not one of the {len(columns.classes)} classes of column"
+            f" {columns.label}; correct or drop the row",
         )
         numbers[row] = number
     return numbers

@@ -13,8 +13,11 @@ from kd.data.cache import Arrays
 from kd.data.rows import Rows
 from kd.data.sources import BUILT_IN, find_source, with_set_defaults
 from kd.data.splits import hold_out, long_tail, select
+from kd.data.storage import SPLITS
 from kd.errors import require
 from kd.utils.console import print_once
+
+TEST_SEED = 0  # of a test split that is held out: the same images for every --split-seed
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Data:
     fingerprint: str  # sha256 of all rows and class names; of a stream, of its files' names, sizes and times
     size: tuple[int, int]  # height and width of every image as networks see it
     storage: str = "in memory"  # in words: how the images are stored, and why
+    test_split: str = "test"  # "validation" if the data has no test split but that
 
 
 def load_data(config: DataConfig) -> Data:
@@ -38,36 +42,80 @@ def load_data(config: DataConfig) -> Data:
     config = with_set_defaults(config)
     config.check_sizes()
     source = find_source(config)
+    for note in source.notes:
+        print_once(f"data: {note}")
     splits, classes = source.splits, source.classes
     if config.classes is not None:
         require(config.classes <= len(classes), f"--classes {config.classes}: {config.source} has {len(classes)}")
         classes = classes[: config.classes]
         splits = {name: select(split, split.labels < config.classes) for name, split in splits.items()}
-    train, val, test = splits["train"], splits.get("validation"), splits.get("test")
-    if test is None:  # the literature reports a set's validation split if that is all it has
-        val, test = None, val
-    require(test is not None, f"--data {config.source}: only a train split; a test (or validation) split is needed")
-    if val is None:
-        train, val = hold_out(train, config.val_fraction, config.split_seed)
+    train, val, test, test_split = _three_splits(splits, config)
     # After the hold-out: validation keeps the test split's class frequencies and is the same for every --imbalance.
     train = long_tail(train, config.imbalance, len(classes), config.split_seed)
-    for name, split in (("train", train), ("validation", val), ("test", test)):
-        require(split is None or len(split.labels) > 0, f"--data {config.source}: the {name} split is empty")
-    _print_summary(config, source.storage, {"training": train, "validation": val, "test": test}, classes)
+    parts = {"training": train, "validation": val, "test": test}
+    _check_parts(parts, config)
+    _print_summary(config, source.storage, parts, classes)
+    source.check_images([split for split in (test, val) if split is not None])
     statistics = source.statistics(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
     size = (config.image_size,) * 2 if config.image_size else train.size
-    return Data(train, val, test, classes, *statistics, size, source.storage)
+    return Data(train, val, test, classes, *statistics, size, source.storage, test_split)
 
 
-def _print_summary(
-    config: DataConfig, storage: str, splits: dict[str, Arrays | None], classes: tuple[str, ...]
-) -> None:
-    """Print storage and sizes of the splits, and test classes without training images."""
-    sizes = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items() if split is not None)
+def _three_splits(splits: dict[str, Arrays], config: DataConfig) -> tuple[Arrays, Arrays | None, Arrays, str]:
+    """Training, validation and test split, and the name of the split that is scored at the end."""
+    train, val, test = (splits.get(name) for name in SPLITS)
+    name, fraction, default = "test", config.test_fraction, DataConfig.test_fraction
+    own = [name for name, split in (("test", test), ("validation", val)) if split is not None]
+    require(
+        not own or fraction == default,
+        f"--test-fraction {fraction}: {config.source} has a {(own or [''])[0]} split of its own; leave it out",
+    )
+    if test is None and val is not None:  # the literature reports a set's validation split if that is all it has
+        val, test, name = None, val, "validation"
+        print_once(
+            "data: no test split: the validation split is scored at the end in its place, and is not looked at before"
+        )
+    elif test is None:
+        require(
+            fraction > 0,
+            f"--data {config.source}: only a train split; give a test split, or --test-fraction to hold one out",
+        )
+        train, test = hold_out(train, fraction, TEST_SEED)
+        print_once(f"data: only a train split: {fraction:g} of each class is held out for testing (--test-fraction)")
+    if val is None:
+        train, val = hold_out(train, config.val_fraction, config.split_seed)
+    return train, val, test, name
+
+
+def _check_parts(parts: dict[str, Arrays | None], config: DataConfig) -> None:
+    """Raise UserError for a split without images."""
+    single = config.val_fraction > 0 and np.bincount(parts["training"].labels).max(initial=0) == 1
+    remedies = {
+        "validation": "every class has one training image: give --val-fraction 0 to train without validation"
+        if single
+        else "give a larger --val-fraction, or 0 to train without validation",
+        "test": "each class needs two images to hold one out",
+    }
+    for name, split in parts.items():
+        require(
+            split is None or len(split.labels) > 0,
+            f"--data {config.source}: the {name} split is empty; {remedies.get(name, 'add images')}",
+        )
+
+
+def _print_summary(config: DataConfig, storage: str, parts: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:
+    """Print storage and sizes of the splits, and classes that are in one of them only."""
+    sizes = ", ".join(f"{len(split.labels)} {name}" for name, split in parts.items() if split is not None)
     if config.source not in BUILT_IN:
         print_once(f"data: {storage}; {sizes} images of {len(classes)} classes")
-    missing = np.setdiff1d(splits["test"].labels, splits["training"].labels)
-    if len(missing):
-        names = ", ".join(classes[label] for label in missing[:3].tolist())
-        print_once(f"data: classes of the test split without a training image: {len(missing)} ({names})")
+    train, test = parts["training"].labels, parts["test"].labels
+    found = {
+        "classes of the test split without a training image": np.setdiff1d(test, train),
+        "classes without a test image": np.setdiff1d(train, test),
+        "classes without an image": np.setdiff1d(np.arange(len(classes)), np.union1d(train, test)),
+    }
+    for what, missing in found.items():
+        if len(missing):
+            names = ", ".join(classes[label] for label in missing[:3].tolist()) + (", ..." if len(missing) > 3 else "")
+            print_once(f"data: {what}: {len(missing)} ({names})")

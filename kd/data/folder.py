@@ -1,118 +1,92 @@
-"""Check an image folder's layout, and hash its listing.
+"""Which split and class each file of an image folder belongs to, by its folders' names.
 
-`datasets` skips or mislabels misplaced files without warning.
+The rows come in the order in which `datasets` lists them, on which fingerprints depend; `datasets` itself skips or
+mislabels misplaced files without warning. What is left out is counted in `notes`.
 """
 
 import functools
 import hashlib
 import os
 import re
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from kd.errors import UserError, require
 
 COMMON = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # images to every version of `datasets`
 
-TABLES = (".parquet", ".csv", ".json", ".jsonl", ".arrow", ".tar", ".zip")  # of rows, or of each image's label
+TABLES = (".parquet", ".arrow", ".tar")  # of rows with their images
+
+LISTS = (".csv", ".json", ".jsonl", ".tsv", ".txt", ".xlsx")  # may hold labels, in no form that is read
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
-# A folder name that `datasets` takes as a split at any depth (SPLIT_KEYWORDS in its data_files.py).
-SPLIT = re.compile(
-    r"(.*[-._ 0-9])?(train|training|validation|valid|dev|val|test|testing|eval|evaluation)([-._ 0-9].*)?"
-)
+JUNK = ("__MACOSX", "__pycache__")  # folders that a program left behind
+
+# What `datasets` takes for a split in a folder's or a file's name, in its own order (SPLIT_KEYWORDS in data_files.py).
+KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+BETWEEN = "[-._ 0-9]"
+FOLDER_FORMS = ("{}", f"{{}}{BETWEEN}.*", f".*{BETWEEN}{{}}", f".*{BETWEEN}{{}}{BETWEEN}.*")
+FILE_FORMS = (FOLDER_FORMS[1], FOLDER_FORMS[3])
+
+SHOWN = 3  # examples in a line
 
 
-def scan_folder(folder: Path) -> tuple[str | None, "Layout"]:
-    """A sha256 of the names, sizes and times of all files below the folder (None without any), and their layout.
+class Listing(NamedTuple):
+    """All files of a folder."""
 
-    Raises: UserError for a link to a folder or a broken link.
-    """
-    digest, empty, layout = hashlib.sha256(), True, Layout()
+    sha256: str | None  # of their names, sizes and times; None without any
+    files: list[str]  # paths relative to the folder
+    empty: list[str]  # folders without a file
+
+
+def scan_folder(folder: Path) -> Listing:
+    """List the folder. Raises UserError for a link to a folder or a broken link."""
+    digest, files = hashlib.sha256(), []
     for path, status in iter_files(folder):
-        empty = False
-        digest.update(f"{path}/{status.st_size}/{status.st_mtime_ns}\n".encode())
-        layout.add(path)
-    return None if empty else digest.hexdigest(), layout
+        files.append(path)
+        digest.update(f"{path}/{status.st_size}/{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return Listing(digest.hexdigest() if files else None, files, _empty_folders(folder))
 
 
 def iter_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Each file's path relative to the folder, and its status, always in the same order.
 
-    Raises: UserError for a link to a folder, which `datasets` does not follow, or a broken link.
+    Raises: UserError for a link to a folder, which is not followed, or a broken link.
     """
     for place, folders, files in os.walk(folder):
         folders.sort()
         here = "" if place == str(folder) else os.path.relpath(place, folder)
         for name in folders:
             path = os.path.join(place, name)
-            linked = os.path.islink(path) and not _hidden(os.path.join(here, name, "x"))
+            linked = os.path.islink(path) and not is_hidden(os.path.join(here, name))
             require(not linked, f"{path}: is a link to a folder, which is not followed; put the folder itself there")
         for name in sorted(files):
             path, relative = os.path.join(place, name), os.path.join(here, name)
             try:
                 yield relative, os.stat(path)
             except FileNotFoundError as error:
-                if not _hidden(relative):
+                if not is_hidden(relative):
                     raise UserError(f"{path}: is a broken link; repair or delete it") from error
                 yield relative, os.lstat(path)
 
 
-class Layout:
-    """The layout of an imagefolder, SPLIT/CLASS/FILE, from its files' names, added one at a time."""
+def _empty_folders(folder: Path) -> list[str]:
+    places = (os.path.relpath(place, folder) for place, *content in os.walk(folder) if not any(content))
+    return sorted(place for place in places if not is_hidden(place))
 
-    def __init__(self) -> None:
-        self.endings: dict[tuple[str, str], Counter] = defaultdict(Counter)  # of the files of each (split, class)
-        self.images = self.tables = 0
-        self.has_metadata = False  # labels may come from a file instead of the folders' names
-        self.fault = ""  # of the first misplaced image
 
-    def add(self, path: str) -> None:
-        """Add one file by its path relative to the folder."""
-        place, name = os.path.split(path)
-        ending = os.path.splitext(name)[1].lower()
-        self.has_metadata |= name in METADATA or ending == ".zip"
-        self.tables += ending in TABLES
-        split, below, splits = _parts(place)
-        if _hidden(path) or not splits or ending in TABLES:
-            return
-        if is_image(ending):
-            self.images += 1
-            self.fault = self.fault or self._find_fault(path, splits, below)
-        self.endings[split, below[0] if below else ""][ending] += 1
-
-    def _find_fault(self, path: str, splits: tuple[str, ...], below: tuple[str, ...]) -> str:
-        if len(set(splits)) > 1:  # a class named like a split: its images would change splits, or count twice
-            return f"{path} is in several splits by its folders' names ({', '.join(splits)}); rename one of them"
-        if not below:
-            return f"{path} is in no class folder, so `datasets` drops every label; move or delete it"
-        deep = f"{path} is deeper than SPLIT/CLASS/FILE, so its class would be {below[-1]}; move it up"
-        return deep if len(below) > 1 else ""
-
-    def check(self, source: str) -> str:
-        """How many files are skipped, in words; "" if none, or if the names do not give the labels.
-
-        Raises: UserError for a file that would get another class than its folder's, or a class without images.
-        """
-        if self.has_metadata or self.tables >= self.images:
-            return ""
-        require(not self.fault, f"--data {source}: {self.fault}")
-        for (split, label), endings in self.endings.items():
-            has_images = not label or any(map(is_image, endings))
-            listed = ", ".join(endings)
-            require(
-                has_images, f"--data {source}: {split}/{label} has no images ({listed}); convert its files or delete it"
-            )
-        labels = {label for _, label in self.endings if label}
-        require(
-            len(labels) > 1, f"--data {source}: only one class folder ({', '.join(labels)}); two or more are needed"
-        )
-        total: Counter = sum(self.endings.values(), Counter())
-        skipped = Counter({ending: count for ending, count in total.items() if not is_image(ending)})
-        listed = ", ".join(ending or "no ending" for ending, _ in skipped.most_common(3))
-        return f"skipped {skipped.total()} of {total.total()} files, not images ({listed})" if skipped else ""
+def is_hidden(path: str) -> bool:
+    """Whether the file is left out for its name or a folder's, as programs hide theirs."""
+    return any(part.startswith(".") or part in JUNK for part in path.split(os.sep))
 
 
 @functools.cache
@@ -125,16 +99,284 @@ def is_image(ending: str) -> bool:
     return ending in ImageFolder.EXTENSIONS
 
 
+def ending_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+@functools.lru_cache(4096)
+def find_splits(name: str, forms: tuple[str, ...] = FOLDER_FORMS) -> dict[str, int]:
+    """The splits that a folder (or with FILE_FORMS a file) is named like, and the rank of each pattern in its split."""
+    found = {}
+    for split, keywords in KEYWORDS.items():
+        patterns = (form.format(keyword) for keyword in keywords for form in forms)
+        rank = next((rank for rank, pattern in enumerate(patterns) if re.fullmatch(pattern, name, re.DOTALL)), None)
+        if rank is not None:
+            found[split] = rank
+    return found
+
+
+class Place(NamedTuple):
+    """A folder by its path."""
+
+    split: str  # its split's name; "" if it is in none
+    rank: int
+    top: str  # the path down to the folder that names the split
+    below: tuple[str, ...]  # the folders below that
+    named: tuple[str, ...]  # all its folders that are named like a split
+
+
 @functools.lru_cache(1)  # files come folder by folder
-def _parts(place: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Of a folder's path: the part up to the split, the parts below it, and all parts that are named like a split."""
-    folders = Path(place).parts
-    places = [number for number, part in enumerate(folders) if SPLIT.fullmatch(part)]
-    end = places[0] + 1 if places else 0
-    return "/".join(folders[:end]), folders[end:], tuple(folders[number] for number in places)
+def find_place(folder: str) -> Place:
+    parts = Path(folder).parts
+    numbers = [number for number, part in enumerate(parts) if find_splits(part)]
+    if not numbers:
+        return Place("", 0, "", parts, ())
+    named = tuple(parts[number] for number in numbers)
+    split, rank = next(iter(find_splits(named[0]).items()))
+    end = numbers[0] + 1
+    return Place(split, rank, "/".join(parts[:end]), parts[end:], named)
 
 
-def _hidden(path: str) -> bool:
-    """Whether `datasets` ignores the file for its name or a folder's."""
-    place, name = os.path.split(path)
-    return name.startswith(".") or any(part.startswith((".", "__")) for part in place.split(os.sep))
+class ImageFolder:
+    """The images of a folder by split, with their classes by folder, or with the metadata files that label them.
+
+    Raises UserError for a file that would get another class or split than its folder's name says.
+    """
+
+    def __init__(self, root: Path, listing: Listing, source: str):
+        self.root, self.source, self.notes = root, source, []
+        self.splits: dict[str, list[str]] = {}  # paths of each split's images, in the order of rows
+        self.metadata: dict[str, list[str]] = {}  # metadata files of each split; empty: folders' names are the labels
+        self._visible = [path for path in listing.files if not is_hidden(path)]
+        self._images = [path for path in self._visible if is_image(ending_of(path))]
+        self._inside = [path for path in self._images if find_place(os.path.dirname(path)).split]
+        self._prefix = 0  # folders above the classes' own, in a folder without splits
+        tables = sum(ending_of(path) in TABLES and not _is_metadata(path) for path in self._visible)
+        has_card = any(
+            path in ("README.md", ".huggingface.yaml") and _names_files(root / path) for path in listing.files
+        )
+        self.is_one = len(self._inside or (() if tables else self._images)) > tables and not has_card
+        if not self.is_one:
+            return
+        self._find_splits()
+        if self.metadata:
+            self._check_metadata()
+        else:
+            self._check_classes(listing.empty)
+        self._note_hidden(listing.files)
+
+    def label_of(self, path: str) -> str:
+        """The class of an image: the name of its folder."""
+        return os.path.basename(os.path.dirname(path))
+
+    def _find_splits(self) -> None:
+        if self._inside:
+            self._split_by_folders()
+        elif self._all_named_by_split():
+            self._split_by_names()
+        else:
+            self._take_as_one()
+        for path in sorted(path for path in self._visible if _is_metadata(path)):
+            split = find_place(os.path.dirname(path)).split if self._inside else next(iter(self.splits))
+            if split:
+                self.metadata.setdefault(split, []).append(path)
+            else:
+                self.notes.append(f"{path} is not read: it is outside of the splits' folders")
+
+    def _split_by_folders(self) -> None:
+        ordered, tops = defaultdict(list), defaultdict(dict)
+        for path in self._inside:
+            place = find_place(os.path.dirname(path))
+            names = [split for name in dict.fromkeys(place.named) for split in find_splits(name)]
+            self._require(
+                len(names) == 1 or len(set(place.named)) > 1,
+                f"{path}: the folder {place.named[0]} is named like several splits ({', '.join(names)}); rename it",
+            )
+            ordered[place.split].append((place.rank, path))
+            tops[place.split][place.top] = None
+        for split in (split for split in KEYWORDS if split in ordered):
+            self.splits[split] = [path for _, path in sorted(ordered[split])]
+            if len(tops[split]) > 1:
+                folders = ", ".join(tops[split])
+                self.notes.append(f"the {split} split is made of {len(tops[split])} folders: {folders}")
+        outside = [path for path in self._images if not find_place(os.path.dirname(path)).split]
+        if outside:
+            self.notes.append(f"left out {_count(outside, 'image')} outside of the splits' folders ({_some(outside)})")
+
+    def _all_named_by_split(self) -> bool:
+        found = [find_splits(os.path.basename(path), FILE_FORMS) for path in self._images]
+        return all(len(splits) == 1 for splits in found) and len(set().union(*found)) > 1
+
+    def _split_by_names(self) -> None:
+        ordered = defaultdict(list)
+        for path in self._images:
+            ((split, rank),) = find_splits(os.path.basename(path), FILE_FORMS).items()
+            ordered[split].append((rank, path))
+        self.splits = {split: [path for _, path in sorted(ordered[split])] for split in KEYWORDS if split in ordered}
+        self.notes.append("splits are told by the files' names, as no folder is named like a split")
+        self._skip_common_folders()
+
+    def _take_as_one(self) -> None:
+        tops = dict.fromkeys(path.split(os.sep)[0] for path in self._images if os.sep in path)
+        like = [name for name in tops if name != name.lower() and find_splits(name.lower())]
+        self._require(
+            not like, f"the folder {', '.join(like)} is no split's: write {', '.join(like).lower()} in lower case"
+        )
+        self.splits = {"train": sorted(self._images)}
+        self._skip_common_folders()
+
+    def _skip_common_folders(self) -> None:
+        """Class folders may lie in one folder, as archives have it."""
+        folders = [Path(path).parts[:-1] for path in self._images]
+        while all(len(parts) > self._prefix + 1 for parts in folders) and len({p[self._prefix] for p in folders}) == 1:
+            self._prefix += 1
+
+    def _below(self, path: str) -> tuple[str, ...]:
+        """The folders of a file below its split's, or below the folder of all classes."""
+        place = find_place(os.path.dirname(path))
+        return place.below if place.split else place.below[self._prefix :]
+
+    def _check_classes(self, empty: list[str]) -> None:
+        endings: dict[tuple[str, str], Counter] = defaultdict(Counter)  # of the files of each (split, class)
+        for path in self._visible:
+            place = find_place(os.path.dirname(path))
+            if bool(place.split) != bool(self._inside):
+                continue
+            below = self._below(path)
+            if is_image(ending_of(path)):
+                self._check_depth(path, place, below)
+            endings[place.top, below[0] if below else ""][ending_of(path)] += 1
+        for (split, label), found in endings.items():
+            has_images = not label or any(map(is_image, found))
+            where = f"{split}/{label}".lstrip("/")
+            self._require(has_images, f"{where} has no images ({', '.join(found)}); convert its files or delete it")
+        labels = {label for (_, label), found in endings.items() if label}
+        first = self._images[0]
+        hint = self._labels_elsewhere(first, find_place(os.path.dirname(first)))
+        self._require(len(labels) > 1, f"only one class folder ({', '.join(labels)}); two or more are needed{hint}")
+        self._note_skipped(endings)
+        hollow = [path for path in empty if len(self._below(os.path.join(path, "x"))) == 1]
+        hollow = [path for path in hollow if bool(find_place(path).split) == bool(self._inside)]
+        if hollow:
+            self.notes.append(f"left out {_count(hollow, 'empty class folder')} ({_some(hollow)})")
+
+    def _check_depth(self, path: str, place: Place, below: tuple[str, ...]) -> None:
+        # A class named like a split: `datasets` would move its images to that split, or count them twice.
+        self._require(
+            len(set(place.named)) < 2,
+            f"{path} is in several splits by its folders' names ({', '.join(place.named)}); rename one of them",
+        )
+        self._require(bool(below), f"{path} is in no class folder{self._labels_elsewhere(path, place)}")
+        form = "SPLIT/CLASS/FILE" if place.split else "CLASS/FILE"
+        self._require(len(below) == 1, f"{path} is deeper than {form}, so its class would be {below[-1]}; move it up")
+
+    def _labels_elsewhere(self, path: str, place: Place) -> str:
+        """What to do with an image in no class folder: a list of labels may lie beside it, as Kaggle gives it."""
+        folder = place.top + "/" if place.split else ""
+        lists = sorted((name for name in self._visible if ending_of(name) in LISTS), key=ending_of)
+        unread = f", and {lists[0]}{_header(self.root / lists[0])} is not read" if lists else ""
+        example = os.path.relpath(path, place.top or ".")
+        return (
+            f"{unread}; move images into {folder}CLASS/, or label them in {folder}metadata.csv, columns file_name"
+            f" ({example}) and label"
+        )
+
+    def _check_metadata(self) -> None:
+        for split, paths in self.splits.items():
+            self._require(
+                split in self.metadata,
+                f"the {split} split has {_count(paths, 'image')} and no metadata file like"
+                f" {next(iter(self.metadata.values()))[0]}; add one, or move the split's folder away",
+            )
+
+    def _note_skipped(self, endings: dict[tuple[str, str], Counter]) -> None:
+        total: Counter = sum(endings.values(), Counter())
+        skipped = Counter({ending: count for ending, count in total.items() if not is_image(ending)})
+        if not skipped:
+            return
+        listed = ", ".join(ending or "no ending" for ending, _ in skipped.most_common(SHOWN))
+        self.notes.append(f"skipped {skipped.total()} of {total.total()} files, not images ({listed})")
+        for path in (path for path in self._visible if ending_of(path) == ".zip"):
+            if held := archived_images(self.root / path):
+                self.notes.append(f"left out {path} with {_count(held, 'image')}; unpack it if they belong here")
+
+    def _note_hidden(self, files: list[str]) -> None:
+        hidden = [path for path in files if is_hidden(path) and is_image(ending_of(path))]
+        if hidden:
+            self.notes.append(
+                f"left out {_count(hidden, 'image')} whose own or folder's name marks them as hidden ({_some(hidden)})"
+            )
+
+    def _require(self, condition: bool, message: str) -> None:
+        require(condition, f"--data {self.source}: {message}")
+
+
+def check_names(root: Path, paths: list[str], source: str) -> None:
+    """Raises UserError for names that are not UTF-8, which neither a table nor a class name can hold."""
+    bad = [path for path in paths if not path.isprintable() and not _is_utf8(path)]
+    require(_is_utf8(str(root)), f"--data {source}: the folder's name is not UTF-8; rename it")
+    require(not bad, f"--data {source}: {_count(bad, 'file')} with a name that is not UTF-8 ({_some(bad)}); rename it")
+
+
+def describe_files(listing: Listing) -> str:
+    """How many files there are of which ending."""
+    endings = Counter(ending_of(path) or "no ending" for path in listing.files if not is_hidden(path))
+    listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
+    return f"{_count(endings.elements(), 'file')}: {listed}" if endings else "hidden files only"
+
+
+def check_archives(root: Path, listing: Listing, source: str) -> None:
+    """Raises UserError for zip files of images, whose labels `datasets` cannot tell unless they hold metadata."""
+    for path in (path for path in listing.files if ending_of(path) == ".zip" and not is_hidden(path)):
+        images = archived_images(root / path)
+        described = any(_is_metadata(name) for name in archived_names(root / path))
+        require(
+            not images or described,
+            f"--data {source}: {path} holds {_count(images, 'image')} ({_some(images)}), which are not read from an"
+            f" archive; unpack it: unzip {path} -d {os.path.splitext(path)[0]}",
+        )
+
+
+def archived_images(path: Path) -> list[str]:
+    return [name for name in archived_names(path) if is_image(ending_of(name)) and not is_hidden(name)]
+
+
+def archived_names(path: Path) -> list[str]:
+    with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+    return []
+
+
+def _is_metadata(path: str) -> bool:
+    return os.path.basename(path) in METADATA
+
+
+def _names_files(path: Path) -> bool:
+    """Whether a dataset card says which files are which split, as on the Hub."""
+    with suppress(OSError, UnicodeDecodeError):
+        return re.search(r"^\s*(- )?(data_files|data_dir):", path.read_text("utf-8"), re.MULTILINE) is not None
+    return False
+
+
+def _header(path: Path) -> str:
+    """The first line of a list, in brackets."""
+    with suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
+        return f" ({file.readline(80).strip()})"
+    return ""
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _count(things, noun: str) -> str:
+    number = len(list(things))
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:SHOWN]) + (", ..." if len(paths) > SHOWN else "")

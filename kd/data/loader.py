@@ -1,6 +1,7 @@
 """Batches on this process's device: training batches in an epoch's order, augmented by kd/data/augment.py, and crops
 for scoring."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from kd.config import Job, ViewConfig
+from kd.config import FitConfig, Job, ViewConfig
 from kd.data import augment, rows
 from kd.data.dataset import Data
 from kd.data.rows import Rows, gather
@@ -17,10 +18,21 @@ from kd.types import Batch, Mix
 from kd.utils import rng
 
 
-def check_batch(size: int, rows: int, processes: int) -> None:
-    """Raises UserError if a global batch of `size` does not fit the processes or the training rows."""
+def check_batch(fit: FitConfig, rows: int, processes: int) -> None:
+    """Raises UserError if a global batch does not fit the processes or the training rows."""
+    size, last = fit.batch_size, 0 if fit.drop_last else rows % fit.batch_size
     require(size % processes == 0, f"--batch-size {size}: must divide by the number of processes, {processes}")
     require(size <= rows, f"--batch-size {size}: larger than the training split of {rows} images; give fewer")
+    require(
+        last % processes == 0,
+        f"--no-drop-last: the last batch of {last} images does not divide by the number of processes, {processes}:"
+        " leave the flag out, or give another --batch-size",
+    )
+    require(
+        last == 0 or last > processes,
+        f"--no-drop-last: the last batch has one image{' per process' * (processes > 1)}, too few for BatchNorm:"
+        " leave the flag out, or give another --batch-size",
+    )
 
 
 class Batches:
@@ -29,8 +41,9 @@ class Batches:
     def __init__(self, data: Data, job: Job, accelerator: Accelerator):
         self.size, self.rows = job.fit.batch_size, len(data.train.labels)
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
-        check_batch(self.size, self.rows, self.processes)
-        self.steps = self.rows // self.size  # of an epoch; its last, incomplete batch is dropped
+        check_batch(job.fit, self.rows, self.processes)
+        self.used = self.rows - (self.rows % self.size if job.fit.drop_last else 0)  # images of an epoch
+        self.steps = math.ceil(self.used / self.size)
         self.seed, self.views = job.fit.seed, job.views
         self.balance = job.fit.balance
         self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device)
@@ -39,14 +52,19 @@ class Batches:
         """The batches of an epoch, from its step `first` on."""
         # The whole order is moved to the images' device at once: slicing it there costs no copy in the step.
         order = epoch_order(self.balance, self.seed, epoch, self.images.split).to(self.images.split.labels.device)
-        device, share = self.images.device, self.size // self.processes
+        device = self.images.device
         number = augment.view_seed(self.views, self.seed, epoch)[1]
-        starts = range(first * self.size + self.process * share, self.steps * self.size, self.size)
-        indices = [order[start : start + share] for start in starts]
+        indices = [self._share(order[: self.used], step) for step in range(first, self.steps)]
         for step, (images, labels, mixed) in enumerate(self.images.augmented(indices, epoch), first):
             counters = (torch.full((), count, device=device) for count in (number, epoch, epoch * self.steps + step))
             index = indices[step - first].to(device, non_blocking=True)
             yield Batch(images, labels, index, *counters, mixed)
+
+    def _share(self, order: Int[Tensor, "n"], step: int) -> Int[Tensor, "b"]:
+        """What this process gets of a step's batch: the same number of samples as every other process."""
+        batch = order[step * self.size : (step + 1) * self.size]
+        share = len(batch) // self.processes
+        return batch[self.process * share : (self.process + 1) * share]
 
 
 class Pixels:

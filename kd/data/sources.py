@@ -6,7 +6,6 @@ The cache key of a folder changes with the files' names, sizes and times; that o
 import dataclasses
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, cached, open_dataset, write_arrays
-from kd.data.folder import scan_folder
+from kd.data.cache import Arrays, Facts, cached, open_dataset, write_arrays
+from kd.data.folder import ImageFolder, check_archives, check_names, describe_files, scan_folder
+from kd.data.metadata import Loaded, read_folder
+from kd.data.own import is_users_own, load_own
 from kd.data.splits import hold_out
 from kd.data.storage import DataSource, InMemory, choose_storage
 from kd.data.stream import Streaming
+from kd.data.tables import compare_hub_files, load_folder
 from kd.errors import UserError, nearest, require
-from kd.utils.console import one_line, print_once
+from kd.utils.console import one_line, print_once, root_cause
 from kd.utils.images import VERSION
+
+READER = 1  # version of how rows and labels are read from files; part of the key of every cache on disk
 
 
 @dataclass(frozen=True)
@@ -107,31 +111,41 @@ def find_source(config: DataConfig) -> DataSource:
         return _find_built_in(config)
     if path.is_dir():
         return _find_folder(config, path)
+    if is_users_own(source):
+        return load_own(config)
+    require(not path.is_file(), f"--data {source}: is a file; name the folder that has it, or unpack it")
     looks_like_id = source in HUB_SETS or ("/" in source and not source.startswith((".", "/", "~")))
     require(
         looks_like_id,
-        f"--data {source}: no such folder, named set or Hub id (user/name); {nearest(source, [*BUILT_IN, *HUB_SETS])}",
+        f"--data {source}: no such folder, named set, Hub id (user/name) or module:function;"
+        f" {nearest(source, [*BUILT_IN, *HUB_SETS])}",
     )
     return _find_hub_set(config)
 
 
 def _find_built_in(config: DataConfig) -> DataSource:
     source = config.source
-    for flag in ("label", "image_size", "stored_size"):
+    for flag in ("label", "image", "image_size", "stored_size"):
         given = getattr(config, flag)
         require(given is None, f"--{flag.replace('_', '-')} {given}: leave it out for the built-in set {source}")
     in_memory = config.decode != "workers" and not config.stream
     require(in_memory, f"--data {source}: the built-in set is in memory; leave --decode workers and --stream out")
-    return InMemory(*cached(f"{source}-v1", BUILT_IN[source]))
+    return InMemory(cached(f"{source}-v1", lambda folder: Facts(BUILT_IN[source](folder))))
 
 
 def _find_folder(config: DataConfig, path: Path) -> DataSource:
-    listing, layout = scan_folder(path)
-    require(listing is not None, f"--data {config.source}: the folder is empty")
-    if skipped := layout.check(config.source):
-        print_once(f"data: {skipped}")
-    key, content = _cache_key(config, str(path.resolve()), listing), _cache_key(config, listing)
-    return _open_source(config, key, content, lambda **options: _load_folder(path, **options))
+    check_names(path.resolve(), [], config.source)
+    listing = scan_folder(path)
+    require(listing.sha256 is not None, f"--data {config.source}: the folder is empty")
+    images = ImageFolder(path, listing, config.source)
+    for note in images.notes:
+        print_once(f"data: {note}")
+    key, content = _cache_key(config, str(path.resolve()), listing.sha256), _cache_key(config, listing.sha256)
+    if images.is_one:
+        return _open_source(config, key, content, lambda **options: read_folder(images, **options), listed=True)
+    check_archives(path, listing, config.source)
+    described = f"it has {describe_files(listing)}"
+    return _open_source(config, key, content, lambda **options: load_folder(path, described, **options))
 
 
 def _find_hub_set(config: DataConfig) -> DataSource:
@@ -143,10 +157,14 @@ def _find_hub_set(config: DataConfig) -> DataSource:
     return _open_source(config, key, key, lambda **options: _load_hub_set(known, revision, source, **options))
 
 
-def _open_source(config: DataConfig, key: str, content: str, load: Callable) -> DataSource:
-    """`key` identifies the data and where it is; `content` the data alone, as far as known without reading it."""
+def _open_source(config: DataConfig, key: str, content: str, load: Callable, listed: bool = False) -> DataSource:
+    """`key` identifies the data and where it is; `content` the data alone, as far as known without reading it.
+
+    `listed`: `load` is quick, as it has the list of files already.
+    """
+    key = hashlib.sha256(f"{key}/{config.image}/{config.skip_broken}/{READER}".encode()).hexdigest()[:16]
     if not config.stream:
-        return choose_storage(config, key, lambda: open_dataset(key, load))
+        return choose_storage(config, key, load if listed else lambda: open_dataset(key, load))
     return Streaming(config, key, content, load)
 
 
@@ -184,34 +202,21 @@ def _newest_revision(name: str, branch: str | None) -> str | None:
         return None
 
 
-def _load_folder(path: Path, **options):
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns that a plain folder has no dataset card
-    try:
-        return datasets.load_dataset(str(path), **options)
-    except (ValueError, FileNotFoundError, OSError, DatasetGenerationError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"--data {path}: no readable image data ({one_line(error)}); give folders of images named after their"
-            " classes in train/ and test/, or parquet files"
-        ) from error
-
-
-def _load_hub_set(known: HubSet, revision: str | None, source: str, **options):
+def _load_hub_set(known: HubSet, revision: str | None, source: str, **options) -> Loaded:
     import datasets
 
-    folder = {"data_dir": known.folder} if known.folder else {}
+    place = {"revision": revision or known.revision} | ({"data_dir": known.folder} if known.folder else {})
     try:
-        splits = datasets.load_dataset(known.address, revision=revision or known.revision, **folder, **options)
+        splits = datasets.load_dataset(known.address, **place, **options)
     except Exception as error:  # the HTTP client's own errors differ between versions of the library
         raise UserError(
-            f"--data {source}: {known.address} could not be loaded from the Hub ({one_line(error)});"
+            f"--data {source}: {known.address} could not be loaded from the Hub ({one_line(root_cause(error))});"
             f" {_terms_advice(known)}check the name and the network, name a local folder with --data, set"
             " HF_HUB_OFFLINE=1 if it was downloaded before, or try --preset digits, which needs no download"
         ) from error
-    return {name: rows for name, rows in splits.items() if name != known.unlabelled}
+    splits = {name: rows for name, rows in splits.items() if name != known.unlabelled}
+    builder = lambda: datasets.load_dataset_builder(known.address, **place)  # noqa: E731
+    return compare_hub_files(splits, builder, source, options.get("streaming", False))
 
 
 def _terms_advice(known: HubSet) -> str:

@@ -14,16 +14,19 @@ import torch
 from jaxtyping import Int, UInt8
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, cache_root, cached, decode_split, open_undecoded
+from kd.data.cache import Arrays, Decoded, Facts, cache_root, cached, decode_split, open_undecoded
 from kd.data.columns import Columns, check_columns, encode_labels, find_columns
+from kd.data.metadata import Loaded
 from kd.data.rows import LazyImages, MappedRows, Rows, Split
 from kd.data.statistics import Statistics, channel_statistics, iter_blocks
-from kd.data.workers import EncodedImages, WorkerRows, scan
+from kd.data.workers import EncodedImages, WorkerRows, find_broken, scan
 from kd.errors import require
-from kd.utils.images import decode
+from kd.utils.images import BrokenImage, broken_images, decode
 from kd.utils.system import memory_limit, share_of_cores
 
 SHARE = 0.5  # of memory and of the disk's free space that decoded images may take
+
+SPLITS = ("train", "validation", "test")  # those that are used
 
 SPLIT_NAMES = {"val": "validation", "valid": "validation"}  # other names of our splits
 
@@ -33,7 +36,11 @@ class DataSource(ABC):
 
     splits: dict[str, Arrays]
     classes: tuple[str, ...]
-    storage: str = "in memory"  # in words: how the images are stored, and why
+    storage: str = "in memory"  # in words: how the images are stored, why, and from which columns
+    notes: tuple[str, ...] = ()  # what was left out or decided when the data was read
+
+    def check_images(self, splits: list[Arrays]) -> None:  # noqa: B027  most sources have read all images by then
+        """Raise UserError for images of these splits that cannot be read, if they were not all read before."""
 
     @abstractmethod
     def statistics(self, train: Arrays) -> Statistics:
@@ -43,14 +50,14 @@ class DataSource(ABC):
     def rows(self, split: Arrays) -> Rows: ...
 
 
-def choose_storage(config: DataConfig, key: str, load: Callable[[], dict]) -> DataSource:
-    """Open the data that `load` gives (`datasets` splits by name), in memory or by workers as --decode says or it fits.
+def choose_storage(config: DataConfig, key: str, load: Callable[[], Loaded]) -> DataSource:
+    """Open the data that `load` gives, in memory or by workers as --decode says or it fits.
 
     Decoded images are cached under `key`, so that a later start neither loads nor decodes.
     """
     opened, why = None, ""
 
-    def create(folder: Path) -> tuple[str, ...] | None:
+    def create(folder: Path) -> Facts | None:
         nonlocal opened, why
         opened = OpenedDataset(load(), config)
         fits, why = fits_memory(opened.decoded_bytes, config)
@@ -58,12 +65,13 @@ def choose_storage(config: DataConfig, key: str, load: Callable[[], dict]) -> Da
 
     decoded = None if config.decode == "workers" else cached(key, create)
     if decoded is not None:
-        size = sum(split.images.nbytes for split in decoded[0].values())
-        source: DataSource = InMemory(*decoded)
-        source.storage = f"in memory, decoded once ({_gigabytes(size)}{why})"
+        size = sum(split.images.nbytes for split in decoded.splits.values())
+        source: DataSource = InMemory(decoded)
+        source.storage = f"in memory, decoded once ({_gigabytes(size)}{why}), {decoded.facts.columns}"
     else:
-        source = ByWorkers(opened or OpenedDataset(load(), config), config, key)
-        source.storage = f"decoded by workers in every epoch ({why or 'as --decode says'})"
+        opened = opened or OpenedDataset(load(), config)
+        source = ByWorkers(opened, config, key)
+        source.storage = f"decoded by workers in every epoch ({why or 'as --decode says'}), {opened.columns}"
     return source
 
 
@@ -85,30 +93,64 @@ def _gigabytes(size: int) -> str:
 class OpenedDataset:
     """A `datasets` set with its columns found, and the size of its images once decoded."""
 
-    def __init__(self, dataset: dict, config: DataConfig):
-        splits = {SPLIT_NAMES.get(name, name): rows for name, rows in dataset.items()}
-        require("train" in splits, f"--data {config.source}: no train split; it has {', '.join(splits)}")
-        train = splits["train"]
-        self.columns: Columns = find_columns(train.features, train.unique, config.label, config.source)
-        self.splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    def __init__(self, loaded: Loaded, config: DataConfig):
+        every = rename_splits(loaded.splits, config.source)
+        train, self.skip_broken = every["train"], config.skip_broken
+        self.columns: Columns = find_columns(train.features, train.unique, config)
+        self.splits = {name: every[name] for name in SPLITS if name in every}
         for name, rows in self.splits.items():
             check_columns(self.columns, rows.column_names, name, config.source)
             require(len(rows) > 0, f"--data {config.source}: the {name} split is empty")
+        self.notes = (*loaded.notes, *unused_splits(every), *filter(None, (self.columns.note,)))
         self.resize_to = config.stored_size or config.image_size
-        first = open_undecoded(train, self.columns.image)[0][self.columns.image]
-        self.image_size = (
-            (self.resize_to,) * 2 if self.resize_to else decode(first, None, "train", 0).shape[1:]
-        )  # height and width
+        self.image_size = (self.resize_to,) * 2 if self.resize_to else self._first_size(train)  # height and width
+
+    def _first_size(self, train) -> tuple[int, int]:
+        """Height and width of the first image that can be read."""
+        broken, column = [], self.columns.image
+        for row, cells in enumerate(open_undecoded(train, column).select_columns(column)):
+            try:
+                return decode(cells[column], None, "train", row).shape[1:]
+            except BrokenImage as error:
+                broken.append(error.what)
+        raise broken_images(broken)
 
     @property
     def decoded_bytes(self) -> int:
         return sum(map(len, self.splits.values())) * 3 * self.image_size[0] * self.image_size[1]
 
-    def decode(self, folder: Path) -> tuple[str, ...]:
-        """Decode all splits into `folder`; returns the class names."""
-        for name, rows in self.splits.items():
-            decode_split(rows, self.columns, self.resize_to, folder, name, self.image_size)
-        return self.columns.classes
+    def decode(self, folder: Path) -> Facts:
+        """Decode all splits into `folder`."""
+        broken = {
+            name: decode_split(rows, self.columns, self.resize_to, folder, name, self.image_size)
+            for name, rows in self.splits.items()
+        }
+        return Facts(self.columns.classes, str(self.columns), (*self.notes, *handle_broken(broken, self.skip_broken)))
+
+
+def rename_splits(splits: dict, source: str) -> dict:
+    """The splits under our names. Raises UserError if two would have one name, or there is no train split."""
+    renamed = {SPLIT_NAMES.get(name, name): rows for name, rows in splits.items()}
+    require(len(renamed) == len(splits), f"--data {source}: two splits are one here; it has {', '.join(splits)}")
+    require("train" in renamed, f"--data {source}: no train split; it has {', '.join(splits)}")
+    return renamed
+
+
+def unused_splits(splits: dict) -> tuple[str, ...]:
+    others = [str(name) for name in splits if name not in SPLITS]
+    return (f"splits that are not used: {', '.join(others)}",) if others else ()
+
+
+def handle_broken(broken: dict[str, list[str]], skip: bool) -> tuple[str, ...]:
+    """A sentence on the images of each split that are left out. Raises UserError listing them unless `skip`."""
+    every = [message for messages in broken.values() for message in messages]
+    if not every:
+        return ()
+    if not skip:
+        raise broken_images(every)
+    counts = ", ".join(f"{len(messages)} {name}" for name, messages in broken.items() if messages)
+    shown = "; ".join(every[:3]) + ("; ..." if len(every) > 3 else "")
+    return (f"left out {len(every)} images that cannot be read: {counts} ({shown})",)
 
 
 @dataclass(frozen=True)
@@ -127,9 +169,10 @@ class MappedImages(LazyImages):
 class InMemory(DataSource):
     """Decoded images in memory maps."""
 
-    def __init__(self, splits: dict[str, Arrays], classes: tuple[str, ...], fingerprint: str):
-        self.splits = {name: Arrays(MappedImages.all_of(images), labels) for name, (images, labels) in splits.items()}
-        self.classes, self.fingerprint = classes, fingerprint
+    def __init__(self, decoded: Decoded):
+        stored = decoded.splits.items()
+        self.splits = {name: Arrays(MappedImages.all_of(images), labels) for name, (images, labels) in stored}
+        self.classes, self.notes, self.fingerprint = decoded.facts.classes, decoded.facts.notes, decoded.sha256
 
     def statistics(self, train: Arrays) -> Statistics:
         return Statistics(*channel_statistics(iter_blocks(train.images.stored, train.images.rows)), self.fingerprint)
@@ -141,6 +184,12 @@ class InMemory(DataSource):
         return MappedRows(images, torch.from_numpy(split.images.rows), labels)
 
 
+def without_rows(split: Arrays, broken: dict[int, str]) -> Arrays:
+    """The split without these rows of it."""
+    whole = ~np.isin(np.arange(len(split.labels)), list(broken))
+    return Arrays(split.images[whole], split.labels[whole])
+
+
 class ByWorkers(DataSource):
     """Encoded images, decoded by worker processes."""
 
@@ -148,13 +197,17 @@ class ByWorkers(DataSource):
         self.key, self.classes = key, opened.columns.classes
         workers = share_of_cores() if config.workers is None else config.workers
         column = opened.columns.image
-        self.splits = {}
+        self.splits, self.notes = {}, opened.notes
         for name, rows in opened.splits.items():
-            labels = encode_labels(rows[opened.columns.label], self.classes, name)
+            labels = encode_labels(rows[opened.columns.label], opened.columns, name)
             numbers = np.arange(len(rows))
             cells = open_undecoded(rows, column).select_columns(column)
             images = EncodedImages(cells, column, name, opened.resize_to, opened.image_size, workers, numbers)
             self.splits[name] = Arrays(images, labels)
+        if config.skip_broken:
+            broken = find_broken(key, {name: split.images for name, split in self.splits.items()})
+            self.notes += handle_broken({name: list(found.values()) for name, found in broken.items()}, skip=True)
+            self.splits = {name: without_rows(split, broken[name]) for name, split in self.splits.items()}
         self._train, self._train_sha256 = None, ""
 
     def statistics(self, train: Arrays) -> Statistics:

@@ -26,12 +26,12 @@ from kd.data.cache import Arrays, locked, open_undecoded
 from kd.data.columns import check_columns, encode_labels, find_columns
 from kd.data.rows import LazyImages, Rows
 from kd.data.statistics import Statistics, channel_statistics
-from kd.data.storage import SPLIT_NAMES, DataSource
+from kd.data.storage import SPLIT_NAMES, SPLITS, DataSource, handle_broken, rename_splits, unused_splits, without_rows
 from kd.errors import UserError, require
 from kd.utils import rng
 from kd.utils.console import console, one_line, print_once
 from kd.utils.files import read_json, write_json
-from kd.utils.images import decode, decode_to
+from kd.utils.images import BrokenImage, broken_images, decode, decode_to
 from kd.utils.system import share_of_cores
 
 MAX_SHARDS = 1024  # that are told apart; an imagefolder has one for each image
@@ -49,33 +49,54 @@ class Streaming(DataSource):
     """A `datasets` set that `load` opens with streaming=True."""
 
     def __init__(self, config: DataConfig, key: str, content: str, load: Callable):
-        self.key, self.storage = key, f"streamed, {config.shuffle_rows} rows at a time (as --stream says)"
-        streams = _rename_splits(load(streaming=True))
-        require("train" in streams, f"--data {config.source}: no train split; it has {', '.join(streams)}")
+        self.key = key
+        loaded = load(streaming=True)
+        streams = rename_splits(loaded.splits, config.source)
         with locked(f"{key}.stream") as self.folder:
             self.folder.mkdir(exist_ok=True)
             index = _index(self.folder, streams, config, load)
         self.classes, column = tuple(index["classes"]), index["image"]
+        self.storage = f"streamed, {config.shuffle_rows} rows at a time (as --stream says), {index['columns']}"
+        self.notes = (*loaded.notes, *unused_splits(streams), *index["notes"])
         size = config.stored_size or config.image_size
         threads = max(share_of_cores() if config.workers is None else config.workers, 1)
         self.splits = {}
         for name, starts in index["starts"].items():
             cells = open_undecoded(streams[name], column).select_columns([column])
-            first = next(iter(cells))[column] if size is None else None
             labels = np.load(self.folder / f"{name}.npy")
             images = StreamedImages(
                 cells,
                 column,
                 name,
                 resize_to=size,
-                image_size=(size, size) if size else decode(first, None, name, 0).shape[1:],
+                image_size=(size, size) if size else _first_size(cells, column, name),
                 window=config.shuffle_rows,
                 threads=threads,
                 starts=np.array(starts),
                 rows=np.arange(len(labels)),
             )
             self.splits[name] = Arrays(images, labels)
+        if config.skip_broken:
+            broken = {name: self._find_broken(split) for name, split in self.splits.items()}
+            self.notes += handle_broken({name: list(found.values()) for name, found in broken.items()}, skip=True)
+            self.splits = {name: without_rows(split, broken[name]) for name, split in self.splits.items()}
+        self.skips_broken = config.skip_broken
         self.fingerprint = hashlib.sha256(json.dumps([content, index["starts"], self.classes]).encode()).hexdigest()
+
+    def check_images(self, splits: list[Arrays]) -> None:
+        """Decode these splits once, as their broken images would else be found after the training only."""
+        if not self.skips_broken:
+            every = [what for split in splits for what in self._find_broken(split).values()]
+            handle_broken({"": every}, skip=False)
+
+    def _find_broken(self, split: Arrays) -> dict[int, str]:
+        """Place and message of each image of a split that cannot be read, cached."""
+        images, rows = split.images, hashlib.sha256(split.images.rows.tobytes()).hexdigest()[:16]
+        path = self.folder / f"{images.split}.{rows}.broken.json"
+        with locked(f"{self.key}.stream"):
+            if not path.exists():
+                write_json(path, images.find_broken())
+            return {int(place): message for place, message in read_json(path).items()}
 
     def statistics(self, train: Arrays) -> Statistics:
         """Mean and deviation of the first rows of an epoch's order, or of all rows if they are few."""
@@ -89,7 +110,11 @@ class Streaming(DataSource):
             if not path.exists():
                 blocks = torch.from_numpy(sample).split(BLOCK)
                 pixels = zip(_progress(blocks, "scanning train"), images.batches(blocks))
-                mean, std = channel_statistics(block.numpy() for _, block in pixels)
+                try:
+                    mean, std = channel_statistics(block.numpy() for _, block in pixels)
+                except BrokenImage:
+                    every = images[np.isin(np.arange(len(images.rows)), sample)].find_broken().values()
+                    raise broken_images(list(every)) from None
                 write_json(path, {"mean": mean, "std": std})
             known = read_json(path)
         return Statistics(tuple(known["mean"]), tuple(known["std"]), self.fingerprint)
@@ -98,12 +123,19 @@ class Streaming(DataSource):
         return StreamedRows(split.images, torch.from_numpy(split.labels), self.fingerprint)
 
 
-def _rename_splits(streams: dict) -> dict:
-    return {SPLIT_NAMES.get(name, name): stream for name, stream in streams.items()}
+def _first_size(cells: Iterable[dict], column: str, split: str) -> tuple[int, int]:
+    """Height and width of the first image that can be read."""
+    broken = []
+    for row, cell in enumerate(cells):
+        try:
+            return decode(cell[column], None, split, row).shape[1:]
+        except BrokenImage as error:
+            broken.append(error.what)
+    raise broken_images(broken)
 
 
 def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> dict:
-    """Class names, image column and the first row of each split's shards, cached in `folder` with the labels."""
+    """Class names, columns and the first row of each split's shards, cached in `folder` with the labels."""
     path = folder / "index.json"
     if path.exists():
         return read_json(path)
@@ -117,22 +149,24 @@ def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> d
         return read[split]
 
     unique = lambda column: list(set(labels_of("train", column)[0]))  # noqa: E731
-    columns = find_columns(features, unique, config.label, config.source)
+    columns = find_columns(features, unique, config)
     starts = {}
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         if name in streams:
             check_columns(columns, streams[name].features, name, config.source)
             labels, starts[name] = labels_of(name, columns.label)
             require(len(labels) > 0, f"--data {config.source}: the {name} split is empty")
-            np.save(folder / f"{name}.npy", encode_labels(labels, columns.classes, name))
-    write_json(path, {"classes": columns.classes, "image": columns.image, "starts": starts})
+            np.save(folder / f"{name}.npy", encode_labels(labels, columns, name))
+    facts = {"classes": columns.classes, "image": columns.image, "columns": str(columns)}
+    write_json(path, facts | {"notes": [columns.note] if columns.note else [], "starts": starts})
     return read_json(path)
 
 
 def _select_labels(streams: dict, column: str, load: Callable) -> dict:
     try:  # parquet reads the bytes of this column only
-        return _rename_splits(load(streaming=True, columns=[column]))
-    except UserError:  # other formats have no such option
+        loaded = load(streaming=True, columns=[column])
+        return {SPLIT_NAMES.get(name, name): stream for name, stream in loaded.splits.items()}
+    except (UserError, TypeError):  # other formats have no such option
         return {name: stream.select_columns([column]) for name, stream in streams.items()}
 
 
@@ -218,6 +252,25 @@ class StreamedImages(LazyImages):
         finally:
             for pool in (reading, decoding):
                 pool.shutdown(cancel_futures=True)
+
+    def find_broken(self) -> dict[int, str]:
+        """Place and message of each image that cannot be read."""
+        found: dict[int, str] = {}
+        reader, pool = _Reader(self, [self.rows]), ThreadPoolExecutor(self.threads)
+        blocks = np.array_split(np.arange(len(self.rows)), len(self.rows) // BLOCK + 1)
+        with pool:
+            for places in _progress(blocks, f"checking {self.split}"):
+                rows = self.rows[places]
+                for place, message in zip(places.tolist(), pool.map(self._check, rows.tolist(), reader.cells(rows))):
+                    found |= {place: message} if message else {}
+        return found
+
+    def _check(self, row: int, cell: dict | None) -> str:
+        try:
+            decode(cell, self.resize_to, self.split, row)
+        except BrokenImage as error:
+            return error.what
+        return ""
 
     def _decode(self, pool: ThreadPoolExecutor, rows: np.ndarray, cells: Future) -> list[Future]:
         return [

@@ -5,10 +5,13 @@ other storage, and augmented on the device, so that a run gets the same bytes ho
 """
 
 import hashlib
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,15 +23,23 @@ from torch.utils.data import DataLoader, Dataset
 from kd.data.cache import Arrays, locked
 from kd.data.rows import LazyImages, Rows
 from kd.data.statistics import ChannelHistogram, DatasetHash, Statistics
-from kd.errors import UserError
+from kd.errors import UserError, require
 from kd.utils.files import read_json, write_json
-from kd.utils.images import decode_to
+from kd.utils.images import BrokenImage, broken_images, decode, decode_to
 
-BLOCK = 256  # images that are scanned at a time before training
+BLOCK = 256  # images that are scanned at a time before training, if their pixels are no more than
+
+BLOCK_BYTES = 2**22
+
+SHARED = Path("/dev/shm")  # where workers leave their batches
+
+TIMEOUT = 600  # seconds without a batch after which the workers are given up
 
 SIGNAL_DELAY = 0.5  # seconds within which the system reports that a worker died
 
 PREFETCH = 2  # batches that each worker decodes ahead
+
+IN_USE = 2  # batches of the main process, the one that it works on and the one that it receives
 
 
 @dataclass(frozen=True)
@@ -48,24 +59,45 @@ class EncodedImages(LazyImages, Dataset):
 
         Raises UserError naming the row that cannot be read.
         """
-        loader = DataLoader(
-            _Decoder(self),
-            sampler=[self.rows[index.numpy()] for index in indices],
-            batch_size=None,  # each item of the sampler is a whole batch
-            num_workers=self.workers,
-            prefetch_factor=PREFETCH if self.workers else None,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # the loader draws a seed for its workers, not to be taken from torch's own
-            collate_fn=_unchanged,
-        )
-        for images in _receive(loader):
+        for images in self._load(_Decoder(self), indices, pinned):
             if isinstance(images, str):
                 raise UserError(images)
             yield images
 
+    def find_broken(self) -> dict[int, str]:
+        """Place and message of each image that cannot be read."""
+        blocks = self._blocks()
+        found = zip(blocks, self._load(_Checker(self), blocks))
+        return {int(block[place]): message for block, part in found for place, message in part.items()}
+
+    def _blocks(self) -> Sequence[Tensor]:
+        """All rows in parts of few pixels."""
+        return torch.arange(len(self.rows)).split(max(min(BLOCK, BLOCK_BYTES // self._image_bytes), 1))
+
+    @property
+    def _image_bytes(self) -> int:
+        return 3 * self.image_size[0] * self.image_size[1]
+
+    def _load(self, decoder: Dataset, indices: Sequence[Tensor], pinned: bool = False) -> Iterator:
+        """What `decoder` makes of each index, in worker processes."""
+        if self.workers:
+            check_shared_memory(self.workers, max(map(len, indices), default=0) * self._image_bytes)
+        loader = DataLoader(
+            decoder,
+            sampler=[self.rows[index.numpy()] for index in indices],
+            batch_size=None,  # each item of the sampler is a whole batch
+            num_workers=self.workers,
+            prefetch_factor=PREFETCH if self.workers else None,
+            timeout=TIMEOUT if self.workers else 0,
+            pin_memory=pinned,
+            generator=torch.Generator(),  # the loader draws a seed for its workers, not to be taken from torch's own
+            collate_fn=_unchanged,
+        )
+        return _receive(loader)
+
     def iter_blocks(self) -> Iterator[np.ndarray]:
         """All images in order (b x 3 x h x w), a block at a time, with a progress bar on a terminal."""
-        blocks = torch.arange(len(self.rows)).split(BLOCK)
+        blocks = self._blocks()
         title, hidden = f"scanning {self.split}", not sys.stderr.isatty()
         images = zip(blocks, self.batches(blocks))
         for _, block in track(images, title, len(blocks), disable=hidden, transient=True):
@@ -90,16 +122,59 @@ class _Decoder(Dataset):
         return torch.from_numpy(batch)
 
 
-def _receive(loader: DataLoader) -> Iterator[Tensor | str]:
+class _Checker(Dataset):
+    """Runs in a worker: the place in a batch and the message of each row that cannot be read."""
+
+    def __init__(self, images: EncodedImages):
+        self.images = images
+
+    def __getitem__(self, rows: Int[np.ndarray, "b"]) -> dict[int, str]:
+        images, found = self.images, {}
+        cells = images.stored[rows.tolist()][images.column]
+        for place, (row, cell) in enumerate(zip(rows.tolist(), cells)):
+            try:
+                decode(cell, images.resize_to, images.split, row)
+            except BrokenImage as error:
+                found[place] = error.what
+        return found
+
+
+def check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Raise UserError if batches of `batch_bytes` that wait for their turn do not fit the memory that workers share.
+
+    A worker that finds it full sends no batch, nor that it failed.
+    """
+    if not SHARED.is_dir():
+        return
+    free = shutil.disk_usage(SHARED).free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = (workers * PREFETCH + IN_USE) * batch_bytes
+    fitting = max((free // max(batch_bytes, 1) - IN_USE) // PREFETCH, 0)
+    require(
+        needed <= free,
+        f"--workers {workers}: batches of {batch_bytes / 1e6:.3g} MB that wait for their turn take {needed / 1e6:.3g}"
+        f" MB, and {SHARED} has {free / 1e6:.3g} MB free for them: give --workers {fitting}, or start the container"
+        f" with a larger --shm-size",
+    )
+
+
+def _receive(loader: DataLoader) -> Iterator[Tensor | str | dict]:
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:  # the worker died while sending a batch, which torch does not notice
         # A little later torch's signal handler raises in whatever code runs: better here than in error handling.
         time.sleep(SIGNAL_DELAY)
         raise RuntimeError(f"a DataLoader worker died ({error!r})") from error
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        free = f", of which {shutil.disk_usage(SHARED).free / 1e6:.3g} MB are free" if SHARED.is_dir() else ""
+        raise UserError(
+            f"no worker sent a batch in {TIMEOUT} seconds: give fewer --workers, or 0, and continue with --resume; they"
+            f" share {SHARED}{free} (a container's --shm-size), and wait for the disk that has the images"
+        ) from error
 
 
-def _unchanged(batch: Tensor | str) -> Tensor | str:
+def _unchanged(batch: Tensor | str | dict) -> Tensor | str | dict:
     return batch
 
 
@@ -126,6 +201,18 @@ class WorkerRows(Rows):
             yield images.to(device, non_blocking=True)
 
 
+def find_broken(key: str, splits: dict[str, EncodedImages]) -> dict[str, dict[int, str]]:
+    """Row and message of each image of each split that cannot be read; decodes all once, and caches what it finds."""
+    with locked(f"{key}.workers") as folder:
+        path = folder / "broken.json"
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            found = {name: images.find_broken() for name, images in splits.items()}
+            write_json(path, found)
+        known = read_json(path)
+    return {name: {int(row): message for row, message in found.items()} for name, found in known.items()}
+
+
 def scan(key: str, splits: dict[str, Arrays], classes: tuple[str, ...], train: Arrays) -> tuple[Statistics, str]:
     """The statistics that decoded arrays would give, and the sha256 of the training rows `train`.
 
@@ -137,7 +224,13 @@ def scan(key: str, splits: dict[str, Arrays], classes: tuple[str, ...], train: A
         path = folder / f"{train_rows}.json"
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            write_json(path, _scan(splits, classes, train))
+            try:
+                write_json(path, _scan(splits, classes, train))
+            except UserError:  # of the first broken image, if it is not another
+                every = [message for split in splits.values() for message in split.images.find_broken().values()]
+                if every:
+                    raise broken_images(every) from None
+                raise
         known = read_json(path)
     statistics = Statistics(tuple(known["mean"]), tuple(known["std"]), known["fingerprint"])
     return statistics, known["train_sha256"]

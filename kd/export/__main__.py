@@ -7,7 +7,8 @@
 Writes RUN/export/ completely or not at all: model.safetensors with what kd.load needs, model.onnx, model.int8.onnx,
 model.pt2, preprocessing.json, the model card (README.md) and the table (export.json, export.md). The .onnx and .pt2
 files take RGB pixels, 0 to 255, and return logits; their metadata describes the input and lists the class names.
-Exports contain no local paths: only the last component of a path is kept.
+Exports contain no local paths: only the last component of a path is kept. An export is refused if one of its files
+predicts otherwise than the network on too many images (--min-agreement).
 """
 
 import argparse
@@ -19,11 +20,11 @@ from pathlib import Path
 from types import FrameType
 
 from kd.errors import exit_code, nearest, require
+from kd.export import FILES, MIN_AGREEMENT
 from kd.export.onnx_runtime import import_extra
 from kd.utils.hub import check_id, push
 from kd.utils.system import Lock
 
-FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "int8": "model.int8.onnx", "pt2": "model.pt2"}
 RUN_FILES = ("model.json", "summary.json", "config.json")
 EXPORT_FILES = {*FILES.values(), *RUN_FILES, "preprocessing.json", "README.md", "export.json", "export.md"}
 
@@ -53,12 +54,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="where the run's images are now, if they have moved")
     help_text = f"training images that set int8's ranges (default: {CALIBRATION_IMAGES})"
     parser.add_argument("--calibration", type=int, help=help_text)
+    help_text = f"percent of images on which each file must predict what the network does (default: {MIN_AGREEMENT:g})"
+    parser.add_argument("--min-agreement", type=float, metavar="PERCENT", help=help_text)
     parser.add_argument("--threads", type=int, help=f"CPU threads for the table's timings (default: {THREADS})")
     parser.add_argument("--no-table", dest="table", action="store_false", help="skip the table; only int8 needs data")
     parser.add_argument("--push", metavar="USER/NAME", help="push the export to this model repository on the Hub")
     parser.add_argument("--private", action="store_true", help="with --push: create the repository as private")
     parser.add_argument("--license", default="unknown", help="license id of the model card, as on the Hub (e.g. mit)")
-    parser.add_argument("--trust-code", action="store_true", help="allow building a network given as module:function")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="allow a network, and data, that are a module:function"
+    )
     args = parser.parse_args(argv)
     require(not (args.all and args.formats), "--all and --formats: give one of them")
     args.formats = list(FILES) if args.all else list(dict.fromkeys(args.formats or ["onnx"]))
@@ -66,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         require(name in FILES, f"--formats {name}: no such format; {nearest(name, FILES)}")
     _check_numbers_and_unused_flags(args)
     args.calibration, args.threads = args.calibration or CALIBRATION_IMAGES, args.threads or THREADS
+    args.min_agreement = MIN_AGREEMENT if args.min_agreement is None else args.min_agreement
     if args.push:
         check_id(args.push)
     return args
@@ -75,15 +81,19 @@ def _check_numbers_and_unused_flags(args: argparse.Namespace) -> None:
     for name in ("calibration", "threads"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name} {value}: give 1 or more")
+    share = args.min_agreement
+    require(share is None or 0 <= share <= 100, f"--min-agreement {share}: give a percentage, 0 to 100")
     int8 = "int8" in args.formats
     uses = {
         "calibration": (int8, "needs --formats int8, or --all"),
         "threads": (args.table, "only used for the table; drop it or --no-table"),
         "data": (args.table or int8, "only used for the table and int8; drop it or --no-table"),
+        "min_agreement": (args.table or int8, "only used for the table and int8; drop it or --no-table"),
         "private": (args.push, "needs --push USER/NAME"),
     }
     for name, (used, message) in uses.items():
-        require(bool(used) or not getattr(args, name), f"--{name}: {message}")
+        unset = getattr(args, name) is None or getattr(args, name) is False
+        require(bool(used) or unset, f"--{name.replace('_', '-')}: {message}")
 
 
 def export(args: argparse.Namespace) -> Path:
@@ -103,7 +113,7 @@ def export(args: argparse.Namespace) -> Path:
         f"{args.run}: trained with --no-test, and the table would read the test set; train it without that flag"
         " first, or add --no-table",
     )
-    data = read_data(source, args.data) if args.table or "int8" in args.formats else None
+    data = read_data(source, args.data, args.trust_code) if args.table or "int8" in args.formats else None
     calibration = calibration_images(data, args.calibration) if "int8" in args.formats else None
     folder = args.run / "export"
     _check_target(folder)

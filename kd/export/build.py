@@ -1,8 +1,10 @@
 """Write one export folder: every format is written, loaded back and compared with torch, then measured."""
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +14,10 @@ from rich.console import Console
 from kd.data import Data
 from kd.data.rows import iter_centre_crops
 from kd.errors import require
+from kd.export import FILES, MIN_AGREEMENT
 from kd.export.card import CardContent, write_card
 from kd.export.deployed import open_pt2, rounds_activations, trace, write_pt2
+from kd.export.int8 import Quantized, write_int8
 from kd.export.measure import (
     SCORING_BATCH,
     Classifier,
@@ -23,7 +27,7 @@ from kd.export.measure import (
     measure_files,
     torch_classifier,
 )
-from kd.export.onnx_files import write_int8, write_onnx
+from kd.export.onnx_files import write_onnx
 from kd.export.onnx_runtime import OnnxFile, describe
 from kd.export.source import ExportedRun, control_summary, copy_run
 from kd.models.cost import describe_machine
@@ -36,6 +40,11 @@ from kd.utils.files import write_atomically, write_json
 # If a network rounds its activations, a last bit may decide on a whole step: then only the mean difference is limited.
 TOLERANCE = 1e-4
 MEAN_TOLERANCE = 0.02
+
+
+class Written(NamedTuple):
+    differences: dict[str, float]  # of each float32 file's logits from torch's, by file name
+    int8: Quantized | None
 
 
 def write_export(
@@ -53,8 +62,8 @@ def write_export(
     expects = describe(source.info)
     write_json(folder / "preprocessing.json", expects)
     summary, config = copy_run(source, folder)
-    differences = write_formats(folder, source, set(args.formats), calibration)
-    table = _write_table(folder, source, data, differences, args) if args.table else []
+    written = write_formats(folder, source, set(args.formats), calibration, args.min_agreement)
+    table = _write_table(folder, source, data, written, args) if args.table else _notes_alone(written, args)
     onnx_files = sorted((path.name for path in folder.glob("*.onnx")), reverse=True)
     content = CardContent(summary, config, control_summary(source), expects, onnx_files, table)
     write_card(folder / "README.md", content, args.license, args.push)
@@ -67,16 +76,23 @@ def calibration_images(data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
 
 
 def write_formats(
-    folder: Path, source: ExportedRun, formats: set[str], calibration: UInt8[np.ndarray, "n 3 h w"] | None
-) -> dict[str, float]:
-    """Write the graph formats; returns each float32 file's largest logit difference from torch, by file name.
+    folder: Path,
+    source: ExportedRun,
+    formats: set[str],
+    calibration: UInt8[np.ndarray, "n 3 h w"] | None,
+    min_agreement: float,
+) -> Written:
+    """Write the graph formats.
 
+    Int8 aims at half the wrong predictions that `min_agreement` allows: its calibration images are training images, and
+    it does less well on others.
     Raises: UserError if the network cannot be exported or a file's logits differ from torch's.
     """
     if formats <= {"safetensors"}:
-        return {}
+        return Written({}, None)
     program, expects, differences = trace(source.network, source.info["model"]), describe(source.info), {}
     compare = partial(compare_with_torch, source, rounds_activations(program))
+    quantized = None
     onnx, int8, pt2 = (folder / name for name in ("model.onnx", "model.int8.onnx", "model.pt2"))
     if {"onnx", "int8"} & formats:  # int8 is quantised from the float32 file
         print("writing model.onnx", flush=True)
@@ -84,8 +100,9 @@ def write_formats(
         differences["model.onnx"] = compare("model.onnx", OnnxFile(onnx))
     if "int8" in formats:
         print(f"writing model.int8.onnx, its ranges from {len(calibration)} training images", flush=True)
-        write_int8(onnx, int8, calibration, expects)
-        OnnxFile(int8)  # it must open; its accuracy is in the table
+        quantized = write_int8(onnx, int8, calibration, expects, (100 + min_agreement) / 2)
+        OnnxFile(int8)  # it must open
+        print(f"  {quantized.note(int8.name)}", flush=True)
     if "model.onnx" in differences and "onnx" not in formats:
         onnx.unlink()
         del differences["model.onnx"]
@@ -93,7 +110,7 @@ def write_formats(
         print("writing model.pt2", flush=True)
         write_pt2(program, pt2, expects)
         differences["model.pt2"] = compare("model.pt2", torch_classifier(open_pt2(pt2))(0))
-    return differences
+    return Written(differences, quantized)
 
 
 def compare_with_torch(source: ExportedRun, rounding: bool, name: str, classify: Classifier) -> float:
@@ -120,19 +137,54 @@ def compare_with_torch(source: ExportedRun, rounding: bool, name: str, classify:
     return largest
 
 
+def check_agreement(name: str, agreement: float, images: str, minimum: float) -> tuple[str, ...]:
+    """The warning that a file deserves which predicts much otherwise than the network, printed too.
+
+    Raises: UserError if it agrees with the network on less than `minimum` percent of the images.
+    """
+    share = f"it agrees with the network on {agreement:.2f}% of {images}"
+    kind = next(kind for kind, file in FILES.items() if file == name)
+    require(
+        agreement >= minimum,
+        f"{name}: {share}, and --min-agreement is {minimum:g}; nothing was written; leave {kind} out of --formats, or"
+        f" give --min-agreement {int(agreement)} to keep it with a warning",
+    )
+    if agreement >= MIN_AGREEMENT:
+        return ()
+    warning = f"{name} predicts otherwise than the network: {share} (at least {MIN_AGREEMENT:g}% are usual)."
+    print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return (f"WARNING: {warning}",)
+
+
+def _notes_alone(written: Written, args: argparse.Namespace) -> list[Block]:
+    """What is known about the int8 file without a table: how it was made, and its agreement on training images."""
+    if written.int8 is None:
+        return []
+    name, images = FILES["int8"], f"the {written.int8.images} training images that set its ranges"
+    warnings = check_agreement(name, written.int8.agreement, images, args.min_agreement)
+    return [Lines((*warnings, written.int8.note(name)))]
+
+
 def _write_table(
-    folder: Path, source: ExportedRun, data: Data, differences: dict[str, float], args: argparse.Namespace
+    folder: Path, source: ExportedRun, data: Data, written: Written, args: argparse.Namespace
 ) -> list[Block]:
-    """Measure every file in `folder`, write export.json and export.md, and print the table."""
+    """Measure every file in `folder`, write export.json and export.md, and print the table.
+
+    Raises: UserError if a file agrees with the network on too few test images.
+    """
     to_measure, notes = candidates(folder, source, data, args.trust_code)
     rows = measure_files(to_measure, data, args.threads)
     machine = describe_machine(args.threads)
-    notes = (*format_verdicts(rows, source.summary), *notes)
+    images, files = f"the {len(data.test.labels)} test images", [row for row in rows if row["name"] in FILES.values()]
+    warnings = [check_agreement(row["name"], row["agreement"], images, args.min_agreement) for row in files]
+    quantized = () if written.int8 is None else (written.int8.note(FILES["int8"]),)
+    notes = (*sum(warnings, ()), *format_verdicts(rows, source.summary), *quantized, *notes)
     blocks = [format_table(rows, machine, len(data.test.labels)), Lines(notes)]
     numbers = {"rows": rows, "machine": machine, "threads": args.threads, "test_images": len(data.test.labels)}
     if "int8" in args.formats:
-        numbers["calibration_images"] = min(args.calibration, len(data.train.labels))
-    numbers |= {"differences_on_random_pixels": differences, "notes": notes}
+        numbers["calibration_images"] = written.int8.images
+        numbers["int8"] = written.int8._asdict()
+    numbers |= {"differences_on_random_pixels": written.differences, "notes": notes}
     write_json(folder / "export.json", numbers)
     text = markdown([Heading(1, "What was exported"), *blocks])
     write_atomically(folder / "export.md", lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -73,7 +73,11 @@ def _metadata(summary: dict, config: dict, licence: str, hub_id: str | None, onn
         data = {"task_type": "image-classification", "dataset_type": source, "dataset_name": source}
         data |= {"dataset_revision": revision or None}
         accuracy = {"metric_type": "accuracy", "metric_value": summary["test_top1"] / 100}
-        results = [EvalResult(**data, **accuracy, dataset_split="test", metric_name="top-1 accuracy")]
+        results = [
+            EvalResult(
+                **data, **accuracy, dataset_split=summary.get("test_split", "test"), metric_name="top-1 accuracy"
+            )
+        ]
     return ModelCardData(
         license=licence,
         library_name="kd",
@@ -103,7 +107,8 @@ def _scores(summary: dict, control: dict | None) -> Table:
         rows.append(("the same, trained alone", *_cells(control | {"agreement": None})))
     if summary.get("teacher_test_top1") is not None:
         rows.append(("its teacher", f"{summary['teacher_test_top1']:.2f}", *[""] * (len(SCORES) - 1)))
-    note = f"Percent, NLL in nats, on {summary['test_images']} test images, read at the end of training; no choice"
+    images = "validation images" if summary.get("test_split") == "validation" else "test images"
+    note = f"Percent, NLL in nats, on {summary['test_images']} {images}, read at the end of training; no choice"
     note += f" depends on them. Weights of the last epoch, one seed ({summary['seed']})."
     return Table(("network", *(metric.card for metric in SCORES)), rows, note)
 

@@ -18,7 +18,7 @@ from kd.errors import UserError, require
 from kd.export.deployed import Deployed, open_pt2
 from kd.export.onnx_runtime import OnnxFile, import_extra
 from kd.export.source import ExportedRun
-from kd.models.cost import count_macs, time_interleaved
+from kd.models.cost import count_macs, count_params, time_interleaved
 from kd.models.pretrained import is_pretrained
 from kd.report.document import Table
 from kd.teachers.load import load_teachers
@@ -95,7 +95,7 @@ def _teacher_candidate(source: ExportedRun, data: Data, trust_code: bool) -> Can
     teacher = load_teachers(names, data, torch.device("cpu"), trust_code, teacher_model)
     same = teacher.sha256 == source.config["identity"].get("teacher")
     require(same, f"{teacher.folder}: is no longer the network that taught this student")
-    params = sum(parameter.numel() for parameter in teacher.network.parameters())
+    params = count_params(teacher.network)
     known = {"top1": source.summary.get("teacher_test_top1"), "agreement": source.summary.get("agreement")}
     size = sum(tensor.numel() * tensor.element_size() for tensor in teacher.network.state_dict().values())
     # The data's normalisation; a hook on the teacher converts it to the teacher's own.

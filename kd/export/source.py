@@ -8,17 +8,16 @@ from typing import NamedTuple
 
 from kd.config import DataConfig
 from kd.data import Data, load_data
+from kd.data.own import is_users_own
 from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed
 from kd.models import LIBRARIES
-from kd.models.pretrained import PICKLED
+from kd.models.weights import SUFFIXES
 from kd.report.groups import ALONE, group_runs
 from kd.runs.load import load_network
 from kd.runs.results import checked_summary, collect_runs, named_paths, read_config
 from kd.utils.files import write_json
-
-WEIGHT_SUFFIXES = (*PICKLED, ".safetensors")
 
 
 class ExportedRun(NamedTuple):
@@ -41,9 +40,17 @@ def read_source(folder: Path, trust_code: bool) -> ExportedRun:
     return ExportedRun(folder, Deployed(trained.network, trained.info), trained.info, summary, config)
 
 
-def read_data(source: ExportedRun, moved_to: str | None) -> Data:
-    """Load the images that the run was trained on. Raises UserError if they are missing or not the same."""
+def read_data(source: ExportedRun, moved_to: str | None, trust_code: bool) -> Data:
+    """Load the images that the run was trained on.
+
+    Raises UserError if they are missing or not the same, or come from code that the run names and the user does not.
+    """
     flags = source.config["flags"]["data"] | ({"source": moved_to} if moved_to else {})
+    require(
+        trust_code or moved_to is not None or not is_users_own(str(flags.get("source"))),
+        f"{source.folder}: reading its data {flags.get('source')} runs its author's code; --trust-code says that you"
+        " trust it, --data names other data",
+    )
     try:
         data = load_data(DataConfig(**flags))
     except TypeError as error:
@@ -99,7 +106,7 @@ def public_name(name: str | list) -> str | list:
     if isinstance(name, list):
         return [public_name(member) for member in name]
     library, _, model = name.partition("/")
-    if library in LIBRARIES and model and Path(name).suffix not in WEIGHT_SUFFIXES:
+    if library in LIBRARIES and model and Path(name).suffix not in SUFFIXES:
         return name
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$", name)
     return "{}/{}@{}".format(*cached.groups()) if cached else Path(name).name

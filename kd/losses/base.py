@@ -38,7 +38,8 @@ class DistillationLoss(nn.Module, ABC):
         self.student_layers = tuple(pair.student.features)  # keys of student.features in forward
         self.teacher_layers = tuple(pair.teacher.features) if pair.teacher else ()
         self.cross_entropy = BalancedCrossEntropy(pair.balance, pair.labels, pair.student.logits.shape[1])
-        self.recipe: dict = {}  # JSON from which `rebuild` makes the deployed network; empty if that is the student
+        # JSON from which `rebuild` makes the deployed network; empty if the student is deployed unchanged.
+        self.recipe: dict = {}
 
     @classmethod
     def layers(cls, config, student: Stages, teacher: Stages | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -133,8 +134,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # Each process has computed the loss of the whole batch. Summing their gradients here, and averaging
-        # parameters' gradients in DDP, gives the gradient of that one loss.
+        # Each process computes the whole batch's loss. These gradients are summed, and DDP averages those of the
+        # parameters, which gives that one loss's gradient once.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(gradient)
         return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]

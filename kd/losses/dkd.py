@@ -20,8 +20,9 @@ def dkd_loss(
 ) -> Float[Tensor, ""]:
     """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
 
-    TCKD is the divergence between (label, all other classes), NCKD the one among the other classes; kd_loss is TCKD +
-    (1 - p(label)) * NCKD, with the teacher's p. NCKD is 0 for two classes.
+    TCKD is the KL divergence between the two networks' binary distributions (label, everything else), NCKD the one
+    between their distributions over the other classes; kd_loss is TCKD + (1 - p(label)) * NCKD, with the teacher's p.
+    NCKD is 0 for two classes.
     Computed in logarithms: the authors' log(softmax) and mask of -1000 give inf and NaN for distant logits.
     Raises ValueError if the shapes differ.
     """

@@ -3,11 +3,8 @@
 A name is one of MODELS, torchvision/NAME, timm/NAME, or module:function for code of the user's own.
 """
 
-import importlib
-import re
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,6 +22,8 @@ from kd.models import (
 )
 from kd.models.features import Tap
 from kd.types import Outputs, Stages
+from kd.utils.console import print_once
+from kd.utils.users_own import call_function, import_function, is_users_own
 
 libraries.define_operators()  # before anything imports torchvision, as timm does
 
@@ -51,11 +50,6 @@ def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
     return Stages(STAGES.get(name, ()), classifiers[-1] if classifiers else None, tuple(modules))
 
 
-def is_users_own(name: str) -> bool:
-    """Whether `name` is a module:function, code that is imported and run."""
-    return re.fullmatch(r"[\w.]+:\w+", name) is not None
-
-
 def check_name(name: str) -> None:
     """Raise UserError, with the nearest names, if there is no such network. Builds nothing."""
     library, _, short = name.partition("/")
@@ -71,8 +65,10 @@ def check_name(name: str) -> None:
     require(short in names, f"unknown model {name!r}: {nearest(short, names)}")
 
 
-def build_model(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def build_model(name: str, num_classes: int, image_size: tuple[int, int], quiet: bool = False) -> nn.Module:
     """A network with fresh weights from torch's generator, checked to output b x num_classes for such images.
+
+    `quiet`: without the line that says how a network of the user's own is used.
 
     Raises: UserError for an unknown name (with the nearest ones), or a network that cannot take these images.
     """
@@ -85,11 +81,12 @@ def build_model(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.
             network = LIBRARIES[library](short, num_classes, image_size)
     else:
         network = _build_users_own(name, num_classes)
+        _take_logits(network, name, num_classes, image_size, quiet)
     logits = probe(network, image_size, name).logits
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     require(
-        shape == (2, num_classes),
-        f"model {name}: outputs {shape} for 2 images; it must return logits of shape (2, {num_classes})",
+        isinstance(logits, torch.Tensor) and tuple(logits.shape) == (2, num_classes),
+        f"model {name}: outputs {_described(logits)} for 2 images; it must return logits of shape (2, {num_classes}),"
+        " alone, first in a tuple, or as 'logits' in a dict",
     )
     return network
 
@@ -112,14 +109,68 @@ def probe(network: nn.Module, image_size: tuple[int, int], name: str, layers: Se
 
 
 def _build_users_own(name: str, num_classes: int) -> nn.Module:
-    module_name, function = name.split(":")
-    if str(Path.cwd()) not in sys.path:  # `python -m` would have it there
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"model {name}: cannot import {module_name} from {Path.cwd()} ({error})") from error
-    require(callable(getattr(module, function, None)), f"model {name}: {module_name} has no function {function}")
-    network = getattr(module, function)(num_classes=num_classes)
-    require(isinstance(network, nn.Module), f"model {name}: returned {type(network).__name__}, not a torch module")
+    function = import_function(name, f"model {name}")
+    network = call_function(function, name, f"model {name}", num_classes=num_classes)
+    called = f"{name.partition(':')[2]}(num_classes={num_classes})"
+    require(
+        isinstance(network, nn.Module),
+        f"model {name}: {called} returned {_described(network)}, not a torch module; return one torch.nn.Module",
+    )
     return network
+
+
+def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tuple[int, int], quiet: bool) -> None:
+    """Make a network of the user's own that returns several things return its logits alone, and say so.
+
+    It may do so in training only, as networks with auxiliary heads do. A hook leaves its layers their names.
+    """
+    answers = {"": probe(network, image_size, name).logits, " in training": _training_answer(network, image_size)}
+    several = {when: answer for when, answer in answers.items() if logits_of(answer) is not answer}
+    for when, answer in several.items():
+        logits = logits_of(answer)
+        fits = isinstance(logits, torch.Tensor) and tuple(logits.shape) == (2, num_classes)
+        require(
+            fits,
+            f"model {name}: the network returns{when} {_described(answer)} for 2 images; its forward must return the"
+            f" logits alone, or first of all: a tensor of shape (2, {num_classes})",
+        )
+    if several:
+        network.register_forward_hook(lambda _, images, answer: logits_of(answer))
+    if several and not quiet and name not in _said:
+        _said.add(name)
+        when, answer = next(iter(several.items()))
+        taken = "its 'logits' are" if isinstance(answer, Mapping) else "the first is"
+        print_once(f"model {name}: returns{when} {_described(answer)}; {taken} taken for the logits")
+
+
+_said: set[str] = set()  # networks of the user's own of which a line was printed
+
+
+def logits_of(answer: object) -> object:
+    """The logits in what a network returned: the first of a tuple or list, `logits` of a dict, else all of it."""
+    if isinstance(answer, Mapping) and "logits" in answer:  # Transformers' outputs are dicts too
+        return answer["logits"]
+    return answer[0] if isinstance(answer, tuple | list) and answer else answer
+
+
+def _training_answer(network: nn.Module, image_size: tuple[int, int]) -> object:
+    """What a copy of the network returns in training; None if it cannot be copied, or does not take grey images."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return copy.deepcopy(network).train()(torch.zeros(2, 3, *image_size))
+    except Exception:  # the training itself shows what is wrong
+        return None
+
+
+def _described(value: object) -> str:
+    """What a function of the user's own returned: type, and shapes of the tensors in it."""
+    if isinstance(value, torch.Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{key!r}: {_described(part)}" for key, part in list(value.items())[:4])
+    elif isinstance(value, tuple | list):
+        inside = ", ".join(_described(part) for part in value[:4])
+    else:
+        return f"a {type(value).__name__}"
+    more = ", ..." if len(value) > 4 else ""
+    return f"a {type(value).__name__} of {len(value)} ({inside}{more})"

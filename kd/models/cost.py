@@ -14,6 +14,11 @@ PATIENCE = 30.0  # seconds, after which MIN_ROUNDS are enough
 THREADS = 1  # one image is too little work to share, and times on one thread vary less
 
 
+def count_params(network: nn.Module) -> int:
+    """Numbers that training can set; a shared one counts once."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 @torch.no_grad()
 def count_macs(network: nn.Module, image_size: tuple[int, int]) -> int:
     """Multiply-accumulates in the network's convolutions and matrix products for one image."""

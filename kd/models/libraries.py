@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd.errors import UserError
+from kd.errors import UserError, is_users_own
+from kd.utils.console import clip
 
 SHARED_LIBRARIES = {".so", ".pyd", ".dll", ".dylib"}
 
@@ -108,14 +109,24 @@ def timm_library():
 
 @contextmanager
 def image_errors(name: str, image_size: tuple[int, int]) -> Iterator[None]:
-    """Turn an error of network `name` on images of this size into a UserError that names both."""
+    """Turn an error of network `name` on images of this size into a UserError that names both.
+
+    An error in code of the user's own passes, with a note that names both: its traceback says more.
+    """
     try:
         yield
     except UserError:
         raise
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except Exception as error:
         height, width = image_size
-        raise UserError(f"model {name}: cannot take images of {width} x {height} pixels ({error})") from error
+        if is_users_own(error):
+            error.add_note(f"model {name} was given images of {width} x {height} pixels")
+            raise
+        if not isinstance(error, RuntimeError | ValueError | AssertionError | TypeError):
+            raise
+        raise UserError(
+            f"model {name}: cannot take images of {width} x {height} pixels ({clip(str(error), 300)})"
+        ) from error
 
 
 def _check_patches(patch: tuple[int, int], image_size: tuple[int, int], remedy: str) -> None:

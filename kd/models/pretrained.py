@@ -1,11 +1,12 @@
-"""Networks trained elsewhere: pretrained ones of torchvision and timm, and files of weights.
+"""Networks trained elsewhere: pretrained ones of torchvision and timm, files of weights, folders of Transformers.
 
 A file of weights needs FILE.json beside it: the image size and normalisation that its network expects, and its classes.
-Nothing is unpickled: .pth files are read with weights_only, which allows tensors and plain containers.
+Nothing in a file is run (kd.models.weights).
 """
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import sys
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 
 from kd.config import Origin
 from kd.errors import UserError, require
-from kd.models import LIBRARIES, build_model, check_name, libraries
-from kd.utils.console import one_line
-from kd.utils.files import not_finite, read_json, read_weights, without_prefixes
+from kd.models import LIBRARIES, MODELS, build_model, check_name, libraries, stages
+from kd.models.weights import SUFFIXES, Weights, find_fit, misfit, read_file, read_folder, rows_of_head
+from kd.utils.console import clip, one_line, print_once
+from kd.utils.files import not_finite, read_json
 
 NEW_HEAD_ADVICE = "--fine-tune-teacher trains a new last layer for them"
 
-PICKLED = (".pth", ".pt")
-NESTED = ("state_dict", "model_state_dict", "model")  # keys under which other people's checkpoints store the weights
 RESCALES_IMAGES = ("googlenet", "inception_v3")  # inside the network, if pretrained
 EXPECTED_JSON = (
     '{"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "classes": [...]}'
@@ -49,11 +49,15 @@ class Pretrained(NamedTuple):
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    ordered: bool = True  # whether weights of other names may be matched in their order
+    notes: tuple[str, ...] = ()  # what was chosen and left out of a file
+    saved_by: str = ""  # the class of a Transformers folder
 
     @property
     def sha256(self) -> str:
         """Of everything that its logits depend on: model, weights and expectations."""
-        digest = hashlib.sha256(json.dumps([self.model, *self[2:]]).encode())
+        expected = [self.classes, self.image_size, self.mean, self.std]
+        digest = hashlib.sha256(json.dumps([self.model, *expected]).encode())
         for name in sorted(self.weights):
             digest.update(name.encode())
             digest.update(self.weights[name].contiguous().flatten().view(torch.uint8).numpy())
@@ -61,22 +65,41 @@ class Pretrained(NamedTuple):
 
 
 def is_pretrained(name: str) -> bool:
-    """Whether --teacher names no run: torchvision/NAME, timm/NAME, or a file of weights."""
-    library, _, short = name.partition("/")
-    of_library = library in LIBRARIES and bool(short) and not Path(name).is_dir()
-    return of_library or Path(name).suffix in (*PICKLED, ".safetensors")
+    """Whether --teacher names no run: torchvision/NAME, timm/NAME, a file of weights, a folder of timm's."""
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return is_transformers_folder(path)
+    return _of_library(name) or path.suffix in SUFFIXES or path.is_file()
 
 
-def check_pretrained(name: str, model: str) -> None:
-    """Raise UserError if load_pretrained would, as far as that shows without fetching or reading weights."""
+def _of_library(name: str) -> bool:
     library, _, short = name.partition("/")
-    if library not in LIBRARIES or Path(name).is_file():
-        read_expected(expand_user(name))
-        check_name(model)
+    path = Path(name)
+    return library in LIBRARIES and bool(short) and not path.is_file() and not path.is_dir()
+
+
+def check_pretrained(name: str, model: str, new_head: bool = False) -> None:
+    """Raise UserError if `name` cannot be used, as far as that shows without the data and without fetching anything.
+
+    A file's weights are read and fitted to the network `model`; how they fit is printed. `new_head`: the last layer is
+    trained anew, so its classes do not matter.
+    """
+    library, _, short = name.partition("/")
+    if _of_library(name):
+        check_name(name)
+        rescales = library == "torchvision" and short in RESCALES_IMAGES
+        require(not rescales, f"--teacher {name}: rescales its images internally; use timm/{short}, which does not")
         return
-    check_name(name)
-    rescales = library == "torchvision" and short in RESCALES_IMAGES
-    require(not rescales, f"--teacher {name}: rescales its images internally; use timm/{short}, which does not")
+    pretrained = load_pretrained(name, model)
+    if not new_head:
+        _require_classes(pretrained, name)
+    with torch.random.fork_rng(devices=[]):
+        classes = rows_of_head(_weights(pretrained)) or 10 if new_head else len(pretrained.classes)
+        network = build_model(pretrained.model, classes, pretrained.image_size, quiet=True)
+        head = stages(pretrained.model, network, classes).classifier if new_head else None
+        notes = load_into(network, pretrained, name, head)
+    for note in (*pretrained.notes, *(f"--teacher {name}: {note}" for note in notes)):
+        print_once(note)
 
 
 def load_pretrained(name: str, model: str) -> Pretrained:
@@ -85,37 +108,113 @@ def load_pretrained(name: str, model: str) -> Pretrained:
     Raises: UserError if it cannot be fetched or read, or if its expectations are unknown.
     """
     library, _, short = name.partition("/")
-    if library not in LIBRARIES or Path(name).is_file():
-        path = expand_user(name)
-        expected = read_expected(path)
-        return Pretrained(model, read_tensors(path), *expected)
-    check_pretrained(name, model)
-    return {"torchvision": _from_torchvision, "timm": _from_timm}[library](name, short)
+    if _of_library(name):
+        check_pretrained(name, model)
+        return {"torchvision": _from_torchvision, "timm": _from_timm}[library](name, short)
+    path = expand_user(name)
+    if path.is_dir():
+        return _from_folder(path, model)
+    check_name(model)
+    expected = read_expected(path)
+    weights = read_file(path)
+    return Pretrained(model, weights.tensors, *expected, weights.ordered, weights.notes)
 
 
 def build_pretrained(pretrained: Pretrained, name: str) -> nn.Module:
     """The network with its weights and all of its own classes."""
-    require(
-        bool(pretrained.classes),
-        f"--teacher {name}: its classes have no names to match with the data's; {NEW_HEAD_ADVICE}",
-    )
+    _require_classes(pretrained, name)
     network = build_model(pretrained.model, len(pretrained.classes), pretrained.image_size)
-    load_into(network, pretrained.weights, name, pretrained.model)
+    load_into(network, pretrained, name)
     return network
 
 
-def load_into(network: nn.Module, weights: dict[str, Tensor], name: str, model: str) -> None:
-    """Load the weights of --teacher `name` into a `model`. Raises UserError if they do not fit or are not finite."""
-    bad = not_finite(weights)
+def _require_classes(pretrained: Pretrained, name: str) -> None:
+    rows = rows_of_head(_weights(pretrained))
+    outputs = f" of its {rows} outputs" if rows else ""
+    require(
+        bool(pretrained.classes),
+        f"--teacher {name}: its classes have no names to match with the data's; list those{outputs}, in order, as"
+        f' "classes" in {Path(name).with_suffix(".json").name}; or {NEW_HEAD_ADVICE}',
+    )
+
+
+def load_into(network: nn.Module, pretrained: Pretrained, name: str, head: str | None = None) -> tuple[str, ...]:
+    """Load the weights of --teacher `name` into its network, except the layer `head`; returns what to say of them.
+
+    Raises: UserError if they do not fit, or are not finite.
+    """
+    state, weights = network.state_dict(), _weights(pretrained)
+    shapes = _shapes(state, head)
+    try:
+        fit = find_fit(weights, shapes)
+        if fit is None and head is not None:  # the file may have no last layer, or quite another
+            weights = weights._replace(tensors=_without(weights.tensors, head))
+            shapes = _without(shapes, head)
+            fit = find_fit(weights, shapes)
+    except UserError as error:
+        raise UserError(f"--teacher {name}: {error}") from error
+    if fit is None:
+        raise UserError(_why_misfit(pretrained, weights, shapes, name))
+    loaded = {ours: weights.tensors[theirs] for ours, theirs in fit.names.items()}
+    loaded |= {key: value for key, value in state.items() if head is not None and key.startswith(f"{head}.")}
+    bad = not_finite(loaded)
     require(bad is None, f"--teacher {name}: {bad} holds NaN or infinity; use intact weights")
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(loaded)
     except RuntimeError as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        remedy = "" if model == name else "; name the right one with --teacher-model"
-        raise UserError(
-            f"--teacher {name}: its weights do not fit the network {model}{remedy}: {lines[:300]}"
-        ) from error
+        reason = clip(str(error), 300)
+        raise UserError(f"--teacher {name}: torch does not load it ({reason}); use other weights") from error
+    return fit.notes
+
+
+def _weights(pretrained: Pretrained) -> Weights:
+    return Weights(pretrained.weights, pretrained.ordered)
+
+
+def _shapes(state: dict[str, Tensor], head: str | None) -> dict[str, tuple[int, ...]]:
+    """The network's shapes; the number of rows of the layer `head` may be any."""
+    free = lambda key: head is not None and key.startswith(f"{head}.")  # noqa: E731
+    return {key: (-1, *value.shape[1:]) if free(key) else tuple(value.shape) for key, value in state.items()}
+
+
+def _without(named: dict, head: str) -> dict:
+    return {key: value for key, value in named.items() if not key.startswith(f"{head}.")}
+
+
+def _why_misfit(pretrained: Pretrained, weights: Weights, shapes: dict, name: str) -> str:
+    rows, classes = rows_of_head(weights), len(pretrained.classes)
+    if pretrained.saved_by:
+        return (
+            f"--teacher {name}: is a {pretrained.saved_by} of Transformers, which does not fit the network"
+            f" {pretrained.model} ({misfit(weights, shapes)}); give --teacher-model module:function, a function of your"
+            " own that takes num_classes and returns that model, or name the same network as --teacher timm/NAME"
+        )
+    fitting = _networks_that_fit(weights, rows or classes, pretrained.image_size)
+    if pretrained.model in fitting:
+        remedy = f"its last layer has {rows} outputs, and {classes} classes are named for it; name all of them"
+    elif fitting:
+        remedy = f"they fit {' and '.join(fitting)}: give --teacher-model {fitting[0]}"
+    elif pretrained.model == name:
+        remedy = "fetch them again"
+    else:
+        remedy = "name the right one with --teacher-model"
+    found = misfit(weights, shapes)
+    return f"--teacher {name}: its weights do not fit the network {pretrained.model}: {found}; {remedy}"
+
+
+def _networks_that_fit(weights: Weights, classes: int, image_size: tuple[int, int]) -> list[str]:
+    """Those of MODELS that the weights fit, with as many classes as the file has."""
+    found = []
+    for name, build in MODELS.items():
+        with torch.device("meta"):
+            state = build(classes, image_size).state_dict()
+        try:
+            fits = find_fit(weights, _shapes(state, None)) is not None
+        except UserError:  # several parts of the file fit
+            fits = True
+        if fits:
+            found.append(name)
+    return found[:3]
 
 
 def origin_of(pretrained: Pretrained, name: str) -> Origin:
@@ -135,7 +234,7 @@ def _from_torchvision(name: str, short: str) -> Pretrained:
     # DenseNets' files have the layer names that torchvision used before 2018.
     tensors = {re.sub(r"(layer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key): value for key, value in tensors.items()}
     classes, size = tuple(weights.meta["categories"]), (transforms.crop_size[0],) * 2
-    return Pretrained(name, tensors, classes, size, tuple(transforms.mean), tuple(transforms.std))
+    return Pretrained(name, tensors, classes, size, tuple(transforms.mean), tuple(transforms.std), ordered=False)
 
 
 def _from_timm(name: str, short: str) -> Pretrained:
@@ -149,7 +248,8 @@ def _from_timm(name: str, short: str) -> Pretrained:
     if not classes and subset:
         classes = timm.data.ImageNetInfo(subset).label_descriptions()
     size = tuple(config["input_size"][1:])
-    return Pretrained(name, network.state_dict(), tuple(classes), size, tuple(config["mean"]), tuple(config["std"]))
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Pretrained(name, network.state_dict(), tuple(classes), size, mean, std, ordered=False)
 
 
 def _unreachable(name: str, error: Exception, remedy: str) -> str:
@@ -174,7 +274,8 @@ def read_expected(path: Path) -> Expected:
     beside = path.with_suffix(".json")
     require(
         beside.is_file(),
-        f"--teacher {path}: its image size and normalisation are unknown; write {beside}: {EXPECTED_JSON}",
+        f"--teacher {path}: weights do not say which image size and normalisation they expect, nor the names of their"
+        f" classes in order; write {beside}: {EXPECTED_JSON}",
     )
     info = read_json(beside)
     require("model" not in info, f"{beside}: belongs to a run; name the run's folder, --teacher {path.parent}")
@@ -191,26 +292,73 @@ def read_expected(path: Path) -> Expected:
     return Expected(classes, size, mean, std)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file of weights. Raises UserError if it contains anything else."""
-    return _read_pickled(path) if path.suffix in PICKLED else read_weights(path)
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file that torch.save wrote."""
+def is_transformers_folder(path: Path) -> bool:
+    """Whether Transformers or timm saved a network in this folder."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        config = read_json(path / "config.json")
+    except UserError:
+        return False
+    return "architectures" in config or "architecture" in config
+
+
+def _from_folder(path: Path, model: str) -> Pretrained:
+    """A network that timm saved, or one of Transformers whose weights are for the network `model`."""
+    config, weights = read_json(path / "config.json"), read_folder(path)
+    labels = config.get("id2label") or config.get("label_names") or ()
+    classes = tuple(labels[key] for key in sorted(labels, key=int)) if isinstance(labels, dict) else tuple(labels)
+    classes = tuple(map(str, classes))
+    if isinstance(config.get("architecture"), str):
+        model, saved_by = f"timm/{config['architecture']}", ""
+        expected = _of_timm(path, config.get("pretrained_cfg"))
+        classes = classes or _imagenet_classes(config)
+    else:
+        saved_by = ", ".join(map(str, config["architectures"] or ("network",)))
+        expected = _of_preprocessor(path / "preprocessor_config.json", saved_by)
+    check_name(model)
+    return Pretrained(model, weights.tensors, classes, *expected, weights.ordered, weights.notes, saved_by)
+
+
+def _imagenet_classes(config: dict) -> tuple[str, ...]:
+    timm = libraries.timm_library()
+    subset = timm.data.infer_imagenet_subset({**config["pretrained_cfg"], "num_classes": config.get("num_classes")})
+    return tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else ()
+
+
+def _of_timm(path: Path, settings: object) -> tuple:
+    try:
+        size, mean, std = (settings[key] for key in ("input_size", "mean", "std"))
+        return _image_settings(size[-2:], mean, std)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: contains more than tensors, which is never executed, or cannot be read"
-            f" ({one_line(error, 120)}); save its state_dict() alone, best as safetensors"
+            f"{path / 'config.json'}: its pretrained_cfg has no input_size, mean and std; download the folder again"
         ) from error
-    for key in NESTED:
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
-    tensors = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _of_preprocessor(path: Path, saved_by: str) -> tuple:
+    """Image size, mean and std in a preprocessor_config.json."""
+    example = '{"size": {"height": 224, "width": 224}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
     require(
-        tensors and bool(content),
-        f"{path}: contains no state dict (names and tensors), neither plain nor under {NESTED[0]!r}; save its"
-        " state_dict() alone",
+        path.is_file(),
+        f"--teacher {path.parent}: is a {saved_by} of Transformers, and says not which image size and normalisation it"
+        f" expects; write {path}: {example}",
     )
-    return without_prefixes(dict(content), path)
+    settings = read_json(path)
+    try:
+        size = settings.get("crop_size") if settings.get("do_center_crop") else None
+        size = size or settings["size"]
+        if isinstance(size, dict):
+            side = size.get("shortest_edge")
+            size = [size.get("height", side), size.get("width", side)]
+        else:
+            size = size if isinstance(size, list) else [size, size]
+        return _image_settings(size, settings["image_mean"], settings["image_std"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: incomplete or malformed; write {example}") from error
+
+
+def _image_settings(size: list, mean: list, std: list) -> tuple:
+    """Raises ValueError if they are no size and normalisation."""
+    size, mean, std = tuple(map(int, size)), tuple(map(float, mean)), tuple(map(float, std))
+    if len(size) != 2 or min(size) <= 0 or len(mean) != 3 or len(std) != 3 or not all(0 < value <= 1 for value in std):
+        raise ValueError
+    return size, mean, std

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from kd.errors import exit_code, require
-from kd.report.build import show, write_report
+from kd.report.build import command_line, show, write_report
 
 
 def main(args: list[str] | None = None) -> None:
@@ -28,7 +28,8 @@ def main(args: list[str] | None = None) -> None:
     )
     flags = parser.parse_args(args)
     require(not flags.out.exists() or flags.out.is_dir(), f"--out {flags.out}: is a file; name a folder")
-    blocks = write_report(flags.runs, flags.out, trust_code=flags.trust_code, measure_again=flags.measure_again)
+    options = {"trust_code": flags.trust_code, "measure_again": flags.measure_again}
+    blocks = write_report(flags.runs, flags.out, **options, command=command_line("kd.report", args))
     show(blocks, flags.out)
 
 

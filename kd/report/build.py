@@ -1,10 +1,12 @@
 """Write a report: find the runs, list what was left out, and write report.md, report.html and the figures."""
 
+import shlex
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
 from kd.errors import UserError, require
-from kd.report.document import Block, Heading, Lines, Table, markdown, page
+from kd.report.document import Block, Heading, Lines, Paragraph, Table, markdown, numbered, page
 from kd.runs.results import Other, collect_runs
 from kd.utils.console import console
 from kd.utils.files import write_atomically
@@ -19,14 +21,16 @@ def write_report(
     trust_code: bool = False,
     measure_again: bool = False,
     trained: Collection[Path] = (),
+    command: str = "",
 ) -> list[Block]:
     """Read the runs, write the report into `out`, and return its blocks.
 
     `failures` are listed beside everything else that is not a finished run. Networks of the runs in `trained` are
-    built without `trust_code`. Raises UserError if no folder matches, or `out` cannot be written.
+    built without `trust_code`. `command` made the report. Raises UserError: no folder matches, `out` cannot be written.
     """
     from kd.report.costs import Costs
     from kd.report.groups import by_data
+    from kd.report.opening import how_it_was_made
     from kd.report.tables import section
 
     try:
@@ -35,7 +39,7 @@ def write_report(
         nothing = not runs and not failures and all(other.state == "missing" for other in others)
         require(not nothing, f"{' '.join(patterns)}: no such folder, and no folder matches; name run folders")
         costs = Costs(out / "costs.json", trust_code, measure_again, trained)
-        blocks: list[Block] = [Heading(1, TITLE), Lines((_count(len(runs), len(others) + len(failures)),))]
+        blocks: list[Block] = [Heading(1, TITLE), Paragraph(_count(len(runs), len(others) + len(failures)))]
         notes = []
         for number, (name, groups) in enumerate(by_data(runs).items(), start=1):
             added, missing = section(name, groups, costs, f"data{number}_" if number > 1 else "")
@@ -45,6 +49,8 @@ def write_report(
         notes += [f"{folder}: cost not measured: {why}" for folder, why in costs.notes.items()]
         if notes:
             blocks += [Heading(2, "What could not be shown"), Lines(tuple(dict.fromkeys(notes)))]
+        made = how_it_was_made(runs, command, costs.machine)
+        blocks = numbered([*blocks, Heading(2, "How this report was made", quiet=True), made])
         _write(out, blocks)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error}); choose another") from error
@@ -80,6 +86,11 @@ def _write(out: Path, blocks: list[Block]) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a folder's name may be any bytes
+
+
+def command_line(module: str, args: list[str] | None) -> str:
+    """The command that a module's main(args) was started with."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if args is None else args)])
 
 
 def show(blocks: list[Block], out: Path) -> None:

@@ -2,37 +2,45 @@
 
 import base64
 import html
+import itertools
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+DARK = "(prefers-color-scheme: dark)"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #57606a; --paper: #ffffff; --line: #d0d7de; --band: #f6f8fa; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #30363d; --band: #161b22; }
+  :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #3d444d; --band: #161b22; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-h3 { margin: 2rem 0 .5rem; } p, li { max-width: 46rem; }
-.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+h3 { margin: 2rem 0 .5rem; } p, li { max-width: 46rem; } ul { padding-left: 1.3rem; }
+.lead { font-size: 1.1rem; }
+.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px;
+  background: linear-gradient(to left, var(--paper) 50%, transparent) right / 2rem 100% no-repeat local,
+    linear-gradient(to left, var(--line), transparent) right / .7rem 100% no-repeat; } /* a shadow: more to the right */
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--band); } tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child, .words { text-align: left; }
 td.words { white-space: normal; overflow-wrap: break-word; }
-td.words:first-child { min-width: 9rem; } td.words:last-child { min-width: 12rem; }
+td.words:first-child { min-width: 9rem; } td.words:nth-child(2) { min-width: 6rem; }
+td.words:last-child { min-width: 12rem; }
 .note { color: var(--soft); font-size: .85rem; margin: .4rem 0 1.5rem; }
-figure { margin: 1.5rem 0; } figure div { overflow-x: auto; }
-figure img { max-width: 100%; height: auto; display: block; }
-@media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
-figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
+figure { margin: 1.5rem 0 2rem; max-width: 40rem; }
+figure img { width: 100%; max-width: 100%; height: auto; display: block; }
+figcaption { color: var(--soft); font-size: .85rem; margin-top: .4rem; } figcaption strong { color: var(--ink); }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .3rem 1rem; max-width: 60rem; }
+dt { color: var(--soft); } dd { margin: 0; }
+@media (max-width: 40rem) { dl { display: block; } dd { margin-bottom: .6rem; } }
 """
 
 
@@ -62,6 +70,36 @@ class Heading(Block):
     def show(self, console: Console) -> None:
         if not self.quiet:
             console.print(Text(f"\n{self.text}", style="bold"))
+
+
+@dataclass(frozen=True)
+class Paragraph(Block):
+    text: str
+    lead: bool = False  # in larger type
+
+    def markdown(self) -> str:
+        return f"**{plain(self.text)}**" if self.lead else plain(self.text)
+
+    def html(self) -> str:
+        mark = ' class="lead"' if self.lead else ""
+        return f"<p{mark}>{html.escape(self.text)}</p>"
+
+    def show(self, console: Console) -> None:
+        console.print(Text(self.text, style="bold" if self.lead else ""))
+
+
+@dataclass(frozen=True)
+class Facts(Block):
+    """Names with a value each."""
+
+    facts: dict[str, str]
+
+    def markdown(self) -> str:
+        return "\n".join(f"- **{plain(name)}:** {plain(value)}" for name, value in self.facts.items())
+
+    def html(self) -> str:
+        pairs = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in self.facts.items())
+        return f"<dl>{''.join(pairs)}</dl>"
 
 
 @dataclass(frozen=True)
@@ -128,24 +166,40 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Figure(Block):
-    """A PNG file beside the report, which the page embeds."""
+    """A picture in a light and a dark theme: the page embeds both, and the light one is a file beside the report."""
 
     file: str
     title: str
     caption: str
     png: bytes
-    wide: bool = False  # panels side by side, which scroll in a narrow window instead of shrinking
+    dark: bytes
+    number: int = 0  # see `numbered`
+
+    @property
+    def heading(self) -> str:
+        return f"Figure {self.number}: {self.title}"
 
     def markdown(self) -> str:
-        return f"![{plain(self.title)}]({self.file})\n\n**{plain(self.title)}** {plain(self.caption)}"
+        heading = plain(self.heading)
+        return f"![{heading}]({self.file})\n\n**{heading}** {plain(self.caption)}"
 
     def html(self) -> str:
-        source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-        title, caption = html.escape(self.title), html.escape(self.caption)
+        heading, caption = html.escape(self.heading), html.escape(self.caption)
         return (
-            f'<figure class="{"wide" if self.wide else "one"}"><div><img src="{source}" alt="{title}"></div>'
-            f"<figcaption><strong>{title}</strong> {caption}</figcaption></figure>"
+            f'<figure><picture><source media="{DARK}" srcset="{_embedded(self.dark)}">'
+            f'<img src="{_embedded(self.png)}" alt="{heading}"></picture>'
+            f"<figcaption><strong>{heading}</strong> {caption}</figcaption></figure>"
         )
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def numbered(blocks: list[Block]) -> list[Block]:
+    """The same blocks, with their figures numbered from 1 in the order in which they stand."""
+    numbers = itertools.count(1)
+    return [replace(block, number=next(numbers)) if isinstance(block, Figure) else block for block in blocks]
 
 
 def plain(text: str) -> str:

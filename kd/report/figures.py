@@ -10,14 +10,17 @@ from kd.metrics import BINS, class_recall
 from kd.report import plots
 from kd.report.costs import Costs
 from kd.report.document import Block, Figure
-from kd.report.groups import ALONE, TEACHER, Group
+from kd.report.groups import ALONE, TEACHER, Comparison, Group
 from kd.report.statistics import mean_and_deviation
 from kd.runs.results import Run, class_names, read_history, read_test_logits
 
-TEACHERS = 3  # teachers that Fig. 2 has room for
+TEACHERS = 3  # teachers that their figure has room for
 
 # File names of any report's figures; those of further data sets have a prefix.
-FILES = re.compile(r"(data\d+_)?(fig1_student|fig2_teacher|pareto|class_gain|confusion|reliability|grid\d+)\.png")
+FILES = re.compile(
+    r"(data\d+_)?(gain|student_curves|teacher_curves|pareto|class_gain|confusion|reliability|grid\d+"
+    r"|fig1_student|fig2_teacher)\.png"  # the last two of older reports
+)
 
 
 def grids(groups: list[Group]) -> list[tuple[list[Group], list[str]]]:
@@ -60,16 +63,36 @@ class Gallery:
         self.alone = next((c for c in method.controls if c.kind == ALONE), None) if method else None
         self.teachers = [group for group in groups if group.kind == TEACHER]
 
+    def draw_gains(self, comparisons: list[Comparison]) -> list[Block]:
+        """The figure that opens the report: each method's gain; [] if there is none."""
+        gains = []
+        for one in comparisons:
+            if found := one.difference:
+                half = found.half() if found.interval else None
+                gains.append((self._title(one.group), self._title(one.control), found.mean, half))
+        if not gains:
+            return []
+        if len(gains) > plots.COMPARED:
+            self.notes.append(f"gain of each method: the first {plots.COMPARED} of {len(gains)} gains are drawn")
+            gains = gains[: plots.COMPARED]
+        halves = [half for *_, half in gains]
+        caption = "Points of test accuracy, last epoch, same seeds; right of the line is better."
+        if any(half is not None for half in halves):
+            caption += " Bars: 95% intervals, each by itself; a verdict counts all comparisons."
+        caption += " Hollow: no interval, for the seeds' noise is unknown." if None in halves else ""
+        height = plots.gains_height(gains)
+        return [self._figure("gain", "gain of each method.", caption, height, plots.draw_gains(gains))]
+
     def draw(self) -> list[Block]:
         students = [group for group in (self.method, self.alone) if group]
         if not students:
             students = [group for group in self.groups if group.kind != TEACHER][:2]
-        self._curves("fig1_student", "Fig. 1: loss and accuracy of the student.", students)
-        self._curves("fig2_teacher", "Fig. 2: loss and accuracy of the teacher.", self.teachers[:TEACHERS])
+        self._curves("student_curves", "loss and accuracy of the student.", students)
+        self._curves("teacher_curves", "loss and accuracy of the teacher.", self.teachers[:TEACHERS])
         if len(self.teachers) > TEACHERS:
-            self.notes.append(f"Fig. 2: the first {TEACHERS} of {len(self.teachers)} teachers are drawn")
+            self.notes.append(f"curves of the teacher: the first {TEACHERS} of {len(self.teachers)} teachers are drawn")
         for name in dict.fromkeys(group.external_teacher for group in self.groups if group.external_teacher):
-            self.notes.append(f"Fig. 2: the teacher {name} is not among these runs; how it was trained is not known")
+            self.notes.append(f"curves of the teacher: {name} is not among these runs; how it was trained is not known")
         self._pareto()
         if self.method:
             self._predictions()
@@ -77,9 +100,13 @@ class Gallery:
             self._grid(members, flags, number)
         return self.figures
 
-    def _add(self, name: str, title: str, caption: str, size: tuple[float, float], draw: plots.Draw) -> None:
-        png = plots.render(size, draw)
-        self.figures.append(Figure(f"{self.prefix}{name}.png", title, caption, png, wide=size[0] >= 10))
+    def _figure(self, name: str, title: str, caption: str, height: float, draw: plots.Draw) -> Figure:
+        size = (plots.WIDTH, height)
+        light, dark = plots.render(size, draw), plots.render(size, draw, plots.DARK)
+        return Figure(f"{self.prefix}{name}.png", title, caption, light, dark)
+
+    def _add(self, name: str, title: str, caption: str, height: float, draw: plots.Draw) -> None:
+        self.figures.append(self._figure(name, title, caption, height, draw))
 
     def _read(self, runs: list[Run], read) -> list:
         """`read(run)` of every run; an unreadable one leaves a note."""
@@ -101,7 +128,7 @@ class Gallery:
         curves = {label: histories for label, histories in curves.items() if histories}
         if curves:
             caption = "Mean over seeds. The training loss is the method's own sum of terms, on augmented images."
-            self._add(name, title, caption, plots.CURVES, plots.draw_curves(curves))
+            self._add(name, title, caption, plots.CURVES[1], plots.draw_curves(curves))
 
     def _pareto(self) -> None:
         points = []
@@ -114,9 +141,10 @@ class Gallery:
             self.notes.append(f"accuracy against cost: the first {plots.POINTS} of {len(points)} networks are drawn")
             points = points[: plots.POINTS]
         if points:
-            size = (10.0, 4.3 + 0.12 * len(points))  # the legend below has two columns
-            caption = "Test accuracy of the last epoch, with the standard deviation over seeds. Up and left is better."
-            self._add("pareto", "Accuracy against cost.", caption, size, plots.draw_pareto(points))
+            height = 4.6 + plots.legend_height([title for title, *_ in points])
+            caption = "Test accuracy of the last epoch, with the standard deviation over seeds. Up and left is better. "
+            caption += "Networks of the same cost stand side by side."
+            self._add("pareto", "accuracy against cost.", caption, height, plots.draw_pareto(points))
 
     def _predictions(self) -> None:
         """The figures drawn from the runs' stored test logits; the test set itself is not read."""
@@ -137,10 +165,10 @@ class Gallery:
         pooled = {label: pool(runs) for label, runs in read.items() if runs}
         caption = f"{method.label}, all seeds: percent of each true class's test images."
         draw = plots.draw_confusion(names, *pooled[method.label])
-        self._add("confusion", "What the worst classes are mistaken for.", caption, (8.0, 6.0), draw)
-        caption = f"Accuracy against confidence on the test set, {BINS} bins, all seeds; a larger dot stands for more "
-        caption += "images. Below the diagonal: overconfident."
-        self._add("reliability", "Reliability.", caption, (5.5, 5.5), plots.draw_reliability(pooled))
+        self._add("confusion", "what the worst classes are mistaken for.", caption, 4.6, draw)
+        caption = f"Accuracy against confidence on the test set, {BINS} bins, all seeds. A marker's area is its bin's "
+        caption += "number of images; empty bins have none. Below the diagonal: overconfident."
+        self._add("reliability", "reliability.", caption, 5.6, plots.draw_reliability(pooled))
 
     def _class_gain(self, names: list[str], method: list[tuple], alone: list[tuple]) -> None:
         """`method` and `alone`: seed, logits and labels of each run; paired by seed, as in the table of gains."""
@@ -152,8 +180,8 @@ class Gallery:
         if empty := int(gains.isnan().sum()):
             self.notes.append(f"gain of each class: {empty} of {len(names)} classes have no test images")
         caption = f"Test accuracy of each class, {self.method.label} minus student alone, mean over seeds."
-        size = (8.0, 2 + 0.22 * min(len(names), plots.SHOWN))
-        self._add("class_gain", "Gain of each class.", caption, size, plots.draw_class_gain(names, gains))
+        height = 1.5 + 0.22 * min(len(names), plots.SHOWN)
+        self._add("class_gain", "gain of each class.", caption, height, plots.draw_class_gain(names, gains))
 
     def _grid(self, members: list[Group], flags: list[str], number: int) -> None:
         numeric = all(isinstance(member.flags[flag], int | float) for member in members for flag in flags)
@@ -169,4 +197,4 @@ class Gallery:
         shown = ", ".join(map(str, sorted(seeds)))
         caption = f"{members[0].name}: validation accuracy (seeds {shown}). Framed: settings that read the test set."
         draw = plots.draw_grid(members, seeds, rows, columns)
-        self._add(f"grid{number}", "The grid.", caption, (6.5, 4.5), draw)
+        self._add(f"grid{number}", "the grid.", caption, 3.8, draw)

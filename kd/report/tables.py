@@ -2,9 +2,10 @@
 
 from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
-from kd.report.document import Block, Heading, Lines, Table
+from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
 from kd.report.groups import ALONE, Comparison, Group, compare_groups, missing_cell
+from kd.report.opening import headline, what_was_compared
 from kd.report.statistics import cell
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
@@ -24,6 +25,8 @@ def accuracy_table(groups: list[Group]) -> Table:
     note += "has several runs, whose teachers have several seeds, their mean counts. last: the last epoch's weights; "
     note += "best: those of the epoch that was best on validation. The test set was read once, at each run's end; it "
     note += "chose nothing."
+    if any(run.summary.get("test_split") == "validation" for group in groups for run in group.runs):
+        note += " The data has no test split: test is its validation split, held out of all training."
     if any(group.external_teacher for group in groups):
         note += " A teacher that is not among these runs: as its students' runs measured it."
     return Table(("network", "model", "seeds", *(metric.report for metric in SCORES)), rows, note, words=2)
@@ -133,12 +136,11 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     """All blocks on one data set, and notes on what could not be shown."""
     gallery, answers = Gallery(groups, costs, prefix), Answers()
     comparisons = compare_groups(groups, answers)
-    blocks: list[Block] = [
-        Heading(2, f"On {name}"),
-        format_verdicts(groups, comparisons),
-        Heading(3, "Accuracy"),
-        accuracy_table(groups),
-    ]
+    blocks: list[Block] = [Heading(2, f"On {name}"), Paragraph(what_was_compared(groups))]
+    if verdict := headline(comparisons):
+        blocks.append(Paragraph(verdict, lead=True))
+    blocks += [*gallery.draw_gains(comparisons), format_verdicts(groups, comparisons)]
+    blocks += [Heading(3, "Accuracy"), accuracy_table(groups)]
     rare = rare_table(groups)
     if rare:
         blocks += [Heading(3, "Common and rare classes"), rare]
@@ -146,7 +148,8 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     if gains:
         blocks += [Heading(3, "Gain over the controls"), gains]
     blocks += [Heading(3, "Cost and calibration"), cost_table(groups, costs)]
-    blocks += gallery.draw()
+    figures = gallery.draw()
+    blocks += [Heading(3, "Figures", quiet=True), *figures] if figures else []
     blocks += [Heading(3, "Every run", quiet=True), run_table(groups)]
     return blocks, [*answers.notes, *gallery.notes]
 

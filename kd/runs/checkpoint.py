@@ -1,4 +1,4 @@
-"""Checkpoints: saving and restoring the state of a training, so that a run killed anywhere ends in the same bytes.
+"""Checkpoints: saving and restoring a training, so that a run killed at any point and resumed ends in the same bytes.
 
 A checkpoint is a folder step-N of safetensors and JSON. It is written under another name, its manifest of sha256s last;
 then it is renamed, and only then are older ones removed. A bit that flips later is noticed before it is used.
@@ -80,11 +80,11 @@ def _is_line(line: object, epoch: int, step: int) -> bool:
 def check_position(state: State, steps_an_epoch: int, epochs: int) -> None:
     """Raises UserError if no training of this recipe can be at that step after that many epochs."""
     done = len(state.history)
-    # An epoch's line enters the history after its validation, so step may be a whole epoch ahead.
+    # An epoch is added to the history after its validation, so `step` may be up to one epoch ahead.
     if not done * steps_an_epoch <= state.step <= min(done + 1, epochs) * steps_an_epoch:
         raise UserError(
-            f"the checkpoint is of step {state.step} after {done} epochs of {steps_an_epoch} steps, which no training"
-            " of this recipe reaches; to start again, remove the run folder"
+            f"the checkpoint says step {state.step} after {done} epochs, impossible with {steps_an_epoch} steps an"
+            f" epoch and {epochs} epochs; to start again, remove the run folder"
         )
 
 

@@ -33,6 +33,10 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "shuffle_rows": 4096,
     "resized_crop": 0.0,
     "colour_jitter": 0.0,
+    "drop_last": True,
+    "image": None,
+    "test_fraction": 0.2,
+    "skip_broken": False,
 }
 
 
@@ -115,7 +119,8 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str
         raise
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        run.summary = finished_summary(run.path, job.run.test)
+        run.identity = read_config(run.path)["identity"]  # which may have been extended
+        run.summary = _finished(run, job.run.test)
         run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
     accelerator.wait_for_everyone()  # nobody trains before all have read the folder's state
     return run
@@ -136,14 +141,21 @@ def _make_folder(path: Path) -> Lock:
 def _read_state(run: RunFolder, job: Job) -> None:
     """Set whether the folder's run is new, to be resumed, or finished. Raises UserError if it is another run."""
     path = run.path
+    run.resuming = bool(checkpoint.steps(path / "checkpoint"))
     if (path / "config.json").exists():
         config = read_config(path)
-        _check_same(path, config["identity"], run.identity)
         run.wandb_id = str(config.get("wandb_id", ""))
-    run.summary = finished_summary(path, job.run.test)
-    run.resuming = bool(checkpoint.steps(path / "checkpoint"))
-    if run.summary is None and finished_summary(path) is not None:  # trained, and only the test split is unread
-        require(run.resuming, f"{path} never read the test split and has no checkpoint left to do it from; remove it")
+        run.identity = _extended(path, config["identity"], run.identity)
+        if job.run.resume and _only_longer(config["identity"], run.identity):
+            _extend(run, config, job)
+        else:
+            _check_same(path, config["identity"], run.identity)
+    run.summary = _finished(run, job.run.test)
+    if run.summary is None and _finished(run) is not None:  # trained, and only the test split is unread
+        require(
+            run.resuming,
+            f"{path} never read the test split and has no checkpoint to score from; remove the folder and train again",
+        )
     elif run.summary is None:
         require(run.resuming or not job.run.resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
         require(
@@ -159,6 +171,49 @@ def _read_state(run: RunFolder, job: Job) -> None:
             print(f"{path}: nothing to resume, starting afresh", flush=True)
 
 
+def _finished(run: RunFolder, tested: bool = False) -> dict | None:
+    """The run's summary if it is finished; that of a shorter run which is being extended does not count."""
+    summary = finished_summary(run.path, tested)
+    return summary if summary is None or summary.get("epochs") == run.identity["epochs"] else None
+
+
+def _extended(path: Path, existing: dict, wanted: dict) -> dict:
+    """`wanted`, as the run in the folder that was extended to it: those earlier lengths are a part of its identity."""
+    return wanted | {key: existing[key] for key in ("extended_from",) if key in existing}
+
+
+def _only_longer(existing: dict, wanted: dict) -> bool:
+    """Whether the wanted run is the existing one with more epochs."""
+    others = all(existing.get(key) == wanted.get(key) for key in {*existing, *wanted} - {"epochs"})
+    return others and existing["epochs"] < wanted["epochs"]
+
+
+def _extend(run: RunFolder, config: dict, job: Job) -> None:
+    """Make a finished run one of more epochs that is to be resumed. Raises UserError if its schedule does not allow it.
+
+    With a constant learning rate the longer run is the one that would have been started as such. Any other schedule
+    would have had other learning rates from its first epoch on: --extend continues by those of the new length, and the
+    run's identity says so.
+    """
+    before, after = config["identity"]["epochs"], run.identity["epochs"]
+    require(
+        finished_summary(run.path) is not None,
+        f"{run.path} is an unfinished run of {before} epochs: finish it first (--epochs {before}), then extend it",
+    )
+    require(run.resuming, f"{run.path} has no checkpoint left to extend it from; train anew in another --out")
+    constant = job.fit.schedule == "constant"
+    require(
+        constant or job.run.extend,
+        f"--epochs {after}: {run.path} has {before} epochs, and its {job.fit.schedule} schedule ended there; --extend"
+        f" continues by the schedule of {after} epochs (the learning rate jumps), or train anew in another --out",
+    )
+    if not constant:
+        run.identity["extended_from"] = [*config["identity"].get("extended_from", []), before]
+    config["flags"]["fit"]["epochs"] = after
+    write_json(run.path / "config.json", config | {"identity": run.identity})
+    print(f"{run.path}: extended from {before} to {after} epochs", flush=True)
+
+
 def _has_epochs(path: Path) -> bool:
     lines = path / "metrics.jsonl"
     return lines.exists() and lines.stat().st_size > 0
@@ -172,7 +227,7 @@ def _check_same(path: Path, existing: dict, wanted: dict) -> None:
     ]
     require(
         not differences,
-        f"{path} has another run ({'; '.join(differences)}); choose another --out, or the same flags",
+        f"{path} has another run ({'; '.join(differences)}); choose another --out, or use the flags of that run",
     )
 
 

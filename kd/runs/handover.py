@@ -21,5 +21,5 @@ def announced(file: Path) -> list[tuple[str, Path]]:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
         return []
-    complete = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be in the writing
+    complete = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
     return [(role, Path(folder)) for role, folder in complete]

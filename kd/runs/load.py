@@ -7,6 +7,7 @@ from torch import nn
 
 from kd.errors import UserError, require
 from kd.runs.results import checked_weights_sha256, read_model
+from kd.utils.console import clip
 from kd.utils.files import load_weights
 
 
@@ -35,9 +36,9 @@ def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
     )
     try:
         size = tuple(info.get("resized") or info["image_size"])
-        network = build_model(info["model"], info["num_classes"], size)
+        network = build_model(info["model"], info["num_classes"], size, quiet=True)
     except (RuntimeError, MemoryError) as error:
-        raise UserError(f"{folder / 'model.json'}: its network cannot be built ({str(error)[:200]})") from error
+        raise UserError(f"{folder / 'model.json'}: its network cannot be built ({clip(str(error))})") from error
     network = _rebuild(network, info, folder)
     sha256 = checked_weights_sha256(folder, summary)
     load_weights(network, folder / "model.safetensors")

@@ -135,13 +135,36 @@ def named_paths(flags: dict) -> list[tuple[dict, str]]:
 
 def read_model(folder: Path) -> tuple[dict, dict]:
     """A finished run's model.json and summary.json. Raises UserError if the folder has no finished run."""
+    require(
+        not folder.is_file(),
+        f"{folder}: is a file, not a run folder; a file of weights is taken by distill_student.py --teacher FILE"
+        " --teacher-model NAME",
+    )
     require(folder.is_dir(), f"{folder}: no such run folder")
     summary = finished_summary(folder)
-    require(summary is not None, f"{folder} is no finished run: it has no summary.json; finish it with --resume")
+    require(summary is not None, f"{folder} has no finished run: {_why_no_run(folder)}")
     require(isinstance(summary.get("model"), str), f"{folder / 'summary.json'} names no model")
     info = read_json(folder / "model.json")
     _check_model(folder / "model.json", info)
     return info, summary
+
+
+def _why_no_run(folder: Path) -> str:
+    """What an existing folder without a finished run holds, and what to do."""
+    try:
+        config = read_json(folder / "config.json")
+    except UserError:
+        config = {}
+    saved_by = config.get("architectures") or config.get("architecture")
+    if saved_by:
+        name = ", ".join(map(str, saved_by)) if isinstance(saved_by, list) else saved_by
+        return (
+            f"it holds a network of Transformers or timm ({name}); name the same network as timm/NAME, or the folder of"
+            " a download as --teacher FOLDER"
+        )
+    if any((folder / name).exists() for name in RUN_FILES):
+        return "it has no summary.json; finish it with --resume"
+    return "it has no summary.json; name the folder of a run"
 
 
 def _check_model(path: Path, info: dict) -> None:
@@ -211,7 +234,7 @@ class Run:
 
 
 class Other(NamedTuple):
-    """A folder that was named and has no finished run."""
+    """A folder that was named and is not counted, since it has no finished run."""
 
     path: str
     state: str
@@ -274,6 +297,8 @@ def _read_run(folder: Path) -> Run | Other:
         return Other(str(folder), "unfinished", f"its summary's status is {summary.get('status')!r}")
     _check_summary(summary)
     config = read_config(folder)
+    if config["identity"].get("epochs", summary["epochs"]) != summary["epochs"]:
+        return Other(str(folder), "unfinished", f"being extended from {summary['epochs']} epochs; {_progress(folder)}")
     flags = config["flags"]
     return Run(folder, summary, config["identity"], flags["method"], flags["data"]["source"])
 

@@ -49,7 +49,7 @@ NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a
 def show_results(student: Path, control: Path | None = None) -> None:
     """Print a finished run's table: teacher, student alone and student, as far as they exist.
 
-    `control`: the run of the student alone, if this run was finished before it.
+    `control`: the run of the student alone; needed only if it was trained after this run.
     """
     summary = checked_summary(student / "summary.json")
     alone = summary.get("control") or control
@@ -57,6 +57,8 @@ def show_results(student: Path, control: Path | None = None) -> None:
     control = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
     wide.print(_table(rows, [column for column in COLUMNS if wide.width >= 110 or column.key in NARROW]))
+    if summary.get("test_split") == "validation":
+        wide.print(Text("test: the data's validation split, as it has no test split"))
     if any(run["test_top1"] is None for run in (summary, control) if run):
         wide.print(Text("the test split was not read (--no-test)"))
     elif control is None and summary["method"] != "none":
@@ -77,8 +79,8 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
     teachers = [_read(folder) for folder in teachers_of(summary)]
     agreement = {member["folder"]: member["agreement"] for member in summary.get("teachers", [])}
     for folder, teacher in zip(teachers_of(summary), teachers, strict=True):
-        if teacher and folder in agreement:
-            teacher["agreement"] = agreement[folder]
+        if teacher:  # not its own agreement with a teacher that it was distilled from
+            teacher["agreement"] = agreement.get(folder)
     if teachers and not agreement and not any(teachers):
         teachers = [_external_teacher(summary)]
     rows = [("teacher", teacher) for teacher in teachers]

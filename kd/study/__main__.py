@@ -100,6 +100,7 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
         if not pretrained.is_pretrained(name):
             load_network(local_folder(name), config.trust_code or not config.teacher)  # --init is the user's own
             continue
+        pretrained.check_pretrained(name, config.teacher_model, config.fine_tune_teacher)
         network = pretrained.load_pretrained(name, config.teacher_model)
         check_name(network.model)
         if not config.fine_tune_teacher:
@@ -108,7 +109,8 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
 
 def teacher_folders(runs: list[Path]) -> list[str]:
     """The folders of these finished runs' teachers, those fetched from the Hub included."""
-    from kd.runs.results import checked_summary, teachers_of  # imports torch
+    from kd.models.pretrained import is_pretrained  # imports torch
+    from kd.runs.results import checked_summary, teachers_of
 
     names: list[str] = []
     for folder in runs:
@@ -116,7 +118,7 @@ def teacher_folders(runs: list[Path]) -> list[str]:
             names += teachers_of(checked_summary(folder / "summary.json"))
         except UserError:
             continue  # the report says what is wrong with it
-    return [name for name in dict.fromkeys(names) if Path(name).is_dir()]
+    return [name for name in dict.fromkeys(names) if Path(name).is_dir() and not is_pretrained(name)]
 
 
 def main(args: list[str] | None = None) -> list[Task]:
@@ -128,16 +130,18 @@ def main(args: list[str] | None = None) -> list[Task]:
         "--grid: picks on validation, which --val-fraction 0 leaves without images; give a larger fraction",
     )
     check_networks(config, study.methods)
-    from kd.report.build import show, write_report  # imports torch, which --help need not wait for
+    from kd.models.pretrained import is_pretrained  # imports torch, which --help need not wait for
+    from kd.report.build import command_line, show, write_report
     from kd.runs.results import Other
 
     tasks = run_study(study)
     failed = [task for task in tasks if task.failure]
     trained = list(dict.fromkeys(folder for task in tasks for folder in (*task.teachers, task.folder) if folder))
-    named = [name for name in config.teachers if Path(name).is_dir()]
+    named = [name for name in config.teachers if Path(name).is_dir() and not is_pretrained(name)]
     failures = tuple(Other(task.label, "failed", task.failure) for task in failed)
     folders = [*map(str, trained), *teacher_folders(trained), *named]
-    blocks = write_report(folders, study.out, failures, config.trust_code, trained=trained)
+    command = command_line("kd.study", args)
+    blocks = write_report(folders, study.out, failures, config.trust_code, trained=trained, command=command)
     show(blocks, study.out)
     track_report(blocks, study.out, config.run)
     return failed

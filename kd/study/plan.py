@@ -84,7 +84,7 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     """Parse a study's flags. Raises UserError, or exits with 2, if they are wrong."""
     parser = argparse.ArgumentParser("python -m kd.study", description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--preset", default="report", choices=PRESETS, help="the recipe (default: report)")
+    parser.add_argument("--preset", choices=PRESETS, help="the recipe (default: as for distill_student.py)")
     parser.add_argument("--methods", nargs="+", default=["kd"], metavar="METHOD", help="default: kd")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--grid", nargs="+", default=[], metavar="FLAG=V,V", help="a method's flags to sweep")
@@ -95,15 +95,16 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     rest = [_with_dashes(word) for word in rest]
     _check(given, rest)
     launch = parse_launch_flags(given.launch, given.jobs)
+    preset = given.preset or parse(distill_defaults, "", rest).preset  # which follows from --data
     if given.jobs > 1 and not any(word.startswith("--threads") for word in rest):
         rest += ["--threads", str(max(cores() // given.jobs, 1))]
     methods, seeds = tuple(dict.fromkeys(given.methods)), tuple(dict.fromkeys(given.seeds))
     grid = read_grid(given.grid, methods)
     if not any(word.startswith("--wandb-group") for word in rest):
-        rest += ["--wandb-group", group_name(given.preset, rest)]
+        rest += ["--wandb-group", group_name(preset, rest)]
     if grid:
-        rest += cache_flags(given.preset, rest)
-    return Study(given.preset, methods, seeds, given.jobs, grid, launch, given.out, tuple(rest))
+        rest += cache_flags(preset, rest)
+    return Study(preset, methods, seeds, given.jobs, grid, launch, given.out, tuple(rest))
 
 
 def _with_dashes(word: str) -> str:
@@ -141,7 +142,8 @@ def cache_flags(preset: str, rest: list[str]) -> list[str]:
     The controls get them too: they are comparable only if they see the same views.
     """
     config = parse(distill_defaults, "", ["--preset", preset, *rest])
-    views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, config.fit.epochs))]
+    # --preset own leaves the epochs to the data, and has GRID_VIEWS of them at least.
+    views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, config.fit.epochs or GRID_VIEWS))]
     return views + ([] if config.cache.cache_teacher else ["--cache-teacher"])
 
 

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kd.errors import Preempted, UserError, require
+from kd.errors import ENDINGS, Preempted, UserError, require
 from kd.runs.handover import FOLDERS_FILE, announced
 from kd.utils.console import console
 from kd.utils.system import StopRequests
@@ -233,6 +233,6 @@ def _stop(process: subprocess.Popen) -> None:
 def _last_words(text: str, code: int) -> str:
     """Why a script failed, from its log: kd's own message, else the last line that is not the launcher's."""
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    own = [line for line in lines if line.startswith(("error: ", "preempted: ", "interrupted: "))]
+    own = [line for line in lines if line.startswith(ENDINGS)]
     others = [line for line in lines if "CalledProcessError" not in line]
     return (own or others or [f"exit code {code}"])[-1][:300]

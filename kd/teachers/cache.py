@@ -24,6 +24,7 @@ from kd.data import Data
 from kd.data.loader import TrainingImages
 from kd.data.rows import place_on
 from kd.errors import Preempted, UserError, require
+from kd.metrics import ranked
 from kd.runs.folder import without_newer_defaults
 from kd.teachers.live import TeacherLogits, live_logits
 from kd.teachers.load import TeacherNetwork
@@ -34,7 +35,7 @@ from kd.utils.processes import wait_for
 from kd.utils.system import Lock, StopRequests
 
 ROOT = Path("runs/cache")
-PROBES = 16  # fewest rows of a batch: with 12 or more a CPU gives the same bits whatever the batch
+MIN_BATCH = 16  # fewest rows of a batch: with 12 or more a CPU gives the same bits whatever the batch
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; float16 has 11 bits
 
 
@@ -91,7 +92,7 @@ class LogitStore:
         write_json(self.folder / "manifest.json", {"identity": self.identity, "blocks": blocks})
 
     def block(self, view: int) -> dict[str, str]:
-        """The sha256 of a view's part of each file."""
+        """The sha256s of a view's block in each file."""
         return {name: hashlib.sha256(self.open(name, "r")[view]).hexdigest() for name in self.shapes}
 
     def check(self) -> None:
@@ -108,7 +109,8 @@ class LogitStore:
         """Store the logits (b x C) of one view's rows. Raises UserError if they are not finite in the cache's dtype."""
         parts = {"logits": logits}
         if self.top_k is not None:
-            values, classes = logits.topk(self.top_k, dim=1)
+            classes = ranked(logits)[:, : self.top_k]  # the first of equals is kept, as it is the prediction
+            values = logits.gather(1, classes)
             others = logits.scatter(1, classes, -math.inf).logsumexp(dim=1, keepdim=True)
             # FKD's smoothing: the remaining mass, spread evenly over the classes that are not stored.
             rest = others - math.log(self.classes - self.top_k)
@@ -168,7 +170,7 @@ def cached_logits(
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder, accelerator)
     try:
-        share = max(job.fit.batch_size // accelerator.num_processes, PROBES)
+        share = max(job.fit.batch_size // accelerator.num_processes, MIN_BATCH)
         _build(store, images, query, accelerator, share)
         store.check()
         _compare(store, images, query, accelerator, share)
@@ -249,7 +251,7 @@ def _stop_requested(requests: StopRequests, accelerator: Accelerator) -> int:
 
 def _stop(signal_number: int, store: LogitStore, views: int) -> None:
     """Raises Preempted: between two batches, or with several processes between two views, where they agree."""
-    done = f"{views} of {store.views} views of the teacher's logits are stored in {store.folder}"
+    done = f"{views} of {store.views} views of the teacher's logits in {store.folder}"
     raise Preempted(signal_number, f"{done}; the same command continues")
 
 

@@ -64,7 +64,7 @@ def check_teachers(config: DistillConfig) -> None:
     )
     for name in config.teachers:
         if is_pretrained(name):
-            check_pretrained(name, config.teacher_model)
+            check_pretrained(name, config.teacher_model, config.fine_tune_teacher)
             continue
         method = difflib.get_close_matches(name, METHODS, n=1)
         require(

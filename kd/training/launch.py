@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 from kd.config import FitConfig, Job, RunConfig
+from kd.config.presets import default_preset
 from kd.errors import require
 from kd.utils.console import print_once
 from kd.utils.system import share_of_cores
@@ -100,11 +101,23 @@ def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) ->
     method = f"{job.model} with {job.role}" if job.method.needs_teacher else f"{job.model} with cross-entropy"
     taught = f", teacher {' + '.join(teachers)}" if teachers else ""
     beside = ", and alone for comparison" if control else ""
-    epochs = f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}"
-    recipe = f"{epochs}, batch {fit.batch_size}, lr {fit.lr:g} ({fit.schedule}), seed {fit.seed}"
     out = job.run.out or f"runs/{job.preset}/"
-    print_once(f"train {method}{taught}{beside}, on {job.data.source}")
-    print_once(f"recipe {job.preset}: {recipe}; results in {out}")
+    own = job.preset == default_preset(job.data.source) == "own"
+    chosen = "; --preset own, the default for data other than CIFAR-100" if own else ""
+    print_once(f"train {method}{taught}{beside}, on {job.data.source}{chosen}")
+    print_once(f"recipe {job.preset}: {_numbers(fit)} ({fit.schedule}), seed {fit.seed}; results in {out}")
+
+
+def _numbers(fit: FitConfig) -> str:
+    """Epochs, batch size and learning rate; those that follow from the number of images come last, without values."""
+    numbers = {
+        "epochs": fit.epochs and f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}",
+        "batch": fit.batch_size and f"batch {fit.batch_size}",
+        "lr": fit.lr and f"lr {fit.lr:g}",
+    }
+    later = ", ".join(name for name, text in numbers.items() if text is None)
+    known = [text for text in numbers.values() if text is not None]
+    return ", ".join([*known, f"{later} by the number of images"] if later else known)
 
 
 def compiles(fit: FitConfig, on_cpu: bool) -> bool:

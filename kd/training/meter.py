@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kd.metrics import predicted
 from kd.types import Step
 
 OTHER_SUMS = 4  # of a Meter, beside terms and measures: two gradient norms, correct predictions, samples
@@ -45,7 +46,7 @@ class Meter:
             self.reset()
         losses = torch.stack([result.terms[name].detach() for name in self.terms]).to(self.dtype)
         measures = [result.measures[name].to(self.dtype)[None] for name in self.measures]
-        correct = (result.logits.detach().argmax(dim=1) == labels).sum().to(self.dtype)
+        correct = (predicted(result.logits.detach()) == labels).sum().to(self.dtype)
         count = torch.full_like(correct, len(labels))
         means = torch.cat([losses, *measures, losses.new_zeros(2)])
         self.sums += torch.cat([means * count, correct[None], count[None]])

@@ -3,14 +3,15 @@
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from accelerate import Accelerator
 from torch import nn
 
 from kd.compress import compress, sizes
 from kd.compress.prune import resize
-from kd.config import DistillConfig, Job
+from kd.config import DistillConfig, Job, TrainConfig
+from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
 from kd.errors import UserError, require
@@ -26,8 +27,31 @@ from kd.models.pretrained import (
 from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
 from kd.types import Pair, Stages
+from kd.utils.console import print_once
 from kd.utils.files import load_weights
 from kd.utils.rng import seed_everything
+
+ScriptConfig = TypeVar("ScriptConfig", TrainConfig, DistillConfig)
+
+
+def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -> ScriptConfig:
+    """The configuration with numbers for all that its recipe leaves to the data, once for every network trained here.
+
+    Prints them, and how many images each epoch leaves out. Raises UserError if the batch does not fit the data.
+    """
+    images, processes = len(data.train.labels), accelerator.num_processes
+    fit = settle(config.fit, images, processes)
+    check_batch(fit, images, processes)
+    if fit != config.fit:
+        numbers = f"{fit.epochs} epochs, {fit.warmup_epochs:g} of them warm-up, batch {fit.batch_size}, lr {fit.lr:g}"
+        print_once(f"recipe {config.preset} for {images} training images: {numbers}")
+    left_out = images % fit.batch_size
+    if left_out and fit.drop_last:
+        print_once(
+            f"each epoch leaves out {left_out} of {images} training images, others each time: the last batch is"
+            " incomplete; --no-drop-last takes it in"
+        )
+    return dataclasses.replace(config, fit=fit)
 
 
 class BuiltNetwork(NamedTuple):
@@ -54,6 +78,7 @@ def build_network(job: Job, data: Data) -> BuiltNetwork:
 
 def load_initial_weights(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
     """Load a finished run's weights, and for a pruned one its shapes. Raises UserError if they do not fit the job."""
+    require(not folder.is_file(), f"--init {folder}: is a file; name the folder of a finished run")
     require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
     info, _ = read_model(folder)
     model, recipe = info["model"], info.get("compression") or {}
@@ -85,9 +110,7 @@ def with_fresh_head(job: Job, classes: int) -> nn.Module:
     network = build_model(pretrained.model, classes, pretrained.image_size)
     head = stages(pretrained.model, network, classes).classifier
     require(head is not None, f"--fine-tune-teacher: {pretrained.model} ends in no linear layer to put in place")
-    fresh = {key: value for key, value in network.state_dict().items() if key.startswith(f"{head}.")}
-    kept = {key: value for key, value in pretrained.weights.items() if not key.startswith(f"{head}.")}
-    load_into(network, kept | fresh, origin.source, pretrained.model)
+    load_into(network, pretrained, origin.source, head)
     network.requires_grad_(False).get_submodule(head).requires_grad_(True)
     return network
 
@@ -140,7 +163,7 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
 
 
 def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:
-    """Raises UserError if `network` cannot be trained as `job` says: labels, layers, batch size, output folder."""
+    """Raises UserError if `network` cannot be trained as `job` says: labels, layers, output folder."""
     loss = LOSSES[job.method_name]
     require(
         not (job.views.mixes and loss.needs_hard_labels),
@@ -154,7 +177,6 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     )
     layers, _ = loss.layers(job.method, stages(job.model, network.module, len(data.classes)), None)
     probe(network.module, data.size, "student", layers)
-    check_batch(job.fit.batch_size, len(data.train.labels), accelerator.num_processes)
     if job.run.out:
         check_writable(Path(job.run.out))
 

@@ -7,6 +7,7 @@ from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.data import Data
 from kd.errors import require
+from kd.models.cost import count_params
 from kd.report import plots
 from kd.runs.checkpoint import State
 from kd.teachers.load import TeacherNetwork
@@ -26,7 +27,8 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     """
     job, data, run, accelerator = trainer.job, trainer.data, trainer.run, trainer.accelerator
     network, compression = trainer.distiller.deployed, trainer.distiller.compression
-    summary = _training_summary(trainer.state, job, sum(p.numel() for p in network.parameters())) | UNTESTED
+    summary = _training_summary(trainer.state, job, count_params(network)) | UNTESTED
+    summary["test_split"] = data.test_split
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         summary |= _teacher_summary(teacher) | {"control": control and str(control)}

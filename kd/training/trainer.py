@@ -101,7 +101,7 @@ class Trainer:
         return self._batches.epoch(epoch, self.state.step - epoch * self._batches.steps)
 
     def step(self, batch: Batch) -> None:
-        """Train on one batch; the host waits for the device only where numbers are read, every --log-every steps."""
+        """Train on one batch. The CPU waits for the GPU only when numbers are read, every --log-every steps."""
         rng.seed_step(self.job.fit.seed, self.state.step, self.accelerator.process_index)
         teacher_outputs = self.teacher and self.teacher(batch)
         result = self.update(batch, teacher_outputs)
@@ -126,7 +126,7 @@ class Trainer:
         """Add a step to the sums on the device, and count it."""
         self.meter.update(result, batch.label, batch.step)
         self.state.step += 1
-        self.clock.step(self.job.fit.batch_size)
+        self.clock.step(len(batch.label) * self.accelerator.num_processes)
 
     def compare_gradients(self, result: Step, batch: Batch, teacher_outputs: Outputs | None) -> None:
         """Every --diagnose-every steps, measure the gradients of distillation and cross-entropy at the new weights."""
@@ -157,7 +157,9 @@ class Trainer:
         numbers, bad, stop = self.meter.read(self.accelerator, stop)
         if self.meter.spike is not None and self.accelerator.is_main_process:
             step, loss, usual = self.meter.spike
-            print(f"step {step:.0f}: the loss rose to {loss:.4g}, lately {usual:.4g}; nothing was skipped", flush=True)
+            print(
+                f"step {step:.0f}: the loss jumped to {loss:.4g} (recently {usual:.4g}); training continues", flush=True
+            )
         if bad is not None:
             self.fail_not_finite(f"the loss was not finite at step {bad}")
         return numbers, stop
@@ -225,7 +227,7 @@ class Trainer:
         try:
             self.meter.restore(self.state.sums, self.accelerator.process_index)
         except ValueError as error:
-            raise UserError(f"{folder}: {error}; to start again, remove the run") from error
+            raise UserError(f"{folder}: {error}; to start again, remove the run folder") from error
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
 
@@ -234,13 +236,13 @@ class Trainer:
         before, now = self.state.processes, self.accelerator.num_processes
         if not self.job.run.resume_inexact:
             raise UserError(
-                f"{self.run.path} was trained by {before} processes, here are {now}: resume it with {before}; or add"
-                " --resume-inexact, which keeps the global batch and gives up the same bytes"
+                f"{self.run.path} was trained with {before} processes, and this launch has {now}: resume it with"
+                f" {before}, or add --resume-inexact, which keeps the global batch; the bits then differ"
             )
         if self.accelerator.is_main_process:
             print(
-                f"{self.run.path}: from step {self.state.step} on {now} processes, {before} before: not bit-exact;"
-                f" the global batch stays {self.job.fit.batch_size}",
+                f"{self.run.path}: continues from step {self.state.step} with {now} processes instead of {before};"
+                f" not bit-exact; the global batch stays {self.job.fit.batch_size}",
                 flush=True,
             )
         self.state.processes_before.append(before)
@@ -249,13 +251,13 @@ class Trainer:
         self.state.sums["rows"] = [sums] + [[0.0] * len(sums)] * (now - 1)  # only totals are read
 
     def fail_not_finite(self, what: str) -> None:
-        """Raises UserError. Nothing that is not finite is saved, and resuming would end at the same step."""
-        kept = "nothing was saved" if self.saved_step is None else f"the checkpoint of step {self.saved_step} stands"
+        """Raises UserError. Non-finite weights are never saved; resuming would fail at the same step."""
+        kept = "nothing was saved" if self.saved_step is None else f"the last good checkpoint is step {self.saved_step}"
         raise UserError(f"{what}; {kept} in {self.run.path}: {LOWER_LR_ADVICE}")
 
     def raise_preempted(self, signal_number: int) -> None:
         """Raises Preempted; everything is saved."""
-        raise Preempted(signal_number, f"saved step {self.state.step} in {self.run.path}; continue with --resume")
+        raise Preempted(signal_number, f"step {self.state.step} in {self.run.path}; continue with --resume")
 
 
 def lr_at(step: int, steps_per_epoch: int, config: FitConfig) -> float:

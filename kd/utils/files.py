@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.utils.console import one_line
+from kd.utils.console import clip, one_line
+
+COUNTER = "num_batches_tracked"  # BatchNorm's count of batches, which evaluation does not use
 
 
 def sync_folder(folder: Path) -> None:
@@ -155,8 +157,29 @@ def load_weights(network: torch.nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise UserError(f"{path}: does not fit the network ({' '.join(lines)[:300]})") from error
+        given, wanted = ({name: tuple(t.shape) for name, t in held.items()} for held in (weights, network.state_dict()))
+        raise UserError(f"{path}: does not fit the network: {differences(given, wanted)}") from error
+
+
+def differences(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """How the names and shapes of a file differ from a network's, in numbers with two examples each."""
+    missing = [name for name in wanted if name not in given and not name.endswith(COUNTER)]
+    unexpected = [name for name in given if name not in wanted and not name.endswith(COUNTER)]
+    both = [(name, given[name], wanted[name]) for name in wanted if name in given]
+    differ = [f"{name} is {one} and not {other}" for name, one, other in both if not same_shape(one, other)]
+    found = ((missing, "missing"), (unexpected, "unexpected"), (differ, "of another shape"))
+    counts = [
+        f"{len(names)} {what} ({', '.join(clip(name, 120) for name in names[:2])}{', ...' if len(names) > 2 else ''})"
+        for names, what in found
+        if names
+    ]
+    total = sum(not name.endswith(COUNTER) for name in wanted)
+    return f"of its {total} tensors, {', '.join(counts)}" if counts else "nothing is missing, but torch refuses it"
+
+
+def same_shape(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether the shapes agree; -1 in `wanted` is any size."""
+    return len(given) == len(wanted) and all(two in (one, -1) for one, two in zip(given, wanted, strict=True))
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:

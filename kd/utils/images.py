@@ -26,17 +26,39 @@ WHITE = 65535  # with 16 bits
 LEAST_MAXIMUM = 4096  # below it an image has fewer bits (12, or 8) than its file has room for, and white is unknown
 
 
+LISTED = 10  # broken images that a message names
+
+
+class BrokenImage(UserError):
+    """An image that cannot be read; `what` says which and why, without the remedy."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}; repair or drop it, or leave it out with --skip-broken")
+        self.what = what
+
+
+def broken_images(found: list[str]) -> UserError:
+    """The error that lists images that cannot be read, by what is said of each."""
+    if len(found) == 1:
+        return BrokenImage(found[0])
+    listed = "; ".join(found[:LISTED]) + (f"; and {len(found) - LISTED} more" if len(found) > LISTED else "")
+    return UserError(
+        f"{len(found)} images cannot be read: {listed}; repair or drop them, or leave them out with --skip-broken"
+    )
+
+
 def decode(cell: dict | None, size: int | None, split: str, row: int) -> UInt8[np.ndarray, "3 h w"]:
     """Decode a stored image ({"bytes", "path"}) to RGB, upright; with `size`, its central square resized to that.
 
-    Raises UserError naming split, row and file if it cannot be read.
+    Raises BrokenImage naming split, row and file if it cannot be read.
     """
     try:
         image = open_image(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"], size)
         return to_array(image if size is None else crop_and_resize(image, size, size))
     except Exception as error:  # Pillow raises many kinds; the row is at fault in all of them
         where = (cell or {}).get("path") or "no file name"
-        raise UserError(f"{split} row {row} ({where}): not a readable image ({error}); repair or drop it") from error
+        reason = f"not a readable image ({error})"
+        raise BrokenImage(f"{split} row {row} ({where}): {reason}") from error
 
 
 def decode_to(

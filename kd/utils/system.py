@@ -90,4 +90,5 @@ class StopRequests:
     def _remember(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
+        if self.number != signal.SIGINT:  # torchrun follows Ctrl-C up with SIGTERM
+            self.number = number

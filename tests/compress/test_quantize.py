@@ -167,7 +167,7 @@ def test_a_rounded_teacher_has_the_same_logits_when_it_is_folded():
         (["--student", "tests.networks:normalised"], "is a tests.networks:deep, not a tests.networks:normalised"),
         (["--classes", "3"], r"was trained on 4 classes in images of \[16, 16\], this data has 3"),
         (["--init", "nothing"], "--init nothing: no such run folder; name where that run lies now"),
-        (["--init", "unfinished"], "unfinished is no finished run"),
+        (["--init", "unfinished"], "unfinished has no finished run"),
     ],
 )
 def test_an_init_that_does_not_fit_is_refused_before_any_file_is_written(trained, args, words):

@@ -49,6 +49,10 @@ PAGES = {
 SIZES = dict(zip(PAGES, (32, 32, 64, 160, 224, 224, 224), strict=True))
 
 
+def no_files(*args, **how):
+    raise ConnectionError("no network")
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that has PAGES; returns the list of its requests."""
@@ -61,6 +65,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset_builder", no_files)
     monkeypatch.setattr("kd.data.sources._newest_revision", lambda name, branch: SHA)
     return requests
 

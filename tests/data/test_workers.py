@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,7 +108,7 @@ def test_memory_and_workers_have_one_identity_and_the_same_weights(folder, tmp_p
     assert identities[0] == identities[1]
     output = capsys.readouterr().out
     assert "data: in memory, decoded once (" in output
-    assert "data: decoded by workers in every epoch (as --decode says); " in output
+    assert "data: decoded by workers in every epoch (as --decode says), columns image and label; " in output
     for how in ("memory", "workers"):
         storage = json.loads((tmp_path / how / "config.json").read_text())["data"]["held"]
         assert f"data: {storage}; 37 training, 3 validation, 10 test images of 3 classes\n" in output
@@ -166,6 +168,7 @@ def test_row_45_a_run_whose_worker_is_killed_ends_and_resumes(folder, tmp_path):
     program = f"""
 import os, runpy, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from kd.training.trainer import Trainer
 real = Trainer.record
 def step(self, *args):
@@ -203,3 +206,29 @@ def test_an_export_of_a_run_by_workers_has_the_runs_score(folder, tmp_path):
     main(["run", "--formats", "safetensors"])
     (row,) = json.loads(Path("run/export/export.json").read_text())["rows"]
     assert row["top1"] == pytest.approx(json.loads(Path("run/summary.json").read_text())["test_top1"])
+
+
+def test_batches_that_do_not_fit_the_shared_memory_are_refused_at_the_start(folder, monkeypatch):
+    """A worker that finds /dev/shm full neither sends its batch nor fails: the run would wait for ever."""
+    data = load_data(config(folder, "workers"))
+    batch = 3 * 16 * 16 * 12
+    monkeypatch.setattr("kd.data.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=5 * batch))
+    with pytest.raises(UserError, match=r"--workers 2: batches of .* take .* give --workers 1, or .* --shm-size"):
+        all_batches(data, ViewConfig())
+    monkeypatch.setattr("kd.data.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=6 * batch))
+    assert len(all_batches(data, ViewConfig())) == 3
+
+
+def test_a_scan_takes_little_shared_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("kd.data.workers.BLOCK_BYTES", 5 * 3 * 16 * 16)
+    monkeypatch.setattr("kd.data.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=30 * 3 * 16 * 16))
+    small = load_data(config(images(tmp_path / "pictures"), "workers"))
+    assert small.fingerprint == load_data(config(str(tmp_path / "pictures"), "memory")).fingerprint
+
+
+def test_a_worker_that_sends_nothing_is_given_up(folder, monkeypatch):
+    data = load_data(config(folder, "workers"))
+    monkeypatch.setattr("kd.data.workers.TIMEOUT", 1)
+    monkeypatch.setattr("kd.data.workers._Decoder.__getitem__", lambda self, rows: time.sleep(60))
+    with pytest.raises(UserError, match=r"no worker sent a batch in 1 seconds: give fewer --workers, or 0.*--shm-size"):
+        all_batches(data, ViewConfig())

@@ -24,10 +24,15 @@ from kd.errors import UserError
 from kd.export import build
 from kd.export.__main__ import main
 from kd.export.deployed import Deployed, bake
-from kd.export.measure import format_verdicts
+from kd.export.int8 import Quantized
+from kd.export.measure import candidates, format_verdicts, measure_files
 from kd.models import build_model
+from kd.models.cost import count_params
 from kd.predict import main as predict
-from kd.utils.files import read_json, sha256_file, write_folder, write_json, write_weights
+from kd.report import plots
+from kd.report.costs import measure_cost
+from kd.training import evaluate
+from kd.utils.files import read_json, read_weights, sha256_file, write_folder, write_json, write_weights
 from tests.conftest import ROOT
 from tests.run_scripts import distil, teach
 
@@ -179,6 +184,11 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
             ["--no-table", "--formats", "int8", "--threads", "2"],
             "--threads: only used for the table; drop it or --no-table",
         ),
+        (["--min-agreement", "101"], "--min-agreement 101.0: give a percentage, 0 to 100"),
+        (
+            ["--formats", "onnx", "--no-table", "--min-agreement", "0"],
+            "--min-agreement: only used for the table and int8; drop it or --no-table",
+        ),
         (["--no-table", "--data", "nonsense"], "--data: only used for the table and int8; drop it or --no-table"),
         (["--formats", "safetensors", "--data", "digits"], "--data digits: has other images"),
         (["--formats", "safetensors", "--data", "gone"], "--data gone: no such folder.*have moved, give --data FOLDER"),
@@ -248,7 +258,7 @@ def test_an_unfinished_run_and_one_without_test_results_are_refused(run):
     with pytest.raises(UserError, match="--no-test, and the table would read the test set"):
         main([str(run), "--formats", "safetensors"])
     (run / "summary.json").unlink()
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="has no finished run"):
         main([str(run)])
     assert not (run / "export").exists()
 
@@ -385,6 +395,11 @@ def test_the_teachers_row_needs_the_network_that_taught(chain, resnet8_run):
         shutil.copytree(resnet8_run, "big", dirs_exist_ok=True)
 
 
+def test_a_teachers_accuracy_is_the_same_in_its_run_and_in_its_students(chain):
+    summary = read_json(chain / "run" / "summary.json")
+    assert summary["teacher_test_top1"] == read_json(chain / "big" / "summary.json")["test_top1"]
+
+
 def test_the_control_has_the_same_network_recipe_and_seed(chain, resnet8_run):
     shutil.copytree(chain, ".", dirs_exist_ok=True)
     control = Path(read_json(Path("run/summary.json"))["control"])
@@ -416,6 +431,92 @@ def test_calibration_uses_training_images_only():
     train = {image.numpy().tobytes() for image in data.train.images}
     others = {image.numpy().tobytes() for split in (data.val, data.test) for image in split.images}
     assert {image.tobytes() for image in chosen} <= train - others
+
+
+def test_every_table_gives_the_same_accuracy_and_cost_of_one_network(run):
+    """summary.json, metrics.jsonl, the saved logits, the report's costs, the export's table and card."""
+    main([str(run), "--formats", "safetensors"])
+    summary, (row,) = read_json(run / "summary.json"), read_json(run / "export" / "export.json")["rows"]
+    cost = measure_cost(run, trust_code=False)
+    assert (row["macs"], row["bytes"]) == (cost.macs, cost.bytes)
+    assert row["params"] == summary["params"] == count_params(kd.load(run))
+    saved = read_weights(run / "test_logits.safetensors")
+    for key, value in evaluate.test_scores(saved["logits"], saved["labels"]).items():
+        assert summary[key] == value, key
+    assert row["top1"] == summary["test_top1"] == confusion_accuracy(saved)
+    points = plots.reliability(saved["logits"], saved["labels"])
+    assert sum(accuracy * count for _, accuracy, count in points) / len(saved["labels"]) == pytest.approx(
+        summary["test_top1"] / 100
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validated = [line for line in lines if "val/top1" in line]
+    best = max(line["val/top1"] for line in validated)
+    assert (summary["val_top1_last"], summary["val_top1_best"]) == (validated[-1]["val/top1"], best)
+    assert summary["best_epoch"] == next(line["epoch"] for line in validated if line["val/top1"] == best)
+
+
+def confusion_accuracy(saved: dict) -> float:
+    """Accuracy as a confusion matrix by numpy gives it."""
+    logits, labels = saved["logits"].numpy(), saved["labels"].numpy()
+    matrix = np.zeros((logits.shape[1],) * 2)
+    np.add.at(matrix, (labels, logits.argmax(axis=1)), 1)
+    return 100 * float(np.trace(matrix) / matrix.sum())
+
+
+def pretend_int8(monkeypatch, agreement: float) -> None:
+    """Export as if int8 had been written and agreed with the network on so many images."""
+    quantized = Quantized("all values", 9, ("conv1",), agreement, 512)
+
+    def write(folder, *rest):
+        (folder / "model.int8.onnx").write_bytes(b"int8")
+        return build.Written({}, quantized)
+
+    def measure(files, data, threads):
+        (row,) = measure_files(files, data, threads)
+        return [row, row | {"name": "model.int8.onnx", "agreement": agreement}]
+
+    monkeypatch.setattr(build, "write_formats", write)
+    monkeypatch.setattr(build, "candidates", lambda *given: (candidates_of_torch(*given), ()))
+    monkeypatch.setattr(build, "measure_files", measure)
+
+
+def candidates_of_torch(folder, source, data, trust_code):
+    (folder / "model.int8.onnx").rename(folder / "kept")
+    files, _ = candidates(folder, source, data, trust_code)
+    (folder / "kept").rename(folder / "model.int8.onnx")
+    return files[:1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "images"), [([], "the 250 test images"), (["--no-table"], "the 512 training images that set its ranges")]
+)
+def test_a_file_that_predicts_otherwise_is_refused_and_the_old_export_stays(run, flags, images, monkeypatch):
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    before = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    pretend_int8(monkeypatch, 42.5)
+    message = f"model.int8.onnx: it agrees with the network on 42.50% of {images}, and --min-agreement is 90; nothing"
+    with pytest.raises(UserError, match=f"{message} was written; leave int8 out of --formats, or give --min-.* 42 "):
+        main([str(run), "--formats", "int8", *flags])
+    assert before == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    assert list(run.glob(".*")) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-table"]])
+@pytest.mark.parametrize(("agreement", "warned"), [(42.5, True), (90.0, False), (99.0, False)])
+def test_a_file_kept_on_request_carries_a_warning_everywhere(run, flags, agreement, warned, monkeypatch, capsys):
+    pretend_int8(monkeypatch, agreement)
+    main([str(run), "--formats", "int8", *flags, *(["--min-agreement", "42"] if warned else [])])
+    printed, texts = capsys.readouterr(), [(run / "export" / "README.md").read_text()]
+    if not flags:
+        texts.append((run / "export" / "export.md").read_text())
+        numbers = read_json(run / "export" / "export.json")
+        texts.append("\n".join(numbers["notes"]))
+        assert numbers["int8"]["float_layers"] == ["conv1"]
+    for text in texts:
+        assert ("WARNING: model.int8.onnx predicts otherwise than the network" in text) == warned
+        assert "1 of 9 layers stay in float32 (conv1)" in text
+    assert printed.err.startswith("warning: model.int8.onnx predicts otherwise") == warned
+    assert warned or printed.err == ""
 
 
 def test_a_slower_file_is_called_slower():

@@ -150,6 +150,17 @@ def test_names_of_libraries_and_of_users_functions():
         ("tests.networks:absent", "has no function absent"),
         ("tests.networks:no_module", "not a torch module"),
         ("tests.networks:wrong_width", r"outputs \(2, 6\) .*logits of shape \(2, 5\)"),
+        ("tests.networks:without_classes", r"is called as without_classes\(num_classes=5\), and is defined as .*\(\)"),
+        ("tests.networks:two_arguments", r"two_arguments\(classes: int, width: int\) .*; give it the parameter num_cl"),
+        ("tests.networks:pair", r"pair\(num_classes=5\) returned a tuple of 2 \(a Sequential, a int\), not a torch"),
+        (
+            "tests.networks:features_first",
+            r"returns a tuple of 2 \(\(2, 8\), \(2, 5\)\) for 2 images; its forward must",
+        ),
+        (
+            "tests.networks:unnamed",
+            r"outputs a dict of 2 \('features': \(2, 8\), 'out': \(2, 5\)\) for 2 images; it must",
+        ),
         ("torchvision/vit_b_32", "cannot take images of 16 x 16 pixels .*patches of 32 x 32 do not divide them"),
         ("torchvision/vit_b_32", r"module:function .*VisionTransformer\(image_size=16, patch_size=4"),
         ("torchvision/maxvit_t", "cannot take images of 16 x 16 pixels"),
@@ -159,6 +170,33 @@ def test_names_of_libraries_and_of_users_functions():
 def test_wrong_names_and_networks_are_refused_with_the_remedy(name, words):
     with pytest.raises(UserError, match=words):
         build_model(name, 5, (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        ("in_a_tuple", "returns a tuple of 2 ((2, 5), (2, 8)); the first is taken for the logits"),
+        ("in_a_list", "returns a list of 2 ((2, 5), (2, 8)); the first is taken for the logits"),
+        (
+            "in_a_dict",
+            "returns a dict of 2 ('features': (2, 8), 'logits': (2, 5)); its 'logits' are taken for the logits",
+        ),
+        ("in_training", "returns in training a tuple of 2 ((2, 5), (2, 8)); the first is taken for the logits"),
+    ],
+)
+def test_the_logits_of_a_users_own_network_that_returns_more(function, line, capsys, monkeypatch):
+    monkeypatch.setattr("kd.models._said", set())
+    torch.manual_seed(0)
+    network = build_model(f"tests.networks:{function}", 5, (16, 16))
+    torch.manual_seed(0)
+    alone = build_model("tests.networks:logits_alone", 5, (16, 16))
+    assert capsys.readouterr().out == f"model tests.networks:{function}: {line}\n"
+    assert network.state_dict().keys() == alone.state_dict().keys()
+    image = torch.randn(4, 3, 16, 16)
+    for training in (True, False):
+        assert torch.equal(network.train(training)(image), alone.train(training)(image))
+    build_model(f"tests.networks:{function}", 5, (16, 16))
+    assert capsys.readouterr().out == "", "said once"
 
 
 def test_torchvision_transformers_get_the_image_size():

@@ -60,7 +60,7 @@ def test_an_unfinished_run_and_its_cache_are_continued_to_the_end_that_they_had(
     assert cache() == before
     assert "of 2 stored" not in capsys.readouterr().out, "the teacher's logits were computed anew"
     expected, summary = (read_json(Path(name, "summary.json")) for name in ("finished", "student"))
-    assert summary.keys() == expected.keys()
+    assert summary.keys() - {"test_split"} == expected.keys()  # which newer code adds
     if machine() == Path("machine.txt").read_text().strip():
         assert not differences(Path("finished"), Path("student"))
         assert sha256_file(Path("student/model.safetensors")) == expected["weights_sha256"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import kd
 from kd.config import DataConfig
 from kd.config.presets import distill_defaults
 from kd.data import load_data
@@ -21,7 +23,7 @@ from kd.models import build_model
 from kd.models.pretrained import load_pretrained
 from kd.runs.load import load_network
 from kd.teachers.load import load_teacher, load_teachers, match_classes
-from tests import networks
+from tests import checkpoints, networks
 from tests.run_scripts import differences, distil, metrics_of, teach
 from tests.training.test_resume import Killed, die_at
 
@@ -96,6 +98,50 @@ def test_prefixes_are_stripped_and_checkpoints_opened(data):
     assert load_pretrained(beside("bare.pt", classes=data.classes), MODEL).sha256 == found.sha256
 
 
+def test_a_file_of_the_literatures_teaches_and_says_how_it_was_matched(data, capsys):
+    plain = weights_of(10)
+    given = checkpoints.wrapped(checkpoints.in_other_words(plain), "module.")
+    torch.save({"epoch": 240, "model": given, "args": Namespace(lr=0.05)}, "best.tar")
+    beside("best.tar", classes=data.classes)
+    distil("--teacher", "best.tar", "--teacher-model", MODEL, "--epochs", "1", "--out", "student")
+    printed = capsys.readouterr().out.splitlines()
+    line = "--teacher best.tar: matched 7 tensors by order and shape, their names differ"
+    assert sum(one.startswith(line) for one in printed) == 1
+    torch.save(plain, beside("plain.pth", classes=data.classes))
+    networks_of = [load_teachers([name], data, CPU, False, MODEL).network for name in ("best.tar", "plain.pth")]
+    one, other = (network(torch.ones(12, 3, 16, 16)) for network in networks_of)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("words", [dict, checkpoints.in_other_words], ids=["our names", "other names"])
+def test_a_new_last_layer_on_a_file_with_other_classes(words, data):
+    torch.save(words(weights_of(6)), beside("six.bin"))
+    how = ["--teacher", "six.bin", "--teacher-model", MODEL, "--fine-tune-teacher", "--epochs", "1"]
+    distil(*how, "--out", "student")
+    teacher = json.loads(Path("student/summary.json").read_text())["teacher"]
+    trained = load_file(Path(teacher, "model.safetensors"))
+    kept = weights_of(6)
+    assert torch.equal(trained["0.weight"], kept["0.weight"])
+    assert trained["6.weight"].shape == (10, 32)
+
+
+def test_a_sharded_folder_teaches(data):
+    folder, weights = Path("vit"), weights_of(10)
+    folder.mkdir()
+    labels = {str(number): name for number, name in enumerate(data.classes)}
+    write = lambda name, content: (folder / name).write_text(json.dumps(content))  # noqa: E731
+    write("config.json", {"architectures": ["ViTForImageClassification"], "id2label": labels})
+    write("preprocessor_config.json", {"size": 16, "image_mean": [0.5] * 3, "image_std": [0.25] * 3})
+    for number, name in enumerate(weights):
+        save_file({name: weights[name]}, folder / f"part-{number}.safetensors")
+    write(
+        "model.safetensors.index.json",
+        {"weight_map": {name: f"part-{number}.safetensors" for number, name in enumerate(weights)}},
+    )
+    distil("--teacher", "vit", "--teacher-model", MODEL, "--epochs", "1", "--out", "student")
+    assert json.loads(Path("student/summary.json").read_text())["teacher_model"] == MODEL
+
+
 class Bomb:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
@@ -166,7 +212,7 @@ def test_a_safetensors_file_that_misleads_is_refused(make, words, data):
 
 def test_weights_of_another_network_name_the_one_that_was_tried(data):
     file_of("big.safetensors", data.classes)
-    with pytest.raises(UserError, match=r"do not fit the network resnet34; name the right one with --teacher-model: "):
+    with pytest.raises(UserError, match=r"do not fit the network resnet34: .* name the right one with --teacher-model"):
         load_teachers(["big.safetensors"], data, CPU, False, "resnet34")
 
 
@@ -174,7 +220,7 @@ def test_weights_of_another_network_name_the_one_that_was_tried(data):
     ("flags", "words"),
     [
         (["--teacher", "./nowhere"], "nowhere: no such run folder"),
-        (["--teacher", "empty"], "empty is no finished run"),
+        (["--teacher", "empty"], "empty has no finished run"),
         (["--teacher", "torchvision/resnet19"], "unknown model 'torchvision/resnet19'"),
         (["--teacher", "torchvision/googlenet"], "rescales its images internally"),
         (["--teacher", "big.pth"], "--teacher big.pth: no such file"),
@@ -183,12 +229,20 @@ def test_weights_of_another_network_name_the_one_that_was_tried(data):
         (["--teacher", "there.pth", "--teacher-model", "resnet35"], "unknown model 'resnet35'"),
         (["--teacher", "there.pth"], "write there.json"),
         (["--teacher", "no-one/such"], "cannot be downloaded from the Hub"),
+        (
+            ["--teacher", "fits.tar", "--teacher-model", "vgg8"],
+            "do not fit the network vgg8: of its 32 tensors, 32 miss",
+        ),
+        (["--teacher", "fits.tar", "there.ckpt", "--teacher-model", MODEL], "there.ckpt: no such file"),
+        (["--teacher", "nan.bin", "--teacher-model", MODEL], "nan.bin: 6.bias holds NaN or infinity"),
     ],
 )
 def test_a_teacher_that_is_not_there_is_missed_before_any_data_is_read(flags, words, monkeypatch):
     monkeypatch.setattr("kd.data.load_data", None)
     Path("empty").mkdir()
     torch.save(weights_of(10), "there.pth")
+    torch.save(weights_of(10), beside("fits.tar", classes=TEN))
+    torch.save(nan_weights(), beside("nan.bin", classes=TEN))
     if "resnet35" in flags:
         beside("there.pth", classes=TEN)
     with pytest.raises(UserError, match=words):
@@ -207,6 +261,20 @@ def test_a_teacher_that_lacks_a_class_leaves_no_folder_behind(data):
 def test_a_mistyped_method_is_not_taken_for_a_second_teacher(resnet8_run, word, method):
     with pytest.raises(UserError, match=f"--teacher {word}: no such run folder; did you mean the method {method}?"):
         distil("--teacher", str(resnet8_run), word)
+
+
+def test_a_file_or_a_download_in_place_of_a_run_folder_says_what_it_is():
+    file_of("big.tar", TEN)
+    with pytest.raises(UserError, match=r"big.tar: is a file, not a run folder; a file of weights is taken .*--teach"):
+        kd.load("big.tar")
+    with pytest.raises(UserError, match=r"--init big.tar: is a file; name the folder of a finished run"):
+        teach("--init", "big.tar", "--sparsity", "0.5")
+    Path("vit").mkdir()
+    Path("vit/config.json").write_text(json.dumps({"architectures": ["ViTForImageClassification"]}))
+    with pytest.raises(UserError, match=r"holds a network of Transformers or timm \(ViTForImageClassification\); name"):
+        kd.load("vit")
+    with pytest.raises(UserError, match=r"vit: holds no model.safetensors and no pytorch_model.bin"):
+        distil("--teacher", "vit", "--out", "student")
 
 
 def test_a_run_has_learned_its_last_layer(resnet8_run):

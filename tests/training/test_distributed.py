@@ -67,14 +67,14 @@ def test_row_13_resuming_with_another_number_of_processes_is_refused():
     assert killed.returncode != 0
     resumed = script("train_teacher.py", *TEACHER, "--out", "run", "--resume")
     assert resumed.returncode == 2
-    assert "was trained by 2 processes, here are 1" in resumed.stderr
+    assert "was trained with 2 processes, and this launch has 1" in resumed.stderr
 
 
 @pytest.mark.slow
 def test_row_27_a_loss_that_is_not_finite_on_one_process_stops_both():
     done = fault("nan:20:1", *TEACHER, "--out", "run", "--log-every", "4")
     assert done.returncode != 0
-    assert "not finite at step 19; the checkpoint of step 15" in done.stderr
+    assert "not finite at step 19; the last good checkpoint is step 15" in done.stderr
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_row_39_an_error_in_one_process_ends_both_and_is_shown():
 def test_row_38_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(whole):
     args = [*NORMALISED, "--out", "run", "--log-every", "6"]
     done = fault(f"signal:20:1:{int(signal.SIGTERM)}", *args)
-    assert "saved step 24" in done.stderr
+    assert "saved: step 24" in done.stderr
     resumed = script("train_teacher.py", *args, "--resume", env=CPU, launcher=torchrun(2))
     assert resumed.returncode == 0, resumed.stderr
     assert differences(whole, Path("run")) == []

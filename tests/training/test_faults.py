@@ -80,10 +80,13 @@ def test_row_13_another_number_of_processes_needs_a_flag_and_is_said_aloud(monke
         state["sums"]["rows"] = [[number / 2 for number in state["sums"]["rows"][0]]] * 2
 
     rewrite_state(saved, two)
-    with pytest.raises(UserError, match=r"was trained by 2 processes, here are 1.*--resume-inexact"):
+    with pytest.raises(UserError, match=r"was trained with 2 processes, and this launch has 1.*--resume-inexact"):
         teach("--out", "run", "--save-every", "7", "--resume")
     teach("--out", "run", "--save-every", "7", "--resume", "--resume-inexact")
-    assert "from step 28 on 1 processes, 2 before: not bit-exact; the global batch stays 50" in capsys.readouterr().out
+    assert (
+        "continues from step 28 with 1 processes instead of 2; not bit-exact; the global batch stays 50"
+        in capsys.readouterr().out
+    )
     # Here the second process is made up, so that nothing but the record differs: its sums were not lost.
     assert differences(Path("whole"), Path("run")) == ["processes"]
     assert json.loads(Path("run/summary.json").read_text())["processes"] == [2, 1]
@@ -97,7 +100,7 @@ def test_row_13_two_processes_go_on_as_one():
     script("tests/faults.py", "kill:24", str(ROOT / "train_teacher.py"), *args, env=cpu, launcher=torchrun(2))
     done = script("train_teacher.py", *args, "--resume", "--resume-inexact")
     assert done.returncode == 0, done.stderr
-    assert "on 1 processes, 2 before: not bit-exact" in done.stdout
+    assert "with 1 processes instead of 2; not bit-exact" in done.stdout
     whole = script("train_teacher.py", *args[:-4], "--out", "whole")
     assert whole.returncode == 0, whole.stderr
     ours, theirs = (json.loads(Path(name, "summary.json").read_text()) for name in ("run", "whole"))
@@ -153,7 +156,7 @@ def test_row_28_a_finite_spike_is_warned_of_and_never_skipped(monkeypatch, capsy
 
     monkeypatch.setattr(Trainer, "record", step)
     teach("--out", "run")
-    assert capsys.readouterr().out.count("step 27: the loss rose to ") == 1
+    assert capsys.readouterr().out.count("step 27: the loss jumped to ") == 1
     weights = [files.read_weights(Path(run, "model.safetensors")) for run in ("run", "quiet")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -224,7 +227,7 @@ def test_row_36_asked_to_stop_while_answers_are_kept_it_goes_on_from_there(monke
         real(self, *args)
 
     monkeypatch.setattr(LogitStore, "write", write)
-    with pytest.raises(Preempted, match=r"1 of 3 views of the teacher's logits are stored.*the same command continues"):
+    with pytest.raises(Preempted, match=r"1 of 3 views of the teacher's logits in.*the same command continues"):
         distil(*cached)
     distil(*cached)
     assert count == 20 + 2 * 18, "the first view is not computed again"

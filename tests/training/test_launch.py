@@ -1,14 +1,23 @@
-"""What the launcher's environment may not do behind the flags."""
+"""What the launcher's environment may not do behind the flags, and what stands beside its tracebacks."""
 
+import os
+import re
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from kd.config import FitConfig, RunConfig
 from kd.errors import UserError
+from kd.study.runner import LAUNCHER, _last_words
 from kd.training.launch import start, warn_of_slow_threads
+from kd.utils.system import StopRequests
 from tests.run_scripts import script
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 @pytest.mark.parametrize(
@@ -67,3 +76,81 @@ def test_threads_that_are_slower_than_one_are_named(monkeypatch, capsys, two, wa
     finally:
         torch.set_num_threads(before)
     assert ("--threads 1 is faster" in capsys.readouterr().out) == warned
+
+
+def test_an_error_under_the_real_launcher_is_framed_above_its_traceback():
+    done = script("train_teacher.py", "--data", "digits", "--model", "resnet9", launcher=ACCELERATE, timeout=120)
+    assert done.returncode == 1, "the launcher's own"
+    rule = "-" * 80
+    (framed,) = re.findall(f"\n{rule}\n(.*)\n{rule}\n", done.stderr)
+    assert framed.startswith("error: unknown model 'resnet9': did you mean resnet8")
+    assert "CalledProcessError" in done.stderr.split(framed)[1]
+    assert _last_words(f"command\n{done.stdout}{done.stderr}", done.returncode) == framed, "what a study reports"
+
+
+STOPS = """
+import os, signal, sys
+from kd.errors import exit_code
+from kd.training.trainer import Trainer
+from tests.run_scripts import teach
+real = Trainer.record
+def record(self, *args):
+    real(self, *args)
+    if self.state.step == 20:
+        os.killpg(0, signal.SIGINT)  # as a terminal does: launcher and script
+Trainer.record = record
+sys.exit(exit_code(lambda: teach("--out", "run")))
+"""
+
+
+def test_ctrl_c_under_the_real_launcher_says_stopped_and_saved(tmp_path):
+    program = tmp_path / "stops.py"
+    program.write_text(STOPS)
+    command = [*ACCELERATE, str(program)]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    printed = started.communicate(timeout=120)[1]  # until the script has closed its end too
+    rule = "-" * 80
+    assert re.search(f"\n\n{rule}\nstopped and saved: step 20 in run; continue with --resume\n{rule}\n", printed)
+    assert "KeyboardInterrupt" in printed, "the launcher's, above or below"
+
+
+def test_torchruns_sigterm_after_ctrl_c_is_still_a_ctrl_c():
+    with StopRequests() as requests:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert requests.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with StopRequests() as requests:
+        signal.raise_signal(signal.SIGTERM)
+        assert requests.number == signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)
+        assert requests.number == signal.SIGINT
+
+
+@pytest.fixture
+def broken_timm(tmp_path, monkeypatch):
+    """What timm does beside a CPU-only torch with the registry's torchvision."""
+    (tmp_path / "fake/timm").mkdir(parents=True)
+    (tmp_path / "fake/timm/__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    (tmp_path / "fake/timm-1.0.0.dist-info").mkdir()
+    (tmp_path / "fake/timm-1.0.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 1.0.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"), prepend=os.pathsep)
+    program = tmp_path / "program.py"
+    program.write_text("print('it runs')\n")
+    return str(program)
+
+
+@pytest.mark.parametrize(
+    "launcher", [LAUNCHER, [str(Path(sys.executable).with_name("accelerate-launch"))]], ids=["kd.study", "README"]
+)
+def test_a_broken_timm_does_not_stop_the_launchers_that_we_use_and_name(launcher, broken_timm):
+    done = script(broken_timm, launcher=list(launcher), timeout=120)
+    assert "it runs" in done.stdout, done.stderr
+
+
+def test_a_broken_timm_stops_accelerate_launch(broken_timm):
+    """If this fails, accelerate has mended it: README's sentence can go."""
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    done = script(broken_timm, launcher=launcher, timeout=120)
+    assert "operator torchvision::nms does not exist" in done.stderr

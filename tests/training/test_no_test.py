@@ -47,7 +47,7 @@ def test_the_test_split_is_read_later_without_training(monkeypatch, capsys):
 def test_without_its_checkpoint_it_says_so():
     teach("--out", "run", "--no-test")
     shutil.rmtree("run/checkpoint")
-    with pytest.raises(UserError, match="never read the test split and has no checkpoint left"):
+    with pytest.raises(UserError, match="never read the test split and has no checkpoint to score from"):
         teach("--out", "run")
 
 

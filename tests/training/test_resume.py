@@ -167,7 +167,7 @@ def test_row_36_row_37_asked_to_stop_it_saves_and_resumes_to_the_same_bytes(besi
             signal.raise_signal(number)
         real(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match="saved step 10"):
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"^step 10 in run"):
         patch.setattr(Trainer, "record", step)
         distil("--out", "run")
     distil("--out", "run", "--resume")
@@ -338,7 +338,7 @@ def test_row_36_asked_to_stop_while_the_last_epoch_is_scored(beside, monkeypatch
             signal.raise_signal(signal.SIGTERM)
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match=f"saved step {STEPS}"):
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=f"^step {STEPS} in"):
         patch.setattr("kd.training.trainer.validate", validate)
         distil("--out", "run")
     distil("--out", "run", "--resume")

@@ -138,7 +138,7 @@ def test_row_27_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(
         real(self, result, batch)
 
     monkeypatch.setattr(Trainer, "record", step)
-    with pytest.raises(UserError, match="not finite at step 19; the checkpoint of step 18"):
+    with pytest.raises(UserError, match="not finite at step 19; the last good checkpoint is step 18"):
         teach("--out", "run", "--save-every", "9", "--log-every", "100")
     assert checkpoint.steps(Path("run/checkpoint")) == [18, 9]
 

@@ -1,0 +1,151 @@
+"""Data of the user's own: a module:function that returns {"train": dataset, "test": dataset}.
+
+Each is map-style: it has a length and gives (image, class number) pairs, as torchvision's data sets do.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+
+from kd.config import DataConfig
+from kd.data.cache import Arrays, Decoded, Facts, hash_arrays
+from kd.data.columns import check_class_names
+from kd.data.storage import SHARE, SPLITS, InMemory, handle_broken, rename_splits, unused_splits
+from kd.errors import UserError, require
+from kd.utils.images import crop_and_resize, to_array, to_rgb
+from kd.utils.system import memory_limit
+
+FORM = '{"train": dataset, "test": dataset}, each giving (image, class number) pairs'
+
+
+def is_users_own(source: str) -> bool:
+    """Whether `source` is a module:function, code that is imported and run."""
+    return re.fullmatch(r"[\w.]+:\w+", source) is not None
+
+
+def load_own(config: DataConfig) -> InMemory:
+    """Call the user's function, and read every image once. Raises UserError for anything but pairs as in FORM."""
+    source = config.source
+    for flag in ("label", "image"):
+        given = getattr(config, flag)
+        require(given is None, f"--{flag} {given}: leave it out; {source} gives labels and images itself")
+    in_memory = config.decode != "workers" and not config.stream
+    require(in_memory, f"--data {source}: is read into memory; leave --decode workers and --stream out")
+    returned = _call(source)
+    require(
+        isinstance(returned, dict) and bool(returned) and all(isinstance(name, str) for name in returned),
+        f"--data {source}: returned {type(returned).__name__}; it must return {FORM}",
+    )
+    every = rename_splits(returned, source)
+    datasets = {name: every[name] for name in SPLITS if name in every}
+    for name, rows in datasets.items():
+        require(
+            hasattr(rows, "__len__") and hasattr(rows, "__getitem__"),
+            f"--data {source}: its {name} is {type(rows).__name__}, without a length or rows by number; it must return"
+            f" {FORM}",
+        )
+        require(len(rows) > 0, f"--data {source}: the {name} split is empty")
+    broken: dict[str, list[str]] = {}
+    splits = {name: _read_split(rows, name, config, broken.setdefault(name, [])) for name, rows in datasets.items()}
+    classes = _class_names(datasets["train"], splits, source)
+    notes = (*unused_splits(every), *handle_broken(broken, config.skip_broken))
+    data = InMemory(Decoded(splits, Facts(classes, notes=notes), hash_arrays(splits, classes)))
+    data.storage = f"in memory, read from {source}"
+    return data
+
+
+def _call(source: str):
+    module_name, function = source.split(":")
+    if str(Path.cwd()) not in sys.path:  # `python -m` would have it there
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"--data {source}: cannot import {module_name} from {Path.cwd()} ({error})") from error
+    require(callable(getattr(module, function, None)), f"--data {source}: {module_name} has no function {function}")
+    return getattr(module, function)()
+
+
+def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arrays:
+    """All images and labels of a split; what is wrong with those that cannot be read goes to `broken`."""
+    size, source = config.stored_size or config.image_size, config.source
+    images, labels = None, []
+    for row, (pixels, label) in _pairs(rows, split, size, source, broken):
+        if images is None:
+            size_in_memory, limit = len(rows) * pixels.nbytes, memory_limit()
+            require(
+                size_in_memory <= SHARE * limit,
+                f"--data {source}: {size_in_memory / 1e9:.3g} GB of {split} images do not fit half of"
+                f" {limit / 1e9:.3g} GB of memory; give a smaller --image-size, or save them as files",
+            )
+            images = np.empty((len(rows), *pixels.shape), np.uint8)
+        require(
+            pixels.shape == images.shape[1:],
+            f"--data {source}: {split} row {row} is {pixels.shape[2]} x {pixels.shape[1]}, others {images.shape[3]} x"
+            f" {images.shape[2]}; give --image-size N to bring all to one size",
+        )
+        images[len(labels)] = pixels
+        labels.append(label)
+    if images is None:
+        handle_broken({split: broken}, skip=False)
+    return Arrays(images[: len(labels)], np.array(labels, np.int64))
+
+
+def _pairs(
+    rows, split: str, size: int | None, source: str, broken: list[str]
+) -> Iterator[tuple[int, tuple[UInt8[np.ndarray, "3 h w"], int]]]:
+    for row in range(len(rows)):
+        where = f"--data {source}: {split} row {row}"
+        try:
+            pair = rows[row]
+        except OSError as error:  # of Pillow and the file system
+            broken.append(f"{split} row {row}: not a readable image ({error})")
+            continue
+        require(isinstance(pair, tuple | list) and len(pair) == 2, f"{where}: is no pair; it must return {FORM}")
+        pixels, label = _pixels(pair[0], size, where), pair[1]
+        number = label.item() if isinstance(label, torch.Tensor | np.generic) and np.ndim(label) == 0 else label
+        require(
+            isinstance(number, int) and number >= 0,
+            f"{where}: label {label!r} is no class number; give whole numbers from 0",
+        )
+        if row == 0:
+            again = _pixels(rows[row][0], size, where)
+            require(
+                np.array_equal(pixels, again),
+                f"{where}: differs when it is read again; leave random transforms out, kd augments images itself",
+            )
+        yield row, (pixels, int(number))
+
+
+def _pixels(image, size: int | None, where: str) -> UInt8[np.ndarray, "3 h w"]:
+    if isinstance(image, torch.Tensor):
+        channels = image.shape[0] if image.ndim == 3 else 0
+        require(
+            image.dtype == torch.uint8 and channels in (1, 3),
+            f"{where}: gives a {str(image.dtype).removeprefix('torch.')} tensor of {tuple(image.shape)}; give PIL"
+            " images, or uint8 tensors of 3 x h x w, without ToTensor and Normalize",
+        )
+        image = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    require(isinstance(image, Image.Image), f"{where}: gives {type(image).__name__}; give PIL images or uint8 tensors")
+    image = to_rgb(image)
+    return to_array(image if size is None else crop_and_resize(image, size, size))
+
+
+def _class_names(train, splits: dict[str, Arrays], source: str) -> tuple[str, ...]:
+    """The data set's own names (`classes`, as torchvision's have), else the numbers."""
+    most = max(int(split.labels.max()) for split in splits.values())
+    names = getattr(train, "classes", None)
+    if not isinstance(names, list | tuple):
+        names = range(most + 1)
+    classes = tuple(str(name) for name in names)
+    require(most < len(classes), f"--data {source}: there is the label {most}, and {len(classes)} class names")
+    require(len(set(classes)) == len(classes), f"--data {source}: two classes have one name ({', '.join(classes[:5])})")
+    check_class_names(classes, source)
+    return classes

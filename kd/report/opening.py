@@ -1,0 +1,98 @@
+"""How a report opens, what was compared and the verdict in a sentence, and how it ends: what made it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime
+
+from kd.errors import UserError
+from kd.report.document import Facts
+from kd.report.groups import ALONE, TEACHER, Comparison, Group
+from kd.runs.results import Run, read_config, teachers_of
+
+NAMED = 6  # methods, teachers and seeds that a sentence names; the others are counted
+VERDICTS = 4  # different verdicts that a sentence has room for
+
+
+def what_was_compared(groups: list[Group]) -> str:
+    """The methods, controls, networks, seeds and test images, in a sentence or two."""
+    methods = [group for group in groups if group.distilled]
+    if not methods:
+        return f"No distilled student among these runs, but {_named([group.label for group in groups])}."
+    controls = list({id(control): control for group in methods for control in group.controls}.values())
+    students, seeds = {group.model for group in methods}, {seed for group in methods for seed in group.seeds}
+    against = f" against {_named([control.label for control in controls])}" if controls else ", with no control"
+    images = {run.summary["test_images"] for group in methods for run in group.tested}
+    facts = [
+        f"Students: {_named(sorted(students))}",
+        f"teacher: {_named(_teachers(groups))}",
+        f"seeds: {_named([str(seed) for seed in sorted(seeds)], ' ')}",
+        f"test images: {', '.join(f'{count:,}' for count in sorted(images)) or 'not read'}",
+    ]
+    return f"Compared: {_named([group.label for group in methods])}{against}. {'; '.join(facts)}."
+
+
+def _teachers(groups: list[Group]) -> list[str]:
+    """The models of the students' teachers, or of the teachers among these runs."""
+    taught = [teachers_of(run.summary, "teacher_model") for group in groups for run in group.runs if group.distilled]
+    models = [" and ".join(models) for models in taught if models]
+    return list(dict.fromkeys(models or [group.model for group in groups if group.kind == TEACHER])) or ["none"]
+
+
+def headline(comparisons: list[Comparison]) -> str:
+    """The verdict on every method in one sentence, against the student alone if that is there; "" without a gain."""
+    found = [one for one in comparisons if one.difference]
+    found = [one for one in found if one.control.kind == ALONE] or found
+    if not found:
+        return ""
+    control = found[0].control
+    by_verdict: dict[str, list[str]] = {}
+    for one in found:
+        if one.control.label == control.label:
+            by_verdict.setdefault(one.verdict, []).append(f"{one.group.label} {one.difference.mean:+.2f}")
+    parts = [f"{verdict[0].upper()}{verdict[1:]}: {_named(names)}." for verdict, names in by_verdict.items()]
+    more = len(parts) - VERDICTS
+    rest = f" {more} more below." if more > 0 else ""
+    return f"Points of test accuracy against {control.label}. {' '.join(parts[:VERDICTS])}{rest}"
+
+
+def _named(names: list[str], between: str = "; ") -> str:
+    """'a; b; c', and how many more there are."""
+    more = len(names) - NAMED
+    return between.join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def how_it_was_made(runs: list[Run], command: str, machine: str) -> Facts:
+    """The command, the date, the machines and the versions."""
+    facts = {"command": command, "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
+    facts |= {"report and latencies on": machine}
+    configs = []
+    for run in runs:
+        try:
+            configs.append(read_config(run.path))
+        except UserError:
+            configs.append({})  # changed since it was collected
+    facts["trained on"] = _counted(map(_trained_on, configs))
+    facts["versions of the runs"] = _counted(map(_versions, configs))
+    facts["code of the runs"] = _counted(f"commit {config.get('git_commit') or 'not recorded'}" for config in configs)
+    return Facts({name: value for name, value in facts.items() if value})
+
+
+def _trained_on(config: dict) -> str:
+    device, processes, threads = (config.get(key) for key in ("device", "processes", "threads"))
+    if device is None:
+        return "not recorded"
+    several = "" if processes == 1 else "es"
+    return f"{device}, {processes} process{several}, {threads} thread{'' if threads == 1 else 's'} each"
+
+
+def _versions(config: dict) -> str:
+    versions = config.get("versions") or {}
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded"
+
+
+def _counted(values: Iterable[str]) -> str:
+    """The values, each with the number of its runs if they differ."""
+    counts = Counter(values)
+    if len(counts) <= 1:
+        return next(iter(counts), "")
+    return "; ".join(f"{value} ({count} run{'s' * (count > 1)})" for value, count in counts.most_common())

@@ -1,0 +1,87 @@
+"""Code of the user's own: a `module:function` is imported from the working folder and called. No torch here."""
+
+import importlib
+import inspect
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from kd.errors import OUR_FOLDER, USERS_FILES, UserError, require, users_own_error
+
+
+def is_users_own(name: str) -> bool:
+    """Whether `name` is a module:function, code that is imported and run."""
+    return re.fullmatch(r"[\w.]+:\w+", name) is not None
+
+
+def import_function(name: str, what: str) -> Callable:
+    """The function that `name`, a module:function, means; `what` says in messages what names it.
+
+    Raises: UserError if there is none, UsersOwnError if its module fails.
+    """
+    module_name, function = name.split(":")
+    if str(Path.cwd()) not in sys.path:  # `python -m` would have it there
+        sys.path.insert(0, str(Path.cwd()))
+    before = set(sys.modules)
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        if missing:
+            raise UserError(f"{what}: cannot import {module_name} from {Path.cwd()} ({error})") from error
+        _note_files(error)
+        raise users_own_error(error, f"{what}, while {module_name} was imported") from error
+    USERS_FILES.update(filter(None, (_file_of(key) for key in {module_name, *_new_beside(module_name, before)})))
+    require(callable(getattr(module, function, None)), f"{what}: {module_name} has no function {function}")
+    return getattr(module, function)
+
+
+def call_function(function: Callable, name: str, what: str, **arguments):
+    """What `function`, named `name`, returns.
+
+    Raises: UserError if it takes other arguments, UsersOwnError if it fails.
+    """
+    called = f"{name.partition(':')[2]}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin, which has none
+        signature = None
+    try:
+        if signature is not None:
+            signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"{what}: is called as {called}, and is defined as {name.partition(':')[2]}{signature} ({error}); give it"
+            f" the parameter {', '.join(arguments)} and a default for every other"
+        ) from error
+    try:
+        return function(**arguments)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise users_own_error(error, f"{what}, called as {called}") from error
+
+
+def _new_beside(module_name: str, before: set[str]) -> set[str]:
+    """Modules imported since `before` that belong to the user's module: of its package, or in its folder."""
+    home, package = _file_of(module_name), module_name.partition(".")[0]
+    folder = str(Path(home).parent) if home else None
+    return {
+        name
+        for name in set(sys.modules) - before
+        if name.partition(".")[0] == package or (_file_of(name) and str(Path(_file_of(name)).parent) == folder)
+    }
+
+
+def _file_of(module_name: str) -> str | None:
+    return getattr(sys.modules.get(module_name), "__file__", None)
+
+
+def _note_files(error: BaseException) -> None:
+    """Take the files that a failed import ran through for the user's own, except libraries and ours."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    libraries = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+    USERS_FILES.update(file for file in files if not file.startswith((OUR_FOLDER, "<", *libraries)))

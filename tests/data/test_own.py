@@ -1,0 +1,142 @@
+"""Data of the user's own, --data module:function: read once, checked, trusted on the command line only."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd.config import DataConfig
+from kd.data import load_data
+from kd.errors import UserError
+from kd.export.__main__ import main
+from tests.run_scripts import teach
+
+MODULE = """
+from pathlib import Path
+import torch
+from PIL import Image
+
+COLOURS = [(220, 30, 30), (30, 220, 30), (30, 30, 220)]
+
+class Pictures:
+    classes = ["red", "green", "blue"]
+    def __init__(self, count): self.count = count
+    def __len__(self): return self.count
+    def __getitem__(self, row):
+        if row >= self.count: raise IndexError
+        return Image.new("RGB", (12 + row % 2 * SIZES, 12), COLOURS[row % 3]), row % 3
+
+class Tensors(Pictures):
+    classes = None
+    def __getitem__(self, row):
+        return torch.full((3, 12, 12), 80 * (row % 3), dtype=torch.uint8), torch.tensor(row % 3)
+
+class Broken(Pictures):
+    def __getitem__(self, row):
+        if row % 5 == 1: raise OSError("image file is truncated")
+        return super().__getitem__(row)
+
+SIZES = 0
+def pictures(): return {"train": Pictures(24), "test": Pictures(9)}
+def tensors(): return {"train": Tensors(24), "test": Tensors(9)}
+def floats(): return {"train": [(torch.zeros(3, 12, 12), 0)], "test": Pictures(9)}
+def random(): return {"train": RandomPictures(24), "test": Pictures(9)}
+def listed(): return [Pictures(24), Pictures(9)]
+def no_train(): return {"test": Pictures(9)}
+def streams(): return {"train": iter([]), "test": iter([])}
+def numbers(): return {"train": [(Image.new("RGB", (12, 12)), "red")], "test": Pictures(9)}
+def many(): return {"train": Pictures(24), "test": [(Image.new("RGB", (12, 12)), 7)]}
+def broken(): return {"train": Broken(24), "test": Broken(9)}
+def marked():
+    Path("ran").touch()
+    return pictures()
+
+class RandomPictures(Pictures):
+    def __getitem__(self, row): return Image.effect_noise((12, 12), 50), row % 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path):
+    """A module `mine` in the working folder, as a user has it."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    yield tmp_path / "mine.py"
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("function", "classes"), [("pictures", ("red", "green", "blue")), ("tensors", ("0", "1", "2"))]
+)
+def test_images_and_labels_are_those_of_the_users_data(function, classes, capsys):
+    data = load_data(DataConfig(source=f"mine:{function}", val_fraction=0.0))
+    assert data.classes == classes
+    assert data.train.labels.tolist() == [0, 1, 2] * 8
+    expected = {"pictures": [[220, 30, 30], [30, 220, 30], [30, 30, 220]], "tensors": [[0] * 3, [80] * 3, [160] * 3]}
+    assert data.test.images[:3, :, 5, 5].tolist() == expected[function]
+    said = f"data: in memory, read from mine:{function}; 24 training, 9 test images of 3 classes\n"
+    assert said in capsys.readouterr().out
+    assert load_data(DataConfig(source=f"mine:{function}", val_fraction=0.0)).fingerprint == data.fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_same_images_elsewhere(tmp_path, module):
+    data = load_data(DataConfig(source="mine:pictures", val_fraction=0.0))
+    module.write_text(MODULE.replace("(220, 30, 30)", "(221, 30, 30)"))
+    sys.modules.pop("mine")
+    assert load_data(DataConfig(source="mine:pictures", val_fraction=0.0)).fingerprint != data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("floats", r"train row 0: gives a float32 tensor of \(3, 12, 12\); give PIL images, .* without ToTensor"),
+        ("random", "train row 0: differs when it is read again; leave random transforms out"),
+        ("listed", r"returned list; it must return \{\"train\": dataset"),
+        ("no_train", "no train split; it has test"),
+        ("streams", "its train is list_iterator, without a length"),
+        ("numbers", "train row 0: label 'red' is no class number"),
+        ("many", "there is the label 7, and 3 class names"),
+        ("nothing", "mine has no function nothing"),
+        ("broken", r"7 images cannot be read: train row 1: not a readable image \(image file is truncated\).*--skip"),
+    ],
+)
+def test_what_does_not_fit_is_refused(function, words):
+    with pytest.raises(UserError, match=words):
+        load_data(DataConfig(source=f"mine:{function}"))
+
+
+def test_images_of_several_sizes_need_one_size(module):
+    module.write_text(MODULE.replace("SIZES = 0", "SIZES = 4"))
+    with pytest.raises(UserError, match="train row 1 is 16 x 12, others 12 x 12; give --image-size N"):
+        load_data(DataConfig(source="mine:pictures"))
+    assert load_data(DataConfig(source="mine:pictures", image_size=8)).size == (8, 8)
+
+
+def test_broken_images_are_left_out_and_counted(capsys):
+    data = load_data(DataConfig(source="mine:broken", skip_broken=True, val_fraction=0.0))
+    assert (len(data.train.labels), len(data.test.labels)) == (19, 7)
+    assert data.train.labels.tolist() == [row % 3 for row in range(24) if row % 5 != 1]
+    assert "data: left out 7 images that cannot be read: 5 train, 2 test (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{"stream": True}, {"decode": "workers"}, {"label": "x"}, {"image": "x"}])
+def test_flags_for_other_data_are_refused(flags):
+    with pytest.raises(UserError, match=r"leave .* out"):
+        load_data(DataConfig(source="mine:pictures", **flags))
+
+
+def test_a_module_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"--data nowhere:f: cannot import nowhere from "):
+        load_data(DataConfig(source="nowhere:f"))
+
+
+def test_a_run_from_elsewhere_runs_no_code_of_its_data(tmp_path):
+    teach("--data", "mine:marked", "--model", "resnet8", "--epochs", "1", "--batch-size", "8", "--out", "run")
+    assert Path("ran").exists(), "the command line trusts its own data"
+    Path("ran").unlink()
+    with pytest.raises(UserError, match=r"reading its data mine:marked runs its author's code; --trust-code"):
+        main(["run", "--formats", "safetensors"])
+    assert not Path("ran").exists()
+    main(["run", "--formats", "safetensors", "--trust-code"])
+    (row,) = json.loads(Path("run/export/export.json").read_text())["rows"]
+    assert row["top1"] == pytest.approx(json.loads(Path("run/summary.json").read_text())["test_top1"])
