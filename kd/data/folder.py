@@ -6,6 +6,7 @@ mislabels misplaced files without warning. What is left out is counted in `notes
 
 import functools
 import hashlib
+import itertools
 import os
 import re
 import zipfile
@@ -24,6 +25,8 @@ TABLES = (".parquet", ".arrow", ".tar")  # of rows with their images
 LISTS = (".csv", ".json", ".jsonl", ".tsv", ".txt", ".xlsx")  # may hold labels, in no form that is read
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+CARDS = ("README.md", ".huggingface.yaml")  # may say which files are which split, as on the Hub
 
 JUNK = ("__MACOSX", "__pycache__")  # folders that a program left behind
 
@@ -137,6 +140,31 @@ def find_place(folder: str) -> Place:
     return Place(split, rank, "/".join(parts[:end]), parts[end:], named)
 
 
+class Group(NamedTuple):
+    """The files of one folder."""
+
+    place: Place
+    images: list[str]  # paths
+    others: list[str]
+    hidden: list[str]  # images that are left out
+
+
+def group_files(files: list[str]) -> list[Group]:
+    """The files by folder: a set has a million files, and a thousand folders."""
+    groups = []
+    for folder, paths in itertools.groupby(files, os.path.dirname):
+        group = Group(find_place(folder), [], [], [])
+        hidden = is_hidden(folder)
+        for path in paths:
+            image = is_image(ending_of(path))
+            if not hidden and not os.path.basename(path).startswith("."):
+                (group.images if image else group.others).append(path)
+            elif image:
+                group.hidden.append(path)
+        groups.append(group)
+    return groups
+
+
 class ImageFolder:
     """The images of a folder by split, with their classes by folder, or with the metadata files that label them.
 
@@ -147,37 +175,41 @@ class ImageFolder:
         self.root, self.source, self.notes = root, source, []
         self.splits: dict[str, list[str]] = {}  # paths of each split's images, in the order of rows
         self.metadata: dict[str, list[str]] = {}  # metadata files of each split; empty: folders' names are the labels
-        self._visible = [path for path in listing.files if not is_hidden(path)]
-        self._images = [path for path in self._visible if is_image(ending_of(path))]
-        self._inside = [path for path in self._images if find_place(os.path.dirname(path)).split]
+        self._groups = group_files(listing.files)
+        self._others = [path for group in self._groups for path in group.others]
+        self._in_splits = any(group.images for group in self._groups if group.place.split)
+        self._used = [group for group in self._groups if bool(group.place.split) == self._in_splits]
         self._prefix = 0  # folders above the classes' own, in a folder without splits
-        tables = sum(ending_of(path) in TABLES and not _is_metadata(path) for path in self._visible)
-        has_card = any(
-            path in ("README.md", ".huggingface.yaml") and _names_files(root / path) for path in listing.files
-        )
-        self.is_one = len(self._inside or (() if tables else self._images)) > tables and not has_card
+        tables = sum(ending_of(path) in TABLES and not _is_metadata(path) for path in self._others)
+        images = sum(len(group.images) for group in self._used)
+        has_card = any(path in CARDS and _names_files(root / path) for path in listing.files)
+        enough = images > tables if self._in_splits else images > 0 and not tables
+        self.is_one = enough and not has_card
         if not self.is_one:
             return
         self._find_splits()
+        self._find_metadata()
         if self.metadata:
             self._check_metadata()
         else:
             self._check_classes(listing.empty)
-        self._note_hidden(listing.files)
+        self._note_left_out()
 
     def label_of(self, path: str) -> str:
         """The class of an image: the name of its folder."""
         return os.path.basename(os.path.dirname(path))
 
     def _find_splits(self) -> None:
-        if self._inside:
+        if self._in_splits:
             self._split_by_folders()
         elif self._all_named_by_split():
             self._split_by_names()
         else:
             self._take_as_one()
-        for path in sorted(path for path in self._visible if _is_metadata(path)):
-            split = find_place(os.path.dirname(path)).split if self._inside else next(iter(self.splits))
+
+    def _find_metadata(self) -> None:
+        for path in sorted(filter(_is_metadata, self._others)):
+            split = find_place(os.path.dirname(path)).split if self._in_splits else next(iter(self.splits))
             if split:
                 self.metadata.setdefault(split, []).append(path)
             else:
@@ -185,31 +217,33 @@ class ImageFolder:
 
     def _split_by_folders(self) -> None:
         ordered, tops = defaultdict(list), defaultdict(dict)
-        for path in self._inside:
-            place = find_place(os.path.dirname(path))
+        for place, images, *_ in self._used:
+            if not images:
+                continue
             names = [split for name in dict.fromkeys(place.named) for split in find_splits(name)]
             self._require(
                 len(names) == 1 or len(set(place.named)) > 1,
-                f"{path}: the folder {place.named[0]} is named like several splits ({', '.join(names)}); rename it",
+                f"{images[0]}: the folder {place.named[0]} is named like several splits ({', '.join(names)});"
+                " rename it",
             )
-            ordered[place.split].append((place.rank, path))
+            ordered[place.split] += [(place.rank, path) for path in images]
             tops[place.split][place.top] = None
         for split in (split for split in KEYWORDS if split in ordered):
             self.splits[split] = [path for _, path in sorted(ordered[split])]
             if len(tops[split]) > 1:
                 folders = ", ".join(tops[split])
                 self.notes.append(f"the {split} split is made of {len(tops[split])} folders: {folders}")
-        outside = [path for path in self._images if not find_place(os.path.dirname(path)).split]
-        if outside:
-            self.notes.append(f"left out {_count(outside, 'image')} outside of the splits' folders ({_some(outside)})")
+
+    def _all_images(self) -> list[str]:
+        return [path for group in self._used for path in group.images]
 
     def _all_named_by_split(self) -> bool:
-        found = [find_splits(os.path.basename(path), FILE_FORMS) for path in self._images]
+        found = [find_splits(os.path.basename(path), FILE_FORMS) for path in self._all_images()]
         return all(len(splits) == 1 for splits in found) and len(set().union(*found)) > 1
 
     def _split_by_names(self) -> None:
         ordered = defaultdict(list)
-        for path in self._images:
+        for path in self._all_images():
             ((split, rank),) = find_splits(os.path.basename(path), FILE_FORMS).items()
             ordered[split].append((rank, path))
         self.splits = {split: [path for _, path in sorted(ordered[split])] for split in KEYWORDS if split in ordered}
@@ -217,46 +251,45 @@ class ImageFolder:
         self._skip_common_folders()
 
     def _take_as_one(self) -> None:
-        tops = dict.fromkeys(path.split(os.sep)[0] for path in self._images if os.sep in path)
+        tops = dict.fromkeys(group.place.below[0] for group in self._used if group.images and group.place.below)
         like = [name for name in tops if name != name.lower() and find_splits(name.lower())]
         self._require(
             not like, f"the folder {', '.join(like)} is no split's: write {', '.join(like).lower()} in lower case"
         )
-        self.splits = {"train": sorted(self._images)}
+        self.splits = {"train": sorted(self._all_images())}
         self._skip_common_folders()
 
     def _skip_common_folders(self) -> None:
         """Class folders may lie in one folder, as archives have it."""
-        folders = [Path(path).parts[:-1] for path in self._images]
-        while all(len(parts) > self._prefix + 1 for parts in folders) and len({p[self._prefix] for p in folders}) == 1:
+        places = [group.place.below for group in self._used if group.images]
+        while all(len(parts) > self._prefix + 1 for parts in places) and len({p[self._prefix] for p in places}) == 1:
             self._prefix += 1
 
-    def _below(self, path: str) -> tuple[str, ...]:
-        """The folders of a file below its split's, or below the folder of all classes."""
-        place = find_place(os.path.dirname(path))
+    def _below(self, place: Place) -> tuple[str, ...]:
+        """The folders below a split's, or below the folder of all classes."""
         return place.below if place.split else place.below[self._prefix :]
 
     def _check_classes(self, empty: list[str]) -> None:
         endings: dict[tuple[str, str], Counter] = defaultdict(Counter)  # of the files of each (split, class)
-        for path in self._visible:
-            place = find_place(os.path.dirname(path))
-            if bool(place.split) != bool(self._inside):
-                continue
-            below = self._below(path)
-            if is_image(ending_of(path)):
-                self._check_depth(path, place, below)
-            endings[place.top, below[0] if below else ""][ending_of(path)] += 1
+        for group in self._used:
+            below = self._below(group.place)
+            if group.images:
+                self._check_depth(group.images[0], group.place, below)
+            found = endings[group.place.top, below[0] if below else ""]
+            found.update(map(ending_of, itertools.chain(group.images, group.others)))
         for (split, label), found in endings.items():
-            has_images = not label or any(map(is_image, found))
+            has_images = not label or not found or any(map(is_image, found))
             where = f"{split}/{label}".lstrip("/")
             self._require(has_images, f"{where} has no images ({', '.join(found)}); convert its files or delete it")
-        labels = {label for (_, label), found in endings.items() if label}
-        first = self._images[0]
-        hint = self._labels_elsewhere(first, find_place(os.path.dirname(first)))
-        self._require(len(labels) > 1, f"only one class folder ({', '.join(labels)}); two or more are needed{hint}")
+        labels = {label for (_, label), found in endings.items() if label and found}
+        if len(labels) < 2:
+            first = next(group for group in self._used if group.images)
+            hint = self._labels_elsewhere(first.images[0], first.place)
+            self._require(False, f"only one class folder ({', '.join(labels)}); two or more are needed{hint}")
         self._note_skipped(endings)
-        hollow = [path for path in empty if len(self._below(os.path.join(path, "x"))) == 1]
-        hollow = [path for path in hollow if bool(find_place(path).split) == bool(self._inside)]
+        places = {path: find_place(path) for path in empty}
+        hollow = [path for path, place in places.items() if len(self._below(place)) == 1]
+        hollow = [path for path in hollow if bool(places[path].split) == self._in_splits]
         if hollow:
             self.notes.append(f"left out {_count(hollow, 'empty class folder')} ({_some(hollow)})")
 
@@ -266,14 +299,15 @@ class ImageFolder:
             len(set(place.named)) < 2,
             f"{path} is in several splits by its folders' names ({', '.join(place.named)}); rename one of them",
         )
-        self._require(bool(below), f"{path} is in no class folder{self._labels_elsewhere(path, place)}")
+        if not below:
+            self._require(False, f"{path} is in no class folder{self._labels_elsewhere(path, place)}")
         form = "SPLIT/CLASS/FILE" if place.split else "CLASS/FILE"
         self._require(len(below) == 1, f"{path} is deeper than {form}, so its class would be {below[-1]}; move it up")
 
     def _labels_elsewhere(self, path: str, place: Place) -> str:
         """What to do with an image in no class folder: a list of labels may lie beside it, as Kaggle gives it."""
         folder = place.top + "/" if place.split else ""
-        lists = sorted((name for name in self._visible if ending_of(name) in LISTS), key=ending_of)
+        lists = sorted((name for name in self._others if ending_of(name) in LISTS), key=ending_of)
         unread = f", and {lists[0]}{_header(self.root / lists[0])} is not read" if lists else ""
         example = os.path.relpath(path, place.top or ".")
         return (
@@ -296,12 +330,15 @@ class ImageFolder:
             return
         listed = ", ".join(ending or "no ending" for ending, _ in skipped.most_common(SHOWN))
         self.notes.append(f"skipped {skipped.total()} of {total.total()} files, not images ({listed})")
-        for path in (path for path in self._visible if ending_of(path) == ".zip"):
+        for path in (path for path in self._others if ending_of(path) == ".zip"):
             if held := archived_images(self.root / path):
                 self.notes.append(f"left out {path} with {_count(held, 'image')}; unpack it if they belong here")
 
-    def _note_hidden(self, files: list[str]) -> None:
-        hidden = [path for path in files if is_hidden(path) and is_image(ending_of(path))]
+    def _note_left_out(self) -> None:
+        outside = [path for group in self._groups for path in group.images if not group.place.split]
+        if outside and self._in_splits:
+            self.notes.append(f"left out {_count(outside, 'image')} outside of the splits' folders ({_some(outside)})")
+        hidden = [path for group in self._groups for path in group.hidden]
         if hidden:
             self.notes.append(
                 f"left out {_count(hidden, 'image')} whose own or folder's name marks them as hidden ({_some(hidden)})"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd.utils.console import one_line, shorten
+from kd.utils.console import one_line, root_cause, shorten
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 9, 40])
@@ -24,3 +24,10 @@ def test_an_error_becomes_one_short_line():
     assert one_line(OSError("x" * 500)) == "OSError: …", "cut between words"
     assert len(one_line(OSError("word " * 500))) in range(190, 201)
     assert one_line(OSError("\x1b[1mbold\x1b[0m text")) == "OSError: bold text"
+
+
+def test_the_cause_that_a_library_hides_is_found():
+    outer, inner = ValueError("an error occurred"), KeyError("label")
+    outer.__cause__ = inner
+    assert root_cause(outer) is inner
+    assert root_cause(inner) is inner
