@@ -26,10 +26,12 @@ def shorten(text: str, width: int) -> str:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """An exception's type and message as one line of about `limit` characters, cut between words."""
-    words = ESCAPE_CODES.sub("", f"{type(error).__name__}: {error}").split()
-    line = " ".join(words)
-    return line if len(line) <= limit else f"{textwrap.shorten(line, limit, placeholder='') or line[:limit]} ..."
+    """An exception's type and message as one line of at most `limit` characters, cut between words."""
+    line = " ".join(ESCAPE_CODES.sub("", f"{type(error).__name__}: {error}").split())
+    if len(line) <= limit:
+        return line
+    end = " ..."
+    return (textwrap.shorten(line, limit - len(end), placeholder="") or line[: limit - len(end)]) + end
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd.utils.console import one_line, shorten
+from kd.utils.console import one_line, root_cause, shorten
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 9, 40])
@@ -22,4 +22,12 @@ def test_an_error_becomes_one_short_line():
     assert one_line(ValueError("a\n  b\tc")) == "ValueError: a b c"
     assert one_line(KeyError("name")) == "KeyError: 'name'"
     assert len(one_line(OSError("x" * 500))) == 200
-    assert one_line(OSError("x" * 500), limit=12) == "OSError: xxx"
+    assert one_line(OSError("a long tale"), limit=18) == "OSError: a ..."
+    assert one_line(OSError("\x1b[31mred\x1b[0m")) == "OSError: red"
+
+
+def test_the_cause_that_a_library_hides_is_found():
+    outer, inner = ValueError("an error occurred"), KeyError("label")
+    outer.__cause__ = inner
+    assert root_cause(outer) is inner
+    assert root_cause(inner) is inner
