@@ -45,17 +45,7 @@ def find_columns(features, unique: Callable[[str], list], config: DataConfig) ->
     image = config.image or _only(images, IMAGE_NAMES)
     require(image is not None, f"--data {source}: several image columns ({', '.join(images)}); choose one with --image")
     require(image in images, f"--image {image}: no such image column in {source}; it has {listed}")
-    label = config.label
-    require(label is None or label in features, f"--label {label}: no such column in {source}; it has {listed}")
-    typed = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-    named = [name for name in LABEL_NAMES if name in features]
-    candidates = list(dict.fromkeys(typed + named))
-    label = label or _only([name for name in named if name in typed], ()) or _only(candidates, ())
-    label = label or (_only(named, ()) if not typed else None)
-    require(bool(label or candidates), f"--data {source}: no label column; it has {listed}; name one with --label")
-    require(
-        label is not None, f"--data {source}: several label columns ({', '.join(candidates)}); choose one with --label"
-    )
+    label = _find_label(features, config, listed)
     if isinstance(features[label], ClassLabel):
         classes = tuple(features[label].names)
         columns = Columns(image, label, classes, _by_number(classes))
@@ -63,6 +53,23 @@ def find_columns(features, unique: Callable[[str], list], config: DataConfig) ->
         columns = _plain_columns(features[label], image, label, lambda: unique(label), f"{source} has {listed}")
     check_class_names(columns.classes, source)
     return columns
+
+
+def _find_label(features, config: DataConfig, listed: str) -> str:
+    """The label column: --label, else the only one with a usual name and classes, or the only one with either."""
+    from datasets import ClassLabel
+
+    source, label = config.source, config.label
+    require(label is None or label in features, f"--label {label}: no such column in {source}; it has {listed}")
+    typed = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+    named = [name for name in LABEL_NAMES if name in features]
+    candidates = list(dict.fromkeys(typed + named))
+    require(bool(label or candidates), f"--data {source}: no label column; it has {listed}; name one with --label")
+    label = label or _only([name for name in named if name in typed], ()) or _only(candidates, ())
+    require(
+        label is not None, f"--data {source}: several label columns ({', '.join(candidates)}); choose one with --label"
+    )
+    return label
 
 
 def _only(names: list[str], preferred: tuple[str, ...]) -> str | None:
@@ -103,9 +110,10 @@ def _plain_columns(kind, image: str, label: str, unique: Callable[[], list], lis
     numbers = {value: number for number, value in enumerate(values)}
     note = ""
     if isinstance(most, int) and most >= len(values):
-        listed = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
-        note = f"the {len(classes)} classes are the numbers that occur in column {label}: {listed} (others up to {most}"
-        note += " do not)"
+        shown = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
+        note = (
+            f"the {len(classes)} classes are the numbers that occur in column {label} ({shown}), not all up to {most}"
+        )
     return Columns(image, label, classes, numbers, note)
 
 

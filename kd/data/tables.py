@@ -31,6 +31,7 @@ def load_folder(path: Path, described: str, streaming: bool = False, **options) 
     """Load the tables in a folder. `described`: what it has, for the message."""
     import datasets
 
+    require("::" not in str(path.resolve()), f"--data {path}: '::' in a path has a meaning to `datasets`; rename it")
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns that a plain folder has no dataset card
     try:
@@ -133,7 +134,8 @@ def with_common_names(splits: dict, files: dict[str, list[File]], source: str, s
         if len(lists) == 1:
             continue
         one, other = list(lists.values())[:2]
-        differing = f"{Path(one.path).name} and {Path(other.path).name} name the classes of {column} differently"
+        paths = f"{_short(one.path, other.path)} and {_short(other.path, one.path)}"
+        differing = f"{paths} name the classes of {column} differently"
         shown = f"({_shown(one.names[column])} and {_shown(other.names[column])})"
         require(
             not streaming and not bare,
@@ -143,6 +145,12 @@ def with_common_names(splits: dict, files: dict[str, list[File]], source: str, s
         splits = {name: _renumber(rows, column, names, files.get(name, []), source) for name, rows in splits.items()}
         notes.append(f"{differing} {shown}: numbered alike, by name")
     return Loaded(splits, tuple(notes))
+
+
+def _short(path: str, other: str) -> str:
+    """A file's name, with its folder's if the other file has the same name."""
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if parts[-1] == Path(other).name else parts[-1:])
 
 
 def _shown(names: tuple[str, ...]) -> str:

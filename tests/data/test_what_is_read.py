@@ -97,6 +97,24 @@ def test_class_names_may_differ_from_file_to_file_of_a_split(tmp_path):
     assert (len(data.train.labels), len(data.test.labels)) == (20, 8)
 
 
+def test_sets_that_datasets_saved_are_read(tmp_path, capsys):
+    for split, names in (("train", ["red", "green"]), ("test", ["green", "red"])):
+        parquet(tmp_path / f"{split}.parquet", names)
+        rows = datasets.Dataset.from_parquet(str(tmp_path / f"{split}.parquet"))
+        rows.save_to_disk(str(tmp_path / "set" / split))
+    data = load_data(DataConfig(source=str(tmp_path / "set"), val_fraction=0.0))
+    assert labelled_by_colour(data)
+    assert "train/data-00000-of-00001.arrow and test/data-00000-of-00001.arrow name the" in capsys.readouterr().out
+
+
+def test_a_dataset_card_names_the_splits(tmp_path):
+    root = folder(tmp_path / "set", (("a", 8), ("b", 4)))
+    lines = ["configs:", "- config_name: default", "  data_files:", "  - split: train", "    path: a/*/*"]
+    (root / "README.md").write_text("\n".join(["---", *lines, "  - split: test", "    path: b/*/*", "---"]))
+    data = load_data(DataConfig(source=str(root), val_fraction=0.0))
+    assert (len(data.train.labels), len(data.test.labels)) == (24, 12)
+
+
 def test_a_file_without_class_names_is_said(tmp_path, capsys):
     parquet(tmp_path / "set" / "train.parquet", ["red", "green"])
     parquet(tmp_path / "set" / "test.parquet", ["red", "green"], Value("int64"))
@@ -168,7 +186,10 @@ def test_integer_labels_are_the_classes_that_occur(tmp_path, how, capsys):
     data = load_data(DataConfig(source=str(tmp_path / "set"), label="number", val_fraction=0.0, **how))
     assert data.classes == ("1", "2", "5")
     assert data.test.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert "the 3 classes are the numbers that occur in column number: 1, 2, 5" in capsys.readouterr().out
+    assert (
+        "the 3 classes are the numbers that occur in column number (1, 2, 5), not all up to 5\n"
+        in capsys.readouterr().out
+    )
 
 
 def described(root: Path, split: str, rows: dict[str, str], form: str = "csv", colour=None) -> None:
@@ -231,7 +252,7 @@ def test_class_names_that_look_alike_are_refused_with_their_code_points(tmp_path
 
 
 def test_letters_of_handwriting_stay_apart():
-    check_class_names(("A", "a", "é", "É"), "letters")
+    check_class_names(("A", "a", "\u00e9", "E\u0301"), "letters")
     with pytest.raises(UserError, match="U\\+00E9"):
         check_class_names(("\u00e9", "e\u0301"), "letters")
 
