@@ -21,6 +21,7 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # one of them begins a l
 RANGES = {"all values": None, "the central 99.9% of values": 99.9}  # a wide range leaves small values few levels
 BATCH = 64  # does not change the result
 HISTOGRAM_BATCH = 8  # all of its intermediate values are in memory at once
+NAMED = 5  # layers in a note; export.json has all
 RANKING_IMAGES = 128  # enough to rank layers by error
 
 
@@ -42,7 +43,8 @@ class Quantized(NamedTuple):
         """One sentence for the table and the model card."""
         layers = f"all {self.layers} layers in 8 bits"
         if self.float_layers:
-            names = ", ".join(self.float_layers)
+            names = ", ".join(self.float_layers[:NAMED])
+            names += f" and {len(self.float_layers) - NAMED} more" * (len(self.float_layers) > NAMED)
             layers = f"{len(self.float_layers)} of {self.layers} layers stay in float32 ({names}), the others in 8 bits"
         return (
             f"{file}: {layers}, its ranges from {self.ranges}; it agrees with its float32 source"

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from kd.errors import UserError
-from kd.export.int8 import Quantizer, logits_of, write_int8
+from kd.export.int8 import Quantized, Quantizer, logits_of, write_int8
 from kd.export.onnx_runtime import OnnxFile, describe
 
 INFO = {"image_size": [1, 1], "mean": [0, 0, 0], "std": [1, 1, 1], "classes": ["a", "b"]}
@@ -81,6 +81,11 @@ def test_only_the_layers_that_spoil_predictions_stay_in_float(tmp_path, images, 
     assert [arrays[f"network.{number}.weight"] for number in (1, 2)] == [TensorProto.FLOAT] * 2
     assert [arrays[f"network.{number}.weight_quantized"] for number in (0, 3)] == [TensorProto.INT8] * 2
     assert "not 95%: the layers with the largest error stay in float32" in capsys.readouterr().out
+
+
+def test_a_note_counts_layers_and_names_a_few():
+    note = Quantized("all values", 54, tuple("abcdefgh"), 95.4, 108).note("model.int8.onnx")
+    assert "8 of 54 layers stay in float32 (a, b, c, d, e and 3 more), the others in 8 bits" in note
 
 
 def test_a_layer_ranked_too_high_goes_back_to_8_bits(tmp_path, images, monkeypatch):
