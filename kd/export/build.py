@@ -147,7 +147,7 @@ def check_agreement(name: str, agreement: float, images: str, minimum: float) ->
     require(
         agreement >= minimum,
         f"{name}: {share}, and --min-agreement is {minimum:g}; nothing was written; leave {kind} out of --formats, or"
-        f" give --min-agreement {int(agreement)} to keep it with a warning",
+        f" give --min-agreement {int(agreement)} to keep it" + " with a warning" * (agreement < MIN_AGREEMENT),
     )
     if agreement >= MIN_AGREEMENT:
         return ()
