@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, Facts, cached, open_dataset, write_arrays
+from kd.data.cache import Arrays, Facts, cache_root, cached, open_dataset, write_arrays
 from kd.data.folder import ImageFolder, check_archives, check_names, describe_files, scan_folder
 from kd.data.metadata import Loaded, read_folder
 from kd.data.own import is_users_own, load_own
 from kd.data.splits import hold_out
 from kd.data.storage import DataSource, InMemory, choose_storage
 from kd.data.stream import Streaming
-from kd.data.tables import compare_hub_files, load_folder
+from kd.data.tables import TableFolder, compare_hub_files, load_folder
 from kd.errors import UserError, nearest, require
 from kd.utils.console import one_line, print_once, root_cause
 from kd.utils.images import VERSION
@@ -144,8 +144,8 @@ def _find_folder(config: DataConfig, path: Path) -> DataSource:
     if images.is_one:
         return _open_source(config, key, content, lambda **options: read_folder(images, **options), listed=True)
     check_archives(path, listing, config.source)
-    described = f"it has {describe_files(listing)}"
-    return _open_source(config, key, content, lambda **options: load_folder(path, described, **options))
+    tables = TableFolder(path, f"it has {describe_files(listing)}", cache_root() / "data" / f"{key}.datasets")
+    return _open_source(config, key, content, lambda **options: load_folder(tables, **options))
 
 
 def _find_hub_set(config: DataConfig) -> DataSource:

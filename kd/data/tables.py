@@ -27,16 +27,25 @@ class File(NamedTuple):
     names: dict[str, tuple[str, ...]]  # of each column of classes
 
 
-def load_folder(path: Path, described: str, streaming: bool = False, **options) -> Loaded:
-    """Load the tables in a folder. `described`: what it has, for the message."""
+class TableFolder(NamedTuple):
+    """A local folder of tables."""
+
+    path: Path
+    described: str  # what it has, for a message
+    cache: Path  # of this folder as it is now: `datasets` itself takes folders of one name with a card for the same
+
+
+def load_folder(folder: TableFolder, streaming: bool = False, **options) -> Loaded:
+    """Load the tables in a folder."""
     import datasets
 
+    path = folder.path
     require("::" not in str(path.resolve()), f"--data {path}: '::' in a path has a meaning to `datasets`; rename it")
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns that a plain folder has no dataset card
     try:
         with literal_path(path):
-            builder = datasets.load_dataset_builder(str(path), **options)
+            builder = datasets.load_dataset_builder(str(path), cache_dir=str(folder.cache), **options)
             files = _read_files(builder)
             if not streaming:
                 builder.download_and_prepare()
@@ -45,8 +54,8 @@ def load_folder(path: Path, described: str, streaming: bool = False, **options) 
         raise
     except Exception as error:  # each format has errors of its own
         raise UserError(
-            f"--data {path}: no readable image data ({described}; {one_line(root_cause(error))}); give folders of"
-            " images named after their classes in train/ and test/, or parquet files"
+            f"--data {path}: no readable image data ({folder.described}; {one_line(root_cause(error))}); give folders"
+            " of images named after their classes in train/ and test/, or parquet files"
         ) from error
     return with_common_names(dict(splits), files, str(path), streaming)
 

@@ -107,8 +107,9 @@ def test_sets_that_datasets_saved_are_read(tmp_path, capsys):
     assert "train/data-00000-of-00001.arrow and test/data-00000-of-00001.arrow name the" in capsys.readouterr().out
 
 
-def test_a_dataset_card_names_the_splits(tmp_path):
-    root = folder(tmp_path / "set", (("a", 8), ("b", 4)))
+@pytest.mark.parametrize("parent", ["one", "other"])  # `datasets` takes folders of one name with a card for the same
+def test_a_dataset_card_names_the_splits(tmp_path, parent):
+    root = folder(tmp_path / parent / "set", (("a", 8), ("b", 4)))
     lines = ["configs:", "- config_name: default", "  data_files:", "  - split: train", "    path: a/*/*"]
     (root / "README.md").write_text("\n".join(["---", *lines, "  - split: test", "    path: b/*/*", "---"]))
     data = load_data(DataConfig(source=str(root), val_fraction=0.0))
