@@ -87,7 +87,7 @@ def fits_memory(size: int, config: DataConfig) -> tuple[bool, str]:
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+    return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"
 
 
 class OpenedDataset:

@@ -43,7 +43,8 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
     fit = settle(config.fit, images, processes)
     check_batch(fit, images, processes)
     if fit != config.fit:
-        numbers = f"{fit.epochs} epochs, {fit.warmup_epochs:g} of them warm-up, batch {fit.batch_size}, lr {fit.lr:g}"
+        epochs = f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}, {fit.warmup_epochs:g} of them warm-up"
+        numbers = f"{epochs}, batch {fit.batch_size}, lr {fit.lr:g}"
         print_once(f"recipe {config.preset} for {images} training images: {numbers}")
     left_out = images % fit.batch_size
     if left_out and fit.drop_last:

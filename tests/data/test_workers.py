@@ -145,11 +145,11 @@ def test_data_that_does_not_fit_is_decoded_by_workers(folder, monkeypatch, capsy
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("kd.data.storage.SHARE", 1e-9)
     load_data(config(folder, "auto"))
-    assert "by workers in every epoch (their 3.84e-05 GB do not fit half of" in capsys.readouterr().out
+    assert "by workers in every epoch (their 0.0384 MB do not fit half of" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     load_data(config(folder, "auto"))
-    assert "data: in memory, decoded once (3.84e-05 GB, which fit half of" in capsys.readouterr().out
+    assert "data: in memory, decoded once (0.0384 MB, which fit half of" in capsys.readouterr().out
 
 
 def test_row_45_a_killed_worker_ends_in_one_line_with_the_remedy():
