@@ -21,7 +21,7 @@ from kd.utils import rng
 def check_batch(fit: FitConfig, rows: int, processes: int) -> None:
     """Raises UserError if a global batch does not fit the processes or the training rows."""
     size, last = fit.batch_size, 0 if fit.drop_last else rows % fit.batch_size
-    require(size % processes == 0, f"--batch-size {size}: must divide by the number of processes, {processes}")
+    require(size % processes == 0, f"--batch-size {size}: must be a multiple of the number of processes, {processes}")
     require(size <= rows, f"--batch-size {size}: larger than the training split of {rows} images; give fewer")
     require(
         last % processes == 0,

@@ -1,6 +1,7 @@
 """Choose how images are stored: decoded in memory, or encoded and decoded by workers in every epoch.
 
-`choose_storage` decides, by --decode and by what fits. The third way, --stream, is in kd/data/stream.py.
+`choose_storage` decides, by --decode and by what fits. kd/data/sources.py (`_open_source`) takes the third way with
+--stream; it is implemented in kd/data/stream.py.
 """
 
 import shutil

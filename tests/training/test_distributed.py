@@ -100,7 +100,7 @@ def test_row_38_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(whol
 def test_a_batch_that_does_not_divide_is_refused():
     done = script("train_teacher.py", *SMALL, "--batch-size", "51", "--model", "resnet8", env=CPU, launcher=torchrun(2))
     assert done.returncode != 0
-    assert "--batch-size 51: must divide by the number of processes, 2" in done.stderr
+    assert "--batch-size 51: must be a multiple of the number of processes, 2" in done.stderr
 
 
 @pytest.mark.slow
