@@ -4,7 +4,6 @@ Each is map-style: it has a length and gives (image, class number) pairs, as tor
 """
 
 import importlib
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +22,6 @@ from kd.utils.images import crop_and_resize, to_array, to_rgb
 from kd.utils.system import memory_limit
 
 FORM = '{"train": dataset, "test": dataset}, each giving (image, class number) pairs'
-
-
-def is_users_own(source: str) -> bool:
-    """Whether `source` is a module:function, code that is imported and run."""
-    return re.fullmatch(r"[\w.]+:\w+", source) is not None
 
 
 def load_own(config: DataConfig) -> InMemory:

@@ -17,7 +17,7 @@ from kd.config import DataConfig
 from kd.data.cache import Arrays, Facts, cache_root, cached, open_dataset, write_arrays
 from kd.data.folder import ImageFolder, check_archives, check_names, describe_files, scan_folder
 from kd.data.metadata import Loaded, read_folder
-from kd.data.own import is_users_own, load_own
+from kd.data.own import load_own
 from kd.data.splits import hold_out
 from kd.data.storage import DataSource, InMemory, choose_storage
 from kd.data.stream import Streaming
@@ -25,6 +25,7 @@ from kd.data.tables import TableFolder, compare_hub_files, load_folder
 from kd.errors import UserError, nearest, require
 from kd.utils.console import one_line, print_once, root_cause
 from kd.utils.images import VERSION
+from kd.utils.users_own import is_users_own
 
 READER = 1  # version of how rows and labels are read from files; part of the key of every cache on disk
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from kd.config import DataConfig
 from kd.data import Data, load_data
-from kd.data.own import is_users_own
 from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed
@@ -18,6 +17,7 @@ from kd.report.groups import ALONE, group_runs
 from kd.runs.load import load_network
 from kd.runs.results import checked_summary, collect_runs, named_paths, read_config
 from kd.utils.files import write_json
+from kd.utils.users_own import is_users_own
 
 
 class ExportedRun(NamedTuple):
