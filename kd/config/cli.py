@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -27,19 +27,36 @@ from kd.config.methods import METHODS, method_name
 from kd.config.presets import PRESETS, default_preset
 from kd.errors import exit_code
 
-# The groups of --help, commonest flags first. The dataclasses' own order is that of every config.json.
+
+class Group(NamedTuple):
+    """Flags of one subject: names, the commonest first."""
+
+    common: str
+    rare: str = ""  # only `--help GROUP` explains them
+
+
+# The groups of --help. The dataclasses' own order is that of every config.json.
 GROUPS = {
-    "data": "data classes image-size val-fraction test-fraction label image skip-broken stored-size decode workers "
-    "stream shuffle-rows split-seed imbalance",
-    "model": "student model",
-    "teacher": "teacher teacher-model teacher-seed control fine-tune-teacher trust-code cache-teacher cache-dtype "
-    "cache-top-k",
-    "training": "preset epochs batch-size lr seed weight-decay momentum nesterov schedule warmup-epochs milestones "
-    "label-smoothing balance drop-last clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
-    "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed",
-    "run": "out resume auto-resume resume-inexact extend save-every threads test",
-    "logging": "log-every diagnose-every wandb wandb-project wandb-group",
-    "compression": "init weight-bits activation-bits prune sparsity",
+    "data": Group(
+        "data classes image-size val-fraction label image stream",
+        "test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance",
+    ),
+    "model": Group("student model"),
+    "teacher": Group(
+        "teacher teacher-model control fine-tune-teacher cache-teacher",
+        "teacher-seed trust-code cache-dtype cache-top-k",
+    ),
+    "training": Group(
+        "preset epochs batch-size lr seed weight-decay momentum schedule warmup-epochs label-smoothing mixed-precision",
+        "nesterov milestones balance drop-last clip-norm compile channels-last deterministic sync-batchnorm",
+    ),
+    "augmentation": Group(
+        "crop-padding resized-crop flip mixup cutmix views",
+        "erase colour-jitter view-seed",
+    ),
+    "run": Group("out resume auto-resume save-every threads", "resume-inexact extend test"),
+    "logging": Group("wandb", "log-every diagnose-every wandb-project wandb-group"),
+    "compression": Group("init weight-bits", "activation-bits prune sparsity"),
 }
 
 # Flags without their part's name, and a method's own before or after the others.
@@ -92,24 +109,35 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     width = min(max(width, 60), MAX_WIDTH)
     script_name = Path(sys.argv[0]).name
     flags = _flags(default)
+    meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
+    usage, methods = f"usage: {script_name} [FLAG ...]", ()
     if isinstance(default, DistillConfig):
-        method = _named_method(args, flags)
-        if method:
+        if method := _first_word(args, flags, METHODS):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
-    else:
-        usage, methods = f"usage: {script_name} [FLAG ...]", ()
-    grouped = {title: [flags[name] for name in names.split() if name in flags] for title, names in GROUPS.items()}
-    groups = (_group(title, found, width) for title, found in grouped.items() if found)
-    meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
+        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+    if group := _first_word(args, flags, GROUPS):
+        names = f"{GROUPS[group].common} {GROUPS[group].rare}".split()
+        whole = _group(group, (flags[name] for name in names if name in flags), width)
+        return _paragraphs([usage, meaning], whole, [f"{script_name} --help shows the commonest flags of all groups."])
+    groups = filter(None, (_common_flags(title, flags, width) for title in GROUPS))
     return _paragraphs([description.strip()], [usage, meaning], *groups, *methods)
 
 
-def _named_method(args: list[str], flags: dict[str, Flag]) -> str | None:
-    """The method among the arguments; crd in `--preset crd` is none."""
+def _common_flags(title: str, flags: dict[str, Flag], width: int) -> list[str]:
+    """One group's commonest flags, and the names of its others; empty if the script has none of them."""
+    common, rare = ([name for name in names.split() if name in flags] for names in GROUPS[title])
+    more = f"more with --help {title}: {', '.join(rare)}"
+    lines = textwrap.wrap(more, width - 2, break_on_hyphens=False) if rare else []
+    found = _group(title, (flags[name] for name in common), width) if common else []
+    return [*found, *(f"  {line}" for line in lines)]
+
+
+def _first_word(args: list[str], flags: dict[str, Flag], wanted: Collection[str]) -> str | None:
+    """The first of these words among the arguments; crd in `--preset crd` is no method."""
     with_value = {f"--{name}" for name, flag in flags.items() if " " in flag.usage}
     words = (word for before, word in itertools.pairwise(["", *args]) if before not in with_value)
-    return next((word for word in words if word in METHODS), None)
+    return next((word for word in words if word in wanted), None)
 
 
 def _method_help(script_name: str, method: str, usual: object, width: int) -> list[list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from kd.config import Job
+from kd.config import Job, NoneConfig
 from kd.data import Data
 from kd.data.sources import BUILT_IN
 from kd.errors import UserError, require
@@ -37,6 +37,7 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "image": None,
     "test_fraction": 0.2,
     "skip_broken": False,
+    "label_smoothing": 0.0,
 }
 
 
@@ -74,6 +75,8 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256:
         del parts["data"][name]
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
+    if isinstance(job.method, NoneConfig):  # its first runs had the flag already
+        flat["label_smoothing"] = job.method.label_smoothing
     if job.cache.cache_teacher and teacher_sha256:
         flat |= dataclasses.asdict(job.cache)
     if job.compress.asked:
