@@ -21,11 +21,25 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import tyro
 from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes
 
+from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import DistillConfig
 from kd.config.methods import METHODS, method_name
 from kd.config.presets import PRESETS, default_preset
-from kd.errors import exit_code
+from kd.errors import exit_code, nearest, require
+
+
+class Flag(NamedTuple):
+    """A flag as --help shows it."""
+
+    usage: str
+    text: str
+    default: str
+    value: object = None
+
+    @property
+    def takes_value(self) -> bool:
+        return " " in self.usage
 
 
 class Group(NamedTuple):
@@ -54,7 +68,7 @@ GROUPS = {
         "crop-padding resized-crop flip mixup cutmix views",
         "erase colour-jitter view-seed",
     ),
-    "run": Group("out resume auto-resume save-every threads", "resume-inexact extend test"),
+    "run": Group("out resume auto-resume config save-every threads", "print-config resume-inexact extend test"),
     "logging": Group("wandb", "log-every diagnose-every wandb-project wandb-group"),
     "compression": Group("init weight-bits", "activation-bits prune sparsity"),
 }
@@ -62,38 +76,69 @@ GROUPS = {
 # Flags without their part's name, and a method's own before or after the others.
 FLAT = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
 
+# Read before tyro is asked.
+FILE_FLAGS = {
+    "config": Flag("--config FILE", "Take flags from a YAML or a run's config.json; those typed here win.", ""),
+    "print-config": Flag("--print-config", "Print all flags as such a YAML, and stop.", ""),
+}
+
 INDENT = 24  # columns before a flag's text
 
 MAX_WIDTH = 120  # columns: longer lines are hard to read
-
-
-class Flag(NamedTuple):
-    """A flag as --help shows it."""
-
-    usage: str
-    text: str
-    default: str
 
 
 def parse(defaults: Callable, description: str, args: list[str] | None = None):
     """The checked configuration of `args` (the command line if None).
 
     `defaults` maps a preset's name to its configuration, which gives every flag its default: hence the first pass,
-    which reads --preset, or --data, from which it follows. Raises kd.errors.UserError for values out of range; tyro
-    itself exits with 2 and a short message on flags that do not parse.
+    which reads --preset, or --data, from which it follows. The flags in the file of --config become defaults too.
+    Raises kd.errors.UserError for values out of range; tyro itself exits with 2 and a short message on flags that do
+    not parse.
     """
-    args = sys.argv[1:] if args is None else args
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", nargs="?")  # tyro reports a missing value
-    first.add_argument("--data", nargs="?")
-    given = first.parse_known_args(args)[0]
-    preset = given.preset or default_preset(given.data)
+    given, args = _first_pass(sys.argv[1:] if args is None else args)
+    file = read_flags(Path(given.config)) if given.config else {}
+    preset = given.preset or file.get("preset") or default_preset(given.data or file.get("data"))
     default = defaults(preset if preset in PRESETS else "report")  # tyro reports an unknown one
+    if file:
+        default = _with_file(default, file | {"preset": preset}, Path(given.config), args)
     if "-h" in args or "--help" in args:
         _print_and_exit(format_help(default, description, args, shutil.get_terminal_size().columns))
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
+    if given.print_config:
+        _print_and_exit(as_yaml(flag_values(config)).rstrip())
     return config
+
+
+def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the defaults depend on, and the arguments for tyro: all but --config and --print-config."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", nargs="?", const="")
+    files.add_argument("--print-config", action="store_true")
+    given, rest = files.parse_known_args(args)
+    require(given.config != "", "--config: name a YAML, or a run's config.json")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", nargs="?")  # tyro reports a missing value
+    first.add_argument("--data", nargs="?")
+    return first.parse_known_args(rest, given)[0], rest
+
+
+def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
+    """`default` with the flags of --config; its method's own are left out if `args` name another method."""
+    flags, words = _flags(default), []
+    if isinstance(default, DistillConfig):
+        method = file.pop("method", None) or method_name(default.method)
+        require(method in METHODS, f"--config {path}: there is no method {method}: {nearest(str(method), METHODS)}")
+        named = _first_word(args, flags, METHODS)
+        common = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        own = _flags(METHODS[method]())
+        chosen = {name: value for name, value in file.items() if name in own}
+        file = {name: value for name, value in file.items() if name not in own}
+        if named in (None, method):
+            words = [method, *as_arguments(chosen, own, path)]
+        flags = common
+    words = [*as_arguments(file, flags, path), *words]
+    return tyro.cli(type(default), default=default, args=words, config=FLAT)
 
 
 def script(defaults: Callable, main: Callable, description: str) -> None:
@@ -108,7 +153,7 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     """
     width = min(max(width, 60), MAX_WIDTH)
     script_name = Path(sys.argv[0]).name
-    flags = _flags(default)
+    flags = _flags(default) | FILE_FLAGS
     meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
     usage, methods = f"usage: {script_name} [FLAG ...]", ()
     if isinstance(default, DistillConfig):
@@ -135,7 +180,7 @@ def _common_flags(title: str, flags: dict[str, Flag], width: int) -> list[str]:
 
 def _first_word(args: list[str], flags: dict[str, Flag], wanted: Collection[str]) -> str | None:
     """The first of these words among the arguments; crd in `--preset crd` is no method."""
-    with_value = {f"--{name}" for name, flag in flags.items() if " " in flag.usage}
+    with_value = {f"--{name}" for name, flag in flags.items() if flag.takes_value}
     words = (word for before, word in itertools.pairwise(["", *args]) if before not in with_value)
     return next((word for word in words if word in wanted), None)
 
@@ -201,8 +246,19 @@ def _flags(config) -> dict[str, Flag]:
             flags |= _flags(value)
         else:
             name, usage = _usage(field.name, hints[field.name], value)
-            flags[name] = Flag(usage, texts[field.name], _default(field.name, value))
+            flags[name] = Flag(usage, texts[field.name], _default(field.name, value), value)
     return flags
+
+
+def flag_values(config) -> dict[str, object]:
+    """Every flag's value by its name on the command line, in the order of --help, the method and its flags last."""
+    flags, method = _flags(config), {}
+    if isinstance(config, DistillConfig):
+        own = _flags(config.method)
+        flags = {name: flag for name, flag in flags.items() if name not in own}
+        method = {"method": method_name(config.method)} | {name: flag.value for name, flag in own.items()}
+    names = " ".join(f"{group.common} {group.rare}" for group in GROUPS.values()).split()
+    return {name: flags[name].value for name in names if name in flags} | method
 
 
 def _docstrings(kind: type) -> dict[str, str]:

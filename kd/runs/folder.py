@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -88,8 +89,12 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256:
     return json.loads(json.dumps(flat))  # tuples become lists, as in a file read back
 
 
-def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None = None) -> RunFolder:
+def open_run(
+    job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None = None, teachers: Sequence[str] = ()
+) -> RunFolder:
     """Claim the job's folder: new, to be resumed, or finished. Only the main process inspects and writes it.
+
+    `teachers`: their folders or names, so that config.json can repeat the run (--config).
 
     Raises: UserError if the folder has something else, is in use by another process, or cannot be written.
     """
@@ -114,7 +119,8 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str
             _read_state(run, job)
             if run.summary is None and not run.resuming:
                 run.wandb_id = uuid.uuid4().hex[:8]
-                write_json(run.path / "config.json", run_config(job, run.identity, run.wandb_id, data, accelerator))
+                config = run_config(job, run.identity, run.wandb_id, data, accelerator)
+                write_json(run.path / "config.json", config | {"teacher": list(teachers)})
     except BaseException as error:
         run.release()
         if isinstance(error, OSError):
