@@ -25,6 +25,7 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     """
     from kd.runs.folder import open_run
     from kd.teachers.cache import teacher_logits
+    from kd.training.push import push_epoch, push_run
     from kd.training.setup import build_distiller
     from kd.training.summary import write_results
     from kd.training.trainer import Trainer
@@ -40,8 +41,11 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
                     for batch in trainer.batches(epoch):
                         trainer.step(batch)
                     trainer.end_epoch(epoch)
+                    push_epoch(trainer, epoch)
             write_results(trainer, teacher, control)
             accelerator.free_memory()
+        if accelerator.is_main_process:
+            push_run(job, run)
     return run.path
 
 

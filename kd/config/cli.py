@@ -68,8 +68,10 @@ GROUPS = {
         "crop-padding resized-crop flip mixup cutmix views",
         "erase colour-jitter view-seed",
     ),
-    "run": Group("out resume auto-resume config save-every threads", "print-config resume-inexact extend test"),
-    "logging": Group("wandb", "log-every diagnose-every wandb-project wandb-group"),
+    "run": Group(
+        "out resume auto-resume config save-every threads", "push-to push-every print-config resume-inexact extend test"
+    ),
+    "logging": Group("wandb track", "log-every diagnose-every wandb-project wandb-group"),
     "compression": Group("init weight-bits", "activation-bits prune sparsity"),
 }
 

@@ -5,7 +5,9 @@ names, order and nesting of the fields are in every config.json and must stay. N
 """
 
 import dataclasses
+import importlib.util
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -217,11 +219,29 @@ class RunConfig:
     wandb_group: str | None = None
     """Group in Weights & Biases; the preset's name if left out."""
 
+    track: tuple[Literal["wandb", "tensorboard", "mlflow", "trackio"], ...] = ("wandb",)
+    """Where the numbers go beside metrics.jsonl; --wandb-project names the project in each."""
+    push_to: Annotated[str | None, arg(metavar="USER/NAME")] = None
+    """Upload the finished run to this model repository on the Hub, for kd.load; a failure is printed, no more."""
+    push_every: int = 0
+    """With --push-to: upload the weights every N epochs too; 0: at the end."""
+
     def check(self) -> None:
         require(self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more")
         require(self.diagnose_every >= 0, f"--diagnose-every {self.diagnose_every}: give 0 or more")
         require(self.log_every >= 1, f"--log-every {self.log_every}: give 1 or more")
         require(self.threads is None or 1 <= self.threads <= 1024, f"--threads {self.threads}: give 1 to 1024")
+        for name in {*self.track} - {"wandb"}:  # W&B is a dependency, and a run goes on without it
+            require(
+                importlib.util.find_spec(name) is not None,
+                f"--track {name}: is not installed: pip install {name}",
+            )
+        require(self.push_every >= 0, f"--push-every {self.push_every}: give 0 or more")
+        require(not self.push_every or self.push_to is not None, "--push-every: needs --push-to USER/NAME")
+        require(
+            self.push_to is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to) is not None,
+            f"--push-to {self.push_to}: is no Hub id; give USER/NAME, of letters, digits, '-', '_' and '.'",
+        )
         require(not (self.resume and self.auto_resume), "--resume and --auto-resume: give one of them")
         require(
             not self.resume_inexact or self.resume or self.auto_resume,

@@ -120,7 +120,7 @@ class DistillConfig(_Common):
         return dataclasses.replace(self._side_job("none", self.student, self.fit), compress=self.compress)
 
     def _side_job(self, role: str, model: str, fit: FitConfig) -> "Job":
-        run = dataclasses.replace(self.run, out=None, resume=False, auto_resume=True)
+        run = dataclasses.replace(self.run, out=None, resume=False, auto_resume=True, push_to=None, push_every=0)
         return Job(role, self.preset, model, NoneConfig(), self.data, self.views, fit, run)
 
 

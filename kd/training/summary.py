@@ -5,7 +5,6 @@ from pathlib import Path
 
 from kd.compress import compression_summary, plain_weights
 from kd.config import Job
-from kd.data import Data
 from kd.errors import require
 from kd.models.cost import count_params
 from kd.report import plots
@@ -46,8 +45,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         if trainer.best:
             write_weights(run.path / "best.safetensors", plain_weights(network, trainer.best))
         summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
-        info = _model_info(job, data) | {"deployed": trainer.distiller.loss.recipe}
-        write_json(run.path / "model.json", info | ({"compression": compression} if compression else {}))
+        write_json(run.path / "model.json", model_info(trainer))
         draw_curves(trainer.state.history, f"{job.role} {job.model}", run.path / "curves.png")
         write_json(run.path / "summary.json", summary)
     accelerator.wait_for_everyone()
@@ -88,8 +86,10 @@ def _training_summary(state: State, job: Job, params: int) -> dict:
     }
 
 
-def _model_info(job: Job, data: Data) -> dict:
-    return {
+def model_info(trainer: Trainer) -> dict:
+    """The content of model.json: how to build the deployed network, and what it expects of its images."""
+    job, data, compression = trainer.job, trainer.data, trainer.distiller.compression
+    info = {
         "model": job.model,
         "num_classes": len(data.classes),
         "image_size": data.size,
@@ -98,7 +98,9 @@ def _model_info(job: Job, data: Data) -> dict:
         "classes": data.classes,
         "stored_size": job.data.stored_size,
         "resized": job.origin and job.origin.image_size,  # what a network from elsewhere takes them at, inside
+        "deployed": trainer.distiller.loss.recipe,
     }
+    return info | ({"compression": compression} if compression else {})
 
 
 def draw_curves(history: list[dict], title: str, path: Path) -> None:

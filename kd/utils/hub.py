@@ -51,18 +51,27 @@ def push(folder: Path, name: str, private: bool) -> str:
 
     Raises: UserError, with the command to try again, if the upload fails. The folder stays as it is.
     """
-    from huggingface_hub import HfApi
-
     try:
-        hub = HfApi()
-        hub.create_repo(name, private=private, exist_ok=True)
-        # Files of an earlier export would otherwise stay beside a model card that does not describe them.
-        old = ["model*", "export.*"]
-        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of a run of kd", delete_patterns=old)
+        return upload(folder, name, "Export of a run of kd", private)
     except Exception as error:  # the HTTP client's own errors differ between versions of the library
         command = shlex.join(["hf", "upload", name, str(folder), *(["--private"] if private else [])])
         raise UserError(
             f"--push {name}: upload failed ({one_line(error)}); the export is complete in {folder}: run `{command}`"
             " once there is a network and a token (`hf auth login`, or HF_TOKEN)"
         ) from error
+
+
+def upload(folder: Path, name: str, message: str, private: bool | None = None) -> str:
+    """Upload every file of `folder` to the model repository `name` in one commit; returns its URL.
+
+    A new repository is private if `private` says so, and by the account's own default if None. Raises whatever the
+    library raises.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(name, private=private, exist_ok=True)
+    # Files of an earlier upload would otherwise stay beside a model card that does not describe them.
+    old = ["model*", "export.*"]
+    hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=old)
     return f"{hub.endpoint}/{name}"

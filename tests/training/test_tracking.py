@@ -2,10 +2,12 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kd.config import RunConfig
+from kd.errors import UserError
 from kd.report.document import Heading, Table
 from kd.study.__main__ import track_report
 from kd.training import tracking
@@ -151,3 +153,107 @@ def test_a_key_in_netrc_is_found(tmp_path, monkeypatch):
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert tracking.has_wandb_key()
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+@pytest.mark.filterwarnings("default")  # of TensorBoard's own dependencies
+def test_tensorboard_has_every_epoch_once_after_a_kill(monkeypatch):
+    pytest.importorskip("tensorboard")
+    log = tracking.Tracker.log
+
+    def stops(self, line):
+        log(self, line)
+        if line["epoch"] == 2:  # of which no checkpoint knows yet
+            raise KeyboardInterrupt
+
+    flags = ("--out", "run", "--epochs", "3", "--track", "tensorboard")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracking.Tracker, "log", stops)
+        teach(*flags)
+    teach(*flags, "--resume")
+    expected = [(line["epoch"], pytest.approx(line["val/top1"])) for line in metrics_of(Path("run"))]
+    assert scalars(Path("run/tensorboard"), "val/top1") == expected
+    assert [step for step, _ in scalars(Path("run/tensorboard"), "summary/test_top1")] == [3]
+    teach("--out", "quiet", "--epochs", "3")
+    assert metrics_of(Path("run")) == metrics_of(Path("quiet"))
+
+
+class FakeTracker:
+    """Stands in for one of Accelerate's trackers of services that are not installed."""
+
+    def __init__(self, **options):
+        self.options, self.logged, self.flags = options, [], None
+        self.tracker = SimpleNamespace(info=SimpleNamespace(run_id="abc"))
+        FakeTracker.made.append(self)
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, values):
+        self.flags = values
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.logged.append("finished")
+
+
+@pytest.mark.parametrize("name", ["mlflow", "trackio"])
+def test_other_trackers_go_on_in_their_run(name, monkeypatch):
+    FakeTracker.made = []
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, FakeTracker)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    log = tracking.Tracker.log
+
+    def stops(self, line):
+        log(self, line)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracking.Tracker, "log", stops)
+        teach("--out", "run", "--track", name)
+    teach("--out", "run", "--track", name, "--resume")
+    first, second = FakeTracker.made
+    assert first.flags["batch_size"] == 50
+    assert all(isinstance(value, bool | int | float | str) for value in first.flags.values())
+    assert second.flags is None
+    assert second.options.get("run_id", "abc") == "abc"
+    assert (name == "mlflow") == ("run_id" in second.options)
+    steps = [entry if entry == "finished" else entry[0] for entry in first.logged + second.logged]
+    assert steps == [1, 1, 2, 2, "finished"]  # the first epoch had no checkpoint yet
+
+
+def test_a_tracker_that_raises_stops_nothing(monkeypatch, capsys):
+    def breaks(**_):
+        raise ConnectionError("no server")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", breaks)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    teach("--out", "run", "--track", "mlflow")
+    assert (
+        "mlflow failed to start (ConnectionError: no server); the run continues without it" in capsys.readouterr().out
+    )
+    assert Path("run/summary.json").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="--track trackio: is not installed: pip install trackio"):
+        RunConfig(track=("trackio",)).check()
+    RunConfig(track=("wandb",)).check()
+
+
+def test_without_wandb_in_the_list_there_is_no_wandb(wandb, monkeypatch):
+    FakeTracker.made = []
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", FakeTracker)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    _, started = wandb("", "--track", "mlflow")
+    assert not started
+    assert FakeTracker.made

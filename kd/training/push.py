@@ -1,0 +1,83 @@
+"""--push-to: a run on the Hub, when it is finished and, with --push-every, while it is trained.
+
+A failed upload is one printed line: it never stops a training.
+"""
+
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from kd.compress import plain_weights
+from kd.config import Job
+from kd.runs.folder import RunFolder
+from kd.training.summary import model_info
+from kd.training.trainer import Trainer
+from kd.utils.console import one_line
+from kd.utils.files import read_json, write_json, write_weights
+from kd.utils.hub import upload
+
+FILES = ("model.safetensors", "best.safetensors", "model.json", "config.json", "summary.json", "metrics.jsonl")
+
+_uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+_running: dict[str, Future] = {}  # by repository: the newest upload
+
+
+def push_epoch(trainer: Trainer, epoch: int) -> None:
+    """Every --push-every epochs, upload the weights as they are now, while the training goes on.
+
+    Does nothing while the last upload still runs.
+    """
+    job, run = trainer.job, trainer.run
+    due = job.run.push_every and (epoch + 1) % job.run.push_every == 0 and epoch + 1 < job.fit.epochs
+    if not due or not trainer.accelerator.is_main_process:
+        return
+    name = job.run.push_to
+    if name in _running and not _running[name].done():
+        print(f"--push-to {name}: epoch {epoch + 1} is left out, the last upload still runs", flush=True)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="kd-push-"))
+    write_weights(folder / "model.safetensors", plain_weights(trainer.distiller.deployed))
+    write_json(folder / "model.json", model_info(trainer))
+    for file in ("config.json", "metrics.jsonl"):
+        shutil.copy(run.path / file, folder)
+    (folder / "README.md").write_text(_card(name, job, f"Epoch {epoch + 1} of {job.fit.epochs}: training goes on."))
+    _running[name] = _uploads.submit(_upload_and_remove, folder, name, f"epoch {epoch + 1}")
+
+
+def push_run(job: Job, run: RunFolder) -> None:
+    """Upload the finished run. The main process calls it; prints where the run is, or why it is not there."""
+    name = job.run.push_to
+    if name is None:
+        return
+    if name in _running:
+        _running.pop(name).result()
+    summary = read_json(run.path / "summary.json")
+    result = f"Test top-1 {summary['test_top1']:.2f}%." if summary.get("test_top1") is not None else ""
+    folder = Path(tempfile.mkdtemp(prefix="kd-push-"))
+    for file in FILES:
+        if (run.path / file).exists():
+            shutil.copy(run.path / file, folder)
+    (folder / "README.md").write_text(_card(name, job, result))
+    _upload_and_remove(folder, name, "the finished run", "; the same command tries again")
+
+
+def _upload_and_remove(folder: Path, name: str, what: str, remedy: str = "; the training goes on") -> None:
+    try:
+        url = upload(folder, name, f"kd: {what}")
+        print(f"pushed {what}: {url}", flush=True)
+    except Exception as error:  # the HTTP client's own errors differ between versions of the library
+        print(f"--push-to {name}: {what} was not uploaded ({one_line(error)}){remedy}", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _card(name: str, job: Job, result: str) -> str:
+    """A model card: what the network is, and how to load it."""
+    made = "trained" if job.role == "teacher" else f"distilled ({job.role})"
+    return (
+        "---\nlibrary_name: kd\npipeline_tag: image-classification\n---\n\n"
+        f"# {job.model}\n\n{made} on {Path(job.data.source).name} with the recipe `{job.preset}`, seed {job.fit.seed}."
+        f" {result}\n\n    import kd\n    network = kd.load({name!r})\n\n"
+        "`model.json` has image size, mean, std and class names; `config.json` every flag.\n"
+    )
