@@ -141,7 +141,7 @@ def test_augmix_is_the_mean_of_chains_made_one_by_one():
             mean = mean + (1 - own) * share * changed
         # Half a level from rounding the mean, one from each operation, which the next (equalize) may enlarge.
         gap = (ours[row] - mean).abs()
-        assert (gap > 1.5).float().mean() < 0.001
+        assert (gap > 1.5).float().mean() < 0.01
         assert gap.mean() < 0.5
 
 
