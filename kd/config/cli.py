@@ -36,7 +36,9 @@ GROUPS = {
     "cache-top-k",
     "training": "preset epochs batch-size lr seed weight-decay momentum nesterov schedule warmup-epochs milestones "
     "label-smoothing balance drop-last clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
-    "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed",
+    "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed "
+    "policy policy-ops policy-magnitude hue grey blur vertical-flip alternating-flip crop-ratio resized-crop-max "
+    "mix-off-epochs",
     "run": "out resume auto-resume resume-inexact extend save-every threads test",
     "logging": "log-every diagnose-every wandb wandb-project wandb-group",
     "compression": "init weight-bits activation-bits prune sparsity",

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from kd.utils.operators import define_operators
@@ -75,8 +75,8 @@ def apply_policy(
     (arXiv:1909.13719). augmix: a random mean of the image and three chains of one to three operations
     (arXiv:1912.02781, without its consistency loss).
 
-    On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and the drawn result is selected:
-    as many launches, and the host never waits for the device to learn which rows drew what.
+    On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and its result is selected: about
+    170 launches a step, as many as on some rows, and the host never waits to learn which rows drew what.
     """
     if policy.name == "none":
         return images
@@ -175,23 +175,30 @@ def _change(
 ) -> UInt8[Tensor, "b 3 h w"]:
     """Each image after the operation that it drew, a row of `table`."""
     kernels, values = table.kernel[drawn], table.values[drawn]
-    changed = images
     for place, (name, kernel) in enumerate(KERNELS.items()):
         if kernel is None:
             continue
         run = partial(kernel, interpolation=interpolation) if name == "Move" else kernel
-        chosen = kernels == place
-        if _by_rows(images):
-            rows = chosen.nonzero()[:, 0]
-            if len(rows):
-                changed = changed.index_copy(0, rows, run(images[rows], values[rows]))
-        else:
-            changed = torch.where(chosen[:, None, None, None], run(images, values), changed)
-    return changed
+        images = change_drawn(images, kernels == place, run, values)
+    return images
+
+
+def change_drawn(
+    images: UInt8[Tensor, "b 3 h w"], drawn: Bool[Tensor, "b"], change: Callable, *parameters: Tensor
+) -> UInt8[Tensor, "b 3 h w"]:
+    """`change(images, *parameters)` in the rows that are `drawn`; each parameter has a row for each image.
+
+    On a CPU only these rows are computed; on a GPU all, because its host would wait to learn which they are.
+    """
+    if not _by_rows(images):
+        return torch.where(drawn[:, None, None, None], change(images, *parameters), images)
+    rows = drawn.nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
+    return images.index_copy(0, rows, change(images[rows], *(parameter[rows] for parameter in parameters)))
 
 
 def _by_rows(images: Tensor) -> bool:
-    """Whether a kernel runs on the rows that drew it only: a GPU's host would wait to learn which these are."""
     return images.device.type == "cpu"
 
 
