@@ -1,10 +1,10 @@
 """TrivialAugment, RandAugment and AugMix of a whole batch, drawn as pure functions of (seed, number, sample index).
 
 Operations, magnitudes and interpolation are torchvision's (transforms/v2/_auto_augment.py of 0.28). Its kernels change
-all images of a batch by one magnitude, so a batch would take a call for each of 600 operations. Here one kernel takes
-a magnitude for each image; only the two kernels without a magnitude are torchvision's own. A test compares every
-operation: results differ by at most one level, except where an image is moved and a source position lies halfway
-between two pixels, of which rounding chooses one.
+all images of a batch by one magnitude, so a batch would take a call for each of 600 operations. Here a kernel takes a
+magnitude for each image; `equalize`, which has none, is torchvision's own. A test compares every operation: results
+differ by at most one level, except where an image is moved and a source position lies halfway between two pixels, of
+which rounding chooses one.
 
 All arithmetic is by element or exact, so that a sample's view does not depend on the rest of its batch.
 """
@@ -275,18 +275,17 @@ def solarize(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> 
 
 
 def autocontrast(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
-    return _torchvision().autocontrast(images)
+    """Spread each channel over all levels, unless it has one only. torchvision's kernel indexes with booleans."""
+    darkest, brightest = (limit(images, dim=(2, 3), keepdim=True).float() for limit in (torch.amin, torch.amax))
+    spread = (images - darkest) / ((brightest - darkest) / 255).clamp(min=1 / 255)
+    return torch.where(brightest > darkest, spread.clamp(0, 255).to(torch.uint8), images)
 
 
 def equalize(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
-    return _torchvision().equalize(images)
-
-
-def _torchvision():
     define_operators()
-    from torchvision.transforms.v2 import functional
+    from torchvision.transforms.v2.functional import equalize
 
-    return functional
+    return equalize(images)
 
 
 # By the name of the operation, except that one kernel does all moves. None leaves an image alone.
