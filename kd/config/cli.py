@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes
+from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
 from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import SETTLED_BY_DATA
@@ -66,17 +66,21 @@ GROUPS = {
     ),
     "augmentation": Group(
         "crop-padding resized-crop flip mixup cutmix views",
-        "erase colour-jitter view-seed",
+        "policy policy-ops policy-magnitude erase colour-jitter hue grey blur vertical-flip alternating-flip "
+        "crop-ratio resized-crop-max mix-off-epochs view-seed",
     ),
     "run": Group(
         "out resume auto-resume config save-every threads", "push-to push-every print-config resume-inexact extend test"
     ),
     "logging": Group("wandb track", "log-every diagnose-every wandb-project wandb-group"),
     "compression": Group("init weight-bits", "activation-bits prune sparsity"),
+    "picture": Group("images"),  # of kd.data.show
 }
 
 # Flags without their part's name, and a method's own before or after the others.
 FLAT = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
+
+POSITIONAL = get_args(Positional[str])[1]  # what marks an argument without a flag's name
 
 # Read before tyro is asked.
 FILE_FLAGS = {
@@ -157,7 +161,7 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     script_name = Path(sys.argv[0]).name
     flags = _flags(default) | FILE_FLAGS
     meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
-    usage, methods = f"usage: {script_name} [FLAG ...]", ()
+    usage, methods = " ".join([f"usage: {script_name} [FLAG ...]", *_positionals(type(default))]), ()
     if isinstance(default, DistillConfig):
         if method := _first_word(args, flags, METHODS):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
@@ -242,14 +246,21 @@ def _flags(config) -> dict[str, Flag]:
     """Every flag of a configuration and its parts by name, those of a class before those that it inherits."""
     kind, flags = type(config), {}
     hints, texts = get_type_hints(kind, include_extras=True), _docstrings(kind)
+    hints = {name: hint for name, hint in hints.items() if name.upper() not in _positionals(kind)}
     for field in sorted(dataclasses.fields(kind), key=lambda field: [*texts, field.name].index(field.name)):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             flags |= _flags(value)
-        else:
+        elif field.name in hints:
             name, usage = _usage(field.name, hints[field.name], value)
             flags[name] = Flag(usage, texts[field.name], _default(field.name, value), value)
     return flags
+
+
+def _positionals(kind: type) -> list[str]:
+    """The arguments that have no flag's name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return [name.upper() for name, hint in hints.items() if POSITIONAL in get_args(hint)]
 
 
 def flag_values(config) -> dict[str, object]:

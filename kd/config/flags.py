@@ -20,6 +20,9 @@ MAX_PADDING = 4096  # pixels
 # Fields of FitConfig that --preset own leaves to the number of training images: None until kd.config.presets.settle.
 SETTLED_BY_DATA = ("epochs", "batch_size", "lr", "warmup_epochs")
 
+MAGNITUDES = {"rand": (0, 30), "augmix": (1, 10)}
+"""Smallest and largest --policy-magnitude, of the policies that take one."""
+
 MAX_RATE = 1e6  # learning rate or decay: beyond it floats overflow in the first step
 
 
@@ -107,17 +110,74 @@ class ViewConfig:
     """Views of each image: epoch e uses view e mod N; 0: always new ones."""
     view_seed: int = 0
     """Seed of --views, so that students of every --seed share one cache."""
+    policy: Literal["none", "trivial", "rand", "augmix"] = "none"
+    """Random operations as torchvision has them: trivial: TrivialAugmentWide (arXiv:2103.10158), rand: RandAugment
+    (arXiv:1909.13719), augmix: AugMix (arXiv:1912.02781)."""
+    policy_ops: int | None = None
+    """With --policy rand: operations on each image; 2 if left out."""
+    policy_magnitude: int | None = None
+    """With --policy rand: 0 to 30, 9 if left out; with augmix: its severity, 1 to 10, 3 if left out."""
+    hue: float = 0.0
+    """Turn all hues by up to this share of the colour circle, at most 0.5."""
+    grey: float = 0.0
+    """Share of images made grey."""
+    blur: float = 0.0
+    """Share of images blurred by a Gaussian of 0.1 to 2 pixels (arXiv:2002.05709)."""
+    vertical_flip: bool = False
+    """Turn half of the images upside down."""
+    crop_ratio: Annotated[tuple[float, float], arg(metavar="LOW HIGH")] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of --resized-crop."""
+    resized_crop_max: float = 1.0
+    """Largest share of the area that --resized-crop takes."""
+    alternating_flip: bool = False
+    """Mirror each image in every second epoch, in place of at random."""
+    mix_off_epochs: int = 0
+    """No --mixup and --cutmix in the last N epochs."""
 
     def check(self) -> None:
         require(0 <= self.crop_padding <= MAX_PADDING, f"--crop-padding {self.crop_padding}: give 0 to {MAX_PADDING}")
-        for name in ("resized_crop", "colour_jitter"):
+        for name in ("resized_crop", "colour_jitter", "erase", "grey", "blur"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: give a share from 0 to 1")
+        require(0 <= self.hue <= 0.5, f"--hue {self.hue}: give a share of the colour circle from 0 to 0.5")
+        require(self.flip or not self.alternating_flip, "--alternating-flip: leave --no-flip out")
         require(self.count >= 0, f"--views {self.count}: give 0 or more")
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             require(value == 0 or 0.01 <= value <= 100, f"--{name} {value}: give 0, or a number from 0.01 to 100")
-        require(0 <= self.erase <= 1, f"--erase {self.erase}: give a share from 0 to 1")
+        off = self.mix_off_epochs
+        require(off >= 0, f"--mix-off-epochs {off}: give 0 or more")
+        require(off == 0 or self.mixes, f"--mix-off-epochs {off}: needs --mixup or --cutmix")
+        self._check_crop()
+        self._check_policy()
+
+    def _check_crop(self) -> None:
+        low, high = self.crop_ratio
+        require(
+            0.01 <= low <= high <= 100,
+            f"--crop-ratio {low:g} {high:g}: give two numbers from 0.01 to 100, the smaller first",
+        )
+        default = type(self)()
+        for name in ("crop_ratio", "resized_crop_max"):
+            changed = getattr(self, name) != getattr(default, name)
+            require(not changed or self.resized_crop > 0, f"--{name.replace('_', '-')}: needs --resized-crop")
+        largest = self.resized_crop_max
+        require(
+            self.resized_crop <= largest <= 1,
+            f"--resized-crop-max {largest:g}: give a share from --resized-crop's {self.resized_crop:g} to 1",
+        )
+
+    def _check_policy(self) -> None:
+        ops, magnitude = self.policy_ops, self.policy_magnitude
+        require(ops is None or self.policy == "rand", f"--policy-ops {ops}: only --policy rand takes it")
+        require(ops is None or 1 <= ops <= 20, f"--policy-ops {ops}: give 1 to 20")
+        if magnitude is not None:
+            require(
+                self.policy in MAGNITUDES,
+                f"--policy-magnitude {magnitude}: only --policy {' and '.join(MAGNITUDES)} take it",
+            )
+            low, high = MAGNITUDES[self.policy]
+            require(low <= magnitude <= high, f"--policy-magnitude {magnitude}: give {low} to {high}")
 
     @property
     def padding(self) -> int:
@@ -126,6 +186,25 @@ class ViewConfig:
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def stored(self) -> int:
+        """The number of different views of each image with --views, for a teacher's cache."""
+        return self.count + min(self.count, self.mix_off_epochs)
+
+    def number(self, epoch: int, epochs: int) -> int:
+        """The number of an epoch's views, in a run of so many epochs.
+
+        --views K repeat 0 to K - 1, and in the last --mix-off-epochs those from K on, which are not mixed.
+        """
+        if not self.count:
+            return epoch
+        first_off = epochs - self.mix_off_epochs
+        return epoch % self.count if epoch < first_off else self.count + (epoch - first_off) % self.count
+
+    def mixes_in(self, number: int, epochs: int) -> bool:
+        """Whether the views of this number are mixed, in a run of so many epochs."""
+        return self.mixes and (self.mix_off_epochs == 0 or number < (self.count or epochs - self.mix_off_epochs))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
         not (data.stream and fit.balance == "sampler"),
         "--stream: leave --balance sampler out, which needs rows in any order; give weights or logit-adjust",
     )
+    off = views.mix_off_epochs
+    require(
+        off == 0 or fit.epochs is None or off < fit.epochs,
+        f"--mix-off-epochs {off}: give fewer than the {fit.epochs} of --epochs",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Augment a whole batch at a time, with random numbers that are pure functions of (seed, number, sample index).
 
-`number` counts an image's views: the epoch, or the epoch modulo --views. No draw depends on the rest of the batch, so
-that a teacher's cached logits of an augmented image can be found again, and no random state has to be saved.
+`number` counts an image's views: the epoch, or with --views what ViewConfig.number says. No draw depends on the rest of
+the batch, so that a teacher's cached logits of an augmented image can be found again, and no random state has to be
+saved.
 
-Crops, flips and jitter work on stored images (uint8, decoded and resized), so that every storage gives the same pixels
-and a crop has no more detail than --stored-size keeps; mixing and erasing work on normalised images.
+Crops, flips, policies and colours work on stored images (uint8, decoded and resized), so that every storage gives the
+same pixels and a crop has no more detail than --stored-size keeps; mixing and erasing work on normalised images.
 """
 
 import math
@@ -18,22 +19,21 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from kd.config import ViewConfig
+from kd.data.policies import GREY, Policy, apply_policy, change_drawn, grey
 from kd.utils.rng import random_below, random_uniform
 
 ATTEMPTS = 10  # to draw a box that fits, as in torchvision's RandomResizedCrop
 
-ASPECT_RATIOS = (3 / 4, 4 / 3)  # smallest and largest width over height (Szegedy et al., arXiv:1409.4842, section 6)
-
-GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R 601, as torchvision rounds it)
+SIGMAS = (0.1, 2.0)  # pixels; smallest and largest blur (SimCLR: Chen et al., arXiv:2002.05709, appendix A)
 
 GREY_STEPS = 2**16  # per level: greys are rounded to these before summing; float32 has no finer ones at 255
 
 QUANTILES = 4096  # steps of a table of quantiles; draws are interpolated between them
 
 
-def view_seed(config: ViewConfig, seed: int, epoch: int) -> tuple[int, int]:
-    """The (seed, number) of an epoch's views. With --views K they repeat and do not depend on --seed."""
-    return (config.view_seed, epoch % config.count) if config.count else (seed, epoch)
+def view_seed(config: ViewConfig, seed: int) -> int:
+    """The seed of all views. With --views K they do not depend on --seed."""
+    return config.view_seed if config.count else seed
 
 
 def augment(
@@ -44,15 +44,36 @@ def augment(
     number: int,
     size: tuple[int, int],
 ) -> UInt8[Tensor, "b c h w"]:
-    """View `number` of the stored `images` of the samples `index`: crop to `size` (height, width), flip and jitter."""
+    """View `number` of the stored `images` of the samples `index`, cropped to `size` (height, width).
+
+    In the order of torchvision's recipes: crop, flip, policy, colours, blur.
+    """
     if config.resized_crop:
-        boxes = draw_boxes(config.resized_crop, tuple(images.shape[2:]), index, seed, number)
+        boxes = draw_boxes(config, tuple(images.shape[2:]), index, seed, number)
         images = resized_crop(images, boxes, size)
     view = draw_crop_flip(config, seed, number, index, spare=images.shape[2] - size[0])
     images = crop_and_flip(images, view, config.padding, size)
+    if config.vertical_flip:
+        upside_down = random_below(2, index, seed, "vertical flip", number).bool()
+        images = torch.where(upside_down[:, None, None, None], images.flip(2), images)
+    images = apply_policy(policy_of(config), images, index, seed, number)
     if config.colour_jitter:
         images = jitter(images, draw_factors(config.colour_jitter, index, seed, number))
+    if config.hue:
+        images = turn_hue(images, config.hue * (2 * random_uniform(index, seed, "hue", number) - 1))
+    if config.grey:
+        chosen = random_uniform(index, seed, "grey", number) < config.grey
+        images = change_drawn(images, chosen, lambda rows: grey(rows).to(torch.uint8).expand_as(rows))
+    if config.blur:
+        chosen = random_uniform(index, seed, "blur", number) < config.blur
+        images = change_drawn(images, chosen, blur, draw_sigmas(index, seed, number))
     return images
+
+
+def policy_of(config: ViewConfig) -> Policy:
+    """The policy that the flags describe."""
+    ops = Policy().ops if config.policy_ops is None else config.policy_ops
+    return Policy(config.policy, ops, config.policy_magnitude)
 
 
 class CropFlip(NamedTuple):
@@ -71,7 +92,10 @@ def draw_crop_flip(config: ViewConfig, seed: int, number: int, index: Int[Tensor
     offsets = 2 * config.padding + spare + 1
     top = random_below(offsets, index, seed, "top", number)
     left = random_below(offsets, index, seed, "left", number)
-    flip = random_below(2, index, seed, "flip", number).bool() if config.flip else torch.zeros_like(index).bool()
+    if config.alternating_flip:  # as in cifar10-airbench (Jordan, arXiv:2404.00498)
+        flip = (random_below(2, index, seed, "alternating flip") ^ (number & 1)).bool()
+    else:
+        flip = random_below(2, index, seed, "flip", number).bool() if config.flip else torch.zeros_like(index).bool()
     return CropFlip(top, left, flip)
 
 
@@ -100,23 +124,24 @@ class Boxes(NamedTuple):
     width: Int[Tensor, "b"]
 
 
-def draw_boxes(smallest: float, size: tuple[int, int], index: Int[Tensor, "b"], seed: int, number: int) -> Boxes:
-    """Boxes of `smallest` to 1 of the area of images of `size` (height, width), for view `number`.
+def draw_boxes(config: ViewConfig, size: tuple[int, int], index: Int[Tensor, "b"], seed: int, number: int) -> Boxes:
+    """The boxes of --resized-crop in images of `size` (height, width), for view `number`.
 
     Takes the first of ten draws that fits, else the largest central box within the aspect ratios, as torchvision does.
     """
     image_height, image_width = size
     draws = index[:, None] * ATTEMPTS + torch.arange(ATTEMPTS, device=index.device)
-    area = smallest + (1 - smallest) * random_uniform(draws, seed, "box area", number)
-    low, high = (math.log(limit) for limit in ASPECT_RATIOS)
+    smallest, largest = config.resized_crop, config.resized_crop_max
+    area = smallest + (largest - smallest) * random_uniform(draws, seed, "box area", number)
+    low, high = (math.log(limit) for limit in config.crop_ratio)
     ratio = (low + (high - low) * random_uniform(draws, seed, "box ratio", number)).exp()
     pixels = image_height * image_width * area
     widths, heights = (pixels * ratio).sqrt().round(), (pixels / ratio).sqrt().round()
     fits = (widths <= image_width) & (heights <= image_height) & (widths > 0) & (heights > 0)
     first = fits.int().argmax(dim=1, keepdim=True)
     any_fits = fits.any(dim=1)
-    fallback_height = min(image_height, round(image_width / ASPECT_RATIOS[0]))
-    fallback_width = min(image_width, round(image_height * ASPECT_RATIOS[1]))
+    fallback_height = min(image_height, round(image_width / config.crop_ratio[0]))
+    fallback_width = min(image_width, round(image_height * config.crop_ratio[1]))
     height = torch.where(any_fits, heights.gather(1, first)[:, 0], fallback_height).long()
     width = torch.where(any_fits, widths.gather(1, first)[:, 0], fallback_width).long()
     corner = []
@@ -159,7 +184,7 @@ def draw_factors(strength: float, index: Int[Tensor, "b"], seed: int, number: in
 def jitter(images: UInt8[Tensor, "b 3 h w"], factors: Factors) -> UInt8[Tensor, "b 3 h w"]:
     """Change brightness, then contrast about the mean grey, then saturation about each pixel's own grey.
 
-    Differs from torchvision: always in this order, and without hue.
+    Differs from torchvision: always in this order.
     """
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors)
     changed = (images.float() * brightness).clamp(0, 255)
@@ -173,11 +198,51 @@ def jitter(images: UInt8[Tensor, "b 3 h w"], factors: Factors) -> UInt8[Tensor, 
 
 def _grey(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
     red, green, blue = images.split(1, dim=1)
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+    return GREY[0] / 10_000 * red + GREY[1] / 10_000 * green + GREY[2] / 10_000 * blue
 
 
 def _scale_about(images: Tensor, centre: Tensor, factor: Tensor) -> Tensor:
     return (centre + (images - centre) * factor).clamp(0, 255)
+
+
+def turn_hue(images: UInt8[Tensor, "b 3 h w"], share: Float[Tensor, "b"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Turn each image's hues by a `share` of the colour circle; brightest and darkest channel keep their levels."""
+    pixels = images.float()
+    red, green, blue = pixels.unbind(1)
+    brightest, darkest = pixels.amax(1), pixels.amin(1)
+    spread = brightest - darkest
+    safe = spread.clamp(min=1)  # a grey pixel has no hue
+    by_green = torch.where(brightest == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    sextant = torch.where(brightest == red, (green - blue) / safe, by_green) + 6 * share[:, None, None]
+    turned = []
+    for offset in (5, 3, 1):  # red, green, blue
+        place = (sextant + offset) % 6
+        turned.append(brightest - spread * torch.minimum(place, 4 - place).clamp(0, 1))
+    return torch.stack(turned, dim=1).round().to(torch.uint8)
+
+
+def draw_sigmas(index: Int[Tensor, "b"], seed: int, number: int) -> Float[Tensor, "b"]:
+    """The deviations of each image's blur, in pixels."""
+    low, high = SIGMAS
+    return low + (high - low) * random_uniform(index, seed, "sigma", number)
+
+
+def blur(images: UInt8[Tensor, "b 3 h w"], sigmas: Float[Tensor, "b"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Blur by a Gaussian over a tenth of each side, 3 pixels at least (SimCLR, as above), with mirrored borders."""
+    pixels = images.float()
+    for axis in (3, 2):
+        reach = max(1, images.shape[axis] // 20)
+        distance = torch.arange(reach + 1, device=images.device)
+        # In double, whose last bit is lost when rounded: that of exp depends on the place in the batch.
+        heights = (-0.5 * (distance / sigmas[:, None].double()) ** 2).exp()
+        weights = (heights / (heights[:, :1] + 2 * heights[:, 1:].sum(1, keepdim=True))).float()[:, :, None, None, None]
+        length = images.shape[axis]
+        padded = F.pad(pixels, (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach), mode="reflect")
+        pixels = weights[:, 0] * pixels
+        for step in range(1, reach + 1):
+            sides = padded.narrow(axis, reach - step, length) + padded.narrow(axis, reach + step, length)
+            pixels = pixels + weights[:, step] * sides
+    return pixels.round().to(torch.uint8)
 
 
 class Mixing(NamedTuple):

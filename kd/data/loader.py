@@ -44,18 +44,18 @@ class Batches:
         check_batch(job.fit, self.rows, self.processes)
         self.used = self.rows - (self.rows % self.size if job.fit.drop_last else 0)  # images of an epoch
         self.steps = math.ceil(self.used / self.size)
-        self.seed, self.views = job.fit.seed, job.views
+        self.seed, self.views, self.epochs = job.fit.seed, job.views, job.fit.epochs
         self.balance = job.fit.balance
-        self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device)
+        self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, job.fit.epochs)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from its step `first` on."""
         # The whole order is moved to the images' device at once: slicing it there costs no copy in the step.
         order = epoch_order(self.balance, self.seed, epoch, self.images.split).to(self.images.split.labels.device)
         device = self.images.device
-        number = augment.view_seed(self.views, self.seed, epoch)[1]
+        number = self.views.number(epoch, self.epochs)
         indices = [self._share(order[: self.used], step) for step in range(first, self.steps)]
-        for step, (images, labels, mixed) in enumerate(self.images.augmented(indices, epoch), first):
+        for step, (images, labels, mixed) in enumerate(self.images.augmented(indices, number), first):
             counters = (torch.full((), count, device=device) for count in (number, epoch, epoch * self.steps + step))
             index = indices[step - first].to(device, non_blocking=True)
             yield Batch(images, labels, index, *counters, mixed)
@@ -90,22 +90,23 @@ class Pixels:
 class TrainingImages(Pixels):
     """Rows of the training split, augmented."""
 
-    def __init__(self, data: Data, config: ViewConfig, seed: int, device: torch.device):
+    def __init__(self, data: Data, config: ViewConfig, seed: int, device: torch.device, epochs: int = 1):
         super().__init__(data.train, data, device)
-        self.config, self.seed, self.rows = config, seed, len(data.train.labels)
+        self.config, self.seed, self.epochs = config, augment.view_seed(config, seed), epochs
+        self.rows = len(data.train.labels)
 
-    def augmented(self, indices: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, Mix | None]]:
-        """For each index in `indices`: the epoch's views of these images, normalised; their labels; their mixing."""
-        seed, number = augment.view_seed(self.config, self.seed, epoch)
+    def augmented(self, indices: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Tensor, Mix | None]]:
+        """For each index in `indices`: view `number` of these images, normalised; their labels; their mixing."""
+        seed, mixes = self.seed, self.config.mixes_in(number, self.epochs)
         wanted = list(indices)
-        if self.config.mixes:  # each batch's mixing partners are read right after it
+        if mixes:  # each batch's mixing partners are read right after it
             partners = (augment.draw_partners(self.rows, index, seed, number) for index in indices)
             wanted = [rows for pair in zip(indices, partners) for rows in pair]
         stored = self.split.batches(wanted, self.device)
         for index in indices:
             labels, on_device, mixed = self.labels(index), index.to(self.device, non_blocking=True), None
             images = self._augment(next(stored), on_device, seed, number)
-            if self.config.mixes:
+            if mixes:
                 mixing = augment.draw_mixing(self.config, seed, number, on_device, self.rows, self.size)
                 partners = self._augment(next(stored), mixing.partner, seed, number)
                 images = augment.mix(images, partners, mixing)

@@ -39,6 +39,17 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "test_fraction": 0.2,
     "skip_broken": False,
     "label_smoothing": 0.0,
+    "policy": "none",
+    "policy_ops": None,
+    "policy_magnitude": None,
+    "hue": 0.0,
+    "grey": 0.0,
+    "blur": 0.0,
+    "vertical_flip": False,
+    "crop_ratio": (3 / 4, 4 / 3),
+    "resized_crop_max": 1.0,
+    "alternating_flip": False,
+    "mix_off_epochs": 0,
 }
 
 

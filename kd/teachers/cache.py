@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from rich.progress import track
 from torch import Tensor
 
-from kd.config import Job
+from kd.config import Job, ViewConfig
 from kd.data import Data
 from kd.data.loader import TrainingImages
 from kd.data.rows import place_on
@@ -45,7 +45,8 @@ class LogitStore:
 
     def __init__(self, folder: Path, identity: dict):
         self.folder, self.identity = folder, identity
-        self.views, self.rows, self.classes = identity["views"]["count"], identity["rows"], identity["classes"]
+        self.views = ViewConfig(**identity["views"]).stored
+        self.rows, self.classes = identity["rows"], identity["classes"]
         self.top_k = identity["top_k"] if (identity["top_k"] or self.classes) < self.classes else None
         width = self.classes if self.top_k is None else self.top_k + 1
         self.shapes = {"logits": (self.views, self.rows, width)}

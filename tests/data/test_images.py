@@ -174,7 +174,7 @@ def random_images(count: int, high: int, wide: int) -> torch.Tensor:
 @pytest.mark.parametrize(("size", "seen"), [((20, 20), (20, 20)), ((24, 24), (20, 20)), ((18, 26), (18, 26))])
 def test_resized_crops_are_torchvisions(size, seen):
     pixels = random_images(50, *size)
-    box = augment.draw_boxes(0.08, size, torch.arange(50), 3, 7)
+    box = augment.draw_boxes(ViewConfig(resized_crop=0.08), size, torch.arange(50), 3, 7)
     crops = augment.resized_crop(pixels, box, seen)
     for image, top, left, high, wide, result in zip(pixels, *(part.tolist() for part in box), crops):
         wanted = v2.functional.resized_crop(image.float(), top, left, high, wide, list(seen), antialias=False)
@@ -184,7 +184,7 @@ def test_resized_crops_are_torchvisions(size, seen):
 def test_boxes_are_spread_as_torchvisions():
     """Compares mean and deviation of 20,000 boxes' places and sizes with RandomResizedCrop's."""
     size, count = (40, 40), 20_000
-    box = augment.draw_boxes(0.08, size, torch.arange(count), 0, 0)
+    box = augment.draw_boxes(ViewConfig(resized_crop=0.08), size, torch.arange(count), 0, 0)
     assert (box.top >= 0).all()
     assert (box.left >= 0).all()
     assert (box.top + box.height <= 40).all()
@@ -201,7 +201,7 @@ def test_boxes_are_spread_as_torchvisions():
 
 
 def test_an_image_too_long_for_any_box_gives_its_middle():
-    box = augment.draw_boxes(1.0, (10, 100), torch.arange(4), 0, 0)
+    box = augment.draw_boxes(ViewConfig(resized_crop=1.0), (10, 100), torch.arange(4), 0, 0)
     assert [part.tolist() for part in box] == [[0] * 4, [43] * 4, [10] * 4, [13] * 4]
 
 

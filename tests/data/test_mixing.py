@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from scipy.stats import beta
 
-from kd.config import DataConfig, ViewConfig
+from kd.config import METHODS, DataConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.presets import train_defaults
 from kd.data import augment, load_data
 from kd.data.loader import Batches
 from kd.losses.cross_entropy import cross_entropy
 from kd.types import Mix
+from tests import pairs
 from tests.losses.test_reference import batch_of
 
 INDEX = torch.arange(20_000)
@@ -59,6 +60,27 @@ def test_cross_entropy_of_a_mixed_image_weighs_both_labels():
     batch = batch_of(label)._replace(mix=Mix(other, weight))
     target = weight[:, None] * F.one_hot(label, 10) + (1 - weight)[:, None] * F.one_hot(other, 10)
     torch.testing.assert_close(cross_entropy(logits, batch), -(target * logits.log_softmax(1)).sum(1).mean())
+
+
+HARD = ("crd", "dkd", "tfkd")  # which compare with one class of each image
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_weighs_both_labels_or_refuses_mixing(method):
+    """Its terms of a mixed image are the mean of those with either label."""
+    distiller, teacher = pairs.build(method)
+    assert distiller.loss.needs_hard_labels == (method in HARD)
+    if method in HARD:
+        return
+    batch = pairs.batch_of(torch.arange(12))
+    other = batch.label.roll(1)
+    mixed = batch._replace(mix=Mix(other, torch.full((12,), 0.3)))
+    terms = [pairs.terms_of(distiller, teacher, batch) for batch in (mixed, batch, batch._replace(label=other))]
+    changed = 0
+    for name, term in terms[0].items():
+        torch.testing.assert_close(term, 0.3 * terms[1][name] + 0.7 * terms[2][name])
+        changed += not torch.allclose(terms[1][name], terms[2][name])
+    assert changed > 0 or not distiller.loss.has_cross_entropy
 
 
 def batches_of(*args: str) -> Batches:

@@ -62,6 +62,7 @@ def cache_folder() -> Path:
 
 
 MIXED = ["--views", "2", "--mixup", "0.4", "--cutmix", "1.0", "--erase", "0.5"]
+POLICY = ["--views", "2", "--hue", "0.1", "--blur", "0.5", "--mixup", "0.4", "--mix-off-epochs", "1", "--policy"]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,9 @@ MIXED = ["--views", "2", "--mixup", "0.4", "--cutmix", "1.0", "--erase", "0.5"]
     [
         (["--views", "3"], "float16"),
         (MIXED, "float32"),
+        ([*POLICY, "augmix"], "float32"),
+        pytest.param([*POLICY, "trivial"], "float32", marks=pytest.mark.slow),
+        pytest.param([*POLICY, "rand", "--alternating-flip"], "float32", marks=pytest.mark.slow),
         pytest.param(["--views", "3"], "float32", marks=pytest.mark.slow),
         pytest.param(MIXED, "float16", marks=pytest.mark.slow),
     ],

@@ -42,6 +42,17 @@ def test_row_25_row_46_two_processes_train_and_score_as_one_does():
     assert json.loads(Path("two/config.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
+def test_row_25_two_processes_see_the_views_that_one_sees():
+    views = ["--policy", "augmix", "--blur", "0.5", "--alternating-flip", "--cutmix", "1", "--mix-off-epochs", "1"]
+    two = script("train_teacher.py", *TEACHER, *views, "--out", "two", env=CPU, launcher=torchrun(2))
+    assert two.returncode == 0, two.stderr
+    one = script("train_teacher.py", *TEACHER, *views, "--out", "one")
+    assert one.returncode == 0, one.stderr
+    for line, other in zip(metrics_of(Path("one")), metrics_of(Path("two")), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run on two processes that nothing disturbed."""

@@ -97,6 +97,23 @@ def test_row_2_killed_during_validation(beside, monkeypatch, save_every):
     assert differences(beside, Path("run")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "views",
+    [
+        ["--policy", "trivial", "--alternating-flip"],
+        ["--policy", "rand", "--resized-crop", "0.3", "--hue", "0.1", "--grey", "0.2", "--blur", "0.5"],
+        ["--policy", "augmix", "--vertical-flip", "--mixup", "1", "--mix-off-epochs", "1"],
+    ],
+    ids=lambda views: views[1],
+)
+def test_row_1_killed_in_an_epoch_of_augmented_views(monkeypatch, views):
+    def run(*args: str) -> None:
+        teach(*views, *args)
+
+    assert differs_when_killed(monkeypatch, run, 23) == []
+
+
 def test_row_2_killed_after_the_last_step_before_the_summary(beside, monkeypatch):
     def dead(*args):
         raise Killed
