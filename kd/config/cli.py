@@ -22,7 +22,7 @@ import tyro
 from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes
 
 from kd.config.flags import SETTLED_BY_DATA
-from kd.config.jobs import DistillConfig
+from kd.config.jobs import LR_BY_NETWORK, DistillConfig
 from kd.config.methods import METHODS, method_name
 from kd.config.presets import PRESETS, default_preset
 from kd.errors import exit_code
@@ -92,6 +92,8 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     width = min(max(width, 60), MAX_WIDTH)
     script_name = Path(sys.argv[0]).name
     flags = _flags(default)
+    if default.preset in LR_BY_NETWORK:
+        flags["lr"] = flags["lr"]._replace(default=_rates(LR_BY_NETWORK[default.preset]))
     if isinstance(default, DistillConfig):
         method = _named_method(args, flags)
         if method:
@@ -103,6 +105,11 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     groups = (_group(title, found, width) for title, found in grouped.items() if found)
     meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
     return _paragraphs([description.strip()], [usage, meaning], *groups, *methods)
+
+
+def _rates(rates: dict[str, float]) -> str:
+    """Learning rates by network, in a few words; docs/methods.md lists the networks."""
+    return f"{rates['']:g}; mobile networks {min(rates.values()):g}"
 
 
 def _named_method(args: list[str], flags: dict[str, Flag]) -> str | None:

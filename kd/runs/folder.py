@@ -66,8 +66,13 @@ class RunFolder:
             self.lock.close()
 
 
-def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None) -> dict:
-    """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
+def run_identity(
+    job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None, method: dict | None = None
+) -> dict:
+    """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights.
+
+    `method`: what the method adds (DistillationLoss.identity).
+    """
     parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
     # Not where the data lies and how it is stored; its content counts, and for a stream also the order of its rows.
     for name in ("source", "decode", "workers", *(() if job.data.stream else ("shuffle_rows",))):
@@ -81,16 +86,23 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256:
         flat |= job.compress.asked | ({"init": weights_sha256(Path(init))} if init else {})
     if job.origin:
         flat["origin"] = job.origin.sha256
+    flat |= method or {}
     flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha256}
     return json.loads(json.dumps(flat))  # tuples become lists, as in a file read back
 
 
-def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None = None) -> RunFolder:
+def open_run(
+    job: Job,
+    data: Data,
+    accelerator: Accelerator,
+    teacher_sha256: str | None = None,
+    method: dict | None = None,
+) -> RunFolder:
     """Claim the job's folder: new, to be resumed, or finished. Only the main process inspects and writes it.
 
     Raises: UserError if the folder has something else, is in use by another process, or cannot be written.
     """
-    identity = run_identity(job, data, accelerator, teacher_sha256)
+    identity = run_identity(job, data, accelerator, teacher_sha256, method)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
     run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
