@@ -129,7 +129,7 @@ class DKDConfig(LogitFlags):
     """Weight of the target-class term (target class against the rest)."""
     beta: float = 8.0
     """Weight of the non-target term (other classes). Published: 2 for resnet56 to 20 and 110 to 32, 6 for WRN to WRN
-    and from vgg13, 8 for the rest; with --standardize alpha 9, beta 72 (9 times 8) and temperature 2."""
+    and from vgg13, 8 for the rest; with --standardize alpha 9, beta 72, temperature 2."""
     ramp_epochs: float = 20.0
     """Epochs over which the loss rises to its full weight."""
 
