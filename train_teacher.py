@@ -23,7 +23,7 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     `distiller` is the network behind its method's loss, built here if left out. `teacher` is a
     kd.teachers.load.TeacherNetwork; `control` the run of the student alone, for the summary.
     """
-    from kd.runs.folder import open_run
+    from kd.runs.folder import RunInputs, open_run
     from kd.teachers.cache import teacher_logits
     from kd.training.push import push_epoch, push_run
     from kd.training.setup import build_distiller
@@ -31,7 +31,9 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     from kd.training.trainer import Trainer
     from kd.utils.processes import same_threads
 
-    run = open_run(job, data, accelerator, *(teacher.sha256, teacher.names) if teacher else ())
+    taught = (teacher.sha256, teacher.names) if teacher else (None, ())
+    inputs = RunInputs(*taught, distiller.loss.identity() if distiller else {})
+    run = open_run(job, data, accelerator, inputs)
     with run, same_threads():
         if run.summary is None:
             distiller = distiller or build_distiller(job, data)

@@ -45,13 +45,20 @@ class Step(NamedTuple):
 class Stages(NamedTuple):
     """Where a network's features are: dotted module names, in order of depth."""
 
-    maps: tuple[str, ...] = ()  # stages whose outputs are b x c x h x w; the last map is pooled into the classifier
+    maps: tuple[str, ...] = ()  # the stages that methods compare; each outputs b x c x h x w
     classifier: str | None = None  # the last linear layer over the classes; its input is the embedding
     modules: tuple[str, ...] = ()  # every module, for --student-layers and --teacher-layers
+    pooled: str | None = None  # the map that is averaged into the classifier: the last of `maps`, or a later one
+    before_relu: tuple[str, ...] = ()  # `maps` before the ReLU that ends each; the map itself if none does
 
     @property
     def embedding(self) -> tuple[str, ...]:
         return (self.classifier + INPUT,) if self.classifier else ()
+
+    def last(self, count: int) -> "Stages":
+        """The same without the maps before the last `count`."""
+        first = max(len(self.maps) - count, 0)
+        return self._replace(maps=self.maps[first:], before_relu=self.before_relu[first:])
 
 
 class Pair(NamedTuple):

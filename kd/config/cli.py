@@ -23,7 +23,7 @@ from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPref
 
 from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import SETTLED_BY_DATA
-from kd.config.jobs import DistillConfig
+from kd.config.jobs import LR_BY_NETWORK, DistillConfig
 from kd.config.methods import METHODS, method_name
 from kd.config.presets import PRESETS, default_preset
 from kd.errors import exit_code, nearest, require
@@ -162,6 +162,8 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     flags = _flags(default) | FILE_FLAGS
     meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
     usage, methods = " ".join([f"usage: {script_name} [FLAG ...]", *_positionals(type(default))]), ()
+    if default.preset in LR_BY_NETWORK:
+        flags["lr"] = flags["lr"]._replace(default=_rates(LR_BY_NETWORK[default.preset]))
     if isinstance(default, DistillConfig):
         if method := _first_word(args, flags, METHODS):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
@@ -182,6 +184,11 @@ def _common_flags(title: str, flags: dict[str, Flag], width: int) -> list[str]:
     lines = textwrap.wrap(more, width - 2, break_on_hyphens=False) if rare else []
     found = _group(title, (flags[name] for name in common), width) if common else []
     return [*found, *(f"  {line}" for line in lines)]
+
+
+def _rates(rates: dict[str, float]) -> str:
+    """Learning rates by network, in a few words; docs/methods.md lists the networks."""
+    return f"{rates['']:g}; mobile networks {min(rates.values()):g}"
 
 
 def _first_word(args: list[str], flags: dict[str, Flag], wanted: Collection[str]) -> str | None:

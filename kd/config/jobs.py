@@ -16,6 +16,20 @@ from kd.errors import require
 PresetName = Literal["report", "strong", "crd", "patient", "own", "digits"]
 
 
+# Peak learning rates that a preset has for some networks, and for all others (""); a preset not named has one for all.
+LR_BY_NETWORK = {
+    "crd": {"": 0.05, **dict.fromkeys(("mobilenetv2", "shufflenetv1", "shufflenetv2"), 0.01)},
+}
+
+
+def fit_for(preset: str, fit: FitConfig, model: str) -> FitConfig:
+    """`fit` with the learning rate that the preset has for this network; one that is given stays."""
+    rates = LR_BY_NETWORK.get(preset)
+    if rates is None or fit.lr is not None:
+        return fit
+    return dataclasses.replace(fit, lr=rates.get(model, rates[""]))
+
+
 def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
     """Raise UserError for flags of different parts that exclude each other."""
     require(
@@ -61,7 +75,7 @@ class TrainConfig(_Common):
         check_together(self.data, self.views, self.fit)
 
     def job(self) -> "Job":
-        parts = (self.data, self.views, self.fit, self.run)
+        parts = (self.data, self.views, fit_for(self.preset, self.fit, self.model), self.run)
         return Job("teacher", self.preset, self.model, self.method, *parts, compress=self.compress)
 
 
@@ -98,8 +112,9 @@ class DistillConfig(_Common):
         check_together(self.data, self.views, self.fit)
 
     def job(self) -> "Job":
-        parts = (self.data, self.views, self.fit, self.run, self.cache, self.compress)
-        return Job(method_name(self.method), self.preset, self.student, self.method, *parts)
+        fit, method = fit_for(self.preset, self.fit, self.student), self.method.settled(self.student)
+        parts = (self.data, self.views, fit, self.run, self.cache, self.compress)
+        return Job(method_name(method), self.preset, self.student, method, *parts)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -107,18 +122,18 @@ class DistillConfig(_Common):
         pruned = self.compress.prune > 0 or self.compress.sparsity > 0
         return self.teacher or ((self.compress.init,) if pruned else ())
 
-    def teacher_job(self) -> "Job":
-        """The recipe's teacher: in its own default folder, and resumed without --resume.
+    def teacher_job(self, model: str | None = None) -> "Job":
+        """The recipe's teacher (or another network like it): in its own default folder, and resumed without --resume.
 
         It sees a new view every epoch: --views limits the views that students take its logits of.
         """
         fit = dataclasses.replace(self.fit, seed=self.teacher_seed)
-        job = self._side_job("teacher", self.teacher_model, fit)
+        job = self._side_job("teacher", model or self.teacher_model, fit)
         return dataclasses.replace(job, views=dataclasses.replace(self.views, count=0, view_seed=0))
 
     def head_job(self, model: str, origin: "Origin") -> "Job":
         """Training of a new last layer on a pretrained network, by the teacher's recipe."""
-        return dataclasses.replace(self.teacher_job(), model=model, origin=origin)
+        return dataclasses.replace(self.teacher_job(model), origin=origin)
 
     def control_job(self) -> "Job":
         """The student alone, compressed alike: the same run as `distill_student.py none` makes."""
@@ -126,6 +141,7 @@ class DistillConfig(_Common):
 
     def _side_job(self, role: str, model: str, fit: FitConfig) -> "Job":
         run = dataclasses.replace(self.run, out=None, resume=False, auto_resume=True, push_to=None, push_every=0)
+        fit = fit_for(self.preset, fit, model)
         return Job(role, self.preset, model, NoneConfig(), self.data, self.views, fit, run)
 
 

@@ -5,6 +5,7 @@ must not repeat a common flag's name (tyro refuses; a test checks). If the liter
 cross-entropy has weight 1.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Union
@@ -50,6 +51,10 @@ class MethodFlags:
     def check(self) -> None:
         """Raise UserError for a value out of range."""
         require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: give 0 or more, below 1")
+
+    def settled(self, student: str) -> "MethodFlags":
+        """These flags with numbers for what follows from the student's name."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,8 @@ class DKDConfig(LogitFlags):
     alpha: float = 1.0
     """Weight of the target-class term (target class against the rest)."""
     beta: float = 8.0
-    """Weight of the non-target term (other classes): 2 for resnet56 or 110 to 20 or 32, 6 for WRN and VGG, 8 for the
-    rest."""
+    """Weight of the non-target term (other classes). Published: 2 for resnet56 to 20 and 110 to 32, 6 for WRN to WRN
+    and from vgg13, 8 for the rest; with --standardize alpha 9, beta 72, temperature 2."""
     ramp_epochs: float = 20.0
     """Epochs over which the loss rises to its full weight."""
 
@@ -326,14 +331,32 @@ class ReviewKDConfig(FeatureFlags):
     """Chen et al. 2021: each stage learns from the teacher's earlier ones too."""
 
     loss: ClassVar[str] = "kd.losses.reviewkd:ReviewKD"
-    weight: float = 1.0
-    """Weight of the maps' loss: 0.6 for resnet20, 1 for resnet32, 5 for WRN and resnet8x4."""
+    weight: float | None = None
+    """Weight of the maps' loss. If left out, the published one for the student: 0.6 for resnet20, 1 for resnet32, 5 for
+    WRN, resnet8x4 and shufflenetv1, 8 for shufflenetv2 (with batch 128, lr 0.1, Nesterov); 1 for all others."""
     ramp_epochs: float = 20.0
     """Epochs over which the loss rises to its full weight."""
 
     def check(self) -> None:
-        super().check()
-        not_negative(self, "ramp_epochs")
+        settled = self.settled("")
+        super(ReviewKDConfig, settled).check()
+        not_negative(settled, "ramp_epochs")
+
+    def settled(self, student: str) -> "ReviewKDConfig":
+        if self.weight is not None:
+            return self
+        return dataclasses.replace(self, weight=REVIEWKD_WEIGHTS.get(student, 1.0))
+
+
+# The authors' command lines (dvlab-research/ReviewKD, CIFAR-100/script/reviewKD.sh); their code's default is 1.
+REVIEWKD_WEIGHTS = {
+    "resnet20": 0.6,
+    "resnet32": 1.0,
+    "resnet8x4": 5.0,
+    **dict.fromkeys(("wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2"), 5.0),
+    "shufflenetv1": 5.0,
+    "shufflenetv2": 8.0,
+}
 
 
 @dataclass(frozen=True)

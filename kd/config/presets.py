@@ -15,10 +15,11 @@ PRESETS: dict[str, dict] = {
         "fit": FitConfig(epochs=200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5.0),
         "method": KDConfig(temperature=4.0, alpha=0.9),
     },
-    # Tian et al. (arXiv:1910.10699): lr 0.05, batch 64, 240 epochs, divided by 10 at 150, 180, 210; no validation set.
+    # Tian et al. (arXiv:1910.10699): batch 64, 240 epochs, lr divided by 10 at 150, 180, 210; no validation set.
+    # The lr follows from the network: 0.05, or 0.01 for MobileNetV2 and the ShuffleNets (LR_BY_NETWORK).
     "crd": {
         "data": DataConfig(val_fraction=0.0),
-        "fit": FitConfig(epochs=240, lr=0.05, schedule="step", milestones=(150 / 240, 180 / 240, 210 / 240)),
+        "fit": FitConfig(epochs=240, lr=None, schedule="step", milestones=(150 / 240, 180 / 240, 210 / 240)),
         "method": KDConfig(temperature=4.0, alpha=0.9),
         "teacher": "resnet32x4",
         "student": "resnet8x4",

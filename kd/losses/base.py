@@ -57,6 +57,12 @@ class DistillationLoss(nn.Module, ABC):
         """Name of a network to train from scratch beside a student called `model`; none by default."""
         return None
 
+    def identity(self) -> dict:
+        """What changes the method's result beside its flags, for the run's identity.
+
+        Empty for all that the first runs did, so that they keep their folders."""
+        return {}
+
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Scalar terms, each averaged over this process's share of the batch; float32, with autocast off."""

@@ -26,6 +26,15 @@ class FeatureLoss(DistillationLoss):
         """Layers to compare in a network with these stages; empty if it lacks the stages needed."""
 
     @classmethod
+    def default_teacher_layers(cls, config: FeatureFlags, stages: Stages) -> tuple[str, ...]:
+        """The same in the teacher, if the method takes others there."""
+        return cls.default_layers(config, stages)
+
+    def __init__(self, config: FeatureFlags, pair: Pair):
+        super().__init__(config, pair)
+        self._stages = pair.student_stages, pair.teacher_stages
+
+    @classmethod
     def layers(
         cls, config: FeatureFlags, student: Stages, teacher: Stages | None
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -34,13 +43,13 @@ class FeatureLoss(DistillationLoss):
         Raises: UserError if there are none, or not equally many of each.
         """
         if teacher is None:
-            return cls._choose(config.student_layers, config, student, "student"), ()
+            return config.student_layers or _known(cls.default_layers(config, student), student, "student"), ()
         count = min((len(stages.maps) for stages in (student, teacher) if stages.maps), default=0)
-        student, teacher = (
-            stages._replace(maps=stages.maps[max(len(stages.maps) - count, 0) :]) for stages in (student, teacher)
+        student, teacher = student.last(count), teacher.last(count)
+        student_layers = config.student_layers or _known(cls.default_layers(config, student), student, "student")
+        teacher_layers = config.teacher_layers or _known(
+            cls.default_teacher_layers(config, teacher), teacher, "teacher"
         )
-        student_layers = cls._choose(config.student_layers, config, student, "student")
-        teacher_layers = cls._choose(config.teacher_layers, config, teacher, "teacher")
         require(
             len(student_layers) == len(teacher_layers),
             f"student layers ({', '.join(student_layers)}) and teacher layers ({', '.join(teacher_layers)}) do not pair"
@@ -48,15 +57,11 @@ class FeatureLoss(DistillationLoss):
         )
         return student_layers, teacher_layers
 
-    @classmethod
-    def _choose(cls, named: tuple[str, ...], config: FeatureFlags, stages: Stages, role: str) -> tuple[str, ...]:
-        layers = named or cls.default_layers(config, stages)
-        if not layers:
-            raise UserError(
-                f"the {role}'s model has no known stages to take features from; name layers with --{role}-layers:"
-                f" {list_layers(stages.modules)}"
-            )
-        return layers
+    def identity(self) -> dict:
+        """The layers, if they are others than the first runs compared by default; those runs keep their identity."""
+        layers = self.layers(self.config, *self._stages)
+        before = self.layers(self.config, *(_first_default(stages) for stages in self._stages))
+        return {} if layers == before else {"layers": layers}
 
     def common_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy, and kd_loss with --kd-weight."""
@@ -67,6 +72,22 @@ class FeatureLoss(DistillationLoss):
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"] | None:
         return teacher.logits / self.config.kd_temperature if self.config.kd_weight else None
+
+
+def _known(layers: tuple[str, ...], stages: Stages, role: str) -> tuple[str, ...]:
+    """The layers. Raises UserError if there are none."""
+    if not layers:
+        raise UserError(
+            f"the {role}'s model has no known stages to take features from; name layers with --{role}-layers:"
+            f" {list_layers(stages.modules)}"
+        )
+    return layers
+
+
+def _first_default(stages: Stages) -> Stages:
+    """The maps that the first runs compared: the last was the pooled one, and none was taken before its ReLU."""
+    maps = (*stages.maps[:-1], stages.pooled) if stages.pooled else stages.maps
+    return stages._replace(maps=maps, before_relu=maps)
 
 
 def pair_layers(student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:

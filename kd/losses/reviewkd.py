@@ -64,8 +64,9 @@ class Fusion(nn.Module):
 class ReviewKD(FeatureLoss):
     """Cross-entropy + weight * hierarchical_context_loss, summed over all stages and the embedding.
 
-    The weight rises linearly over the first epochs.
-    Differs from the authors' code: takes the maps after the stage's last ReLU, not before it.
+    As in the authors' code, the teacher's maps are taken before the ReLU that ends a stage, the student's after it.
+    The weight rises linearly over the first epochs. Differs from the authors' code: counts them from 1, as dkd's
+    authors do, so that the first epoch has a twentieth of the weight and not none.
     """
 
     config: ReviewKDConfig
@@ -74,8 +75,12 @@ class ReviewKD(FeatureLoss):
     def default_layers(cls, config: ReviewKDConfig, stages: Stages) -> tuple[str, ...]:
         return (*stages.maps, *stages.embedding) if stages.maps else ()
 
+    @classmethod
+    def default_teacher_layers(cls, config: ReviewKDConfig, stages: Stages) -> tuple[str, ...]:
+        return (*stages.before_relu, *stages.embedding) if stages.before_relu else ()
+
     def __init__(self, config: ReviewKDConfig, pair: Pair):
-        super().__init__(config, pair)
+        super().__init__(config.settled(""), pair)
         student_maps, teacher_maps = map(_deepest_first, (pair.student, pair.teacher))
         channels = min(MAX_CHANNELS, student_maps[0].shape[1])
         self.fusions = nn.ModuleList(

@@ -36,7 +36,8 @@ class StudentWithTeacherClassifier(nn.Module):
     def __init__(self, student: nn.Module, recipe: dict):
         super().__init__()
         self.student = student
-        student.set_submodule(recipe["student_classifier"], nn.Identity())  # its logits are not used
+        for layer in (*recipe.get("unused", ()), recipe["student_classifier"]):
+            student.set_submodule(layer, nn.Identity())  # its output would not be used
         self.tap = Tap(student, (recipe["layer"],))
         self.size = recipe["pool"] and tuple(recipe["pool"])
         self.projector = Projector(*recipe["channels"])
@@ -51,7 +52,7 @@ class StudentWithTeacherClassifier(nn.Module):
 
 
 class SimKD(FeatureLoss):
-    """weight * hint_loss between the projected student's and the teacher's last map.
+    """weight * hint_loss between the projected student's last map and the one that the teacher pools.
 
     No cross-entropy, because the teacher's classifier is not trained. Student, projector and classifier are scored,
     saved, exported, and counted as parameters.
@@ -63,6 +64,10 @@ class SimKD(FeatureLoss):
     @classmethod
     def default_layers(cls, config: SimKDConfig, stages: Stages) -> tuple[str, ...]:
         return stages.maps[-1:]
+
+    @classmethod
+    def default_teacher_layers(cls, config: SimKDConfig, stages: Stages) -> tuple[str, ...]:
+        return (stages.pooled,) if stages.pooled else ()
 
     def __init__(self, config: SimKDConfig, pair: Pair):
         super().__init__(config, pair)
@@ -78,6 +83,7 @@ class SimKD(FeatureLoss):
             "method": "simkd",
             "layer": self.student_layers[0],
             "student_classifier": pair.student_stages.classifier,
+            "unused": _unused(pair.student_stages, self.student_layers[0]),
             "channels": [student_map.shape[1], teacher_map.shape[1]],
             "pool": list(teacher_map.shape[2:]) if student_map.shape[2] > teacher_map.shape[2] else None,
             "classes": pair.head.out_features,
@@ -100,6 +106,11 @@ class SimKD(FeatureLoss):
     @classmethod
     def rebuild(cls, student: nn.Module, recipe: dict) -> nn.Module:
         return StudentWithTeacherClassifier(student, recipe)
+
+
+def _unused(stages: Stages, layer: str) -> list[str]:
+    """What comes between the student's last map and its classifier, if that map is the one projected."""
+    return [stages.pooled] if stages.pooled and stages.pooled != stages.maps[-1] == layer else []
 
 
 def _check_classes(pair: Pair, teacher_map: Float[Tensor, "b c h w"]) -> None:

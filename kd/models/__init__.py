@@ -33,11 +33,17 @@ FAMILIES = (resnet, cifar_resnet, wrn, vgg, mobilenetv2, shufflenetv1, shufflene
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 """Name -> f(num_classes, image_size); image_size is (height, width)."""
 
-STAGES = {name: family.STAGES for family in FAMILIES for name in family.MODELS}
-STAGES |= {f"{library}/{name}": resnet.STAGES for library in ("torchvision", "timm") for name in resnet.MODELS}
+FAMILY = {name: family for family in FAMILIES for name in family.MODELS}
+FAMILY |= {f"{library}/{name}": resnet for library in ("torchvision", "timm") for name in resnet.MODELS}
+
+STAGES = {name: family.STAGES for name, family in FAMILY.items()}
 """Name -> dotted names of the modules that output the stages' feature maps b x c x h x w, from early to late.
 
-The last map is average-pooled into the classifier, the last linear layer over the classes."""
+The maps that the literature's code compares. The one that is average-pooled into the classifier may come later."""
+
+BEFORE_RELU = {name: family.BEFORE_RELU for name, family in FAMILY.items()}
+BEFORE_RELU |= {f"timm/{name}": layers for name, layers in resnet.TIMM_BEFORE_RELU.items()}
+"""Name -> the same maps before the ReLU that ends them; the part -1 of a name is the last of a module's children."""
 
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
 """Prefix before the slash -> f(the name after it, num_classes, image_size)."""
@@ -48,7 +54,20 @@ def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
     modules = {key: module for key, module in network.named_modules() if key}
     linear = {key: module for key, module in modules.items() if isinstance(module, nn.Linear)}
     classifiers = [key for key, module in linear.items() if module.out_features == num_classes]
-    return Stages(STAGES.get(name, ()), classifiers[-1] if classifiers else None, tuple(modules))
+    return Stages(
+        STAGES.get(name, ()),
+        classifiers[-1] if classifiers else None,
+        tuple(modules),
+        FAMILY[name].POOLED if name in FAMILY else None,
+        tuple(_numbered(layer, network) for layer in BEFORE_RELU.get(name, ())),
+    )
+
+
+def _numbered(layer: str, network: nn.Module) -> str:
+    """The layer's name with the last child's name in place of -1, if the network has it."""
+    before, last, after = layer.partition(".-1")
+    children = [key for key, _ in dict(network.named_modules()).get(before, network).named_children()]
+    return f"{before}.{children[-1]}{after}" if last and children else layer
 
 
 def check_name(name: str) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 STAGES = ("layer1", "layer2", "layer3")
 """At full, half and quarter resolution."""
 
+POOLED = "layer3"
+BEFORE_RELU = ("layer1.-1.relu.input", "layer2.-1.relu.input", "layer3.-1.relu.input")
+
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)  # channels of the stem and of the three stages
 
 
@@ -32,10 +35,11 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
+        self.relu = nn.ReLU()  # the last one, as a module: its input is a map that methods may compare
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         hidden = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
+        return self.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):

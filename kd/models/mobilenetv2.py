@@ -11,8 +11,11 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "layer3", "head")  # the last one is pooled
-"""At 1/2, 1/4, 1/8 and 1/16 of the resolution. The first three maps are linear: no ReLU follows."""
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+"""At 1/2, 1/4, 1/8 and 1/16 of the resolution. All maps are linear: no ReLU follows."""
+
+POOLED = "head"
+BEFORE_RELU = STAGES
 
 # Expansion, channels at full width, blocks, stride of the first block: table 2's rows, by resolution.
 LAYER1 = ((1, 16, 1, 1), (6, 24, 2, 1))

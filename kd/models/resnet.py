@@ -12,6 +12,9 @@ from torch import nn
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 """At full, half, quarter and eighth resolution of the stem's output; with the small stem that is the image's."""
 
+POOLED = "layer4"
+BEFORE_RELU = tuple(f"{stage}.-1.relu.input" for stage in STAGES)
+
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 SMALL = 64  # images up to this many pixels on the longer side get the small stem
@@ -29,3 +32,9 @@ def build(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module
 
 
 MODELS: dict[str, Callable] = {name: partial(build, name) for name in NAMES}
+
+# timm's blocks name their last ReLU by its number: basic blocks have two, bottlenecks three.
+TIMM_BEFORE_RELU = {
+    name: tuple(f"{stage}.-1.act{2 if name in ('resnet18', 'resnet34') else 3}.input" for stage in STAGES)
+    for name in NAMES
+}

@@ -8,12 +8,14 @@ that it adds.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 STAGES = ("layer1", "layer2", "layer3")
 """At 1/2, 1/4 and 1/8 of the resolution; the paper calls them stages 2, 3 and 4."""
+
+POOLED = "layer3"
+BEFORE_RELU = tuple(f"{stage}.-1.relu.input" for stage in STAGES)
 
 GROUPS = 3
 STEM = 24  # channels
@@ -42,12 +44,13 @@ class Unit(nn.Module):
         )
         self.widen = nn.Sequential(nn.Conv2d(hidden, new, 1, groups=GROUPS, bias=False), nn.BatchNorm2d(new))
         self.average = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
+        self.relu = nn.ReLU()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         residual = self.widen(self.filter(self.shuffle(self.narrow(x))))
         if self.average is None:
-            return F.relu(residual + x)
-        return F.relu(torch.cat([residual, self.average(x)], dim=1))
+            return self.relu(residual + x)
+        return self.relu(torch.cat([residual, self.average(x)], dim=1))
 
 
 class ShuffleNetV1(nn.Module):

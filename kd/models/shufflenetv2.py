@@ -10,8 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "head")  # the last one is pooled
+STAGES = ("layer1", "layer2", "layer3")
 """At 1/2, 1/4 and 1/8 of the resolution; the paper calls them stages 2, 3 and 4."""
+
+POOLED = "head"
+BEFORE_RELU = STAGES  # half of a map's channels pass the last unit's ReLU by, so no tensor is the map before it
 
 STEM, HEAD = 24, 1024  # channels
 WIDTHS, UNITS = (116, 232, 464), (4, 8, 4)  # channels and units of each stage; table 5, 1x

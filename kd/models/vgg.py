@@ -3,7 +3,8 @@
 Five groups of 3 x 3 convolutions with 64, 128, 256, 512 and 512 channels, and max-pools between the groups. vgg11 and
 vgg13 are the paper's configurations A and B; vgg8, with one convolution per group, is the distillation literature's
 student (arXiv:1910.10699, section 4). Differs from the paper, as that literature does: a global average pool and one
-linear layer instead of three, and no max-pool before the last group for images up to 32 pixels.
+linear layer instead of three, and no max-pool before the last group for images up to 32 pixels. Differs from that
+literature's code for larger images: it pools there only if they have exactly 64 pixels, this network always.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 """The groups after the first ("stem"); without it VGG's stages pair with those of the other families."""
+
+POOLED = "layer4"
+BEFORE_RELU = tuple(f"{stage}.-1.input" for stage in STAGES)
 
 CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
 """Depth -> convolutions in each group. Depth counts the paper's three linear layers too."""

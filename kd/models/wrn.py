@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STAGES = ("layer1", "layer2", "head")  # the map that is pooled comes after the last BatchNorm and ReLU, "head"
-"""At full, half and quarter resolution."""
+STAGES = ("layer1", "layer2", "layer3")
+"""At full, half and quarter resolution, before BatchNorm and ReLU, as the literature compares them."""
+
+POOLED = "head"  # the last BatchNorm and ReLU
+BEFORE_RELU = ("layer2.0.bn1", "layer3.0.bn1", "head.0")  # after the BatchNorm that a stage's map enters
 
 SIZES = ((16, 1), (16, 2), (40, 1), (40, 2))  # depth, widening factor
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -79,7 +80,18 @@ class RunFolder:
             self.lock.close()
 
 
-def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None) -> dict:
+class RunInputs(NamedTuple):
+    """What a run depends on beside its job and data."""
+
+    teacher_sha256: str | None = None
+    teachers: Sequence[str] = ()  # their folders or names, so that config.json can repeat the run (--config)
+    method: dict = {}  # noqa: RUF012  DistillationLoss.identity(); never mutated
+
+
+NO_INPUTS = RunInputs()
+
+
+def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs) -> dict:
     """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
     parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
     # Not where the data lies and how it is stored; its content counts, and for a stream also the order of its rows.
@@ -89,27 +101,24 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256:
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
     if isinstance(job.method, NoneConfig):  # its first runs had the flag already
         flat["label_smoothing"] = job.method.label_smoothing
-    if job.cache.cache_teacher and teacher_sha256:
+    if job.cache.cache_teacher and inputs.teacher_sha256:
         flat |= dataclasses.asdict(job.cache)
     if job.compress.asked:
         init = job.compress.init  # its weights count, not its path
         flat |= job.compress.asked | ({"init": weights_sha256(Path(init))} if init else {})
     if job.origin:
         flat["origin"] = job.origin.sha256
-    flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": teacher_sha256}
+    flat |= inputs.method
+    flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": inputs.teacher_sha256}
     return json.loads(json.dumps(flat))  # tuples become lists, as in a file read back
 
 
-def open_run(
-    job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None = None, teachers: Sequence[str] = ()
-) -> RunFolder:
+def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs = NO_INPUTS) -> RunFolder:
     """Claim the job's folder: new, to be resumed, or finished. Only the main process inspects and writes it.
-
-    `teachers`: their folders or names, so that config.json can repeat the run (--config).
 
     Raises: UserError if the folder has something else, is in use by another process, or cannot be written.
     """
-    identity = run_identity(job, data, accelerator, teacher_sha256)
+    identity = run_identity(job, data, accelerator, inputs)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
     run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
@@ -131,7 +140,7 @@ def open_run(
             if run.summary is None and not run.resuming:
                 run.wandb_id = uuid.uuid4().hex[:8]
                 config = run_config(job, run.identity, run.wandb_id, data, accelerator)
-                write_json(run.path / "config.json", config | {"teacher": list(teachers)})
+                write_json(run.path / "config.json", config | {"teacher": list(inputs.teachers)})
     except BaseException as error:
         run.release()
         if isinstance(error, OSError):

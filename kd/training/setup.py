@@ -11,6 +11,7 @@ from torch import nn
 from kd.compress import compress, sizes
 from kd.compress.prune import resize
 from kd.config import DistillConfig, Job, TrainConfig
+from kd.config.jobs import LR_BY_NETWORK
 from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
@@ -41,6 +42,8 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
     """
     images, processes = len(data.train.labels), accelerator.num_processes
     fit = settle(config.fit, images, processes)
+    if config.preset in LR_BY_NETWORK:  # not by the data
+        fit = dataclasses.replace(fit, lr=config.fit.lr)
     check_batch(fit, images, processes)
     if fit != config.fit:
         epochs = f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}, {fit.warmup_epochs:g} of them warm-up"

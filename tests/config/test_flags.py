@@ -66,6 +66,26 @@ def test_the_literatures_schedule_falls_at_its_epochs():
     assert [round(milestone * fit.epochs) for milestone in fit.milestones] == [150, 180, 210]
 
 
+def test_crd_trains_its_mobile_students_with_a_smaller_lr_and_their_teacher_as_always(help_of):
+    """As its authors' code does; an --lr that is given holds for all networks."""
+    config = parse(distill_defaults, "", ["--preset", "crd", "--student", "shufflenetv2", "--control"])
+    assert (config.job().fit.lr, config.control_job().fit.lr, config.teacher_job().fit.lr) == (0.01, 0.01, 0.05)
+    assert config.head_job("mobilenetv2", None).fit.lr == 0.01
+    assert parse(train_defaults, "", ["--preset", "crd", "--model", "mobilenetv2"]).job().fit.lr == 0.01
+    assert distill_defaults("crd").job().fit.lr == 0.05
+    given = parse(distill_defaults, "", ["--preset", "crd", "--student", "shufflenetv2", "--lr", "0.05"])
+    assert (given.job().fit.lr, given.teacher_job().fit.lr) == (0.05, 0.05)
+    assert "Peak learning rate. [0.05; mobile networks 0.01]" in help_of(distill_defaults, "--preset", "crd")
+
+
+def test_reviewkds_weight_follows_from_the_student_unless_it_is_given():
+    weights = {"resnet20": 0.6, "resnet32": 1, "resnet8x4": 5, "wrn-16-2": 5, "shufflenetv1": 5, "shufflenetv2": 8}
+    for student, weight in (weights | {"resnet18": 1, "my.module:network": 1}).items():
+        assert parse(distill_defaults, "", ["--student", student, "reviewkd"]).job().method.weight == weight
+    given = parse(distill_defaults, "", ["--student", "resnet20", "reviewkd", "--weight", "3"])
+    assert given.job().method.weight == 3
+
+
 def test_no_method_flag_repeats_a_common_one():
     parts = (flags.DataConfig, flags.ViewConfig, flags.FitConfig, flags.RunConfig, flags.CompressConfig)
     parts += (jobs.DistillConfig,)

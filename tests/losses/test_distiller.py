@@ -9,10 +9,11 @@ from torch import nn
 from kd.config import METHODS
 from kd.errors import UserError
 from kd.losses import loss_class
+from kd.losses.base import Distiller
 from kd.losses.crd import Negatives
 from kd.models import MODELS, build_model, probe, stages
 from kd.models.features import Tap
-from kd.types import Stages
+from kd.types import Pair, Stages
 from tests.pairs import LABELS, SAMPLES, SIZE, STAGES, batch_of, build, network, terms_of
 
 FEATURES = [name for name, kind in METHODS.items() if "student_layers" in kind.__dataclass_fields__]
@@ -71,20 +72,99 @@ def test_layers_that_output_no_tensor_or_never_run_are_refused():
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet101", "resnet152")])
-def test_every_model_names_its_maps_and_pools_the_last_into_its_classifier(name):
+def test_every_model_names_its_maps_and_the_one_pooled_into_its_classifier(name):
     net = build_model(name, 7, (16, 16))
     for parameter in net.parameters():
         if parameter.ndim == 1:  # BatchNorm's too: grey images would leave nothing but zeros
             parameter.data.add_(0.01)
     found = stages(name, net, 7)
     assert len(found.maps) >= 3
-    outputs = probe(net, (16, 16), name, (*found.maps, *found.embedding))
-    *maps, embedding = outputs.features.values()
+    logits, features = probe(net, (16, 16), name, (*found.maps, found.pooled, *found.embedding))
+    maps, embedding = [features[layer] for layer in found.maps], features[found.embedding[0]].flatten(1)
     assert all(feature.ndim == 4 for feature in maps)
     sides = [feature.shape[2] for feature in maps]
     assert sides == sorted(sides, reverse=True)
-    torch.testing.assert_close(maps[-1].mean((2, 3)), embedding.flatten(1))
-    torch.testing.assert_close(net.get_submodule(found.classifier)(embedding.flatten(1)), outputs.logits)
+    torch.testing.assert_close(features[found.pooled].mean((2, 3)), embedding)
+    torch.testing.assert_close(net.get_submodule(found.classifier)(embedding), logits)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "torchvision/resnet34", "resnet20", "vgg13", "shufflenetv1"])
+def test_the_maps_before_their_last_relu_become_the_maps_by_it(name):
+    net = build_model(name, 7, (16, 16))
+    found = stages(name, net, 7)
+    _, features = Tap(net, (*found.maps, *found.before_relu))(torch.randn(2, 3, 16, 16))
+    for layer, before in zip(found.maps, found.before_relu, strict=True):
+        assert (features[before] < 0).any()
+        assert torch.equal(features[before].relu(), features[layer])
+
+
+def test_a_wide_networks_maps_before_relu_are_after_the_batchnorm_that_they_enter():
+    net = build_model("wrn-16-1", 7, (16, 16)).eval()
+    found = stages("wrn-16-1", net, 7)
+    _, features = Tap(net, (*found.maps, *found.before_relu, "head"))(torch.randn(2, 3, 16, 16))
+    for layer, norm in zip(found.maps, (net.layer2[0].bn1, net.layer3[0].bn1, net.head[0]), strict=True):
+        assert any(torch.equal(norm(features[layer]), features[before]) for before in found.before_relu)
+    assert torch.equal(features["head.0"].relu(), features["head"])
+
+
+def test_timms_networks_have_their_own_names_for_the_last_relu():
+    timm = pytest.importorskip("timm")
+    for name in ("resnet34", "resnet50"):
+        found = stages(f"timm/{name}", timm.create_model(name, num_classes=7), 7)
+        assert {layer.removesuffix(".input") for layer in found.before_relu} <= set(found.modules)
+
+
+def test_reviewkd_takes_the_teacher_before_its_relu_and_simkd_the_map_that_it_pools():
+    config, net = METHODS["reviewkd"](), build_model("resnet8", 5, (8, 8))
+    found, wide = stages("resnet8", net, 5), stages("wrn-16-1", build_model("wrn-16-1", 5, (8, 8)), 5)
+    maps, before = ("layer1", "layer2", "layer3"), tuple(f"layer{stage}.0.relu.input" for stage in (1, 2, 3))
+    assert loss_class(METHODS["reviewkd"]).layers(config, found, found) == ((*maps, "fc.input"), (*before, "fc.input"))
+    assert loss_class(METHODS["simkd"]).layers(METHODS["simkd"](), wide, wide) == (("layer3",), ("head",))
+    four = found._replace(maps=("layer0", *maps), before_relu=("layer0", *before))
+    assert loss_class(METHODS["reviewkd"]).layers(config, found, four) == loss_class(METHODS["reviewkd"]).layers(
+        config, found, found
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "student", "teacher", "flags", "layers"),
+    [
+        ("at", "resnet8", "resnet8", {}, None),
+        ("at", "wrn-16-1", "wrn-16-1", {}, (("layer1", "layer2", "layer3"),) * 2),
+        ("at", "wrn-16-1", "wrn-16-1", {"student_layers": ("layer1",), "teacher_layers": ("layer1",)}, None),
+        ("fitnet", "wrn-16-1", "wrn-16-1", {}, None),
+        ("sp", "mobilenetv2", "vgg8", {}, (("layer4",), ("layer4",))),
+        ("pkt", "mobilenetv2", "shufflenetv2", {}, None),
+        ("simkd", "resnet8", "wrn-16-1", {}, None),
+        ("simkd", "shufflenetv2", "resnet8", {}, (("layer3",), ("layer3",))),
+        ("kd", "mobilenetv2", "wrn-16-1", {}, None),
+    ],
+)
+def test_a_run_whose_default_layers_changed_has_another_identity(method, student, teacher, flags, layers):
+    """An unfinished run of before must not be continued on other layers; all others keep their folders."""
+    networks = [build_model(name, 5, (8, 8)) for name in (student, teacher)]
+    found = [stages(name, network, 5) for name, network in zip((student, teacher), networks)]
+    config, kind = METHODS[method](**flags), loss_class(METHODS[method])
+    named = kind.layers(config, *found)
+    outputs = [probe(network, (8, 8), "", part) for network, part in zip(networks, named)]
+    loss = kind(config, Pair(*outputs, LABELS, *found, networks[1].fc))
+    assert loss.identity() == ({"layers": layers} if layers else {})
+
+
+@pytest.mark.parametrize("name", ["wrn-16-1", "mobilenetv2", "shufflenetv2"])
+def test_simkd_drops_what_comes_after_the_students_map(name):
+    """Its gradients would be missing (two processes wait for them), and its weights shipped for nothing."""
+    student, teacher = build_model(name, 5, (8, 8)), build_model("resnet8", 5, (8, 8))
+    found, theirs = stages(name, student, 5), stages("resnet8", teacher, 5)
+    config, kind = METHODS["simkd"](), loss_class(METHODS["simkd"])
+    layers = kind.layers(config, found, theirs)
+    outputs = [probe(network, (8, 8), "", part) for network, part in zip((student, teacher), layers)]
+    loss = kind(config, Pair(*outputs, LABELS, found, theirs, teacher.fc))
+    distiller = Distiller(student, loss)
+    distiller.deployed(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in distiller.deployed.parameters() if p.requires_grad)
+    again = kind.rebuild(build_model(name, 5, (8, 8)), loss.recipe)
+    assert again.state_dict().keys() == distiller.deployed.state_dict().keys()
 
 
 def test_different_numbers_of_stages_are_paired_from_the_last():

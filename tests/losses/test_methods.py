@@ -85,6 +85,19 @@ def test_simkd_scores_saves_counts_and_loads_the_deployed_network(teacher):
     assert "train/ce" not in metrics_of(Path("run"))[0]
 
 
+def test_an_unfinished_run_on_the_layers_of_before_is_not_continued_on_others(teacher, monkeypatch):
+    """The same command compared a WRN's pooled map once; its checkpoint must not be trained on with another loss."""
+    wide = ["--student", "wrn-16-1", "--teacher", teacher, *FEW, "sp", "--out", "run"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 3)
+        distil(*wide)
+    written = json.loads(Path("run/config.json").read_text())
+    assert written["identity"].pop("layers") == [["layer3"], ["layer3"]]
+    Path("run/config.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=r"has another run \(layers None there, \[\['layer3'\], \['layer3'\]\] here\)"):
+        distil(*wide, "--resume")
+
+
 def test_a_recipe_that_cannot_be_rebuilt_is_named(teacher):
     student(teacher, "simkd", "--out", "run")
     info = json.loads(Path("run/model.json").read_text())

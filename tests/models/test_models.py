@@ -93,9 +93,9 @@ def test_stages_go_from_early_to_late(name, size):
         ("resnet20", (16, 32, 64), (32, 16, 8)),
         ("wrn-40-2", (32, 64, 128), (32, 16, 8)),
         ("vgg8", (128, 256, 512, 512), (16, 8, 4, 4)),
-        ("mobilenetv2", (12, 16, 48, 1280), (16, 8, 4, 2)),
+        ("mobilenetv2", (12, 16, 48, 160), (16, 8, 4, 2)),
         ("shufflenetv1", (240, 480, 960), (16, 8, 4)),
-        ("shufflenetv2", (116, 232, 1024), (16, 8, 4)),
+        ("shufflenetv2", (116, 232, 464), (16, 8, 4)),
     ],
 )
 def test_stages_of_cifar_images_have_the_shapes_of_the_literature(name, channels, sides):
