@@ -48,6 +48,8 @@ class Stages(NamedTuple):
     maps: tuple[str, ...] = ()  # stages whose outputs are b x c x h x w; the last map is pooled into the classifier
     classifier: str | None = None  # the last linear layer over the classes; its input is the embedding
     modules: tuple[str, ...] = ()  # every module, for --student-layers and --teacher-layers
+    tokens: bool = False  # the maps are a transformer's: Tap made them from tokens, or from maps with channels last
+    heads: tuple[str, ...] = ()  # the linear layers of class and distillation, if the network averages two
 
     @property
     def embedding(self) -> tuple[str, ...]:

@@ -10,12 +10,14 @@ from kd.losses.base import CrossEntropy, DistillationLoss, Distiller
 from kd.losses.cc import CC, correlation_congruence_loss, neighbour_product_loss
 from kd.losses.crd import CRD, contrastive_loss
 from kd.losses.cross_entropy import class_weights, cross_entropy, log_prior
+from kd.losses.deit import DeiT, deit_loss
 from kd.losses.dist import DIST, dist_loss
 from kd.losses.dkd import DKD, dkd_loss
 from kd.losses.fitnet import FitNet, hint_loss
 from kd.losses.kd import KD, kd_loss, standardize
 from kd.losses.mimic import Mimic, mimic_loss
 from kd.losses.nst import NeuronSelectivity, nst_loss
+from kd.losses.ofa import OFA, ofa_loss
 from kd.losses.pkt import PKT, pkt_loss
 from kd.losses.reviewkd import ReviewKD, hierarchical_context_loss
 from kd.losses.rkd import RKD, rkd_loss
@@ -41,6 +43,8 @@ LOSSES = {
     "crd": CRD,
     "reviewkd": ReviewKD,
     "simkd": SimKD,
+    "deit": DeiT,
+    "ofa": OFA,
     "tfkd": TFKD,
     "apprentice": Apprentice,
 }
@@ -57,6 +61,7 @@ __all__ = [
     "contrastive_loss",
     "correlation_congruence_loss",
     "cross_entropy",
+    "deit_loss",
     "dist_loss",
     "dkd_loss",
     "hierarchical_context_loss",
@@ -66,6 +71,7 @@ __all__ = [
     "mimic_loss",
     "neighbour_product_loss",
     "nst_loss",
+    "ofa_loss",
     "pkt_loss",
     "rkd_loss",
     "similarity_preserving_loss",

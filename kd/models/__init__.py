@@ -21,6 +21,7 @@ from kd.models import (
     wrn,
 )
 from kd.models.features import Tap
+from kd.models.layout import find_stages
 from kd.types import Outputs, Stages
 from kd.utils.console import print_once
 from kd.utils.users_own import call_function, import_function, is_users_own
@@ -38,16 +39,34 @@ STAGES |= {f"{library}/{name}": resnet.STAGES for library in ("torchvision", "ti
 
 The last map is average-pooled into the classifier, the last linear layer over the classes."""
 
+DISTILLATION = "head_dist"  # timm's name for the second classifier of its distilled networks (DeiT, LeViT, ...)
+
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
 """Prefix before the slash -> f(the name after it, num_classes, image_size)."""
 
 
 def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
-    """Where the network `name` has its features. The maps are known for names in STAGES, the classifier is searched."""
+    """Where the network `name` has its features.
+
+    The maps are known for names in STAGES and listed by timm's networks; the classifier is searched.
+    """
     modules = {key: module for key, module in network.named_modules() if key}
     linear = {key: module for key, module in modules.items() if isinstance(module, nn.Linear)}
     classifiers = [key for key, module in linear.items() if module.out_features == num_classes]
-    return Stages(STAGES.get(name, ()), classifiers[-1] if classifiers else None, tuple(modules))
+    heads = _two_heads(classifiers)
+    classifiers = [key for key in classifiers if key not in heads[1:]]
+    maps, tokens = (STAGES[name], False) if name in STAGES else find_stages(network)
+    return Stages(maps, classifiers[-1] if classifiers else None, tuple(modules), tokens, heads)
+
+
+def _two_heads(classifiers: Sequence[str]) -> tuple[str, ...]:
+    """The linear layers of class and distillation, head and head_dist in timm's networks; empty without both."""
+    for key in classifiers:
+        path = key.split(".")
+        if DISTILLATION in path:
+            class_head = ".".join("head" if part == DISTILLATION else part for part in path)
+            return (class_head, key) if class_head in classifiers else ()
+    return ()
 
 
 def check_name(name: str) -> None:
