@@ -14,18 +14,22 @@ from torch import Tensor, nn
 
 STAGES = 4  # taken of a network that lists more
 
+UNORDERED = ("Hiera",)  # classes whose layers output tokens in another order than their places in the image
+
 
 class Layout(NamedTuple):
     """How a layer outputs its map."""
 
     prefix: int = 0  # tokens before those of the patches, dropped
     grid: tuple[int, int] | None = None  # rows and columns of patches; None: as many as columns
-    channels_last: bool = False  # a 4-dimensional output is b x h x w x c
+    channels: int = 0  # of the map; 0: unknown
+    channels_last: bool = False  # a 4-dimensional output is b x h x w x c, even if it is as high as it has channels
 
     def to_map(self, feature: Tensor) -> Float[Tensor, "b c h w"]:
         """The output as a map; a view. Raises ValueError for tokens that fill no grid."""
         if feature.ndim == 4:
-            return feature.permute(0, 3, 1, 2) if self.channels_last else feature
+            turned = feature.shape[3] == self.channels != feature.shape[1]
+            return feature.permute(0, 3, 1, 2) if self.channels_last or turned else feature
         if feature.ndim != 3:
             return feature  # for the loss to judge
         grid = self._grid(feature.shape[1] - self.prefix)
@@ -60,14 +64,14 @@ def find_stages(network: nn.Module) -> Found:
     if len(inside) != 1:
         return Found()
     ((prefix, backbone),) = inside.items()
-    reductions = _reductions(backbone)
-    names = list(reductions)
-    columnar = len(set(reductions.values())) == 1
+    stages = _listed(backbone)
+    names = list(stages)
+    columnar = len({stage.get("reduction") for stage in stages.values()}) == 1
     if columnar:
         count = min(STAGES, len(names))
         names = [names[len(names) * (place + 1) // count - 1] for place in range(count)]
     else:
-        names = list({reduction: name for name, reduction in reductions.items()}.values())[-STAGES:]
+        names = list({stage.get("reduction"): name for name, stage in stages.items()}.values())[-STAGES:]
     return Found(tuple(prefix + name for name in names), columnar or _channels_last(backbone))
 
 
@@ -76,8 +80,9 @@ def find_layouts(network: nn.Module) -> dict[str, Layout]:
     layouts = {}
     for prefix, backbone in _backbones(network).items():
         grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
-        layout = Layout(getattr(backbone, "num_prefix_tokens", 0), grid and tuple(grid), _channels_last(backbone))
-        layouts |= {prefix + name: layout for name in _reductions(backbone)}
+        prefix_tokens, channels_last = getattr(backbone, "num_prefix_tokens", 0), _channels_last(backbone)
+        for name, stage in _listed(backbone).items():
+            layouts[prefix + name] = Layout(prefix_tokens, grid and tuple(grid), stage.get("num_chs", 0), channels_last)
     return layouts
 
 
@@ -86,19 +91,19 @@ def _backbones(network: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
-        if _reductions(module) and not any(prefix.startswith(outer) for outer in found):
+        if _listed(module) and not any(prefix.startswith(outer) for outer in found):
             found[prefix] = module
     return found
 
 
-def _reductions(module: nn.Module) -> dict[str, int]:
-    """Layer -> reduction of the image, from early to late; empty for a module that lists none."""
+def _listed(module: nn.Module) -> dict[str, dict]:
+    """Layer -> what is listed of it, from early to late: reduction of the image, channels. Empty without a list."""
     listed = getattr(module, "feature_info", None)
     listed = getattr(listed, "info", listed)  # timm wraps the list in some networks
-    if not isinstance(listed, list | tuple) or not all(isinstance(stage, dict) for stage in listed):
+    if not isinstance(listed, list | tuple) or type(module).__name__ in UNORDERED:
         return {}
     modules = dict(module.named_modules())
-    return {stage["module"]: stage["reduction"] for stage in listed if stage.get("module") in modules}
+    return {stage["module"]: stage for stage in listed if isinstance(stage, dict) and stage.get("module") in modules}
 
 
 def _channels_last(backbone: nn.Module) -> bool:
