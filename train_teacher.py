@@ -30,7 +30,7 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     from kd.training.trainer import Trainer
     from kd.utils.processes import same_threads
 
-    run = open_run(job, data, accelerator, teacher and teacher.sha256)
+    run = open_run(job, data, accelerator, *(teacher.sha256, teacher.names) if teacher else ())
     with run, same_threads():
         if run.summary is None:
             distiller = distiller or build_distiller(job, data)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import METHODS
-from kd.losses import LOSSES
+from kd.losses import loss_class
 from kd.losses.base import Distiller
 from kd.models import probe
 from kd.models.features import Tap
@@ -34,7 +34,7 @@ def network(width: int) -> nn.Module:
 def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LABELS, **flags) -> tuple[Distiller, Tap]:
     """A student with the method, and its teacher."""
     torch.manual_seed(seed)
-    student, teacher, kind = network(4), network(6).eval().requires_grad_(False), LOSSES[method]
+    student, teacher, kind = network(4), network(6).eval().requires_grad_(False), loss_class(METHODS[method])
     config = METHODS[method](**SMALL.get(method, {}), **flags)
     config.check()
     names = kind.layers(config, STAGES, STAGES)

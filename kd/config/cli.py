@@ -14,40 +14,19 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes
 
+from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import DistillConfig
 from kd.config.methods import METHODS, method_name
 from kd.config.presets import PRESETS, default_preset
-from kd.errors import exit_code
-
-# The groups of --help, commonest flags first. The dataclasses' own order is that of every config.json.
-GROUPS = {
-    "data": "data classes image-size val-fraction test-fraction label image skip-broken stored-size decode workers "
-    "stream shuffle-rows split-seed imbalance",
-    "model": "student model",
-    "teacher": "teacher teacher-model teacher-seed control fine-tune-teacher trust-code cache-teacher cache-dtype "
-    "cache-top-k",
-    "training": "preset epochs batch-size lr seed weight-decay momentum nesterov schedule warmup-epochs milestones "
-    "label-smoothing balance drop-last clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
-    "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed",
-    "run": "out resume auto-resume resume-inexact extend save-every threads test",
-    "logging": "log-every diagnose-every wandb wandb-project wandb-group",
-    "compression": "init weight-bits activation-bits prune sparsity",
-}
-
-# Flags without their part's name, and a method's own before or after the others.
-FLAT = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
-
-INDENT = 24  # columns before a flag's text
-
-MAX_WIDTH = 120  # columns: longer lines are hard to read
+from kd.errors import exit_code, nearest, require
 
 
 class Flag(NamedTuple):
@@ -56,27 +35,110 @@ class Flag(NamedTuple):
     usage: str
     text: str
     default: str
+    value: object = None
+
+    @property
+    def takes_value(self) -> bool:
+        return " " in self.usage
+
+
+class Group(NamedTuple):
+    """Flags of one subject: names, the commonest first."""
+
+    common: str
+    rare: str = ""  # only `--help GROUP` explains them
+
+
+# The groups of --help. The dataclasses' own order is that of every config.json.
+GROUPS = {
+    "data": Group(
+        "data classes image-size val-fraction label image stream",
+        "test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance",
+    ),
+    "model": Group("student model"),
+    "teacher": Group(
+        "teacher teacher-model control fine-tune-teacher cache-teacher",
+        "teacher-seed trust-code cache-dtype cache-top-k",
+    ),
+    "training": Group(
+        "preset epochs batch-size lr seed weight-decay momentum schedule warmup-epochs label-smoothing mixed-precision",
+        "nesterov milestones balance drop-last clip-norm compile channels-last deterministic sync-batchnorm",
+    ),
+    "augmentation": Group(
+        "crop-padding resized-crop flip mixup cutmix views",
+        "erase colour-jitter view-seed",
+    ),
+    "run": Group("out resume auto-resume config save-every threads", "print-config resume-inexact extend test"),
+    "logging": Group("wandb", "log-every diagnose-every wandb-project wandb-group"),
+    "compression": Group("init weight-bits", "activation-bits prune sparsity"),
+}
+
+# Flags without their part's name, and a method's own before or after the others.
+FLAT = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
+
+# Read before tyro is asked.
+FILE_FLAGS = {
+    "config": Flag("--config FILE", "Take flags from a YAML or a run's config.json; those typed here win.", ""),
+    "print-config": Flag("--print-config", "Print all flags as such a YAML, and stop.", ""),
+}
+
+INDENT = 24  # columns before a flag's text
+
+MAX_WIDTH = 120  # columns: longer lines are hard to read
 
 
 def parse(defaults: Callable, description: str, args: list[str] | None = None):
     """The checked configuration of `args` (the command line if None).
 
     `defaults` maps a preset's name to its configuration, which gives every flag its default: hence the first pass,
-    which reads --preset, or --data, from which it follows. Raises kd.errors.UserError for values out of range; tyro
-    itself exits with 2 and a short message on flags that do not parse.
+    which reads --preset, or --data, from which it follows. The flags in the file of --config become defaults too.
+    Raises kd.errors.UserError for values out of range; tyro itself exits with 2 and a short message on flags that do
+    not parse.
     """
-    args = sys.argv[1:] if args is None else args
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", nargs="?")  # tyro reports a missing value
-    first.add_argument("--data", nargs="?")
-    given = first.parse_known_args(args)[0]
-    preset = given.preset or default_preset(given.data)
+    given, args = _first_pass(sys.argv[1:] if args is None else args)
+    file = read_flags(Path(given.config)) if given.config else {}
+    preset = given.preset or file.get("preset") or default_preset(given.data or file.get("data"))
     default = defaults(preset if preset in PRESETS else "report")  # tyro reports an unknown one
+    if file:
+        default = _with_file(default, file | {"preset": preset}, Path(given.config), args)
     if "-h" in args or "--help" in args:
         _print_and_exit(format_help(default, description, args, shutil.get_terminal_size().columns))
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
+    if given.print_config:
+        _print_and_exit(as_yaml(flag_values(config)).rstrip())
     return config
+
+
+def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the defaults depend on, and the arguments for tyro: all but --config and --print-config."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", nargs="?", const="")
+    files.add_argument("--print-config", action="store_true")
+    given, rest = files.parse_known_args(args)
+    require(given.config != "", "--config: name a YAML, or a run's config.json")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", nargs="?")  # tyro reports a missing value
+    first.add_argument("--data", nargs="?")
+    return first.parse_known_args(rest, given)[0], rest
+
+
+def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
+    """`default` with the flags of --config; its method's own are left out if `args` name another method."""
+    flags, words = _flags(default), []
+    if isinstance(default, DistillConfig):
+        method = file.pop("method", None) or method_name(default.method)
+        require(method in METHODS, f"--config {path}: there is no method {method}: {nearest(str(method), METHODS)}")
+        named = _first_word(args, flags, METHODS)
+        common = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        own = _flags(METHODS[method]())
+        chosen = {name: value for name, value in file.items() if name in own}
+        file = {name: value for name, value in file.items() if name not in own}
+        if named in (None, method):
+            words = [method, *as_arguments(chosen, own, path)]
+        flags = common
+    words = [*as_arguments(file, flags, path), *words]
+    return tyro.cli(type(default), default=default, args=words, config=FLAT)
 
 
 def script(defaults: Callable, main: Callable, description: str) -> None:
@@ -91,25 +153,36 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     """
     width = min(max(width, 60), MAX_WIDTH)
     script_name = Path(sys.argv[0]).name
-    flags = _flags(default)
+    flags = _flags(default) | FILE_FLAGS
+    meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
+    usage, methods = f"usage: {script_name} [FLAG ...]", ()
     if isinstance(default, DistillConfig):
-        method = _named_method(args, flags)
-        if method:
+        if method := _first_word(args, flags, METHODS):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
-    else:
-        usage, methods = f"usage: {script_name} [FLAG ...]", ()
-    grouped = {title: [flags[name] for name in names.split() if name in flags] for title, names in GROUPS.items()}
-    groups = (_group(title, found, width) for title, found in grouped.items() if found)
-    meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
+        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+    if group := _first_word(args, flags, GROUPS):
+        names = f"{GROUPS[group].common} {GROUPS[group].rare}".split()
+        whole = _group(group, (flags[name] for name in names if name in flags), width)
+        return _paragraphs([usage, meaning], whole, [f"{script_name} --help shows the commonest flags of all groups."])
+    groups = filter(None, (_common_flags(title, flags, width) for title in GROUPS))
     return _paragraphs([description.strip()], [usage, meaning], *groups, *methods)
 
 
-def _named_method(args: list[str], flags: dict[str, Flag]) -> str | None:
-    """The method among the arguments; crd in `--preset crd` is none."""
-    with_value = {f"--{name}" for name, flag in flags.items() if " " in flag.usage}
+def _common_flags(title: str, flags: dict[str, Flag], width: int) -> list[str]:
+    """One group's commonest flags, and the names of its others; empty if the script has none of them."""
+    common, rare = ([name for name in names.split() if name in flags] for names in GROUPS[title])
+    more = f"more with --help {title}: {', '.join(rare)}"
+    lines = textwrap.wrap(more, width - 2, break_on_hyphens=False) if rare else []
+    found = _group(title, (flags[name] for name in common), width) if common else []
+    return [*found, *(f"  {line}" for line in lines)]
+
+
+def _first_word(args: list[str], flags: dict[str, Flag], wanted: Collection[str]) -> str | None:
+    """The first of these words among the arguments; crd in `--preset crd` is no method."""
+    with_value = {f"--{name}" for name, flag in flags.items() if flag.takes_value}
     words = (word for before, word in itertools.pairwise(["", *args]) if before not in with_value)
-    return next((word for word in words if word in METHODS), None)
+    return next((word for word in words if word in wanted), None)
 
 
 def _method_help(script_name: str, method: str, usual: object, width: int) -> list[list[str]]:
@@ -173,8 +246,19 @@ def _flags(config) -> dict[str, Flag]:
             flags |= _flags(value)
         else:
             name, usage = _usage(field.name, hints[field.name], value)
-            flags[name] = Flag(usage, texts[field.name], _default(field.name, value))
+            flags[name] = Flag(usage, texts[field.name], _default(field.name, value), value)
     return flags
+
+
+def flag_values(config) -> dict[str, object]:
+    """Every flag's value by its name on the command line, in the order of --help, the method and its flags last."""
+    flags, method = _flags(config), {}
+    if isinstance(config, DistillConfig):
+        own = _flags(config.method)
+        flags = {name: flag for name, flag in flags.items() if name not in own}
+        method = {"method": method_name(config.method)} | {name: flag.value for name, flag in own.items()}
+    names = " ".join(f"{group.common} {group.rare}" for group in GROUPS.values()).split()
+    return {name: flags[name].value for name in names if name in flags} | method
 
 
 def _docstrings(kind: type) -> dict[str, str]:

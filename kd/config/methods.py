@@ -42,7 +42,14 @@ def share(config, name: str) -> None:
 class MethodFlags:
     """Base of every method's flags: what the scripts need to know before they import torch."""
 
+    loss: ClassVar[str]  # module:Class of the method's DistillationLoss
     needs_teacher: ClassVar[bool] = True
+    label_smoothing: float = 0.0
+    """Share of cross-entropy's target that is spread over all classes (arXiv:1512.00567)."""
+
+    def check(self) -> None:
+        """Raise UserError for a value out of range."""
+        require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: give 0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class FeatureFlags(MethodFlags):
     """Temperature of the kd that --kd-weight adds."""
 
     def check(self) -> None:
+        super().check()
         not_negative(self, "weight", "kd_weight")
         positive(self, "kd_temperature")
 
@@ -77,18 +85,15 @@ class FeatureFlags(MethodFlags):
 class NoneConfig(MethodFlags):
     """Cross-entropy alone: no teacher."""
 
+    loss: ClassVar[str] = "kd.losses.base:CrossEntropy"
     needs_teacher: ClassVar[bool] = False
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes (arXiv:1512.00567)."""
-
-    def check(self) -> None:
-        require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: give 0 or more, below 1")
 
 
 @dataclass(frozen=True)
 class KDConfig(LogitFlags):
     """Hinton et al. 2015: match the teacher's softened predictions."""
 
+    loss: ClassVar[str] = "kd.losses.kd:KD"
     temperature: float = 5.0
     """Softens both distributions; larger shows more of the wrong classes."""
     alpha: float = 0.7
@@ -99,6 +104,7 @@ class KDConfig(LogitFlags):
     """forward: KL(teacher || student); reverse: the report's formula."""
 
     def check(self) -> None:
+        super().check()
         positive(self, "temperature", "boost")
         share(self, "alpha")
 
@@ -107,10 +113,12 @@ class KDConfig(LogitFlags):
 class MimicConfig(LogitFlags):
     """Ba & Caruana 2014: match the teacher's logits themselves."""
 
+    loss: ClassVar[str] = "kd.losses.mimic:Mimic"
     weight: float = 0.1
     """Weight of the mean squared difference of the logits."""
 
     def check(self) -> None:
+        super().check()
         not_negative(self, "weight")
 
 
@@ -118,6 +126,7 @@ class MimicConfig(LogitFlags):
 class DKDConfig(LogitFlags):
     """Zhao et al. 2022: kd split into target class and other classes."""
 
+    loss: ClassVar[str] = "kd.losses.dkd:DKD"
     temperature: float = 4.0
     """Softens both distributions."""
     alpha: float = 1.0
@@ -129,6 +138,7 @@ class DKDConfig(LogitFlags):
     """Epochs over which the loss rises to its full weight."""
 
     def check(self) -> None:
+        super().check()
         positive(self, "temperature")
         not_negative(self, "alpha", "beta", "ramp_epochs")
 
@@ -137,6 +147,7 @@ class DKDConfig(LogitFlags):
 class DISTConfig(LogitFlags):
     """Huang et al. 2022: correlate with the teacher, per sample and per class."""
 
+    loss: ClassVar[str] = "kd.losses.dist:DIST"
     temperature: float = 4.0
     """Softens both distributions."""
     weight: float = 2.0
@@ -147,6 +158,7 @@ class DISTConfig(LogitFlags):
     """Weight of the column term: each class over the batch."""
 
     def check(self) -> None:
+        super().check()
         positive(self, "temperature")
         not_negative(self, "weight", "beta", "gamma")
 
@@ -155,6 +167,7 @@ class DISTConfig(LogitFlags):
 class TFKDConfig(MethodFlags):
     """Yuan et al. 2020: a virtual teacher that is right; a control, near label smoothing."""
 
+    loss: ClassVar[str] = "kd.losses.tfkd:TFKD"
     needs_teacher: ClassVar[bool] = False
     temperature: float = 20.0
     """Softens the virtual teacher's distribution."""
@@ -164,6 +177,7 @@ class TFKDConfig(MethodFlags):
     """Probability that the virtual teacher gives the right class."""
 
     def check(self) -> None:
+        super().check()
         positive(self, "temperature")
         share(self, "alpha")
         require(0 < self.correct < 1, f"--correct {self.correct}: give a share between 0 and 1")
@@ -173,6 +187,7 @@ class TFKDConfig(MethodFlags):
 class ApprenticeConfig(MethodFlags):
     """Mishra & Marr 2017, scheme A: teacher and student train together from scratch."""
 
+    loss: ClassVar[str] = "kd.losses.apprentice:Apprentice"
     needs_teacher: ClassVar[bool] = False
     partner: str | None = None
     """The teacher, in full precision (names as for --student); the student's own network if left out."""
@@ -184,6 +199,7 @@ class ApprenticeConfig(MethodFlags):
     """Weight of the student's cross-entropy with the teacher's probabilities."""
 
     def check(self) -> None:
+        super().check()
         not_negative(self, "alpha", "beta", "gamma")
 
 
@@ -191,6 +207,7 @@ class ApprenticeConfig(MethodFlags):
 class FitNetConfig(FeatureFlags):
     """Romero et al. 2015: match one middle feature map, through a regressor."""
 
+    loss: ClassVar[str] = "kd.losses.fitnet:FitNet"
     weight: float = 100.0
     """Weight of the mean squared difference of the maps."""
     hint_stage: int = 2
@@ -205,6 +222,7 @@ class FitNetConfig(FeatureFlags):
 class ATConfig(FeatureFlags):
     """Zagoruyko & Komodakis 2017: match each stage's attention map, summed over channels."""
 
+    loss: ClassVar[str] = "kd.losses.at:AttentionTransfer"
     weight: float = 1000.0
     """Weight of the attention loss, summed over stages."""
 
@@ -213,6 +231,7 @@ class ATConfig(FeatureFlags):
 class SPConfig(FeatureFlags):
     """Tung & Mori 2019: match which samples of a batch are similar."""
 
+    loss: ClassVar[str] = "kd.losses.sp:SimilarityPreserving"
     weight: float = 3000.0
     """Weight of the mean squared difference of the similarity matrices."""
 
@@ -221,6 +240,7 @@ class SPConfig(FeatureFlags):
 class NSTConfig(FeatureFlags):
     """Huang & Wang 2017: match the distribution of each stage's channels."""
 
+    loss: ClassVar[str] = "kd.losses.nst:NeuronSelectivity"
     weight: float = 50.0
     """Weight of the discrepancy, summed over stages."""
 
@@ -229,6 +249,7 @@ class NSTConfig(FeatureFlags):
 class PKTConfig(FeatureFlags):
     """Passalis & Tefas 2018: match the probability that samples are neighbours."""
 
+    loss: ClassVar[str] = "kd.losses.pkt:PKT"
     weight: float = 30000.0
     """Weight of the divergence."""
 
@@ -237,6 +258,7 @@ class PKTConfig(FeatureFlags):
 class RKDConfig(FeatureFlags):
     """Park et al. 2019: match distances and angles between a batch's embeddings."""
 
+    loss: ClassVar[str] = "kd.losses.rkd:RKD"
     distance_weight: float = 25.0
     """Weight of the distances between pairs."""
     angle_weight: float = 50.0
@@ -251,6 +273,7 @@ class RKDConfig(FeatureFlags):
 class VIDConfig(FeatureFlags):
     """Ahn et al. 2019: predict the teacher's maps with a learned variance."""
 
+    loss: ClassVar[str] = "kd.losses.vid:VID"
     initial_variance: float = 5.0
     """Variance of every channel before training."""
 
@@ -263,6 +286,7 @@ class VIDConfig(FeatureFlags):
 class CCConfig(FeatureFlags):
     """Peng et al. 2019: match the correlation between a batch's samples."""
 
+    loss: ClassVar[str] = "kd.losses.cc:CC"
     weight: float = 0.02
     """Weight of the correlation loss."""
     definition: Literal["neighbours", "paper"] = "neighbours"
@@ -279,6 +303,7 @@ class CCConfig(FeatureFlags):
 class CRDConfig(FeatureFlags):
     """Tian et al. 2020: tell the same sample from others, across the two networks."""
 
+    loss: ClassVar[str] = "kd.losses.crd:CRD"
     weight: float = 0.8
     """Weight of both contrastive terms together."""
     width: int = 128
@@ -300,6 +325,7 @@ class CRDConfig(FeatureFlags):
 class ReviewKDConfig(FeatureFlags):
     """Chen et al. 2021: each stage learns from the teacher's earlier ones too."""
 
+    loss: ClassVar[str] = "kd.losses.reviewkd:ReviewKD"
     weight: float = 1.0
     """Weight of the maps' loss: 0.6 for resnet20, 1 for resnet32, 5 for WRN and resnet8x4."""
     ramp_epochs: float = 20.0
@@ -314,11 +340,14 @@ class ReviewKDConfig(FeatureFlags):
 class SimKDConfig(FeatureFlags):
     """Chen et al. 2022: reuse the teacher's classifier behind a projector; no cross-entropy."""
 
+    loss: ClassVar[str] = "kd.losses.simkd:SimKD"
+
 
 @dataclass(frozen=True)
 class DeiTConfig(MethodFlags):
     """Touvron et al. 2021: a second head follows the teacher; both heads' mean predicts."""
 
+    loss: ClassVar[str] = "kd.losses.deit:DeiT"
     kind: Literal["hard", "soft"] = "hard"
     """hard: the class that the teacher thinks likeliest; soft: its softened predictions."""
     alpha: float | None = None
@@ -328,6 +357,7 @@ class DeiTConfig(MethodFlags):
     """Softens both distributions (for soft)."""
 
     def check(self) -> None:
+        super().check()
         positive(self, "temperature")
         if self.alpha is not None:
             share(self, "alpha")
@@ -337,6 +367,7 @@ class DeiTConfig(MethodFlags):
 class OFAConfig(MethodFlags):
     """Hao et al. 2023: exits on the student's stages answer as the teacher; for unlike networks."""
 
+    loss: ClassVar[str] = "kd.losses.ofa:OFA"
     weight: float = 1.0
     """Weight of the loss of the student's own logits."""
     exit_weight: float = 1.0
@@ -349,6 +380,7 @@ class OFAConfig(MethodFlags):
     """The student's modules with exits (layer2.0); the stages of its model if left out."""
 
     def check(self) -> None:
+        super().check()
         not_negative(self, "weight", "exit_weight")
         positive(self, "eps", "temperature")
 

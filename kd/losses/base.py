@@ -4,11 +4,12 @@ A method is a `DistillationLoss`: a module that turns both networks' outputs int
 
 1. kd/losses/NAME.py: the citation, the loss as a pure function of tensors, and the class that wires it. Subclass
    `DistillationLoss`, or `FeatureLoss` (features.py) if the method compares feature maps or embeddings.
-2. kd/losses/__init__.py: the class in LOSSES, under its name on the command line.
-3. kd/config/methods.py: a dataclass with the method's flags, in METHODS under the same name.
-4. tests/losses/test_loss_functions.py: a case that compares the function with a naive loop in tests/naive.py.
+2. kd/config/methods.py: a dataclass with the method's flags and `loss`, the address of that class, in METHODS under its
+   name on the command line.
+3. tests/losses/test_loss_functions.py: a case that compares the function with a naive loop in tests/naive.py.
 """
 
+import importlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kd.config import NoneConfig
+from kd.config.methods import MethodFlags
 from kd.losses.cross_entropy import BalancedCrossEntropy
 from kd.metrics import closeness
 from kd.models.features import Tap
@@ -37,7 +39,9 @@ class DistillationLoss(nn.Module, ABC):
         self.config = config
         self.student_layers = tuple(pair.student.features)  # keys of student.features in forward
         self.teacher_layers = tuple(pair.teacher.features) if pair.teacher else ()
-        self.cross_entropy = BalancedCrossEntropy(pair.balance, pair.labels, pair.student.logits.shape[1])
+        self.cross_entropy = BalancedCrossEntropy(
+            pair.balance, pair.labels, pair.student.logits.shape[1], config.label_smoothing
+        )
         # JSON from which `rebuild` makes the deployed network; empty if the student is deployed unchanged.
         self.recipe: dict = {}
 
@@ -69,6 +73,12 @@ class DistillationLoss(nn.Module, ABC):
     def rebuild(cls, student: nn.Module, recipe: dict) -> nn.Module:
         """The deployed network without its weights, from a fresh student and a saved `recipe`."""
         return student
+
+
+def loss_class(flags: MethodFlags | type[MethodFlags]) -> type[DistillationLoss]:
+    """The class of the method that these flags belong to."""
+    module, _, name = flags.loss.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class Distiller(nn.Module):
@@ -155,4 +165,4 @@ class CrossEntropy(DistillationLoss):
     config: NoneConfig
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": self.cross_entropy(student.logits, batch, self.config.label_smoothing)}
+        return {"ce": self.cross_entropy(student.logits, batch)}

@@ -52,17 +52,18 @@ def log_prior(counts: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
 
 
 class BalancedCrossEntropy(nn.Module):
-    """cross_entropy with the class weights or the logit adjustment of --balance.
+    """cross_entropy with --label-smoothing, and with the class weights or the logit adjustment of --balance.
 
     Applies to the labels only: the distillation terms are not balanced.
     """
 
-    def __init__(self, balance: str, labels: Int[Tensor, "n"] | None, classes: int):
+    def __init__(self, balance: str, labels: Int[Tensor, "n"] | None, classes: int, label_smoothing: float = 0.0):
         super().__init__()
+        self.label_smoothing = label_smoothing
         counts = None if labels is None else torch.bincount(labels, minlength=classes)
         self.register_buffer("weights", class_weights(counts) if balance == "weights" else None, persistent=False)
         self.register_buffer("shift", log_prior(counts) if balance == "logit-adjust" else None, persistent=False)
 
-    def forward(self, logits: Float[Tensor, "b k"], batch: Batch, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
+    def forward(self, logits: Float[Tensor, "b k"], batch: Batch) -> Float[Tensor, ""]:
         shifted = logits if self.shift is None else logits + self.shift
-        return cross_entropy(shifted, batch, label_smoothing, self.weights)
+        return cross_entropy(shifted, batch, self.label_smoothing, self.weights)

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from kd.config import Job
+from kd.config import Job, NoneConfig
 from kd.data import Data
 from kd.data.sources import BUILT_IN
 from kd.errors import UserError, require
@@ -37,6 +38,7 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "image": None,
     "test_fraction": 0.2,
     "skip_broken": False,
+    "label_smoothing": 0.0,
 }
 
 
@@ -74,6 +76,8 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256:
         del parts["data"][name]
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
+    if isinstance(job.method, NoneConfig):  # its first runs had the flag already
+        flat["label_smoothing"] = job.method.label_smoothing
     if job.cache.cache_teacher and teacher_sha256:
         flat |= dataclasses.asdict(job.cache)
     if job.compress.asked:
@@ -85,8 +89,12 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256:
     return json.loads(json.dumps(flat))  # tuples become lists, as in a file read back
 
 
-def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None = None) -> RunFolder:
+def open_run(
+    job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str | None = None, teachers: Sequence[str] = ()
+) -> RunFolder:
     """Claim the job's folder: new, to be resumed, or finished. Only the main process inspects and writes it.
+
+    `teachers`: their folders or names, so that config.json can repeat the run (--config).
 
     Raises: UserError if the folder has something else, is in use by another process, or cannot be written.
     """
@@ -111,7 +119,8 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, teacher_sha256: str
             _read_state(run, job)
             if run.summary is None and not run.resuming:
                 run.wandb_id = uuid.uuid4().hex[:8]
-                write_json(run.path / "config.json", run_config(job, run.identity, run.wandb_id, data, accelerator))
+                config = run_config(job, run.identity, run.wandb_id, data, accelerator)
+                write_json(run.path / "config.json", config | {"teacher": list(teachers)})
     except BaseException as error:
         run.release()
         if isinstance(error, OSError):

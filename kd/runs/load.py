@@ -50,9 +50,13 @@ def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
 def _rebuild(network: nn.Module, info: dict, folder: Path) -> nn.Module:
     """The fresh network compressed as the trained one was, and inside whatever its method deploys."""
     from kd.compress import rebuild
-    from kd.losses import LOSSES
+    from kd.config import METHODS
+    from kd.losses import loss_class
 
-    steps = {"compression": rebuild, "deployed": lambda part, recipe: LOSSES[recipe["method"]].rebuild(part, recipe)}
+    def deploy(part: nn.Module, recipe: dict) -> nn.Module:
+        return loss_class(METHODS[recipe["method"]]).rebuild(part, recipe)
+
+    steps = {"compression": rebuild, "deployed": deploy}
     for key, step in steps.items():
         if recipe := info.get(key):
             try:

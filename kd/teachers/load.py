@@ -39,6 +39,11 @@ class TeacherNetwork(NamedTuple):
     classes: int  # of its own classifier, before they are matched with the data's
     members: tuple["TeacherNetwork", ...] = ()  # of several teachers
 
+    @property
+    def names(self) -> list[str]:
+        """Folder or name of the teacher, or of each of several."""
+        return [str(member.folder) for member in self.members or (self,)]
+
 
 class Average(nn.Module):
     """Several networks as one: the logarithm of their mean probabilities, which are logits again.

@@ -15,7 +15,7 @@ from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
 from kd.errors import UserError, require
-from kd.losses import LOSSES, Distiller
+from kd.losses import Distiller, loss_class
 from kd.models import build_model, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.pretrained import (
@@ -137,7 +137,7 @@ def build_distiller(
     """
     student, compression = network or build_network(job, data)
     seed_everything(job.fit.seed, "method")
-    loss = LOSSES[job.method_name](job.method, probe_networks(job, student, teacher, data))
+    loss = loss_class(job.method)(job.method, probe_networks(job, student, teacher, data))
     return Distiller(student, loss, compression)
 
 
@@ -146,10 +146,10 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
 
     Neither network is changed. Raises: UserError for layers that do not exist or do not pair up.
     """
-    layers, classes, labels = LOSSES[job.method_name].layers, len(data.classes), data.train.labels
+    layers, classes, labels = loss_class(job.method).layers, len(data.classes), data.train.labels
     student_stages = stages(job.model, student, classes)
     if teacher is None:
-        name = LOSSES[job.method_name].partner(job.method, job.model)
+        name = loss_class(job.method).partner(job.method, job.model)
         partner = build_model(name, classes, data.size) if name else None
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
         return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner)
@@ -165,13 +165,17 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
 
 def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:
     """Raises UserError if `network` cannot be trained as `job` says: labels, layers, output folder."""
-    loss = LOSSES[job.method_name]
+    loss = loss_class(job.method)
     require(
         not (job.views.mixes and loss.needs_hard_labels),
         f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
     )
     if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
         print(f"{job.role} has no teacher: --cache-teacher does nothing", flush=True)
+    require(
+        loss.has_cross_entropy or job.method.label_smoothing == 0,
+        f"--label-smoothing {job.method.label_smoothing}: changes cross-entropy, and {job.role} has none; leave it out",
+    )
     require(
         loss.has_cross_entropy or job.fit.balance in ("none", "sampler"),
         f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",

@@ -58,8 +58,8 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
 def _teacher_summary(teacher: TeacherNetwork | None) -> dict:
     """Folder and network of the teacher: a string for one, a list for several, None for none."""
     members = (teacher.members or (teacher,)) if teacher else ()
-    folders, models = [str(member.folder) for member in members], [member.summary["model"] for member in members]
-    return {"teacher": _one_or_list(folders), "teacher_model": _one_or_list(models)}
+    models = [member.summary["model"] for member in members]
+    return {"teacher": _one_or_list(teacher.names if teacher else []), "teacher_model": _one_or_list(models)}
 
 
 def _one_or_list(names: list[str]) -> str | list[str] | None:

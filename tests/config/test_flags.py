@@ -176,11 +176,19 @@ def test_help_is_short_and_opens_with_commands(script, defaults, preset, help_of
 @pytest.mark.parametrize("defaults", [train_defaults, distill_defaults])
 def test_help_shows_every_flag_once(defaults, help_of, capsys):
     """The flags that tyro's own help lists, which come from its own walk through the dataclasses."""
-    shown = flags_in(help_of(defaults))
+    page = help_of(defaults)
+    shown = flags_in(page)
+    for group in re.findall(r"more with --help (\w+):", page):
+        whole = flags_in(help_of(defaults, group))
+        named = page.split(f"more with --help {group}: ")[1].split("\n\n")[0]
+        rare = re.split(r",\s+", named.strip())
+        assert set(rare) < set(whole)
+        assert not set(rare) & set(shown)
+        shown += rare
     with pytest.raises(SystemExit):
         tyro.cli(type(defaults("report")), default=defaults("report"), args=["--help"], config=cli.FLAT)
     listed = re.findall(r"^[│ ] --([a-z][a-z0-9-]*)", capsys.readouterr().out, re.MULTILINE)
-    assert sorted(shown) == sorted(listed)
+    assert sorted(shown) == sorted([*listed, "config", "print-config"])
 
 
 @pytest.mark.parametrize("method", METHODS)

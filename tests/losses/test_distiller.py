@@ -8,7 +8,7 @@ from torch import nn
 
 from kd.config import METHODS
 from kd.errors import UserError
-from kd.losses import LOSSES
+from kd.losses import loss_class
 from kd.losses.crd import Negatives
 from kd.models import MODELS, build_model, probe, stages
 from kd.models.features import Tap
@@ -90,10 +90,10 @@ def test_every_model_names_its_maps_and_pools_the_last_into_its_classifier(name)
 def test_different_numbers_of_stages_are_paired_from_the_last():
     config = METHODS["at"]()
     four, three = Stages(("a", "b", "c", "d")), Stages(("x", "y", "z"))
-    assert LOSSES["at"].layers(config, three, four) == (("x", "y", "z"), ("b", "c", "d"))
-    assert LOSSES["fitnet"].layers(METHODS["fitnet"](), four, three) == (("c",), ("y",))
+    assert loss_class(METHODS["at"]).layers(config, three, four) == (("x", "y", "z"), ("b", "c", "d"))
+    assert loss_class(METHODS["fitnet"]).layers(METHODS["fitnet"](), four, three) == (("c",), ("y",))
     unknown = METHODS["at"](teacher_layers=("p", "q", "r"))
-    assert LOSSES["at"].layers(unknown, three, Stages()) == (("x", "y", "z"), ("p", "q", "r"))
+    assert loss_class(METHODS["at"]).layers(unknown, three, Stages()) == (("x", "y", "z"), ("p", "q", "r"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""Flags in files: --config reads a YAML or a run's own config.json, --print-config writes the YAML. No torch here.
+
+A file holds flags by name, as on the command line, and `method`. They become arguments, which are parsed as if somebody
+had typed them, so that a wrong value gets the same message in both places.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd.errors import nearest, require
+
+NOT_REPEATED = ("out", "resume", "auto_resume", "resume_inexact", "extend")  # of a run's own config.json
+
+
+def read_flags(path: Path) -> dict[str, Any]:
+    """The flags in a file, by name with dashes, `method` among them. Raises UserError for a file that has none."""
+    try:
+        content = yaml.safe_load(path.read_text())  # JSON is YAML
+    except OSError as error:
+        require(False, f"--config {path}: cannot be read ({error.strerror}); name a YAML, or a run's config.json")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        require(False, f"--config {path}: is no YAML ({reason}); write one flag a line, as in `epochs: 3`")
+    valid = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    require(valid, f"--config {path}: holds no flags; write one a line, as in `epochs: 3`")
+    flags = _flags_of_a_run(content) if {"flags", "identity"} <= content.keys() else content
+    return {name.removeprefix("--").replace("_", "-"): value for name, value in flags.items()}
+
+
+def _flags_of_a_run(config: dict) -> dict[str, Any]:
+    """The flags with which the run of a config.json is trained again, without its folder."""
+    job = config["flags"]
+    parts = {part: job[part] for part in ("data", "views", "fit", "run", "cache", "compress") if part in job}
+    flags = {name: value for part in parts.values() for name, value in part.items() if name not in NOT_REPEATED}
+    flags |= {"data": flags.pop("source"), "views": flags.pop("count"), "preset": job["preset"]}
+    if job["role"] == "teacher":
+        flags = {name: value for name, value in flags.items() if name not in parts.get("cache", {})}
+        return flags | job["method"] | {"model": job["model"]}
+    teacher = {"teacher": config["teacher"]} if config.get("teacher") else {}
+    return flags | job["method"] | teacher | {"student": job["model"], "method": job["role"]}
+
+
+def as_arguments(flags: dict[str, Any], known: dict[str, Any], path: Path) -> list[str]:
+    """Flags of a file as arguments; `known` has the script's flags by name, each with `takes_value`.
+
+    Raises UserError for a flag that the script does not have.
+    """
+    arguments = []
+    for name, value in flags.items():
+        require(name in known, f"--config {path}: there is no flag {name}: {nearest(name, known)}")
+        if not known[name].takes_value:
+            require(isinstance(value, bool), f"--config {path}: {name} is {value!r}; give true or false")
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+            continue
+        require(not isinstance(value, bool), f"--config {path}: {name} is {value!r}; a word such as no needs quotes")
+        require(not isinstance(value, dict), f"--config {path}: {name} holds flags of its own; write each by itself")
+        values = value if isinstance(value, list | tuple) else [value]
+        arguments += [f"--{name}", *map(str, values)]
+    return arguments
+
+
+def as_yaml(flags: dict[str, Any]) -> str:
+    """Flags as --config reads them."""
+    plain = json.loads(json.dumps(flags))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, width=100)
