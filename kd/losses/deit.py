@@ -5,6 +5,7 @@ The student answers twice: one head learns the labels, the other follows the tea
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class DeiT(DistillationLoss):
         if pair.student_stages.heads:
             heads = list(features.values())
             require(
-                heads[0].shape == logits.shape and (sum(heads) / 2 - logits).abs().max() < 1e-3,
+                heads[0].shape == logits.shape and torch.allclose(sum(heads) / 2, logits, rtol=1e-3, atol=1e-3),
                 f"deit: the student does not answer the mean of {' and '.join(features)}; choose another method",
             )
             return
