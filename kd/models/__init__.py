@@ -56,7 +56,8 @@ def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
     heads = _two_heads(classifiers)
     classifiers = [key for key in classifiers if key not in heads[1:]]
     maps, tokens = (STAGES[name], False) if name in STAGES else find_stages(network)
-    return Stages(maps, classifiers[-1] if classifiers else None, tuple(modules), tokens, heads)
+    classifier = classifiers[-1] if classifiers else None
+    return Stages(maps, classifier, tuple(modules), tokens=tokens, heads=heads)
 
 
 def _two_heads(classifiers: Sequence[str]) -> tuple[str, ...]:
