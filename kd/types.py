@@ -50,6 +50,8 @@ class Stages(NamedTuple):
     modules: tuple[str, ...] = ()  # every module, for --student-layers and --teacher-layers
     pooled: str | None = None  # the map that is averaged into the classifier: the last of `maps`, or a later one
     before_relu: tuple[str, ...] = ()  # `maps` before the ReLU that ends each; the map itself if none does
+    tokens: bool = False  # the maps are a transformer's: Tap made them from tokens, or from maps with channels last
+    heads: tuple[str, ...] = ()  # the linear layers of class and distillation, if the network averages two
 
     @property
     def embedding(self) -> tuple[str, ...]:

@@ -159,3 +159,10 @@ def two_arguments(classes: int, width: int) -> nn.Module:
 
 def pair(num_classes: int) -> tuple:
     return plain(num_classes), 3
+
+
+def timm_vit(num_classes: int) -> nn.Module:
+    """A small transformer of timm in patches of 4 x 4, for images of 16 x 16."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(16, 4, embed_dim=16, depth=4, num_heads=2, num_classes=num_classes)

@@ -366,6 +366,48 @@ class SimKDConfig(FeatureFlags):
     loss: ClassVar[str] = "kd.losses.simkd:SimKD"
 
 
+@dataclass(frozen=True)
+class DeiTConfig(MethodFlags):
+    """Touvron et al. 2021: a second head follows the teacher; both heads' mean predicts."""
+
+    loss: ClassVar[str] = "kd.losses.deit:DeiT"
+    kind: Literal["hard", "soft"] = "hard"
+    """hard: the class that the teacher thinks likeliest; soft: its softened predictions."""
+    alpha: float | None = None
+    """Weight of the distillation head's loss; cross-entropy has 1 - alpha. 0.5 for hard and 0.1 for soft if left
+    out."""
+    temperature: float = 3.0
+    """Softens both distributions (for soft)."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature")
+        if self.alpha is not None:
+            share(self, "alpha")
+
+
+@dataclass(frozen=True)
+class OFAConfig(MethodFlags):
+    """Hao et al. 2023: exits on the student's stages answer as the teacher; for unlike networks."""
+
+    loss: ClassVar[str] = "kd.losses.ofa:OFA"
+    weight: float = 1.0
+    """Weight of the loss of the student's own logits."""
+    exit_weight: float = 1.0
+    """Weight of the exits' loss, summed over exits."""
+    eps: float = 1.0
+    """Power that raises the label's share of the target; the authors' command for ImageNet has 1.5."""
+    temperature: float = 1.0
+    """Softens both distributions."""
+    student_layers: tuple[str, ...] = ()
+    """The student's modules with exits (layer2.0); the stages of its model if left out."""
+
+    def check(self) -> None:
+        super().check()
+        not_negative(self, "weight", "exit_weight")
+        positive(self, "eps", "temperature")
+
+
 METHODS = {
     "none": NoneConfig,
     "kd": KDConfig,
@@ -383,6 +425,8 @@ METHODS = {
     "crd": CRDConfig,
     "reviewkd": ReviewKDConfig,
     "simkd": SimKDConfig,
+    "deit": DeiTConfig,
+    "ofa": OFAConfig,
     "tfkd": TFKDConfig,
     "apprentice": ApprenticeConfig,
 }

@@ -11,12 +11,14 @@ from kd.losses.base import CrossEntropy, DistillationLoss, Distiller, loss_class
 from kd.losses.cc import correlation_congruence_loss, neighbour_product_loss
 from kd.losses.crd import contrastive_loss
 from kd.losses.cross_entropy import class_weights, cross_entropy, log_prior
+from kd.losses.deit import deit_loss
 from kd.losses.dist import dist_loss
 from kd.losses.dkd import dkd_loss
 from kd.losses.fitnet import hint_loss
 from kd.losses.kd import KD, kd_loss, standardize
 from kd.losses.mimic import mimic_loss
 from kd.losses.nst import nst_loss
+from kd.losses.ofa import ofa_loss
 from kd.losses.pkt import pkt_loss
 from kd.losses.reviewkd import hierarchical_context_loss
 from kd.losses.rkd import rkd_loss
@@ -35,6 +37,7 @@ __all__ = [
     "contrastive_loss",
     "correlation_congruence_loss",
     "cross_entropy",
+    "deit_loss",
     "dist_loss",
     "dkd_loss",
     "hierarchical_context_loss",
@@ -45,6 +48,7 @@ __all__ = [
     "mimic_loss",
     "neighbour_product_loss",
     "nst_loss",
+    "ofa_loss",
     "pkt_loss",
     "rkd_loss",
     "similarity_preserving_loss",

@@ -144,5 +144,6 @@ def _check_pooled(pair: Pair, teacher_map: Float[Tensor, "b c h w"]) -> None:
     require(
         fits and torch.allclose(pair.head(pooled), pair.teacher.logits, rtol=1e-3, atol=1e-3),
         f"simkd: the teacher's {pair.teacher_stages.classifier} does not take the average of"
-        f" {', '.join(pair.teacher.features)}; name the map that is pooled into it with --teacher-layers",
+        f" {', '.join(pair.teacher.features)}; name the map that is pooled into it with --teacher-layers,"
+        " or choose another method",
     )

@@ -21,6 +21,7 @@ from kd.models import (
     wrn,
 )
 from kd.models.features import Tap
+from kd.models.layout import find_stages
 from kd.types import Outputs, Stages
 from kd.utils.console import print_once
 from kd.utils.operators import define_operators
@@ -45,22 +46,29 @@ BEFORE_RELU = {name: family.BEFORE_RELU for name, family in FAMILY.items()}
 BEFORE_RELU |= {f"timm/{name}": layers for name, layers in resnet.TIMM_BEFORE_RELU.items()}
 """Name -> the same maps before the ReLU that ends them; the part -1 of a name is the last of a module's children."""
 
+DISTILLATION = "head_dist"  # timm's name for the second classifier of its distilled networks (DeiT, LeViT, ...)
+
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
 """Prefix before the slash -> f(the name after it, num_classes, image_size)."""
 
 
 def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
-    """Where the network `name` has its features. The maps are known for names in STAGES, the classifier is searched."""
+    """Where the network `name` has its features.
+
+    The maps are known for names in STAGES and listed by timm's networks; the classifier is searched.
+    """
     modules = {key: module for key, module in network.named_modules() if key}
     linear = {key: module for key, module in modules.items() if isinstance(module, nn.Linear)}
     classifiers = [key for key, module in linear.items() if module.out_features == num_classes]
-    return Stages(
-        STAGES.get(name, ()),
-        classifiers[-1] if classifiers else None,
-        tuple(modules),
-        FAMILY[name].POOLED if name in FAMILY else None,
-        tuple(_numbered(layer, network) for layer in BEFORE_RELU.get(name, ())),
-    )
+    heads = _two_heads(classifiers)
+    classifiers = [key for key in classifiers if key not in heads[1:]]
+    classifier = classifiers[-1] if classifiers else None
+    if name in FAMILY:
+        before_relu = tuple(_numbered(layer, network) for layer in BEFORE_RELU.get(name, ()))
+        return Stages(STAGES[name], classifier, tuple(modules), FAMILY[name].POOLED, before_relu, heads=heads)
+    maps, tokens = find_stages(network)
+    pooled = maps[-1] if maps else None  # simkd checks that the classifier takes its average
+    return Stages(maps, classifier, tuple(modules), pooled, maps, tokens, heads)
 
 
 def _numbered(layer: str, network: nn.Module) -> str:
@@ -68,6 +76,16 @@ def _numbered(layer: str, network: nn.Module) -> str:
     before, last, after = layer.partition(".-1")
     children = [key for key, _ in dict(network.named_modules()).get(before, network).named_children()]
     return f"{before}.{children[-1]}{after}" if last and children else layer
+
+
+def _two_heads(classifiers: Sequence[str]) -> tuple[str, ...]:
+    """The linear layers of class and distillation, head and head_dist in timm's networks; empty without both."""
+    for key in classifiers:
+        path = key.split(".")
+        if DISTILLATION in path:
+            class_head = ".".join("head" if part == DISTILLATION else part for part in path)
+            return (class_head, key) if class_head in classifiers else ()
+    return ()
 
 
 def check_name(name: str) -> None:

@@ -8,12 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd.errors import UserError, require
+from kd.models.layout import find_layouts
 from kd.types import INPUT, Outputs
 
 
 class Tap:
     """Runs a network and returns the features of `layers` (dotted module names, or NAME.input) beside its logits.
 
+    The stages of timm's networks come as maps b x c x h x w, whether they output maps or tokens (kd/models/layout.py).
     Its hooks do nothing while others call the network; without layers it sets none. If a layer runs several times, its
     last output counts. Raises UserError for an unknown layer.
     """
@@ -24,6 +26,7 @@ class Tap:
             None  # filled by the hooks while this tap runs the network, else None
         )
         modules = {name: module for name, module in network.named_modules() if name}
+        self._layouts = find_layouts(network) if layers else {}
         # Bound methods, not closures: in a deep copy, the copied network's hooks then fill the copied tap.
         self._hooks = [self._hook(layer, modules) for layer in self.layers]
 
@@ -47,7 +50,15 @@ class Tap:
                 isinstance(value, Tensor),
                 f"layer {layer!r}: outputs a {type(value).__name__}, not a tensor; name another layer",
             )
-            self._features[layer] = value.clone()  # an in-place ReLU would overwrite it
+            self._features[layer] = self._as_map(layer, value).clone()  # an in-place ReLU would overwrite it
+
+    def _as_map(self, layer: str, value: Tensor) -> Tensor:
+        if layer not in self._layouts:
+            return value
+        try:
+            return self._layouts[layer].to_map(value)
+        except ValueError as error:
+            raise UserError(f"layer {layer!r}: {error}; name another layer") from error
 
     def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Outputs:
         self._features = {}

@@ -16,7 +16,7 @@ from kd.models.features import Tap
 from kd.types import Pair, Stages
 from tests.pairs import LABELS, SAMPLES, SIZE, STAGES, batch_of, build, network, terms_of
 
-FEATURES = [name for name, kind in METHODS.items() if "student_layers" in kind.__dataclass_fields__]
+FEATURES = [name for name, kind in METHODS.items() if "teacher_layers" in kind.__dataclass_fields__]
 LOGITS = [name for name, kind in METHODS.items() if "standardize" in kind.__dataclass_fields__]
 INDEX = torch.arange(12)
 

@@ -12,12 +12,13 @@ from tests.pairs import SAMPLES, batch_of, build
 
 # The others normalise over each process's own share without --sync-batchnorm.
 METHODS_WITHOUT_BATCHNORM = sorted(METHODS.keys() - {"fitnet", "reviewkd", "simkd"})
+FLAGS = {"ofa": {"student_layers": ("2",)}}  # the last stage's exit has no BatchNorm
 STEPS, BATCH = 3, 16
 
 
 def train(method: str, process: int, processes: int) -> dict[str, torch.Tensor]:
     """Weights and buffers after three steps, and the last step's terms averaged over processes."""
-    distiller, teacher = build(method)
+    distiller, teacher = build(method, **FLAGS.get(method, {}))
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
     model = DistributedDataParallel(distiller) if processes > 1 else distiller
     share = BATCH // processes

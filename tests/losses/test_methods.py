@@ -55,7 +55,7 @@ def student(teacher: str, method: str, *args: str) -> None:
 
 
 # Methods with state or parameters of their own, or another deployed network, always run; the others are slow tests.
-STATEFUL = ("kd", "vid", "cc", "crd", "reviewkd", "simkd", "apprentice")
+STATEFUL = ("kd", "vid", "cc", "crd", "reviewkd", "simkd", "deit", "ofa", "apprentice")
 EVERY = [pytest.param(name, marks=() if name in STATEFUL else pytest.mark.slow) for name in METHODS]
 
 

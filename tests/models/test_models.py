@@ -210,12 +210,14 @@ def test_a_users_own_transformer_takes_digits():
     assert build_model("tests.networks:vit", 10, (8, 8)) is not None
 
 
+@pytest.mark.timm
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet10t"])
 def test_timm_networks_get_the_image_size_if_they_need_it(name):
     pytest.importorskip("timm")
     assert build_model(f"timm/{name}", 5, (32, 64)) is not None
 
 
+@pytest.mark.timm
 @pytest.mark.parametrize(
     ("name", "size", "words"),
     [

@@ -347,6 +347,7 @@ def test_a_sharded_folder_of_transformers():
     assert "vit: lacks model-00002-of-00002.safetensors of model.safetensors.index.json" in check("vit", "resnet8")
 
 
+@pytest.mark.timm
 @pytest.mark.parametrize("prefix", ["", "timm_model."])
 def test_a_folder_of_timm(prefix):
     pytest.importorskip("timm")

@@ -113,6 +113,15 @@ def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypa
     assert asked == 2 * 18 + 4, "the second student costs the two probes alone"
 
 
+@pytest.mark.parametrize("method", [["deit"], ["ofa", "--student-layers", "0"]], ids=lambda method: method[0])
+def test_row_21_a_method_with_another_head_needs_the_teachers_logits_alone(method):
+    flags = [*MIXED, "--epochs", "1", *method]
+    distil("--out", "live", *CACHED[:-1], *flags)
+    distil("--out", "cached", *CACHED, "--cache-dtype", "float32", *flags)
+    assert list(ROOT.iterdir()), "looked up"
+    assert differences(Path("live"), Path("cached")) == []
+
+
 def test_rows_are_looked_up_by_index_and_view_not_by_position():
     kept, _, data, job, accelerator = opened("--cache-dtype", "float32")
     batch = next(iter(loader.Batches(data, job, accelerator).epoch(0)))

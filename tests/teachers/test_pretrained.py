@@ -345,6 +345,7 @@ def test_pretrained_weights_out_of_reach_end_in_one_line(hub_folder, data):
         load_teachers(["torchvision/googlenet"], data, CPU, False)
 
 
+@pytest.mark.timm
 def test_a_pretrained_network_of_timm(monkeypatch, data):
     timm = pytest.importorskip("timm")
     real = timm.create_model
