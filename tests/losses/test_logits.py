@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,15 @@ from kd.config import METHODS
 from kd.errors import UserError
 from kd.losses import LearnedTemperature, kd_loss, loss_class, standardize
 from tests import naive, pairs
+from tests.conftest import ROOT
+from tests.training.test_trainer import NoWaiting
 
 REFERENCE = json.loads((Path(__file__).parent / "reference_logits.json").read_text())
 CASES = REFERENCE["cases"]
 STUDENT, STRONG = "student_logits", "student_logits_strong"
 VIEWS = (STUDENT, STRONG, "teacher_logits", "teacher_logits_strong")
 INDEX = torch.arange(12)
+NEW = ("nkd", "wttm", "rld", "pld", "skd", "ctkd")
 
 
 def rld(student: Tensor, teacher: Tensor, labels: Tensor, standardize: bool = False, **params) -> Tensor:
@@ -269,3 +274,41 @@ def test_standardised_logits_are_compared(method):
         *(part._replace(logits=standardize(part.logits)) for part in (distiller.tap(batch.image), outputs)), batch
     )
     torch.testing.assert_close(distiller(batch, outputs).terms[method], terms[method])
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_a_step_makes_the_host_wait_for_nothing(method):
+    """cholesky asks for its error, which on a GPU waits; cholesky_ex does not."""
+    distiller, teacher = pairs.build(method)
+    batch = pairs.batch_of(INDEX)
+    outputs = teacher(batch.image)
+    watch = NoWaiting()
+    watch.waits = (*NoWaiting.waits, torch.ops.aten.linalg_cholesky.default, torch.ops.aten.masked_select.default)
+    with watch:
+        step = distiller(batch, outputs)
+        sum(step.terms.values()).backward()
+    assert watch.count == 0
+
+
+COMPILED = """
+import torch, torch._dynamo.testing
+from tests import pairs
+for method in ("nkd", "wttm", "rld", "pld", "ctkd"):  # skd breaks the graph: it gathers over the processes
+    torch._dynamo.reset()
+    distiller, teacher = pairs.build(method)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(distiller, backend=counter, fullgraph=True)
+    for epoch in (0, 1, 30):
+        batch = pairs.batch_of(torch.arange(12), epoch)._replace(view=torch.tensor(epoch))
+        outputs = teacher(batch.image)
+        terms = compiled(batch, outputs).terms
+        torch.testing.assert_close(terms, distiller(batch, outputs).terms)
+    assert counter.frame_count == 1, (method, counter.frame_count)
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_compiled_once_for_all_epochs():
+    """In a process of its own: torch.compile cannot trace the shape checks of the tests."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
