@@ -69,6 +69,14 @@ def test_row_4_every_method_trains_and_resumes_to_the_same_bytes(teacher, method
     assert differences(Path("whole"), Path("run")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rld", "pld", "ctkd"])
+def test_row_21_methods_of_logits_follow_kept_answers_as_a_live_teacher(teacher, method):
+    student(teacher, method, "--out", "live", "--views", "2")
+    student(teacher, method, "--out", "kept", "--views", "2", "--cache-teacher", "--cache-dtype", "float32")
+    assert differences(Path("live"), Path("kept")) == []
+
+
 def test_simkd_scores_saves_counts_and_loads_the_deployed_network(teacher):
     student(teacher, "simkd", "--out", "run")
     network, head = kd.load("run"), kd.load(teacher).fc
