@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +32,6 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from kd.config import METHODS
 from kd.runs.checkpoint import steps
 from tests.conftest import ROOT
 from tests.data.test_workers import images
@@ -59,6 +58,7 @@ class Side:
 
     checkout: Path
     work: Path
+    methods: tuple[str, ...] = ()  # that both versions have
 
 
 Step = Callable[[Side, Path], object]  # runs in a folder below side.work; raises Failed
@@ -134,6 +134,12 @@ def stop(line: str, number: int, at: int) -> Step:
     return step
 
 
+def run_methods(side: Side, folder: Path) -> None:
+    """A student of every method that both versions have, one after another."""
+    for name in side.methods:
+        run(f"{TAUGHT} {name} {OPTIONS.get(name, '')}")(side, folder)
+
+
 def copy(source: str, target: str) -> Step:
     return lambda side, folder: shutil.copytree(folder / source, folder / target, dirs_exist_ok=True)
 
@@ -148,13 +154,13 @@ TAUGHT = f"{STUDENT} --teacher ../train/run"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2"
 SAVING = f"{TAUGHT} --epochs 6 --out run --save-every 3"  # long enough for the signal to come before its end
 CACHED = f"{SAVING} --views 2 --cache-teacher --cache-dtype float32"
-OPTIONS = {"crd": "--negatives 16", "dkd": "--ramp-epochs 2"}
+OPTIONS = {"crd": "--negatives 16", "dkd": "--ramp-epochs 2", "rld": "--ramp-epochs 2"}
 STUDY = "--batch-size 100 --epochs 1 --threads 1 --wandb disabled"
 COMMANDS = {
     "train": Command((run(f"{TEACHER} --out run"),)),
     "control": Command((run(f"{STUDENT} --teacher-model resnet8 kd --temperature 4 --control"),)),
     "cached": Command((run(f"{TAUGHT} --views 2 --cache-teacher --cache-top-k 3 dkd"),), ("train",)),
-    "methods": Command(tuple(run(f"{TAUGHT} {name} {OPTIONS.get(name, '')}") for name in METHODS), ("train",)),
+    "methods": Command((run_methods,), ("train",)),
     "killed": Command((stop(f"{SAVING} vid", signal.SIGKILL, at=3), run(f"{SAVING} --resume vid")), ("train",)),
     "stopped": Command(
         (stop(f"{CACHED} dist", signal.SIGTERM, at=3), copy(".", "../interrupted"), run(f"{CACHED} --resume dist")),
@@ -293,14 +299,34 @@ def worktree(commit: str, folder: Path) -> Iterator[None]:
         subprocess.run(["git", "worktree", "remove", "--force", str(folder)], cwd=ROOT, check=False)
 
 
+def ask(side: Side, code: str) -> str:
+    """What this code prints, run with the side's own kd; empty if it fails."""
+    folder = side.work / "import"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(side, folder), capture_output=True)
+    return done.stdout.decode().strip()
+
+
 def check_import(side: Side) -> None:
     """Raises Failed unless the side's commands import the side's own code."""
-    folder = side.work / "import"
-    folder.mkdir(parents=True)
-    code = "import kd, pathlib; print(pathlib.Path(kd.__file__).resolve().parent.parent)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(side, folder), capture_output=True)
-    if done.stdout.decode().strip() != str(side.checkout.resolve()):
-        raise Failed(f"{side.checkout}: Python imports kd from {done.stdout.decode().strip() or 'nowhere'}")
+    found = ask(side, "import kd, pathlib; print(pathlib.Path(kd.__file__).resolve().parent.parent)")
+    if found != str(side.checkout.resolve()):
+        raise Failed(f"{side.checkout}: Python imports kd from {found or 'nowhere'}")
+
+
+def with_shared_methods(before: Side, now: Side) -> list[Side]:
+    """Both sides with the methods that both have; names those that only one has. Raises Failed if it lists none."""
+    old, new = (ask(side, "from kd.config import METHODS; print(*METHODS)").split() for side in (before, now))
+    if not old or not new:
+        raise Failed(f"{(now if old else before).checkout}: kd.config lists no methods")
+    for when, names in (
+        ("before", [name for name in old if name not in new]),
+        ("now", [n for n in new if n not in old]),
+    ):
+        if names:
+            _say(f"not compared, as only {when}: {', '.join(names)}")
+    shared = tuple(name for name in old if name in new)
+    return [replace(side, methods=shared) for side in (before, now)]
 
 
 def with_needs(names: list[str]) -> list[str]:
@@ -361,6 +387,7 @@ def main(args: list[str] | None = None) -> int:
         try:
             for side in sides:
                 check_import(side)
+            sides = with_shared_methods(*sides)
         except Failed as failure:
             parser.error(str(failure))
         wrong = compare_versions(with_needs(given.only), sides)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import same_bytes
 from tests.conftest import ROOT
-from tests.same_bytes import COMMANDS, compare_folders, with_needs
+from tests.same_bytes import COMMANDS, Side, compare_folders, run_methods, with_needs, with_shared_methods
 
 RUN = ROOT / "tests" / "runs" / "written_by_9b93d35"
 STEP = "student/checkpoint/step-9"
@@ -151,3 +152,18 @@ def test_each_command_comes_after_those_that_it_needs():
         names = with_needs([name])
         assert names[-1] == name
         assert all(set(COMMANDS[one].needs) <= set(names[:place]) for place, one in enumerate(names))
+
+
+def test_methods_that_one_version_lacks_are_named_and_left_out(monkeypatch, capsys):
+    ran, listed = [], {"old": "none kd gone", "new": "none new kd"}
+    monkeypatch.setattr(same_bytes, "ask", lambda side, code: listed[side.checkout.name])
+    monkeypatch.setattr(same_bytes, "run", lambda line: lambda side, folder: ran.append(line.split()[-1]))
+    sides = with_shared_methods(Side(Path("old"), Path("before")), Side(Path("new"), Path("now")))
+    lines = ["not compared, as only before: gone", "not compared, as only now: new"]
+    assert capsys.readouterr().out.splitlines() == lines
+    for side in sides:
+        run_methods(side, Path("now"))
+    assert ran == ["none", "kd"] * 2
+    listed["old"] = ""
+    with pytest.raises(same_bytes.Failed, match=r"old: kd\.config lists no methods"):
+        with_shared_methods(*sides)

@@ -58,7 +58,7 @@ def _warnings_of(line: dict, classes: int) -> dict[str, str]:
     if entropy is not None and entropy < SURE_TEACHER * math.log(classes):
         warnings_by_kind["silent"] = (
             f"the teacher's soft labels are nearly the hard labels: their entropy is {entropy:.2g} nats of at most"
-            f" {math.log(classes):.2g}; raise --temperature, or take a teacher that is less sure of its training images"
+            f" {math.log(classes):.2g}; raise its temperature, or take a teacher less sure of its training images"
         )
     if ratio is not None and ratio > DROWNED_RATIO:
         warnings_by_kind["loud"] = (

@@ -30,7 +30,7 @@ FEW = [
     "--save-every",
     "1",
 ]  # 80 images: 4 steps
-FLAGS = {"crd": ["--negatives", "64"], "dkd": ["--ramp-epochs", "2"]}
+FLAGS = {"crd": ["--negatives", "64"], "dkd": ["--ramp-epochs", "2"], "rld": ["--ramp-epochs", "2"]}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def student(teacher: str, method: str, *args: str) -> None:
 
 
 # Methods with state or parameters of their own, or another deployed network, always run; the others are slow tests.
-STATEFUL = ("kd", "vid", "cc", "crd", "reviewkd", "simkd", "deit", "ofa", "apprentice")
+STATEFUL = ("kd", "ctkd", "vid", "cc", "crd", "reviewkd", "simkd", "deit", "ofa", "apprentice")
 EVERY = [pytest.param(name, marks=() if name in STATEFUL else pytest.mark.slow) for name in METHODS]
 
 
@@ -67,6 +67,14 @@ def test_row_4_every_method_trains_and_resumes_to_the_same_bytes(teacher, method
         student(teacher, method, "--out", "run")
     student(teacher, method, "--out", "run", "--resume")
     assert differences(Path("whole"), Path("run")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rld", "pld", "ctkd"])
+def test_row_21_methods_of_logits_follow_kept_answers_as_a_live_teacher(teacher, method):
+    student(teacher, method, "--out", "live", "--views", "2")
+    student(teacher, method, "--out", "kept", "--views", "2", "--cache-teacher", "--cache-dtype", "float32")
+    assert differences(Path("live"), Path("kept")) == []
 
 
 def test_simkd_scores_saves_counts_and_loads_the_deployed_network(teacher):
