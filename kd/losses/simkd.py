@@ -83,12 +83,11 @@ class SimKD(FeatureLoss):
             "method": "simkd",
             "layer": self.student_layers[0],
             "student_classifier": pair.student_stages.classifier,
-            "unused": _unused(pair.student_stages, self.student_layers[0]),
             "channels": [student_map.shape[1], teacher_map.shape[1]],
             "pool": list(teacher_map.shape[2:]) if student_map.shape[2] > teacher_map.shape[2] else None,
             "classes": pair.head.out_features,
             "bias": pair.head.bias is not None,
-        }
+        } | _unused(pair.student_stages, self.student_layers[0])
         self.student_layers = ("projector",)  # now the deployed network's
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -108,9 +107,10 @@ class SimKD(FeatureLoss):
         return StudentWithTeacherClassifier(student, recipe)
 
 
-def _unused(stages: Stages, layer: str) -> list[str]:
+def _unused(stages: Stages, layer: str) -> dict[str, list[str]]:
     """What comes between the student's last map and its classifier, if that map is the one projected."""
-    return [stages.pooled] if stages.pooled and stages.pooled != stages.maps[-1] == layer else []
+    unused = stages.pooled and stages.pooled != stages.maps[-1] == layer
+    return {"unused": [stages.pooled]} if unused else {}
 
 
 def _check_classes(pair: Pair, teacher_map: Float[Tensor, "b c h w"]) -> None:
