@@ -21,9 +21,10 @@ from PIL import Image
 
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
-from kd.models import build_model, libraries
+from kd.models import build_model
 from kd.runs.table import COLUMNS
 from kd.study.plan import read_command_line
+from kd.utils.operators import define_operators
 from tests.conftest import ROOT
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -84,7 +85,7 @@ def photographs(folder: Path) -> None:
 
 def pretrained(folder: Path) -> None:
     """What torchvision would download, made here: weights of its resnet18 that have learned nothing."""
-    libraries.define_operators()
+    define_operators()
     from torchvision.models import ResNet18_Weights, resnet18
 
     folder.mkdir(parents=True)

@@ -32,7 +32,7 @@ from rich.progress import track
 from kd.config import DataConfig, ViewConfig
 from kd.data import Data, load_data
 from kd.data.loader import TrainingImages
-from kd.models import libraries
+from kd.utils.operators import define_operators
 from kd.utils.system import share_of_cores
 
 CLASSES, TEST, FEW = 10, 100, 1000
@@ -94,7 +94,7 @@ def kd_reader(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
 
 
 def torchvision_reader(config: Config, source: Path, data: Data, workers: int) -> Callable[[torch.Tensor], None]:
-    libraries.define_operators()
+    define_operators()
     from torchvision import datasets, transforms
 
     crop = [transforms.RandomResizedCrop(config.size), transforms.RandomHorizontalFlip()]

@@ -23,9 +23,10 @@ from kd.models import (
 from kd.models.features import Tap
 from kd.types import Outputs, Stages
 from kd.utils.console import print_once
+from kd.utils.operators import define_operators
 from kd.utils.users_own import call_function, import_function, is_users_own
 
-libraries.define_operators()  # before anything imports torchvision, as timm does
+define_operators()  # before anything imports torchvision, as timm does
 
 FAMILIES = (resnet, cifar_resnet, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2)
 

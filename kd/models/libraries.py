@@ -1,58 +1,17 @@
-"""Networks of torchvision and timm; and the operators that torchvision needs to be importable.
+"""Networks of torchvision and timm.
 
 By default both build transformers for images of 224 pixels, in patches that may be larger than a small image, so they
 are given the image size. timm is an optional dependency. Either is imported only when one of its networks is named.
-
-The package index's torchvision ships operators compiled for the CUDA build of torch. Beside a CPU-only torch of the
-same version they do not load, and `import torchvision` fails with "operator torchvision::nms does not exist". No
-classifier uses these operators, so declaring the two that the import looks up is enough: `define_operators`.
 """
 
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import torch
 from torch import nn
 
 from kd.errors import UserError, is_users_own
 from kd.utils.console import clip
-
-SHARED_LIBRARIES = {".so", ".pyd", ".dll", ".dylib"}
-
-_declared = []  # torch forgets a Library's definitions when the object is deleted
-
-
-def define_operators() -> None:
-    """Declare torchvision's operators if its own do not load. Call it before anything imports torchvision.
-
-    Does nothing the second time, or if torchvision is already imported.
-    """
-    if _declared or "torchvision" in sys.modules or _operators_load():
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
-
-
-def _operators_load() -> bool:
-    """Whether torchvision's own operators load. They then stay loaded, and torchvision's import finds them."""
-    package = importlib.util.find_spec("torchvision")
-    folders = package.submodule_search_locations or () if package else ()
-    files = [path for folder in folders for path in sorted(Path(folder).glob("_C*"))]  # _C_stable.so since 0.29
-    return any(_loads(path) for path in files if path.suffix in SHARED_LIBRARIES)
-
-
-def _loads(path: Path) -> bool:
-    try:
-        torch.ops.load_library(path)
-    except (OSError, RuntimeError):
-        return False
-    return True
 
 
 def torchvision_names() -> list[str]:

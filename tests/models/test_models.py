@@ -237,7 +237,7 @@ def test_missing_timm_is_refused_with_the_remedy(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "code", ["import kd.models, torchvision", "from kd.models.libraries import define_operators as f; f()"]
+    "code", ["import kd.models, torchvision", "from kd.utils.operators import define_operators as f; f()"]
 )
 def test_torchvision_is_importable_after_kd_models(code):
     """In a fresh process, because declaring operators twice aborts it."""

@@ -1,0 +1,297 @@
+"""TrivialAugment, RandAugment and AugMix of a whole batch, drawn as pure functions of (seed, number, sample index).
+
+Operations, magnitudes and interpolation are torchvision's (transforms/v2/_auto_augment.py of 0.28). Its kernels change
+all images of a batch by one magnitude, so a batch would take a call for each of 600 operations. Here one kernel takes
+a magnitude for each image; only the two kernels without a magnitude are torchvision's own. A test compares every
+operation: results differ by at most one level, except where an image is moved and a source position lies halfway
+between two pixels, of which rounding chooses one.
+
+All arithmetic is by element or exact, so that a sample's view does not depend on the rest of its batch.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from kd.utils.operators import define_operators
+from kd.utils.rng import random_below, random_uniform
+
+PolicyName = Literal["none", "trivial", "rand", "augmix"]
+
+CHAINS = 3  # of operations in AugMix (torchvision's mixture_width)
+
+DEPTH = 3  # most operations in a chain of AugMix
+
+GREY = (2989, 5870, 1140)  # weights of red, green and blue in 1/10,000 (torchvision's rgb_to_grayscale)
+
+
+class Policy(NamedTuple):
+    """Which operations a sample is changed by."""
+
+    name: PolicyName = "none"
+    ops: int = 2  # operations one after another, of rand
+    magnitude: int | None = None  # of rand: level, 0 to 30, 9 if left out; of augmix: severity, 1 to 10, 3 if left out
+
+    @property
+    def levels(self) -> range:
+        """The levels of magnitude that it draws from."""
+        if self.name == "rand":
+            level = 9 if self.magnitude is None else self.magnitude
+            return range(level, level + 1)
+        return range(31) if self.name == "trivial" else range(3 if self.magnitude is None else self.magnitude)
+
+
+class Ranges(NamedTuple):
+    """How far a policy's operations go at the last level."""
+
+    levels: int
+    shear: float
+    translate: Callable[[int], float]  # pixels, from the length of the image's side
+    rotate: float  # degrees
+    colour: float  # change of the factor of brightness, colour, contrast and sharpness
+    bits: tuple[int, int]  # posterize: bits kept at the first level, bits fewer at the last
+    identity: bool  # whether leaving the image alone is an operation
+
+
+RANGES = {
+    "trivial": Ranges(31, 0.99, lambda side: 32.0, 135.0, 0.99, (8, 6), True),
+    "rand": Ranges(31, 0.3, lambda side: 150.0 / 331.0 * side, 30.0, 0.9, (8, 4), True),
+    "augmix": Ranges(10, 0.3, lambda side: side / 3.0, 30.0, 0.9, (4, 4), False),
+}
+
+
+def apply_policy(
+    policy: Policy, images: UInt8[Tensor, "b 3 h w"], index: Int[Tensor, "b"], seed: int, number: int
+) -> UInt8[Tensor, "b 3 h w"]:
+    """View `number` of the samples `index` under `policy`.
+
+    trivial: one operation of any strength (arXiv:2103.10158, the wide space). rand: `ops` operations of one strength
+    (arXiv:1909.13719). augmix: a random mean of the image and three chains of one to three operations
+    (arXiv:1912.02781, without its consistency loss).
+
+    On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and the drawn result is selected:
+    as many launches, and the host never waits for the device to learn which rows drew what.
+    """
+    if policy.name == "none":
+        return images
+    table = _table(policy, tuple(images.shape[2:]), images.device)
+    if policy.name == "augmix":
+        return _augmix(table, images, index, seed, number)
+    for step in range(policy.ops if policy.name == "rand" else 1):
+        images = _change(images, _draw(table, index, seed, "policy", step, number), table, "nearest")
+    return images
+
+
+def _augmix(
+    table: "Table", images: UInt8[Tensor, "b 3 h w"], index: Int[Tensor, "b"], seed: int, number: int
+) -> UInt8[Tensor, "b 3 h w"]:
+    """Differs from torchvision: rounds the mean, so that the mean of equal images is that image."""
+    chain = torch.arange(CHAINS, device=index.device)
+    draws = (index * CHAINS + chain[:, None]).flatten()
+    depth = 1 + random_below(DEPTH, draws, seed, "augmix depth", number)
+    changed = images.repeat(CHAINS, 1, 1, 1)
+    for step in range(DEPTH):
+        drawn = _draw(table, draws, seed, "augmix", step, number)
+        changed = _change(changed, torch.where(step < depth, drawn, table.identity), table, "bilinear")
+    own = random_uniform(index, seed, "augmix own", number)  # Beta(1, 1) is uniform
+    # The gaps between two sorted uniform numbers have a Dirichlet(1, 1, 1) distribution.
+    cuts = [random_uniform(index, seed, "augmix cut", cut, number) for cut in range(CHAINS - 1)]
+    low, high = torch.minimum(*cuts), torch.maximum(*cuts)
+    mean = images * own[:, None, None, None]
+    for share, branch in zip((low, high - low, 1 - high), changed.chunk(CHAINS)):
+        mean = mean + branch * (share * (1 - own))[:, None, None, None]
+    return mean.round().clamp(0, 255).to(torch.uint8)
+
+
+def operations(policy: Policy, size: tuple[int, int]) -> list[tuple[str, float]]:
+    """Every operation with its magnitude that a policy draws from, all equally likely, for images of `size`."""
+    height, width = size
+    ranges = RANGES[policy.name]
+    rise = lambda last: torch.linspace(0.0, last, ranges.levels).tolist()  # noqa: E731
+    bits, fewer = ranges.bits
+    kept = (bits - torch.arange(ranges.levels) / ((ranges.levels - 1) / fewer)).round().tolist()
+    signed = dict.fromkeys(("ShearX", "ShearY"), rise(ranges.shear))
+    signed |= {"TranslateX": rise(ranges.translate(width)), "TranslateY": rise(ranges.translate(height))}
+    signed |= {"Rotate": rise(ranges.rotate)}
+    signed |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), rise(ranges.colour))
+    unsigned = {"Posterize": kept, "Solarize": torch.linspace(1.0, 0.0, ranges.levels).tolist()}
+    unsigned |= dict.fromkeys(("AutoContrast", "Equalize", *(("Identity",) * ranges.identity)), [0.0] * ranges.levels)
+    found = []
+    for sign in (1, -1):
+        found += [(name, sign * table[level]) for name, table in signed.items() for level in policy.levels]
+        found += [(name, table[level]) for name, table in unsigned.items() for level in policy.levels]
+    return found
+
+
+class Table(NamedTuple):
+    """A policy's operations on the device, the last of which leaves the image alone and is never drawn."""
+
+    kernel: Int[Tensor, "e"]  # place in KERNELS
+    values: Float[Tensor, "e 6"]  # the inverse affine matrix, or a magnitude and five zeros
+
+    @property
+    def identity(self) -> int:
+        return len(self.kernel) - 1
+
+
+def _draw(table: Table, index: Int[Tensor, "b"], *words: int | str) -> Int[Tensor, "b"]:
+    """An operation for each sample."""
+    return random_below(table.identity, index, *words)
+
+
+@cache
+def _table(policy: Policy, size: tuple[int, int], device: torch.device) -> Table:
+    """Copied to the device once: a copy in every step would make the host wait."""
+    rows = [_row(name, magnitude, size) for name, magnitude in [*operations(policy, size), ("Identity", 0.0)]]
+    kernel = torch.tensor([list(KERNELS).index(name) for name, _ in rows], device=device)
+    return Table(kernel, torch.tensor([values for _, values in rows], dtype=torch.float32, device=device))
+
+
+def _row(name: str, magnitude: float, size: tuple[int, int]) -> tuple[str, list[float]]:
+    """An operation's kernel and its values."""
+    height, width = size
+    angle = math.radians(-magnitude)
+    moves = {
+        "ShearX": [1, magnitude, magnitude * height / 2, 0, 1, 0],
+        "ShearY": [1, 0, 0, magnitude, 1, magnitude * width / 2],
+        "TranslateX": [1, 0, -int(magnitude), 0, 1, 0],
+        "TranslateY": [1, 0, 0, 0, 1, -int(magnitude)],
+        "Rotate": [math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle), 0],
+    }
+    if name in moves:
+        return "Move", [float(entry) for entry in moves[name]]
+    value = {"Posterize": 256 - 2 ** (8 - int(magnitude)), "Solarize": 255 * magnitude}.get(name, 1 + magnitude)
+    return name, [float(value), *[0.0] * 5]
+
+
+def _change(
+    images: UInt8[Tensor, "b 3 h w"], drawn: Int[Tensor, "b"], table: Table, interpolation: str
+) -> UInt8[Tensor, "b 3 h w"]:
+    """Each image after the operation that it drew, a row of `table`."""
+    kernels, values = table.kernel[drawn], table.values[drawn]
+    changed = images
+    for place, (name, kernel) in enumerate(KERNELS.items()):
+        if kernel is None:
+            continue
+        run = partial(kernel, interpolation=interpolation) if name == "Move" else kernel
+        chosen = kernels == place
+        if _by_rows(images):
+            rows = chosen.nonzero()[:, 0]
+            if len(rows):
+                changed = changed.index_copy(0, rows, run(images[rows], values[rows]))
+        else:
+            changed = torch.where(chosen[:, None, None, None], run(images, values), changed)
+    return changed
+
+
+def _by_rows(images: Tensor) -> bool:
+    """Whether a kernel runs on the rows that drew it only: a GPU's host would wait to learn which these are."""
+    return images.device.type == "cpu"
+
+
+def move(
+    images: UInt8[Tensor, "b 3 h w"], matrix: Float[Tensor, "b 6"], interpolation: str
+) -> UInt8[Tensor, "b 3 h w"]:
+    """Fill each pixel from the position that the affine `matrix` gives, in pixels from the centre; black outside.
+
+    Multiplied by element: a matrix product may run in TF32, which is off by pixels.
+    """
+    height, width = images.shape[2:]
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
+    a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
+    half_width, half_height = 0.5 * width, 0.5 * height
+    columns = (a / half_width) * x + (b / half_width) * y + c / half_width
+    rows = (d / half_height) * x + (e / half_height) * y + f / half_height
+    grid = torch.stack([columns, rows], dim=3)
+    moved = F.grid_sample(images.float(), grid, mode=interpolation, padding_mode="zeros", align_corners=False)
+    return moved.round().to(torch.uint8)
+
+
+def grey(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Each pixel's brightness in whole levels, rounded down.
+
+    Summed exactly in 1/10,000 of a level; the half keeps whole levels whole when they are divided.
+    """
+    red, green, blue = images.float().split(1, dim=1)
+    return ((GREY[0] * red + GREY[1] * green + GREY[2] * blue + 0.5) / 10_000).floor()
+
+
+def _blend(images: Tensor, others: Tensor | float, values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    ratio = _column(values)
+    return (images * ratio + others * (1 - ratio)).clamp(0, 255).to(torch.uint8)
+
+
+def _column(values: Float[Tensor, "b 6"]) -> Float[Tensor, "b 1 1 1"]:
+    return values[:, 0, None, None, None]
+
+
+def brightness(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    return _blend(images, 0.0, values)
+
+
+def colour(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    return _blend(images, grey(images), values)
+
+
+def contrast(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    levels = grey(images).long()  # integers: the rounding of a float sum depends on how threads split it
+    mean = levels.sum(dim=(1, 2, 3), keepdim=True).float() / levels[0].numel()
+    return _blend(images, mean, values)
+
+
+def sharpness(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Away from, or towards, a blur of 3 x 3 pixels of which the middle counts five times; the border stays."""
+    if min(images.shape[2:]) <= 2:
+        return images
+    pixels = images.float()
+    inner = pixels[:, :, 1:-1, 1:-1]
+    rows = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
+    blurred = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13).round()
+    changed = inner + (1 - _column(values)) * (blurred - inner)
+    pixels[:, :, 1:-1, 1:-1] = changed.clamp(0, 255)
+    return pixels.to(torch.uint8)
+
+
+def posterize(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    return images & _column(values).to(torch.uint8)
+
+
+def solarize(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    return torch.where(images >= _column(values), 255 - images, images)
+
+
+def autocontrast(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    return _torchvision().autocontrast(images)
+
+
+def equalize(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    return _torchvision().equalize(images)
+
+
+def _torchvision():
+    define_operators()
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
+# By the name of the operation, except that one kernel does all moves. None leaves an image alone.
+KERNELS: dict[str, Callable | None] = {
+    "Identity": None,
+    "Move": move,
+    "Brightness": brightness,
+    "Color": colour,
+    "Contrast": contrast,
+    "Sharpness": sharpness,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+}
