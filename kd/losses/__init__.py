@@ -16,6 +16,7 @@ from kd.losses.dkd import dkd_loss
 from kd.losses.fitnet import hint_loss
 from kd.losses.kd import KD, kd_loss, standardize
 from kd.losses.mimic import mimic_loss
+from kd.losses.mlkd import batch_relation_loss, class_relation_loss, mlkd_loss
 from kd.losses.nst import nst_loss
 from kd.losses.pkt import pkt_loss
 from kd.losses.reviewkd import hierarchical_context_loss
@@ -31,6 +32,8 @@ __all__ = [
     "DistillationLoss",
     "Distiller",
     "attention_transfer_loss",
+    "batch_relation_loss",
+    "class_relation_loss",
     "class_weights",
     "contrastive_loss",
     "correlation_congruence_loss",
@@ -43,6 +46,7 @@ __all__ = [
     "log_prior",
     "loss_class",
     "mimic_loss",
+    "mlkd_loss",
     "neighbour_product_loss",
     "nst_loss",
     "pkt_loss",

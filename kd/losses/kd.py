@@ -5,7 +5,7 @@ Also logit standardisation (Sun et al., "Logit Standardization in Knowledge Dist
 """
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kd.config import KDConfig
@@ -28,6 +28,21 @@ def kd_loss(
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def masked_kd_loss(
+    student_logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    mask: Bool[Tensor, "b"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """kd_loss of the samples in the mask; the mean is over the whole batch, so that few samples count little.
+
+    Raises ValueError if the shapes differ."""
+    check_shapes(student_logits, teacher_logits)
+    log_student, log_teacher = ((z / temperature).log_softmax(dim=1) for z in (student_logits, teacher_logits))
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    return temperature**2 * (divergence * mask).mean()
 
 
 def standardize(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
