@@ -52,7 +52,7 @@ GROUPS = {
     ),
     "augmentation": Group(
         "crop-padding resized-crop flip mixup cutmix views",
-        "erase colour-jitter view-seed",
+        "erase colour-jitter view-seed strong-ops strong-magnitude strong-cutout",
     ),
     "run": Group("out resume auto-resume save-every threads", "resume-inexact extend test"),
     "logging": Group("wandb", "log-every diagnose-every wandb-project wandb-group"),

@@ -105,6 +105,12 @@ class ViewConfig:
     """Views of each image: epoch e uses view e mod N; 0: always new ones."""
     view_seed: int = 0
     """Seed of --views, so that students of every --seed share one cache."""
+    strong_ops: int = 2
+    """Operations of RandAugment in the strong view, of methods with two views (arXiv:2001.07685)."""
+    strong_magnitude: int | None = None
+    """Their magnitude, 0 to 30; drawn for each one if left out, as in the code of these methods."""
+    strong_cutout: float = 0.5
+    """Largest side of a grey square in the strong view, as a share of the image's; 0: none."""
 
     def check(self) -> None:
         require(0 <= self.crop_padding <= MAX_PADDING, f"--crop-padding {self.crop_padding}: give 0 to {MAX_PADDING}")
@@ -116,6 +122,16 @@ class ViewConfig:
             value = getattr(self, name)
             require(value == 0 or 0.01 <= value <= 100, f"--{name} {value}: give 0, or a number from 0.01 to 100")
         require(0 <= self.erase <= 1, f"--erase {self.erase}: give a share from 0 to 1")
+        ops, magnitude = self.strong_ops, self.strong_magnitude
+        require(0 <= ops <= 14, f"--strong-ops {ops}: give 0 to 14")
+        require(magnitude is None or 0 <= magnitude <= 30, f"--strong-magnitude {magnitude}: give 0 to 30")
+        cutout = self.strong_cutout
+        require(0 <= cutout <= 1, f"--strong-cutout {cutout}: give a share from 0 to 1")
+
+    @property
+    def strong(self) -> dict:
+        """The flags of the strong view, which change nothing for methods with one view."""
+        return {name: getattr(self, name) for name in ("strong_ops", "strong_magnitude", "strong_cutout")}
 
     @property
     def padding(self) -> int:

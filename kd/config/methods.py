@@ -44,6 +44,7 @@ class MethodFlags:
 
     loss: ClassVar[str]  # module:Class of the method's DistillationLoss
     needs_teacher: ClassVar[bool] = True
+    two_views: ClassVar[bool] = False  # True: both networks also see a strong view of each image
     label_smoothing: float = 0.0
     """Share of cross-entropy's target that is spread over all classes (arXiv:1512.00567)."""
 
@@ -161,6 +162,30 @@ class DISTConfig(LogitFlags):
         super().check()
         positive(self, "temperature")
         not_negative(self, "weight", "beta", "gamma")
+
+
+@dataclass(frozen=True)
+class MLKDConfig(LogitFlags):
+    """Jin et al. 2023: two views, five temperatures; also match which samples and classes are alike. Published with lr
+    0.025 and 480 epochs."""
+
+    loss: ClassVar[str] = "kd.losses.mlkd:MLKD"
+    two_views: ClassVar[bool] = True
+    temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)
+    """Each softens both distributions; their losses are added."""
+    weight: float = 0.9
+    """Weight of each of the three losses."""
+    ce_weight: float = 0.1
+    """Weight of cross-entropy on each view."""
+    as_in_paper: bool = False
+    """Mask and compare as the paper says, not as its code, which made its numbers (docs/methods.md)."""
+
+    def check(self) -> None:
+        super().check()
+        not_negative(self, "weight", "ce_weight")
+        given = self.temperatures
+        right = bool(given) and all(value > 0 and math.isfinite(value) for value in given)
+        require(right, f"--temperatures {' '.join(map(str, given))}: give one or more numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -349,6 +374,7 @@ METHODS = {
     "mimic": MimicConfig,
     "dkd": DKDConfig,
     "dist": DISTConfig,
+    "mlkd": MLKDConfig,
     "fitnet": FitNetConfig,
     "at": ATConfig,
     "sp": SPConfig,
