@@ -106,8 +106,8 @@ class MLKD(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         config = self.config
-        views = (student.logits, student.strong, teacher.logits, teacher.strong)
-        whole = [global_batch(logits) for logits in views]  # relations and medians are the whole batch's
+        views = torch.cat([student.logits, student.strong, teacher.logits, teacher.strong], dim=1)
+        whole = global_batch(views).chunk(4, dim=1)  # relations and medians are the global batch's; gathered at once
         terms = mlkd_loss(*whole, config.temperatures, config.as_in_paper, config.standardize)
         ce = self.cross_entropy(student.logits, batch) + self.cross_entropy(student.strong, batch)
         return {"ce": config.ce_weight * ce} | {name: config.weight * term for name, term in terms.items()}
