@@ -36,8 +36,9 @@ from tests.run_scripts import differences
 SMALL = ["--classes", "4", "--epochs", "2", "--lr", "0.005", "--threads", "1", "--wandb", "disabled"]
 SMALL += ["--auto-resume", "--out", "run"]
 SIZES = {"digits": ("0.8", "20"), "synthetic": ("0.8", "16")}  # validation share, batch: 5 steps an epoch
-METHOD_FLAGS = {"crd": ["--negatives", "16"], "dkd": ["--ramp-epochs", "2"]}
-LOOKED_UP = ("kd", "mimic", "dkd", "dist")  # which --cache-teacher serves
+METHOD_FLAGS = {"crd": ["--negatives", "16"], "dkd": ["--ramp-epochs", "2"], "rld": ["--ramp-epochs", "2"]}
+# Methods that --cache-teacher serves.
+LOOKED_UP = ("kd", "mimic", "dkd", "dist", "nkd", "wttm", "rld", "pld", "skd", "ctkd", "mlkd", "crld")
 MOST = 10  # kills of one run, at most
 TWO, CACHED = 0.2, 0.25  # shares of runs on two processes, and with the teacher's answers kept
 WEIGHTS = {

@@ -1,6 +1,7 @@
 """The losses once more, sample by sample and in plain loops, as slowly as their papers read."""
 
 import math
+import statistics
 
 import torch
 import torch.nn.functional as F
@@ -125,3 +126,84 @@ def tfkd(student: Tensor, labels: Tensor, correct: float, temperature: float) ->
         p, log_q = torch.softmax(virtual / temperature, 0), torch.log_softmax(z, 0)
         total += (p * (p.log() - log_q)).sum().item()
     return total / len(student)
+
+
+def softmax(logits: Tensor, temperature: float = 1.0) -> list[float]:
+    powers = [math.exp(z / temperature) for z in logits.tolist()]
+    return [power / sum(powers) for power in powers]
+
+
+def divergence(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+def nkd(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float, temperature: float) -> float:
+    total = 0.0
+    for z_s, z_t, label in zip(student, teacher, labels.tolist()):
+        total -= softmax(z_t)[label] * math.log(softmax(z_s)[label])
+        others = [c for c in range(len(z_s)) if c != label]
+        p, q = softmax(z_t[others], temperature), softmax(z_s[others], temperature)
+        total -= gamma * temperature**2 * sum(a * math.log(b) for a, b in zip(p, q))
+    return total / len(student)
+
+
+def wttm(student: Tensor, teacher: Tensor, exponent: float, weighted: bool) -> float:
+    total = 0.0
+    for z_s, z_t in zip(student, teacher):
+        powers = [p**exponent for p in softmax(z_t)]
+        each = divergence([power / sum(powers) for power in powers], softmax(z_s))
+        total += sum(powers) * each if weighted else each
+    return total / len(student)
+
+
+def rld(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float, t: float, t1: float) -> float:
+    total = 0.0
+    for z_s, z_t, label in zip(student, teacher, labels.tolist()):
+        p, q = max(softmax(z_t, t1)), softmax(z_s, t1)[label]
+        total += alpha * t1**2 * divergence([p, 1 - p], [q, 1 - q])
+        below = [c for c in range(len(z_s)) if z_t[c] < z_t[label]]
+        total += beta * t**2 * divergence(softmax(z_t[below], t), softmax(z_s[below], t))
+    return total / len(student)
+
+
+def pld(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> float:
+    total = 0.0
+    for z_s, z_t, label in zip(student.tolist(), teacher, labels.tolist()):
+        weight, left = softmax(z_t, temperature), list(range(len(z_s)))
+        order = sorted(left, key=lambda c: (c != label, -z_t[c].item()))
+        for chosen in order:
+            total -= weight[chosen] * math.log(math.exp(z_s[chosen]) / sum(math.exp(z_s[c]) for c in left))
+            left.remove(chosen)
+    return total / len(student)
+
+
+def skd(student: Tensor, teacher: Tensor, ridge: float) -> float:
+    b, k = student.shape
+    cosine = lambda z, i, j: (z[i] @ z[j] / z[i].norm() / z[j].norm()).item() / k  # noqa: E731
+    rows = torch.tensor([[cosine(student, i, j) - cosine(teacher, i, j) for j in range(b)] for i in range(b)]).double()
+    inverse = torch.linalg.inv(torch.cov(rows.T) + ridge * torch.eye(b).double())
+    return sum(math.sqrt((row @ inverse @ row).item()) for row in rows) / b
+
+
+def mlkd(
+    student: Tensor, student_strong: Tensor, teacher: Tensor, teacher_strong: Tensor, temperatures: tuple[float, ...]
+) -> dict[str, float]:
+    """With masks that mask, and both strong views in every strong term."""
+    (b, k), total = student.shape, {"instance": 0.0, "batch": 0.0, "class": 0.0}
+    sure = [max(softmax(z)) for z in teacher]
+    mass = [sum(softmax(z)[c] for z in teacher) for c in range(k)]
+    unsure, rare = ([value <= statistics.median(values) for value in values] for values in (sure, mass))
+    for t in temperatures:
+        p, q = ([softmax(z, t) for z in logits] for logits in (teacher, student))
+        strong = [(softmax(z_t, t), softmax(z_s, t)) for z_t, z_s in zip(teacher_strong, student_strong)]
+        total["instance"] += t**2 * sum(divergence(p[i], q[i]) for i in range(b) if unsure[i]) / b
+        total["instance"] += t**2 * sum(divergence(*pair) for pair in strong) / b
+        for i in range(b):
+            for j in range(b):
+                gap = sum(x * y for x, y in zip(p[i], p[j])) - sum(x * y for x, y in zip(q[i], q[j]))
+                total["batch"] += unsure[j] * gap**2 / b
+        for c in range(k):
+            for d in range(k):
+                gap = sum(row[c] * row[d] for row in p) - sum(row[c] * row[d] for row in q)
+                total["class"] += rare[d] * gap**2 / k
+    return total

@@ -14,7 +14,12 @@ from kd.types import Batch, Outputs, Pair, Stages
 
 STAGES = Stages(("0", "2"), "6", ("0", "1", "2", "3", "4", "5", "6"))
 SIZE, CLASSES, SAMPLES = (12, 12), 5, 40
-SMALL = {"crd": {"negatives": 16, "width": 8}, "dkd": {"ramp_epochs": 2.0}, "cc": {"width": 8}}
+SMALL = {
+    "crd": {"negatives": 16, "width": 8},
+    "dkd": {"ramp_epochs": 2.0},
+    "rld": {"ramp_epochs": 2.0},
+    "cc": {"width": 8},
+}
 LABELS = torch.arange(SAMPLES) % CLASSES
 
 

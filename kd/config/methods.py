@@ -165,6 +165,131 @@ class DISTConfig(LogitFlags):
 
 
 @dataclass(frozen=True)
+class NKDConfig(MethodFlags):
+    """Yang et al. 2023: the label's and the other classes' terms, each normalised."""
+
+    loss: ClassVar[str] = "kd.losses.nkd:NKD"
+    temperature: float = 3.0
+    """Softens the other classes' distributions: 3 for resnet34 to resnet18 on CIFAR-100, 1 on ImageNet."""
+    gamma: float = 3.5
+    """Weight of the other classes' term: 3.5 for resnet34 to resnet18 on CIFAR-100, 1.5 on ImageNet (1 for DeiT)."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature")
+        not_negative(self, "gamma")
+
+
+@dataclass(frozen=True)
+class WTTMConfig(MethodFlags):
+    """Zheng & Yang 2024: soften the teacher alone, and count unsure images more."""
+
+    loss: ClassVar[str] = "kd.losses.wttm:WTTM"
+    exponent: float = 0.1
+    """Power of the teacher's probabilities, an inverse temperature: 0.1 for WRN, VGG, resnet32x4 and resnet110 to 32;
+    0.3 for resnet56 to 20; 0.8 for resnet34 to resnet18 on ImageNet."""
+    weight: float | None = None
+    """Weight of the loss. If left out 2.25, or 45 with --unweighted: vgg13 to vgg8. resnet32x4 to 8x4: 3, or 100;
+    resnet56 to 20: 1.5, or 7; resnet34 to resnet18 on ImageNet: 1.6."""
+    unweighted: bool = False
+    """TTM: every image counts the same."""
+
+    @property
+    def used_weight(self) -> float:
+        """The weight, or the default for vgg13 to vgg8."""
+        return self.weight if self.weight is not None else 45.0 if self.unweighted else 2.25
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "exponent")
+        if self.weight is not None:
+            not_negative(self, "weight")
+
+
+@dataclass(frozen=True)
+class RLDConfig(LogitFlags):
+    """Sun et al. 2024: correct the teacher by the label, keep its order below."""
+
+    loss: ClassVar[str] = "kd.losses.rld:RLD"
+    temperature: float = 4.0
+    """Softens the classes below the label: 4 for all pairs on CIFAR-100, 1 on ImageNet."""
+    binary_temperature: float = 1.0
+    """Softens the confidences: the teacher's largest and the student's in the label."""
+    alpha: float = 1.0
+    """Weight of the confidences' term."""
+    beta: float = 8.0
+    """Weight of the term of the classes below the label: 8 on CIFAR-100, 0.5 on ImageNet."""
+    ramp_epochs: float = 20.0
+    """Epochs over which the loss rises to its full weight: 20 on CIFAR-100, 1 on ImageNet."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature", "binary_temperature")
+        not_negative(self, "alpha", "beta", "ramp_epochs")
+
+
+@dataclass(frozen=True)
+class PLDConfig(MethodFlags):
+    """Bassam et al. 2025: rank the classes as the teacher does; no cross-entropy."""
+
+    loss: ClassVar[str] = "kd.losses.pld:PLD"
+    temperature: float = 4.0
+    """Softens the teacher's weights of the ranks: 4 for all pairs on CIFAR-100, 1 on ImageNet."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature")
+
+
+@dataclass(frozen=True)
+class SKDConfig(LogitFlags):
+    """SKD 2026: kd, and which images of a batch have logits of like direction."""
+
+    loss: ClassVar[str] = "kd.losses.skd:SKD"
+    temperature: float = 4.0
+    """Softens both distributions of the divergence."""
+    ce_weight: float = 1.0
+    """Weight of cross-entropy; in the authors' code 0.1 (resnet32x4 to resnet8x4: 0.5)."""
+    kd_weight: float = 1.0
+    """Weight of the divergence; the authors' code comes to 7.2 (resnet32x4 to resnet8x4: 4), T^2 included."""
+    direction_weight: float = 1.0
+    """Weight of the directions; the authors' code comes to 0.45 (resnet32x4 to resnet8x4: 0.25)."""
+    ridge: float = 0.1
+    """Added to the covariance's diagonal: the authors' for all pairs."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature", "ridge")
+        not_negative(self, "ce_weight", "kd_weight", "direction_weight")
+
+
+@dataclass(frozen=True)
+class CTKDConfig(LogitFlags):
+    """Li et al. 2023: kd at a temperature that learns to make the task harder."""
+
+    loss: ClassVar[str] = "kd.losses.ctkd:CTKD"
+    alpha: float = 0.9
+    """Weight of the distillation loss; cross-entropy has 1 - alpha."""
+    lowest_temperature: float = 1.0
+    """Lower bound of the learned temperature."""
+    highest_temperature: float = 21.0
+    """Upper bound of the learned temperature, which starts at 73% of the way."""
+    decay_epochs: float = 10.0
+    """Epochs over which the temperature's reversed gradient rises to its full strength: 10 for all pairs."""
+
+    def check(self) -> None:
+        super().check()
+        share(self, "alpha")
+        positive(self, "lowest_temperature", "highest_temperature")
+        not_negative(self, "decay_epochs")
+        require(
+            self.lowest_temperature < self.highest_temperature,
+            f"--lowest-temperature {self.lowest_temperature}: give less than --highest-temperature"
+            f" {self.highest_temperature}",
+        )
+
+
+@dataclass(frozen=True)
 class MLKDConfig(LogitFlags):
     """Jin et al. 2023: two views, five temperatures; also match which samples and classes are alike. Published with lr
     0.025 and 480 epochs."""
@@ -186,6 +311,33 @@ class MLKDConfig(LogitFlags):
         given = self.temperatures
         right = bool(given) and all(value > 0 and math.isfinite(value) for value in given)
         require(right, f"--temperatures {' '.join(map(str, given))}: give one or more numbers above 0")
+
+
+@dataclass(frozen=True)
+class CRLDConfig(MethodFlags):
+    """Zhang et al. 2024: two views; match each view's teacher, and the other view's, where the teacher is sure."""
+
+    loss: ClassVar[str] = "kd.losses.crld:CRLD"
+    two_views: ClassVar[bool] = True
+    temperature: float = 4.0
+    """Softens both distributions: 4 on CIFAR-100, 1 on ImageNet."""
+    within_weight: float = 2.0
+    """Weight of the loss within each view."""
+    across_weight: float = 0.5
+    """Weight of the loss across the views."""
+    weak_threshold: float = 0.9
+    """Within a view, only images count whose weak view gives the teacher this confidence."""
+    strong_threshold: float = 0.2
+    """Across the views, only images count whose strong view gives the teacher this confidence."""
+    ce_weight: float = 1.0
+    """Weight of cross-entropy on each view: 1 on CIFAR-100, 2 on ImageNet."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature")
+        not_negative(self, "within_weight", "across_weight", "ce_weight")
+        share(self, "weak_threshold")
+        share(self, "strong_threshold")
 
 
 @dataclass(frozen=True)
@@ -374,7 +526,14 @@ METHODS = {
     "mimic": MimicConfig,
     "dkd": DKDConfig,
     "dist": DISTConfig,
+    "nkd": NKDConfig,
+    "wttm": WTTMConfig,
+    "rld": RLDConfig,
+    "pld": PLDConfig,
+    "skd": SKDConfig,
+    "ctkd": CTKDConfig,
     "mlkd": MLKDConfig,
+    "crld": CRLDConfig,
     "fitnet": FitNetConfig,
     "at": ATConfig,
     "sp": SPConfig,

@@ -27,20 +27,20 @@ def dkd_loss(
     Raises ValueError if the shapes differ.
     """
     check_shapes(student_logits, teacher_logits)
-    student_binary, teacher_binary = (_binary(z / temperature, labels) for z in (student_logits, teacher_logits))
+    student_binary, teacher_binary = (binary_logits(z / temperature, labels) for z in (student_logits, teacher_logits))
     tckd = kd_loss(student_binary, teacher_binary, 1.0)
-    nckd = kd_loss(_without_label(student_logits, labels), _without_label(teacher_logits, labels), temperature)
+    nckd = kd_loss(without_label(student_logits, labels), without_label(teacher_logits, labels), temperature)
     return alpha * temperature**2 * tckd + beta * nckd  # kd_loss has already scaled nckd by T^2
 
 
-def _binary(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 2"]:
+def binary_logits(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 2"]:
     """Two logits: the label's, and that of all other classes together."""
     return torch.cat(
-        [logits.gather(1, labels[:, None]), _without_label(logits, labels).logsumexp(dim=1, keepdim=True)], dim=1
+        [logits.gather(1, labels[:, None]), without_label(logits, labels).logsumexp(dim=1, keepdim=True)], dim=1
     )
 
 
-def _without_label(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
+def without_label(logits: Float[Tensor, "b k"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b k-1"]:
     """Each row without its label's logit."""
     column = torch.arange(logits.shape[1] - 1, device=logits.device)
     return logits.gather(1, column + (column >= labels[:, None]))

@@ -16,7 +16,9 @@ from kd.types import Batch, Outputs
 
 
 def kd_loss(
-    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temperature: float
+    student_logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    temperature: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """T^2 * KL(teacher || student) between softened predictions (section 2).
 
@@ -90,6 +92,6 @@ def logits_of(
     return student.logits, teacher.logits
 
 
-def soft_logits(config: LogitFlags, teacher: Outputs, temperature: float) -> Float[Tensor, "b k"]:
+def soft_logits(config: LogitFlags, teacher: Outputs, temperature: float | Float[Tensor, ""]) -> Float[Tensor, "b k"]:
     """The teacher's logits divided by the temperature, standardised with --standardize."""
     return (standardize(teacher.logits) if config.standardize else teacher.logits) / temperature

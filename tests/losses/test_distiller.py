@@ -124,7 +124,7 @@ def test_gradients_reach_all_that_trains_and_never_the_teacher(method):
     assert all(term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
     assert bool(measures) == (teacher.network is not None)
     assert not any(measure.requires_grad for measure in measures.values())
-    assert ("kd" in terms) == (method in (*FEATURES, "kd"))
+    assert ("kd" in terms) == (method in (*FEATURES, "kd", "skd"))
     sum(terms.values()).backward()
     for name, parameter in distiller.named_parameters():
         if parameter.requires_grad:
@@ -146,9 +146,9 @@ def test_standardised_logits_forget_the_teachers_scale(method):
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dkd", "reviewkd"])
+@pytest.mark.parametrize("method", ["dkd", "rld", "reviewkd"])
 def test_the_ramp_rises_with_the_epoch_and_is_then_over(method):
-    distiller, teacher = build(method, **({} if method == "dkd" else {"ramp_epochs": 2.0}))
+    distiller, teacher = build(method, **({"ramp_epochs": 2.0} if method == "reviewkd" else {}))
     first, second, third = (terms_of(distiller, teacher, batch_of(INDEX, epoch))[method].item() for epoch in (0, 1, 2))
     assert second == pytest.approx(2 * first, rel=1e-5)
     assert third == pytest.approx(second, rel=1e-5)

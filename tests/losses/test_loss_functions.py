@@ -26,6 +26,11 @@ CASES = {
     "mimic": Case(losses.mimic_loss, naive.mimic, "logits"),
     "dkd": Case(losses.dkd_loss, naive.dkd, "logits", (LABELS, 1.5, 8.0, 3.0)),
     "dist": Case(losses.dist_loss, naive.dist, "logits", (1.0, 2.0, 4.0)),
+    "nkd": Case(losses.nkd_loss, naive.nkd, "logits", (LABELS, 3.5, 3.0), None),
+    "wttm": Case(losses.wttm_loss, naive.wttm, "logits", (0.3, True), None),
+    "rld": Case(losses.rld_loss, naive.rld, "logits", (LABELS, 1.5, 8.0, 3.0, 2.0), None),
+    "pld": Case(losses.pld_loss, naive.pld, "logits", (LABELS, 4.0), None),
+    "skd": Case(losses.skd_loss, naive.skd, "logits", (0.1,), repeats=False),
     "tfkd": Case(
         lambda s, t, *rest: losses.tfkd_loss(s, *rest),
         lambda s, t, *rest: naive.tfkd(s, *rest),

@@ -1,13 +1,18 @@
 """Methods with two views: what each network sees, and what the student learns from."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from kd.config import METHODS
+from kd.losses import loss_class
 from kd.losses.base import Distiller
 from kd.teachers.live import live_logits
+from kd.types import Batch, Outputs, Pair
 from tests.pairs import batch_of, build
 
 INDEX = torch.arange(12)
@@ -75,3 +80,40 @@ def test_a_live_teacher_answers_in_float32_for_both_views_without_gradients():
     assert not answer.strong.requires_grad
     torch.testing.assert_close(answer.strong, network(batch.strong), rtol=0.1, atol=0.05)
     assert query(batch._replace(strong=None)).strong is None
+
+
+CASES = json.loads((Path(__file__).parent / "reference_logits.json").read_text())["cases"]
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """16 KL(teacher || student) of one sample at T = 4, class by class."""
+    p, q = (torch.exp(logits / 4) / torch.exp(logits / 4).sum() for logits in (teacher, student))
+    return 16 * sum(float(p[c] * (p[c] / q[c]).log()) for c in range(len(p)))
+
+
+def crld_sample_by_sample(case: dict[str, torch.Tensor]) -> float:
+    """The authors' default weights and thresholds."""
+    views = ("student_logits", "student_logits_strong", "teacher_logits", "teacher_logits_strong")
+    total = 0.0
+    for weak, strong, answer, strong_answer, label in zip(*(case[view] for view in views), case["labels"].long()):
+        total -= float(weak.log_softmax(0)[label] + strong.log_softmax(0)[label])
+        if answer.softmax(0).max() >= 0.9:
+            total += 2 * (divergence(weak, answer) + divergence(strong, strong_answer))
+        if strong_answer.softmax(0).max() >= 0.2:
+            total += 0.5 * (divergence(strong, answer) + divergence(weak, strong_answer))
+    return total / len(case["labels"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"seed{case['seed']}")
+@pytest.mark.parametrize("method", TWO_VIEWS)
+def test_the_whole_loss_is_the_authors_by_default(case, method):
+    inputs = {key: torch.tensor(value, dtype=torch.double) for key, value in case["inputs"].items()}
+    inputs |= {key: 2 * inputs[key] for key in ("teacher_logits",) if method == "crld"}  # sure of some samples
+    student, teacher = (
+        Outputs(inputs[f"{who}_logits"], strong=inputs[f"{who}_logits_strong"]) for who in ("student", "teacher")
+    )
+    labels, config = inputs["labels"].long(), METHODS[method]()
+    batch = Batch(torch.zeros(len(labels), 3, 8, 8), labels, torch.arange(len(labels)), *[torch.tensor(0)] * 3)
+    value = sum(loss_class(config)(config, Pair(student, teacher))(student, teacher, batch).values())
+    expected = case["losses"]["mlkd_total"]["value"] if method == "mlkd" else crld_sample_by_sample(inputs)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
