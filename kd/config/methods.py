@@ -291,15 +291,14 @@ class CTKDConfig(LogitFlags):
 
 @dataclass(frozen=True)
 class MLKDConfig(LogitFlags):
-    """Jin et al. 2023: two views, five temperatures; also match which samples and classes are alike. Published with lr
-    0.025 and 480 epochs."""
+    """Jin et al. 2023: two views, five temperatures; also which images and classes are alike."""
 
     loss: ClassVar[str] = "kd.losses.mlkd:MLKD"
     two_views: ClassVar[bool] = True
     temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)
-    """Each softens both distributions; their losses are added."""
+    """Each softens both distributions; their losses are added. Published with --lr 0.025 and 480 epochs."""
     weight: float = 0.9
-    """Weight of each of the three losses."""
+    """Weight of each of the three losses: per image, between images, between classes."""
     ce_weight: float = 0.1
     """Weight of cross-entropy on each view."""
     as_in_paper: bool = False
@@ -315,7 +314,7 @@ class MLKDConfig(LogitFlags):
 
 @dataclass(frozen=True)
 class CRLDConfig(MethodFlags):
-    """Zhang et al. 2024: two views; match each view's teacher, and the other view's, where the teacher is sure."""
+    """Zhang et al. 2024: two views; match the teacher's of both where it is sure."""
 
     loss: ClassVar[str] = "kd.losses.crld:CRLD"
     two_views: ClassVar[bool] = True
