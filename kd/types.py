@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     epoch: Int[Tensor, ""]  # view, epoch and step are 0-dim tensors: a compiled step would recompile for each int
     step: Int[Tensor, ""]
     mix: Mix | None = None
+    strong: Float[Tensor, "b 3 h w"] | None = None  # a second, strongly augmented view; for methods with two_views
 
 
 class Outputs(NamedTuple):
@@ -32,6 +33,7 @@ class Outputs(NamedTuple):
 
     logits: Float[Tensor, "b k"]
     features: dict[str, Tensor] = {}  # noqa: RUF012  layer name -> its output, for feature methods; never mutated
+    strong: Float[Tensor, "b k"] | None = None  # logits of Batch.strong
 
 
 class Step(NamedTuple):

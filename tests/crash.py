@@ -37,20 +37,8 @@ SMALL = ["--classes", "4", "--epochs", "2", "--lr", "0.005", "--threads", "1", "
 SMALL += ["--auto-resume", "--out", "run"]
 SIZES = {"digits": ("0.8", "20"), "synthetic": ("0.8", "16")}  # validation share, batch: 5 steps an epoch
 METHOD_FLAGS = {"crd": ["--negatives", "16"], "dkd": ["--ramp-epochs", "2"], "rld": ["--ramp-epochs", "2"]}
-LOOKED_UP = (
-    "kd",
-    "mimic",
-    "dkd",
-    "dist",
-    "nkd",
-    "wttm",
-    "rld",
-    "pld",
-    "skd",
-    "ctkd",
-    "deit",
-    "ofa",
-)  # which --cache-teacher serves
+# Methods that --cache-teacher serves.
+LOOKED_UP = ("kd", "mimic", "dkd", "dist", "nkd", "wttm", "rld", "pld", "skd", "ctkd", "mlkd", "crld", "deit", "ofa")
 MOST = 10  # kills of one run, at most
 TWO, CACHED = 0.2, 0.25  # shares of runs on two processes, and with the teacher's answers kept
 WEIGHTS = {

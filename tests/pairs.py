@@ -49,13 +49,15 @@ def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LA
     return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
 
 
-def batch_of(index: Tensor, epoch: int = 0) -> Batch:
-    """Rows of a fixed random data set."""
-    images = torch.randn(SAMPLES, 3, *SIZE, generator=torch.Generator().manual_seed(7))
-    return Batch(images[index], LABELS[index], index, epoch, torch.tensor(epoch), torch.tensor(0))
+def batch_of(index: Tensor, epoch: int = 0, method: str = "kd") -> Batch:
+    """Rows of a fixed random data set, with a strong view if the method has two."""
+    generator = torch.Generator().manual_seed(7)
+    images, strong = (torch.randn(SAMPLES, 3, *SIZE, generator=generator) for _ in range(2))
+    second = strong[index] if METHODS[method].two_views else None
+    return Batch(images[index], LABELS[index], index, epoch, torch.tensor(epoch), torch.tensor(0), strong=second)
 
 
 def terms_of(distiller: Distiller, teacher: Tap, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
-        outputs: Outputs = teacher(batch.image)
+        outputs: Outputs = teacher.of_batch(batch)
     return distiller(batch, outputs).terms

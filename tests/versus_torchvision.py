@@ -87,7 +87,7 @@ def kd_reader(config: Config, data: Data) -> Callable[[torch.Tensor], None]:
     images = TrainingImages(data, ViewConfig(resized_crop=0.08), 0, torch.device("cpu"))
 
     def read(rows: torch.Tensor) -> None:
-        for image, _, _ in images.augmented(rows.split(config.batch_size), 0):
+        for image, *_ in images.augmented(rows.split(config.batch_size), 0):
             assert image.shape[1:] == (3, config.size, config.size)
 
     return read

@@ -67,7 +67,7 @@ GROUPS = {
     "augmentation": Group(
         "crop-padding resized-crop flip mixup cutmix views",
         "policy policy-ops policy-magnitude erase colour-jitter hue grey blur vertical-flip alternating-flip "
-        "crop-ratio resized-crop-max mix-off-epochs view-seed",
+        "crop-ratio resized-crop-max mix-off-epochs view-seed strong-ops strong-magnitude strong-cutout",
     ),
     "run": Group(
         "out resume auto-resume config save-every threads", "push-to push-every print-config resume-inexact extend test"

@@ -133,6 +133,12 @@ class ViewConfig:
     """Mirror each image in every second epoch, in place of at random."""
     mix_off_epochs: int = 0
     """No --mixup and --cutmix in the last N epochs."""
+    strong_ops: int = 2
+    """Operations of RandAugment in the strong view, of methods with two views (arXiv:2001.07685)."""
+    strong_magnitude: int | None = None
+    """Their magnitude, 0 to 30; drawn for each one if left out, as in the code of these methods."""
+    strong_cutout: float = 0.5
+    """Largest side of a grey square in the strong view, as a share of the image's; 0: none."""
 
     def check(self) -> None:
         require(0 <= self.crop_padding <= MAX_PADDING, f"--crop-padding {self.crop_padding}: give 0 to {MAX_PADDING}")
@@ -150,6 +156,7 @@ class ViewConfig:
         require(off == 0 or self.mixes, f"--mix-off-epochs {off}: needs --mixup or --cutmix")
         self._check_crop()
         self._check_policy()
+        self._check_strong()
 
     def _check_crop(self) -> None:
         low, high = self.crop_ratio
@@ -178,6 +185,18 @@ class ViewConfig:
             )
             low, high = MAGNITUDES[self.policy]
             require(low <= magnitude <= high, f"--policy-magnitude {magnitude}: give {low} to {high}")
+
+    def _check_strong(self) -> None:
+        ops, magnitude = self.strong_ops, self.strong_magnitude
+        require(0 <= ops <= 14, f"--strong-ops {ops}: give 0 to 14")
+        require(magnitude is None or 0 <= magnitude <= 30, f"--strong-magnitude {magnitude}: give 0 to 30")
+        cutout = self.strong_cutout
+        require(0 <= cutout <= 1, f"--strong-cutout {cutout}: give a share from 0 to 1")
+
+    @property
+    def strong(self) -> dict:
+        """The flags of the strong view, which change nothing for methods with one view."""
+        return {name: getattr(self, name) for name in ("strong_ops", "strong_magnitude", "strong_cutout")}
 
     @property
     def padding(self) -> int:

@@ -45,6 +45,7 @@ class MethodFlags:
 
     loss: ClassVar[str]  # module:Class of the method's DistillationLoss
     needs_teacher: ClassVar[bool] = True
+    two_views: ClassVar[bool] = False  # True: both networks also see a strong view of each image
     label_smoothing: float = 0.0
     """Share of cross-entropy's target that is spread over all classes (arXiv:1512.00567)."""
 
@@ -291,6 +292,56 @@ class CTKDConfig(LogitFlags):
             f"--lowest-temperature {self.lowest_temperature}: give less than --highest-temperature"
             f" {self.highest_temperature}",
         )
+
+
+@dataclass(frozen=True)
+class MLKDConfig(LogitFlags):
+    """Jin et al. 2023: two views, five temperatures; also which images and classes are alike."""
+
+    loss: ClassVar[str] = "kd.losses.mlkd:MLKD"
+    two_views: ClassVar[bool] = True
+    temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)
+    """Each softens both distributions; their losses are added. Published with --lr 0.025 and 480 epochs."""
+    weight: float = 0.9
+    """Weight of each of the three losses: per image, between images, between classes."""
+    ce_weight: float = 0.1
+    """Weight of cross-entropy on each view."""
+    as_in_paper: bool = False
+    """Mask and compare as the paper says, not as its code, which made its numbers (docs/methods.md)."""
+
+    def check(self) -> None:
+        super().check()
+        not_negative(self, "weight", "ce_weight")
+        given = self.temperatures
+        right = bool(given) and all(value > 0 and math.isfinite(value) for value in given)
+        require(right, f"--temperatures {' '.join(map(str, given))}: give one or more numbers above 0")
+
+
+@dataclass(frozen=True)
+class CRLDConfig(MethodFlags):
+    """Zhang et al. 2024: two views; match the teacher's of both where it is sure."""
+
+    loss: ClassVar[str] = "kd.losses.crld:CRLD"
+    two_views: ClassVar[bool] = True
+    temperature: float = 4.0
+    """Softens both distributions: 4 on CIFAR-100, 1 on ImageNet."""
+    within_weight: float = 2.0
+    """Weight of the loss within each view."""
+    across_weight: float = 0.5
+    """Weight of the loss across the views."""
+    weak_threshold: float = 0.9
+    """Within a view, only images count whose weak view gives the teacher this confidence."""
+    strong_threshold: float = 0.2
+    """Across the views, only images count whose strong view gives the teacher this confidence."""
+    ce_weight: float = 1.0
+    """Weight of cross-entropy on each view: 1 on CIFAR-100, 2 on ImageNet."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature")
+        not_negative(self, "within_weight", "across_weight", "ce_weight")
+        share(self, "weak_threshold")
+        share(self, "strong_threshold")
 
 
 @dataclass(frozen=True)
@@ -545,6 +596,8 @@ METHODS = {
     "pld": PLDConfig,
     "skd": SKDConfig,
     "ctkd": CTKDConfig,
+    "mlkd": MLKDConfig,
+    "crld": CRLDConfig,
     "fitnet": FitNetConfig,
     "at": ATConfig,
     "sp": SPConfig,

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from kd.config import ViewConfig
 from kd.data.policies import GREY, Policy, apply_policy, change_drawn, grey
-from kd.utils.rng import random_below, random_uniform
+from kd.utils.rng import derive, random_below, random_uniform
+
+CUTOUT_COLOUR = (125, 123, 114)  # a grey, as in FixMatch's code and that of the methods with two views
 
 ATTEMPTS = 10  # to draw a box that fits, as in torchvision's RandomResizedCrop
 
@@ -74,6 +76,50 @@ def policy_of(config: ViewConfig) -> Policy:
     """The policy that the flags describe."""
     ops = Policy().ops if config.policy_ops is None else config.policy_ops
     return Policy(config.policy, ops, config.policy_magnitude)
+
+
+def augment_strongly(
+    config: ViewConfig,
+    images: UInt8[Tensor, "b c m n"],
+    index: Int[Tensor, "b"],
+    seed: int,
+    number: int,
+    size: tuple[int, int],
+) -> UInt8[Tensor, "b c h w"]:
+    """The strong view `number`, of methods with two: augmented as the weak one by draws of its own, then by FixMatch's
+    RandAugment and a grey square.
+
+    As in the code of MLKD and CRLD: its RandAugment(2, 10) never reads the 10, but draws every strength anew, and ends
+    with a grey square. With --strong-magnitude, torchvision's RandAugment in its place.
+    """
+    seed = strong_seed(seed)
+    images = augment(config, images, index, seed, number, size)
+    name = "fixmatch" if config.strong_magnitude is None else "rand"
+    policy = Policy(name, config.strong_ops, config.strong_magnitude)
+    images = apply_policy(policy, images, index, derive(seed, "strong policy"), number)
+    return cut_out(images, config.strong_cutout, index, seed, number) if config.strong_cutout else images
+
+
+def strong_seed(seed: int) -> int:
+    """The seed of the strong view's draws, so that they differ from the weak view's."""
+    return derive(seed, "strong")
+
+
+def cut_out(
+    images: UInt8[Tensor, "b 3 h w"], largest: float, index: Int[Tensor, "b"], seed: int, number: int
+) -> UInt8[Tensor, "b 3 h w"]:
+    """Paint a grey square into each image (arXiv:1708.04552): its side is 0 to `largest` of the width, its centre is
+    anywhere, and the border cuts it off."""
+    height, width = images.shape[2:]
+    side = largest * random_uniform(index, seed, "cutout", number) * width
+    shares = (side / height).clamp(max=1), (side / width).clamp(max=1)
+    box = _random_boxes(*shares, (height, width), index, seed, "cutout box", number, clipped=True)
+    return torch.where(box[:, None], _cutout_colour(images.device), images)
+
+
+@cache
+def _cutout_colour(device: torch.device) -> UInt8[Tensor, "3 1 1"]:
+    return torch.tensor(CUTOUT_COLOUR, dtype=torch.uint8, device=device)[:, None, None]
 
 
 class CropFlip(NamedTuple):

@@ -3,6 +3,7 @@ for scoring."""
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -46,7 +47,8 @@ class Batches:
         self.steps = math.ceil(self.used / self.size)
         self.seed, self.views, self.epochs = job.fit.seed, job.views, job.fit.epochs
         self.balance = job.fit.balance
-        self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, job.fit.epochs)
+        views = job.fit.epochs, job.method.two_views
+        self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, *views)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from its step `first` on."""
@@ -55,10 +57,10 @@ class Batches:
         device = self.images.device
         number = self.views.number(epoch, self.epochs)
         indices = [self._share(order[: self.used], step) for step in range(first, self.steps)]
-        for step, (images, labels, mixed) in enumerate(self.images.augmented(indices, number), first):
+        for step, (images, labels, mixed, strong) in enumerate(self.images.augmented(indices, number), first):
             counters = (torch.full((), count, device=device) for count in (number, epoch, epoch * self.steps + step))
             index = indices[step - first].to(device, non_blocking=True)
-            yield Batch(images, labels, index, *counters, mixed)
+            yield Batch(images, labels, index, *counters, mixed, strong)
 
     def _share(self, order: Int[Tensor, "n"], step: int) -> Int[Tensor, "b"]:
         """What this process gets of a step's batch: the same number of samples as every other process."""
@@ -87,16 +89,33 @@ class Pixels:
         return rows.normalize(images, self.mean, self.std)
 
 
-class TrainingImages(Pixels):
-    """Rows of the training split, augmented."""
+class Augmented(NamedTuple):
+    """One batch of TrainingImages."""
 
-    def __init__(self, data: Data, config: ViewConfig, seed: int, device: torch.device, epochs: int = 1):
+    image: Float[Tensor, "b 3 h w"]  # normalised
+    label: Int[Tensor, "b"]
+    mix: Mix | None
+    strong: Float[Tensor, "b 3 h w"] | None  # the second view; of two views
+
+
+class TrainingImages(Pixels):
+    """Rows of the training split, augmented; with `two_views`, once weakly and once strongly."""
+
+    def __init__(
+        self,
+        data: Data,
+        config: ViewConfig,
+        seed: int,
+        device: torch.device,
+        epochs: int = 1,
+        two_views: bool = False,
+    ):
         super().__init__(data.train, data, device)
         self.config, self.seed, self.epochs = config, augment.view_seed(config, seed), epochs
-        self.rows = len(data.train.labels)
+        self.rows, self.two_views = len(data.train.labels), two_views
 
-    def augmented(self, indices: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Tensor, Mix | None]]:
-        """For each index in `indices`: view `number` of these images, normalised; their labels; their mixing."""
+    def augmented(self, indices: Sequence[Tensor], number: int) -> Iterator[Augmented]:
+        """View `number` of the images of each index in `indices`."""
         seed, mixes = self.seed, self.config.mixes_in(number, self.epochs)
         wanted = list(indices)
         if mixes:  # each batch's mixing partners are read right after it
@@ -105,18 +124,23 @@ class TrainingImages(Pixels):
         stored = self.split.batches(wanted, self.device)
         for index in indices:
             labels, on_device, mixed = self.labels(index), index.to(self.device, non_blocking=True), None
-            images = self._augment(next(stored), on_device, seed, number)
-            if mixes:
+            views = self._views(next(stored), on_device, seed, number)
+            if mixes:  # both views alike, for they have one label
                 mixing = augment.draw_mixing(self.config, seed, number, on_device, self.rows, self.size)
-                partners = self._augment(next(stored), mixing.partner, seed, number)
-                images = augment.mix(images, partners, mixing)
+                partners = self._views(next(stored), mixing.partner, seed, number)
+                views = [augment.mix(*pair, mixing) for pair in zip(views, partners)]
                 mixed = Mix(self.labels(mixing.partner), mixing.weight)
             if self.config.erase:
-                images = augment.erase(images, self.config.erase, seed, number, on_device)
-            yield images, labels, mixed
+                seeds = (seed, augment.strong_seed(seed))
+                views = [augment.erase(view, self.config.erase, s, number, on_device) for view, s in zip(views, seeds)]
+            yield Augmented(views[0], labels, mixed, views[1] if self.two_views else None)
 
-    def _augment(self, images: UInt8[Tensor, "b c m n"], index: Tensor, seed: int, number: int) -> Tensor:
-        return self.normalize(augment.augment(self.config, images, index, seed, number, self.size))
+    def _views(self, images: UInt8[Tensor, "b c m n"], index: Tensor, seed: int, number: int) -> list[Tensor]:
+        """The weak view of stored images, normalised, and after it with two views the strong one."""
+        views = [augment.augment(self.config, images, index, seed, number, self.size)]
+        if self.two_views:
+            views.append(augment.augment_strongly(self.config, images, index, seed, number, self.size))
+        return [self.normalize(view) for view in views]
 
 
 def epoch_order(balance: str, seed: int, epoch: int, split: Rows) -> Int[Tensor, "n"]:

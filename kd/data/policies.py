@@ -22,7 +22,7 @@ from torch import Tensor
 from kd.utils.operators import define_operators
 from kd.utils.rng import random_below, random_uniform
 
-PolicyName = Literal["none", "trivial", "rand", "augmix"]
+PolicyName = Literal["none", "trivial", "rand", "augmix", "fixmatch"]
 
 CHAINS = 3  # of operations in AugMix (torchvision's mixture_width)
 
@@ -35,7 +35,7 @@ class Policy(NamedTuple):
     """Which operations a sample is changed by."""
 
     name: PolicyName = "none"
-    ops: int = 2  # operations one after another, of rand
+    ops: int = 2  # operations one after another, of rand and fixmatch
     magnitude: int | None = None  # of rand: level, 0 to 30, 9 if left out; of augmix: severity, 1 to 10, 3 if left out
 
     @property
@@ -44,7 +44,9 @@ class Policy(NamedTuple):
         if self.name == "rand":
             level = 9 if self.magnitude is None else self.magnitude
             return range(level, level + 1)
-        return range(31) if self.name == "trivial" else range(3 if self.magnitude is None else self.magnitude)
+        if self.name == "augmix":
+            return range(3 if self.magnitude is None else self.magnitude)
+        return range(31)
 
 
 class Ranges(NamedTuple):
@@ -54,7 +56,7 @@ class Ranges(NamedTuple):
     shear: float
     translate: Callable[[int], float]  # pixels, from the length of the image's side
     rotate: float  # degrees
-    colour: float  # change of the factor of brightness, colour, contrast and sharpness
+    colour: float  # change of the factor of brightness, colour, contrast and sharpness, up and down; below 0: down only
     bits: tuple[int, int]  # posterize: bits kept at the first level, bits fewer at the last
     identity: bool  # whether leaving the image alone is an operation
 
@@ -63,6 +65,7 @@ RANGES = {
     "trivial": Ranges(31, 0.99, lambda side: 32.0, 135.0, 0.99, (8, 6), True),
     "rand": Ranges(31, 0.3, lambda side: 150.0 / 331.0 * side, 30.0, 0.9, (8, 4), True),
     "augmix": Ranges(10, 0.3, lambda side: side / 3.0, 30.0, 0.9, (4, 4), False),
+    "fixmatch": Ranges(31, 0.3, lambda side: 0.3 * side, 30.0, -0.95, (8, 4), True),
 }
 
 
@@ -73,7 +76,8 @@ def apply_policy(
 
     trivial: one operation of any strength (arXiv:2103.10158, the wide space). rand: `ops` operations of one strength
     (arXiv:1909.13719). augmix: a random mean of the image and three chains of one to three operations
-    (arXiv:1912.02781, without its consistency loss).
+    (arXiv:1912.02781, without its consistency loss). fixmatch: `ops` operations, each of any strength
+    (arXiv:2001.07685, without its grey square: kd.data.augment.cut_out).
 
     On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and its result is selected: about
     170 launches a step, as many as on some rows, and the host never waits to learn which rows drew what.
@@ -83,7 +87,7 @@ def apply_policy(
     table = _table(policy, tuple(images.shape[2:]), images.device)
     if policy.name == "augmix":
         return _augmix(table, images, index, seed, number)
-    for step in range(policy.ops if policy.name == "rand" else 1):
+    for step in range(policy.ops if policy.name in ("rand", "fixmatch") else 1):
         images = _change(images, _draw(table, index, seed, "policy", step, number), table, "nearest")
     return images
 
@@ -119,8 +123,9 @@ def operations(policy: Policy, size: tuple[int, int]) -> list[tuple[str, float]]
     signed = dict.fromkeys(("ShearX", "ShearY"), rise(ranges.shear))
     signed |= {"TranslateX": rise(ranges.translate(width)), "TranslateY": rise(ranges.translate(height))}
     signed |= {"Rotate": rise(ranges.rotate)}
-    signed |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), rise(ranges.colour))
     unsigned = {"Posterize": kept, "Solarize": torch.linspace(1.0, 0.0, ranges.levels).tolist()}
+    colours = dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), rise(ranges.colour))
+    signed, unsigned = (signed | colours, unsigned) if ranges.colour > 0 else (signed, unsigned | colours)
     unsigned |= dict.fromkeys(("AutoContrast", "Equalize", *(("Identity",) * ranges.identity)), [0.0] * ranges.levels)
     found = []
     for sign in (1, -1):

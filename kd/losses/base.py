@@ -114,7 +114,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch, teacher: Outputs | None) -> Step:
         """The student's logits (float32), the loss terms, and how close student and teacher are."""
-        student = self.tap(batch.image)
+        student = self.tap.of_batch(batch)
         # Losses lose digits in half precision: a Gram matrix in bfloat16 is off by 2e-3.
         with torch.autocast(batch.image.device.type, enabled=False):
             student, teacher = _float(student), teacher and _float(teacher)
@@ -126,7 +126,8 @@ class Distiller(nn.Module):
 
 
 def _float(outputs: Outputs) -> Outputs:
-    return Outputs(outputs.logits.float(), {name: feature.float() for name, feature in outputs.features.items()})
+    features = {name: feature.float() for name, feature in outputs.features.items()}
+    return Outputs(outputs.logits.float(), features, None if outputs.strong is None else outputs.strong.float())
 
 
 @torch.compiler.disable  # the compiler would rewrite the collectives; left alone they cost one graph break

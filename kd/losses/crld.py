@@ -7,7 +7,10 @@ Both networks see two views of each image, one weakly and one strongly augmented
 from jaxtyping import Float
 from torch import Tensor
 
+from kd.config.methods import CRLDConfig
+from kd.losses.base import DistillationLoss
 from kd.losses.kd import masked_kd_loss
+from kd.types import Batch, Outputs
 
 
 def crld_loss(
@@ -37,3 +40,23 @@ def crld_loss(
         "across": divergence(student_strong, teacher_logits, sure_of_strong)
         + divergence(student_logits, teacher_strong, sure_of_strong),
     }
+
+
+class CRLD(DistillationLoss):
+    """ce_weight * cross-entropy of each view + within_weight and across_weight * the terms of crld_loss."""
+
+    config: CRLDConfig
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        config = self.config
+        views = (student.logits, student.strong, teacher.logits, teacher.strong)
+        terms = crld_loss(*views, config.temperature, config.weak_threshold, config.strong_threshold)
+        ce = self.cross_entropy(student.logits, batch) + self.cross_entropy(student.strong, batch)
+        return {
+            "ce": config.ce_weight * ce,
+            "within": config.within_weight * terms["within"],
+            "across": config.across_weight * terms["across"],
+        }
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
+        return teacher.logits / self.config.temperature

@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kd.losses.kd import check_shapes, kd_loss, masked_kd_loss
+from kd.config.methods import MLKDConfig
+from kd.losses.base import DistillationLoss, global_batch
+from kd.losses.kd import check_shapes, kd_loss, masked_kd_loss, soft_logits, standardize
+from kd.types import Batch, Outputs
 
 WEAK_AS_STRONG = (2.0, 6.0)  # temperatures at which the authors' code compares the weak logits in its strong term too
 
@@ -20,6 +23,7 @@ def mlkd_loss(
     teacher_strong: Float[Tensor, "b k"],
     temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0),
     as_in_paper: bool = False,
+    standardized: bool = False,
 ) -> dict[str, Float[Tensor, ""]]:
     """The terms "instance", "batch" and "class", each summed over the temperatures and without a weight.
 
@@ -31,6 +35,7 @@ def mlkd_loss(
     multiplies a mean over all samples: it scales the term by the kept share, about half, and leaves nothing out. And
     the strong term of temperatures 2 and 6 compares the weak logits. `as_in_paper` masks each sample's divergence and
     the columns of the relations, and compares the strong logits at every temperature.
+    `standardized` scales the logits of "instance" alone, as in the code of arXiv:2403.01427.
     The batch and class terms depend on the batch: call it with the global batch's logits.
     Raises ValueError if the shapes differ.
     """
@@ -38,16 +43,19 @@ def mlkd_loss(
         check_shapes(student_logits, logits)
     probabilities = teacher_logits.softmax(dim=1)
     unsure, rare = _lower_half(probabilities.amax(dim=1)), _lower_half(probabilities.sum(dim=0))
-    weak, strong = (student_logits, teacher_logits), (student_strong, teacher_strong)
+    weak = student_logits, teacher_logits
+    views = [weak, (student_strong, teacher_strong)]
+    if standardized:
+        views = [tuple(standardize(logits) for logits in view) for view in views]
     terms = dict.fromkeys(("instance", "batch", "class"), student_logits.new_zeros(()))
     for t in temperatures:
-        second = strong if as_in_paper or t not in WEAK_AS_STRONG else weak
+        second = views[1 if as_in_paper or t not in WEAK_AS_STRONG else 0]
         if as_in_paper:
-            parts = masked_kd_loss(*weak, unsure, t), _relation(*weak, t, 0, unsure), _relation(*weak, t, 1, rare)
+            parts = masked_kd_loss(*views[0], unsure, t), _relation(*weak, t, 0, unsure), _relation(*weak, t, 1, rare)
         else:
             share, share_of_classes = (mask.to(student_logits.dtype).mean() for mask in (unsure, rare))
             parts = (
-                share * kd_loss(*weak, t),
+                share * kd_loss(*views[0], t),
                 share * batch_relation_loss(*weak, t),
                 share_of_classes * class_relation_loss(*weak, t),
             )
@@ -89,3 +97,22 @@ def _lower_half(values: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:
     """Which values are at most the median; the median of an even number is the mean of the middle two."""
     ordered, n = values.sort().values, len(values)
     return values <= torch.lerp(ordered[(n - 1) // 2], ordered[n // 2], 0.5)
+
+
+class MLKD(DistillationLoss):
+    """ce_weight * cross-entropy of each view + weight * each term of mlkd_loss."""
+
+    config: MLKDConfig
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        config = self.config
+        views = torch.cat([student.logits, student.strong, teacher.logits, teacher.strong], dim=1)
+        whole = global_batch(views).chunk(4, dim=1)  # relations and medians are the global batch's; gathered at once
+        terms = mlkd_loss(*whole, config.temperatures, config.as_in_paper, config.standardize)
+        ce = self.cross_entropy(student.logits, batch) + self.cross_entropy(student.strong, batch)
+        return {"ce": config.ce_weight * ce} | {name: config.weight * term for name, term in terms.items()}
+
+    def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
+        """At the middle one of the temperatures."""
+        temperatures = sorted(self.config.temperatures)
+        return soft_logits(self.config, teacher, temperatures[len(temperatures) // 2])

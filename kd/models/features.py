@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, require
 from kd.models.layout import find_layouts
-from kd.types import INPUT, Outputs
+from kd.types import INPUT, Batch, Outputs
 
 
 class Tap:
@@ -69,6 +69,15 @@ class Tap:
             return Outputs(logits, {layer: self._features[layer] for layer in self.layers})
         finally:
             self._features = None
+
+    def of_batch(self, batch: Batch) -> Outputs:
+        """Outputs for the batch's images, and the logits of its strong view if it has one.
+
+        One forward pass each, so that BatchNorm normalises a view by its own statistics, as in the code of the methods
+        with two views; its running statistics are of both. Features are the weak view's.
+        """
+        outputs = self(batch.image)
+        return outputs if batch.strong is None else outputs._replace(strong=self.network(batch.strong))
 
     def remove(self) -> None:
         """Remove the hooks from the network."""

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kd.config import ViewConfig
 from kd.report.statistics import cell, mean_and_deviation
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.results import Run, teachers_of
@@ -13,6 +14,8 @@ from kd.runs.table import Metric
 NOT_READ = "not read"  # in place of a test score, after --no-test
 
 LONGEST = 60  # letters of a setting in a label
+
+STRONG_VIEW = tuple(ViewConfig().strong)  # flags that a control without a second view need not share
 
 TEACHER, ALONE, SMOOTHED, METHOD = KINDS = "teacher", "student alone", "label smoothing", "method"
 
@@ -160,7 +163,7 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
 def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     first = runs[0]
     recipe = _recipe(first, by_path)
-    not_budget = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", *first.method_flags}
+    not_budget = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", *STRONG_VIEW, *first.method_flags}
     budget = _dump({key: value for key, value in recipe.items() if key not in not_budget})
     kind = {"teacher": TEACHER, "none": ALONE}.get(first.role, METHOD)
     smoothing = first.method_flags.get("label_smoothing")

@@ -51,6 +51,9 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "resized_crop_max": 1.0,
     "alternating_flip": False,
     "mix_off_epochs": 0,
+    "strong_ops": 2,
+    "strong_magnitude": None,
+    "strong_cutout": 0.5,
 }
 
 
@@ -97,6 +100,8 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
     # Not where the data lies and how it is stored; its content counts, and for a stream also the order of its rows.
     for name in ("source", "decode", "workers", *(() if job.data.stream else ("shuffle_rows",))):
         del parts["data"][name]
+    if not job.method.two_views:
+        parts["views"] = {name: value for name, value in parts["views"].items() if name not in job.views.strong}
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
     if isinstance(job.method, NoneConfig):  # its first runs had the flag already

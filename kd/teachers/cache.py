@@ -1,7 +1,8 @@
 """The teacher's logits, computed once for K views of every image and reused by every student of every seed.
 
-One memory-mapped file of logits [K, N, C] (or of the top k of each row), and a manifest with everything they depend on
-(teacher, rows, views, precision) and the sha256 of each view's block. A cache that does not match is refused, never
+One memory-mapped file of logits [K, N, C] (or of the top k of each row), a second one of the strong views if the method
+has two, and a manifest with everything they depend on (teacher, rows, views, precision) and the sha256 of each view's
+block. A cache that does not match is refused, never
 overwritten. Stored targets for repeated views: FKD (Shen and Xing, arXiv:2112.01528); the same views for teacher and
 student: Beyer et al., arXiv:2106.05237.
 """
@@ -36,12 +37,14 @@ from kd.utils.system import Lock, StopRequests
 
 ROOT = Path("runs/cache")
 MIN_BATCH = 16  # fewest rows of a batch: with 12 or more a CPU gives the same bits whatever the batch
+STRONG = "strong_"  # before the names of the strong views' files
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; float16 has 11 bits
 
 
 class LogitStore:
     """The files of one cache: `logits.npy` [K, N, C], or with top k `logits.npy` [K, N, k + 1] and `classes.npy`
-    [K, N, k]; column k is the logit that all other classes share."""
+    [K, N, k]; column k is the logit that all other classes share. With two views `strong_logits.npy`, and with top k
+    `strong_classes.npy`, have the same of the strong ones."""
 
     def __init__(self, folder: Path, identity: dict):
         self.folder, self.identity = folder, identity
@@ -49,12 +52,19 @@ class LogitStore:
         self.rows, self.classes = identity["rows"], identity["classes"]
         self.top_k = identity["top_k"] if (identity["top_k"] or self.classes) < self.classes else None
         width = self.classes if self.top_k is None else self.top_k + 1
-        self.shapes = {"logits": (self.views, self.rows, width)}
-        if self.top_k is not None:
-            self.shapes["classes"] = (self.views, self.rows, self.top_k)
+        self.shapes = {}
+        self.prefixes = ("", STRONG) if "strong" in identity else ("",)
+        for prefix in self.prefixes:
+            self.shapes[f"{prefix}logits"] = (self.views, self.rows, width)
+            if self.top_k is not None:
+                self.shapes[f"{prefix}classes"] = (self.views, self.rows, self.top_k)
+
+    @property
+    def bytes(self) -> int:
+        return sum(math.prod(shape) * self.dtype(name).itemsize for name, shape in self.shapes.items())
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(np.int32 if name == "classes" else self.identity["dtype"])
+        return np.dtype(np.int32 if name.endswith("classes") else self.identity["dtype"])
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
@@ -103,11 +113,16 @@ class LogitStore:
         for view, block in enumerate(blocks):
             changed = block != self.block(view)
             require(not changed, f"{self.folder}: view {view} changed since it was built; remove the folder")
-            finite = np.isfinite(self.open("logits", "r")[view]).all()
-            require(bool(finite), f"{self.folder}: view {view} has NaN or infinity; remove the folder")
+            finite = all(np.isfinite(self.open(f"{prefix}logits", "r")[view]).all() for prefix in self.prefixes)
+            require(finite, f"{self.folder}: view {view} has NaN or infinity; remove the folder")
 
-    def write(self, view: int, rows: slice, logits: Tensor) -> None:
-        """Store the logits (b x C) of one view's rows. Raises UserError if they are not finite in the cache's dtype."""
+    def write(self, view: int, rows: slice, outputs: Outputs) -> None:
+        """Store the logits of one view's rows. Raises UserError if they are not finite in the cache's dtype."""
+        for prefix in self.prefixes:
+            logits = outputs.strong if prefix else outputs.logits
+            self._write(prefix, view, rows, logits[: rows.stop - rows.start])
+
+    def _write(self, prefix: str, view: int, rows: slice, logits: Tensor) -> None:
         parts = {"logits": logits}
         if self.top_k is not None:
             classes = ranked(logits)[:, : self.top_k]  # the first of equals is kept, as it is the prediction
@@ -124,7 +139,15 @@ class LogitStore:
             f" {self.identity['dtype']}: check the teacher, or store them with --cache-dtype float32",
         )
         for name, array in arrays.items():
-            self.open(name, "r+")[view, rows] = array
+            self.open(f"{prefix}{name}", "r+")[view, rows] = array
+
+    def gap(self, prefix: str, view: int, index: Tensor, logits: Tensor) -> float:
+        """How far the stored logits of some rows are from `logits`, as a share of the largest logit."""
+        now = logits.float().cpu()
+        stored = torch.from_numpy(np.asarray(self.open(f"{prefix}logits", "r")[view, index.numpy()])).float()
+        if self.top_k is not None:
+            stored, now = stored[:, :-1], now.topk(self.top_k, dim=1).values
+        return ((now - stored).abs().max() / now.abs().max()).item()
 
     def teacher(self, device: torch.device) -> TeacherLogits:
         """A teacher that looks up rows by (view, index), in the device's memory if the cache fits there."""
@@ -135,7 +158,10 @@ class LogitStore:
             # One flat index: a tensor as first of two indices would make the host wait for its value.
             row = batch.view * self.rows + batch.index
             stored = {name: part[row.to(part.device)].to(device, non_blocking=True) for name, part in placed.items()}
-            return Outputs(self.full(stored["logits"].float(), stored.get("classes")))
+            weak, *strong = (
+                self.full(stored[f"{prefix}logits"].float(), stored.get(f"{prefix}classes")) for prefix in self.prefixes
+            )
+            return Outputs(weak, strong=strong[0] if strong else None)
 
         return look_up
 
@@ -167,7 +193,7 @@ def cached_logits(
     identity = cache_identity(teacher, data, job, accelerator)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     store = LogitStore(root / f"{teacher.folder.name}-{digest}", identity)
-    images = TrainingImages(data, job.views, job.fit.seed, accelerator.device)
+    images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, two_views=job.method.two_views)
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder, accelerator)
     try:
@@ -186,11 +212,14 @@ def cache_identity(teacher: TeacherNetwork, data: Data, job: Job, accelerator: A
     """Everything that the logits depend on."""
     spec = {"rows": len(data.train.labels), "classes": len(data.classes), "rows_sha256": data.train.sha256}
     spec |= {"teacher_sha256": teacher.sha256, "normalisation": [data.mean, data.std]}
-    spec |= {"views": without_newer_defaults(asdict(job.views)), "precision": accelerator.mixed_precision}
+    views = {name: value for name, value in asdict(job.views).items() if name not in job.views.strong}
+    spec |= {"views": without_newer_defaults(views), "precision": accelerator.mixed_precision}
     spec |= {"device": accelerator.device.type, "deterministic": job.fit.deterministic}
     spec |= {"dtype": job.cache.cache_dtype, "top_k": job.cache.cache_top_k, "class_names": data.classes}
     if job.data.stored_size:  # rows_sha256 is of the images as they are stored
         spec |= {"image_size": data.size}
+    if job.method.two_views:
+        spec |= {"strong": job.views.strong}
     return json.loads(json.dumps(spec))
 
 
@@ -217,6 +246,8 @@ def _build(
     blocks = store.sealed()
     main = accelerator.is_main_process
     if main and not blocks:
+        views = f"{store.views} views" + ", weak and strong," * (len(store.prefixes) > 1)
+        print(f"{store.folder}: {store.bytes / 1e6:.3g} MB for {views} of {store.rows} images", flush=True)
         for name, shape in store.shapes.items():
             create_map(store.path(name), store.dtype(name), shape).flush()
     accelerator.wait_for_everyone()
@@ -232,7 +263,7 @@ def _build(
                 if requests.number and accelerator.num_processes == 1:
                     _stop(requests.number, store, view)
                 rows = slice(start, min(start + share, store.rows))
-                store.write(view, rows, output.logits[: rows.stop - start])
+                store.write(view, rows, output)
             stop = _stop_requested(requests, accelerator)  # also waits until all have written their rows
             if main:
                 for name in store.shapes:
@@ -259,8 +290,8 @@ def _stop(signal_number: int, store: LogitStore, views: int) -> None:
 def _query(query: TeacherLogits, images: TrainingImages, indices: list[Tensor], view: int) -> Iterator[Outputs]:
     """The teacher's outputs for each of `indices` (b) in one view."""
     numbers = [torch.full((), number, device=images.device) for number in (view, view, 0)]
-    for index, (image, label, mixed) in zip(indices, images.augmented(indices, view)):
-        yield query(Batch(image, label, index.to(images.device), *numbers, mixed))
+    for index, (image, label, mixed, strong) in zip(indices, images.augmented(indices, view)):
+        yield query(Batch(image, label, index.to(images.device), *numbers, mixed, strong))
 
 
 def _compare(
@@ -274,13 +305,12 @@ def _compare(
     if accelerator.mixed_precision != "no":
         tolerance = max(tolerance, 2**-5)  # half-precision arithmetic depends on the batch it runs in
     for view in {0, store.views - 1}:
-        now = next(_query(query, images, [index], view)).logits.float().cpu()
-        stored = torch.from_numpy(np.asarray(store.open("logits", "r")[view, index.numpy()])).float()
-        if store.top_k is not None:
-            stored, now = stored[:, :-1], now.topk(store.top_k, dim=1).values
-        gap = ((now - stored).abs().max() / now.abs().max()).item()
-        require(
-            gap <= tolerance,
-            f"{store.folder}: the teacher now gives other logits for view {view} (by {gap:.1e} of its largest logit,"
-            f" {tolerance:.1e} is allowed); remove the folder to build it anew",
-        )
+        output = next(_query(query, images, [index], view))
+        for prefix in store.prefixes:
+            gap = store.gap(prefix, view, index, output.strong if prefix else output.logits)
+            name = f"the strong view {view}" if prefix else f"view {view}"
+            require(
+                gap <= tolerance,
+                f"{store.folder}: the teacher now gives other logits for {name} (by {gap:.1e} of its largest logit,"
+                f" {tolerance:.1e} is allowed); remove the folder to build it anew",
+            )

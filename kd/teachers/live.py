@@ -44,7 +44,10 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
 def live_logits(
     network: nn.Module, accelerator: Accelerator, layers: tuple[str, ...] = (), channels_last: bool = True
 ) -> TeacherLogits:
-    """A teacher that runs `network` on each batch, without gradients; its outputs include the features of `layers`."""
+    """A teacher that runs `network` on each batch, without gradients.
+
+    Its outputs include the features of `layers`, and the logits of the strong view if the batch has one.
+    """
     fast = network if layers else fold_batchnorm(network)
     if channels_last:
         fast = fast.to(memory_format=torch.channels_last)
@@ -54,7 +57,7 @@ def live_logits(
     @torch.no_grad()
     def run(batch: Batch) -> Outputs:
         with accelerator.autocast():
-            logits, features = tap(batch.image)
-        return Outputs(logits.float(), features)
+            logits, features, strong = tap.of_batch(batch)
+        return Outputs(logits.float(), features, None if strong is None else strong.float())
 
     return run

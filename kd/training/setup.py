@@ -10,7 +10,7 @@ from torch import nn
 
 from kd.compress import compress, sizes
 from kd.compress.prune import resize
-from kd.config import DistillConfig, Job, TrainConfig
+from kd.config import DistillConfig, Job, TrainConfig, ViewConfig
 from kd.config.jobs import LR_BY_NETWORK
 from kd.config.presets import settle
 from kd.data import Data
@@ -175,6 +175,8 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     )
     if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
         print(f"{job.role} has no teacher: --cache-teacher does nothing", flush=True)
+    if job.views.strong != ViewConfig().strong and not job.method.two_views:
+        print_once(f"{job.role} sees one view of each image: the flags of the strong view change nothing")
     require(
         loss.has_cross_entropy or job.method.label_smoothing == 0,
         f"--label-smoothing {job.method.label_smoothing}: changes cross-entropy, and {job.role} has none; leave it out",

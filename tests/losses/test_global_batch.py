@@ -24,9 +24,9 @@ def train(method: str, process: int, processes: int) -> dict[str, torch.Tensor]:
     share = BATCH // processes
     for step in range(STEPS):
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))
-        batch = batch_of(order[process * share : (process + 1) * share], step)
+        batch = batch_of(order[process * share : (process + 1) * share], step, method)
         with torch.no_grad():
-            outputs = teacher(batch.image)
+            outputs = teacher.of_batch(batch)
         terms = model(batch, outputs).terms
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)

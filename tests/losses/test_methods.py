@@ -54,8 +54,8 @@ def student(teacher: str, method: str, *args: str) -> None:
     distil("--student", "resnet8", "--teacher", teacher, "--trust-code", *FEW, method, *FLAGS.get(method, []), *args)
 
 
-# Methods with state or parameters of their own, or another deployed network, always run; the others are slow tests.
-STATEFUL = ("kd", "ctkd", "vid", "cc", "crd", "reviewkd", "simkd", "deit", "ofa", "apprentice")
+# Methods with state, parameters or two views, or another deployed network, always run; the others are slow tests.
+STATEFUL = ("kd", "ctkd", "crld", "vid", "cc", "crd", "reviewkd", "simkd", "deit", "ofa", "apprentice")
 EVERY = [pytest.param(name, marks=() if name in STATEFUL else pytest.mark.slow) for name in METHODS]
 
 

@@ -125,7 +125,9 @@ def test_label_smoothing_changes_cross_entropy_beside_any_teacher(method):
     """The terms with the label change, those with the teacher stay."""
     index = torch.arange(6)
     (plain_distiller, tap), (smoothed, _) = pairs.build(method), pairs.build(method, label_smoothing=0.1)
-    before, after = (pairs.terms_of(each, tap, pairs.batch_of(index)) for each in (plain_distiller, smoothed))
+    before, after = (
+        pairs.terms_of(each, tap, pairs.batch_of(index, method=method)) for each in (plain_distiller, smoothed)
+    )
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         name for name in before if name in ("ce", "teacher_ce")

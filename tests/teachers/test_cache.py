@@ -90,6 +90,40 @@ def test_row_21_cached_answers_are_the_live_ones_for_every_epoch_and_seed(views,
     assert len(list(ROOT.iterdir())) == 1, "one cache serves students of every seed"
 
 
+@pytest.mark.parametrize("views", [["--views", "3"], [*MIXED, "--strong-magnitude", "10"]])
+def test_row_21_a_cache_has_the_live_answers_for_the_strong_view_too(views):
+    kept, asked, data, job, accelerator = opened("--cache-dtype", "float32", *views, "mlkd")
+    for epoch in range(4):
+        for batch in loader.Batches(data, job, accelerator).epoch(epoch):
+            one, other = kept(batch), asked(batch)
+            assert torch.equal(one.logits, other.logits)
+            assert torch.equal(one.strong, other.strong)
+            assert not torch.equal(one.logits, one.strong)
+
+
+def test_row_21_with_two_views_weights_are_bit_equal_to_a_live_teachers():
+    flags = ["--epochs", "2", "mlkd"]
+    distil("--out", "live", *CACHED[:-1], *flags)
+    distil("--out", "cached", *CACHED, "--cache-dtype", "float32", *flags)
+    assert differences(Path("live"), Path("cached")) == []
+
+
+def test_a_method_with_one_view_has_the_cache_that_it_always_had(capsys):
+    """Neither its identity nor its files tell that others have two."""
+    opened()
+    path = cache_folder()
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert not any("strong" in key for part in (manifest["identity"], *manifest["blocks"]) for key in part)
+    assert not any("strong" in key for key in manifest["identity"]["views"])
+    opened("--strong-ops", "5")
+    assert list(ROOT.iterdir()) == [path], "a flag of the strong view changes nothing here"
+    capsys.readouterr()
+    opened("mlkd")
+    opened("--strong-ops", "5", "mlkd")
+    assert len(list(ROOT.iterdir())) == 3
+    assert "0.072 MB for 2 views, weak and strong, of 900 images" in capsys.readouterr().out
+
+
 def test_row_21_weights_after_training_are_bit_equal_to_a_live_teachers(monkeypatch):
     asked = 0
     real = live_logits
@@ -130,11 +164,12 @@ def test_rows_are_looked_up_by_index_and_view_not_by_position():
     assert not torch.equal(kept(batch._replace(view=torch.tensor(1))).logits, kept(batch).logits)
 
 
-def test_top_k_keeps_the_largest_logits_and_the_rests_mass():
-    full, *_ = opened("--cache-dtype", "float32")
-    kept, _, data, job, accelerator = opened("--cache-dtype", "float32", "--cache-top-k", "3")
+@pytest.mark.parametrize("view", ["logits", "strong"])
+def test_top_k_keeps_the_largest_logits_and_the_rests_mass(view):
+    full, *_ = opened("--cache-dtype", "float32", "mlkd")
+    kept, _, data, job, accelerator = opened("--cache-dtype", "float32", "--cache-top-k", "3", "mlkd")
     for batch in loader.Batches(data, job, accelerator).epoch(0):
-        whole, few = full(batch).logits, kept(batch).logits
+        whole, few = getattr(full(batch), view), getattr(kept(batch), view)
         values, classes = whole.topk(3, dim=1)
         assert torch.equal(few.gather(1, classes), values)
         torch.testing.assert_close(few.logsumexp(1), whole.logsumexp(1), rtol=1e-5, atol=1e-5)
@@ -177,10 +212,11 @@ def test_row_16_other_views_are_other_caches(flags):
     assert len(list(ROOT.iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["logits.npy", "strong_logits.npy"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "reshaped", "missing"])
-def test_row_14_a_damaged_cache_is_refused(damage):
-    opened()
-    path = cache_folder() / "logits.npy"
+def test_row_14_a_damaged_cache_is_refused(damage, name):
+    opened("mlkd")
+    path = cache_folder() / name
     content = bytearray(path.read_bytes())
     if damage == "truncated":
         path.write_bytes(content[:-100])
@@ -191,22 +227,23 @@ def test_row_14_a_damaged_cache_is_refused(damage):
         np.save(path, np.zeros((2, 899, 10), np.float16))
     else:
         path.unlink()
-    with pytest.raises(UserError, match=r"logits.npy|view 1 changed since it was built"):
-        opened()
+    with pytest.raises(UserError, match=rf"/{name}|view 1 changed since it was built"):
+        opened("mlkd")
 
 
-def test_row_17_rows_in_another_order_are_another_cache_and_a_forged_one_is_found_out(monkeypatch):
+@pytest.mark.parametrize(("name", "view"), [("logits", "view"), ("strong_logits", "the strong view")])
+def test_row_17_rows_in_another_order_are_another_cache_and_a_forged_one_is_found_out(name, view):
     """Were every hash forged, the rows that are recomputed at each start would still not agree."""
-    opened()
+    opened("mlkd")
     store = cache_folder()
-    logits = np.load(store / "logits.npy", mmap_mode="r+")
+    logits = np.load(store / f"{name}.npy", mmap_mode="r+")
     logits[:] = logits[:, ::-1].copy()
     logits.flush()
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["blocks"] = [LogitStore(store, manifest["identity"]).block(view) for view in range(2)]
     (store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="the teacher now gives other logits for view 0"):
-        opened()
+    with pytest.raises(UserError, match=f"the teacher now gives other logits for {view} 0"):
+        opened("mlkd")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
@@ -216,22 +253,25 @@ def test_row_20_answers_that_are_not_finite_are_refused_when_built(monkeypatch, 
         opened()
 
 
-def test_row_20_nan_in_a_sealed_cache_is_refused_when_loaded():
-    opened()
+@pytest.mark.parametrize("name", ["logits", "strong_logits"])
+def test_row_20_nan_in_a_sealed_cache_is_refused_when_loaded(name):
+    opened("mlkd")
     store = cache_folder()
-    logits = np.load(store / "logits.npy", mmap_mode="r+")
+    logits = np.load(store / f"{name}.npy", mmap_mode="r+")
     logits[1, 5, 5] = np.nan
     logits.flush()
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["blocks"] = [LogitStore(store, manifest["identity"]).block(view) for view in range(2)]
     (store / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="view 1 has NaN or infinity"):
-        opened()
+        opened("mlkd")
 
 
-def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch):
-    opened()
-    whole = (cache_folder() / "logits.npy").read_bytes()
+@pytest.mark.parametrize("method", ["kd", "mlkd"])
+def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch, method):
+    opened("--cache-top-k", "3", method)
+    whole = {path.name: path.read_bytes() for path in cache_folder().glob("*.npy")}
+    assert len(whole) == (2 if method == "kd" else 4)
     shutil.rmtree(ROOT)
     real, count = LogitStore.write, 0
 
@@ -244,14 +284,14 @@ def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LogitStore, "write", write)
-        opened()
+        opened("--cache-top-k", "3", method)
     manifest = json.loads((cache_folder() / "manifest.json").read_text())
     assert len(manifest["blocks"]) == 1, "the half-done view is not believed"
     count = -1000
     monkeypatch.setattr(LogitStore, "write", write)
-    opened()
+    opened("--cache-top-k", "3", method)
     assert count == -1000 + 18, "the first view is not computed again"
-    assert (cache_folder() / "logits.npy").read_bytes() == whole
+    assert {path.name: path.read_bytes() for path in cache_folder().glob("*.npy")} == whole
 
 
 def test_row_19_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):

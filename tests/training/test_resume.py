@@ -387,3 +387,9 @@ def test_row_24_prefixes_of_wrappers_are_stripped_and_a_part_called_module_is_no
     assert files.read_weights(path).keys() == {"a", "b"}
     files.write_weights(path, {"module.a": torch.zeros(2), "fc": torch.ones(1)})
     assert files.read_weights(path).keys() == {"module.a", "fc"}
+
+
+def test_row_1_with_two_views_killed_in_the_middle_of_an_epoch(monkeypatch):
+    """BatchNorm, dropout, a mixed strong view, and the teacher's answers for both."""
+    flags = ["--mixup", "0.4", "--erase", "0.3", "--mixed-precision", "bf16", "--epochs", "1"]
+    assert differs_when_killed(monkeypatch, lambda *args: distil(*flags, *args, "mlkd"), 7) == []
