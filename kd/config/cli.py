@@ -35,7 +35,9 @@ GROUPS = {
     "teacher": "teacher teacher-model teacher-seed control fine-tune-teacher trust-code cache-teacher cache-dtype "
     "cache-top-k",
     "training": "preset epochs batch-size lr seed weight-decay momentum nesterov schedule warmup-epochs milestones "
-    "label-smoothing balance drop-last clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
+    "label-smoothing balance drop-last clip-norm mixed-precision compile channels-last deterministic sync-batchnorm "
+    "optimizer betas eps decay-norm-and-bias layer-decay ema accumulate gradient-checkpointing min-lr warmup-start "
+    "lr-per-256 steps",
     "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed",
     "run": "out resume auto-resume resume-inexact extend save-every threads test",
     "logging": "log-every diagnose-every wandb wandb-project wandb-group",

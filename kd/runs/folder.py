@@ -37,6 +37,17 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "image": None,
     "test_fraction": 0.2,
     "skip_broken": False,
+    "optimizer": "sgd",
+    "betas": (),
+    "eps": None,
+    "decay_norm_and_bias": True,
+    "layer_decay": None,
+    "ema": None,
+    "accumulate": 1,
+    "gradient_checkpointing": False,
+    "min_lr": 0.0,
+    "warmup_start": None,
+    "steps": None,
 }
 
 
@@ -73,6 +84,7 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, teacher_sha256:
     for name in ("source", "decode", "workers", *(() if job.data.stream else ("shuffle_rows",))):
         del parts["data"][name]
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
+    del parts["fit"]["lr_per_256"]  # `lr` holds what it comes to
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
     if job.cache.cache_teacher and teacher_sha256:
         flat |= dataclasses.asdict(job.cache)

@@ -24,7 +24,8 @@ from kd.runs import checkpoint
 from kd.teachers.live import fold_batchnorm
 from kd.teachers.load import load_teacher
 from kd.training.evaluate import predict_logits
-from kd.training.trainer import Trainer, lr_at
+from kd.training.schedule import lr_at
+from kd.training.trainer import Trainer
 from tests.conftest import ROOT
 from tests.run_scripts import STUDENT, distil, metrics_of, teach
 
