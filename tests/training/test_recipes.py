@@ -40,7 +40,7 @@ def test_row_1_each_optimizer_resumes_to_the_same_bytes(name):
     assert differ_when_killed(fit, "perceptron" if name == "muon" else "normalised") == []
 
 
-@pytest.mark.parametrize("name", [*TIMM_OPTIMIZERS, "timm/adan", "timm/muon", "timm/sgdw", "timm/adafactorbv"])
+@pytest.mark.parametrize("name", [*TIMM_OPTIMIZERS, "timm/adan", "timm/muon", "timm/sgdw"])
 def test_row_1_each_optimizer_of_timm_resumes_to_the_same_bytes(name):
     pytest.importorskip("timm")
     optimizers.check_optimizer(fit_of(optimizer=name))
@@ -151,7 +151,8 @@ def test_lion_and_lamb_are_timms(monkeypatch):
         ("timm/adahessian", "needs second derivatives"),
         ("timm/lyon", "did you mean lion"),
         ("timm/bnbadam", "timm cannot make it"),
-        ("timm/kron", "keeps what no checkpoint here can hold|timm cannot make it"),
+        ("timm/kron", "keeps what no checkpoint here can hold|timm cannot make it"),  # the latter from our own warnings
+        ("timm/adafactorbv", "keeps what no checkpoint here can hold"),  # a mean in bfloat16
     ],
 )
 def test_what_timm_cannot_make_or_no_checkpoint_holds_is_refused(name, words):
