@@ -235,7 +235,12 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["--views", "2", "--cache-teacher"], ["--mixup", "1", "--cutmix", "1", "--erase", "0.5"]]
+    "args",
+    [
+        [],
+        ["--views", "2", "--cache-teacher"],
+        ["--mixup", "1", "--cutmix", "1", "--erase", "0.5", "--ema", "0.9", "--accumulate", "2"],
+    ],
 )
 def test_the_host_does_not_wait_between_two_log_points(args, monkeypatch):
     real, counts = Trainer.record, []
