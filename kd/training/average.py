@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+SHARE = 10  # an average over this part of the run is long enough to smooth and forgets the first weights
+
 
 class Average:
     """The exponential moving average of a network's weights, updated after every step.
@@ -39,6 +41,14 @@ class Average:
         """Continue from a checkpoint's average. Raises KeyError or RuntimeError if it does not fit the network."""
         for name, tensor in self.weights.items():
             tensor.copy_(weights[name])
+
+
+def too_long(decay: float | None, steps: int) -> str | None:
+    """A warning if the average reaches back over more than a quarter of the run: early weights then count in it."""
+    if decay is None or 4 / (1 - decay) <= steps:
+        return None
+    span, better = round(1 / (1 - decay)), 1 - SHARE / max(steps, 2 * SHARE)
+    return f"--ema {decay:g}: averages over about {span} steps, and the run has {steps}; {better:.4g} suits it better"
 
 
 @contextmanager

@@ -52,10 +52,11 @@ class MuonWithAdamW(Optimizer):
     those that suit AdamW, serve both. Momentum 0.95 with Nesterov, torch's defaults.
     """
 
-    def __init__(self, matrices: list[dict], others: list[dict], lr: float, adamw: dict):
-        self.muon = torch.optim.Muon(matrices, lr, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, lr, **adamw)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {"lr": lr})
+    def __init__(self, matrices: list[dict], others: list[dict], adamw: dict):
+        both = {"lr": adamw["lr"], "weight_decay": adamw["weight_decay"]}
+        self.muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **both)
+        self.adamw = torch.optim.AdamW(others, **adamw)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], both)
         self._share()
 
     def __setstate__(self, state: dict) -> None:
@@ -98,14 +99,16 @@ def build(fit: FitConfig, groups: dict[Kind, list[nn.Parameter]], options: dict)
     if name == "muon":
         matrices = [part for kind, part in parts.items() if kind.muon]
         others = [part for kind, part in parts.items() if not kind.muon]
-        return MuonWithAdamW(matrices, others, fit.lr, options)
+        return MuonWithAdamW(matrices, others, options | {"lr": fit.lr})
     if name in TORCH:
         return TORCH[name](list(parts.values()), fit.lr, **options)
     return _timm_optimizer(fit, list(parts.values()), options)
 
 
 def _as_group(kind: Kind, parameters: list[nn.Parameter], fit: FitConfig) -> dict:
-    group = {"params": parameters, "weight_decay": fit.weight_decay if kind.decays else 0.0}
+    group = {"params": parameters}
+    if not kind.decays:
+        group["weight_decay"] = 0.0
     if kind.lr_scale != 1:
         group["lr_scale"] = kind.lr_scale
     if fit.optimizer.startswith("timm/") and "muon" in fit.optimizer and not kind.muon:
@@ -115,9 +118,11 @@ def _as_group(kind: Kind, parameters: list[nn.Parameter], fit: FitConfig) -> dic
 
 def _settings(fit: FitConfig) -> dict:
     """Options of the optimizer that flags give; what is left out stays as its authors have it."""
+    given = {"weight_decay": fit.weight_decay}
     if fit.optimizer == "sgd":
-        return {"momentum": fit.momentum, "nesterov": fit.nesterov}
-    return ({"betas": fit.betas} if fit.betas else {}) | ({} if fit.eps is None else {"eps": fit.eps})
+        return given | {"momentum": fit.momentum, "nesterov": fit.nesterov}
+    given |= {"betas": fit.betas} if fit.betas else {}
+    return given | ({} if fit.eps is None else {"eps": fit.eps})
 
 
 def _timm_optimizer(fit: FitConfig, groups: list[dict], options: dict) -> Optimizer:

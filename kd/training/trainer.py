@@ -23,7 +23,7 @@ from kd.runs import checkpoint
 from kd.runs.checkpoint import State, Weights, check_position
 from kd.runs.folder import RunFolder
 from kd.teachers.live import TeacherLogits
-from kd.training.average import Average, weights_in
+from kd.training.average import Average, too_long, weights_in
 from kd.training.diagnostics import gradient_norms, warnings
 from kd.training.evaluate import validate
 from kd.training.meter import Clock, Meter
@@ -68,6 +68,8 @@ class Trainer:
         self._total = job.fit.total_steps(self._batches.steps)
         optimizer = prepare_distiller(distiller, job, accelerator)
         self.average = None if job.fit.ema is None else Average(distiller.deployed, job.fit.ema)
+        if line := too_long(job.fit.ema, self._total):
+            print_once(line)
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}  # the deployed weights of the best epoch on validation
         self.saved_step: int | None = None  # the step that this process last saved or resumed from

@@ -21,7 +21,7 @@ from kd.losses import LOSSES, Distiller
 from kd.models import build_model
 from kd.runs import checkpoint
 from kd.training import optimizers, trainer
-from kd.training.average import Average, weights_in
+from kd.training.average import Average, too_long, weights_in
 from kd.training.schedule import lr_at
 from tests.conftest import ROOT
 from tests.pairs import batch_of
@@ -271,6 +271,14 @@ def test_tables_of_integers_are_copied():
     for step in range(3):
         found.update(step)
     assert torch.equal(found.weights["index"], torch.arange(1000))
+
+
+def test_an_average_over_most_of_the_run_is_warned_of():
+    assert too_long(0.999, 4000) is None
+    assert too_long(None, 1) is None
+    assert (
+        too_long(0.999, 500) == "--ema 0.999: averages over about 1000 steps, and the run has 500; 0.98 suits it better"
+    )
 
 
 def test_other_weights_are_taken_out_again():
