@@ -25,6 +25,20 @@ def normalised(num_classes: int) -> nn.Module:
     )
 
 
+def perceptron(num_classes: int) -> nn.Module:
+    """A hidden linear layer, whose weight is a matrix, and normalisation over channels alone."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(48, 16),
+        nn.LayerNorm(16),
+        nn.Dropout(0.1),
+        nn.GELU(),
+        nn.Linear(16, 16),
+        nn.Linear(16, num_classes),
+    )
+
+
 def counted(num_classes: int) -> nn.Module:
     """`plain`, which notes how many images it was asked about in eval mode, a line each time, in the file KD_COUNT."""
 

@@ -54,9 +54,11 @@ def newest_checkpoint(folder: Path) -> Path:
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between two finished runs, bit for bit: weights, optimizer, metrics, summary. The one oracle."""
     found = []
-    pairs = [(one / name, other / name) for name in ("model.safetensors", "best.safetensors")]
+    averaged = ["ema.safetensors"] if (one / "ema.safetensors").exists() else []
+    pairs = [(one / name, other / name) for name in ("model.safetensors", "best.safetensors", *averaged)]
     checkpoints = newest_checkpoint(one), newest_checkpoint(other)
-    pairs += [tuple(c / name for c in checkpoints) for name in ("model.safetensors", "optimizer.safetensors")]
+    saved = ["model.safetensors", "optimizer.safetensors", *averaged]
+    pairs += [tuple(c / name for c in checkpoints) for name in saved]
     for ours, theirs in pairs:
         left, right = load_file(ours), load_file(theirs)
         found += [f"{ours.name}: {key}" for key in left.keys() ^ right.keys()]

@@ -22,8 +22,9 @@ from kd.runs.folder import RunFolder
 from kd.teachers.cache import LogitStore
 from kd.teachers.live import TeacherLogits, live_logits
 from kd.training.evaluate import predict_logits
+from kd.training.optimizers import make_optimizer
 from kd.training.setup import build_distiller
-from kd.training.trainer import Trainer, make_optimizer, memory_format
+from kd.training.trainer import Trainer, memory_format
 from kd.types import Outputs
 from kd.utils.rng import seed_everything
 
@@ -56,7 +57,7 @@ class Workloads:
         """Forward, loss, backward and update of the student on one fixed batch with fixed teacher logits."""
         distiller = self._distiller()
         model, optimizer = self.accelerator.prepare(
-            distiller, make_optimizer(distiller, self.job.fit, self.accelerator)
+            distiller, make_optimizer(distiller, self.job.fit, self.job.model, self.accelerator)
         )
         batch = next(Batches(self.data, self.job, self.accelerator).epoch(0))
         logits = torch.randn(len(batch.label), len(self.data.classes), device=self.accelerator.device)

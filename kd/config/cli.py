@@ -61,8 +61,11 @@ GROUPS = {
         "teacher-seed trust-code cache-dtype cache-top-k",
     ),
     "training": Group(
-        "preset epochs batch-size lr seed weight-decay momentum schedule warmup-epochs label-smoothing mixed-precision",
-        "nesterov milestones balance drop-last clip-norm compile channels-last deterministic sync-batchnorm",
+        "preset epochs batch-size lr seed optimizer weight-decay momentum schedule warmup-epochs ema label-smoothing "
+        "mixed-precision",
+        "nesterov milestones balance drop-last clip-norm compile channels-last deterministic sync-batchnorm "
+        "betas eps decay-norm-and-bias layer-decay accumulate gradient-checkpointing min-lr warmup-start lr-per-256 "
+        "steps",
     ),
     "augmentation": Group(
         "crop-padding resized-crop flip mixup cutmix views",

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from kd.errors import require
+from kd.errors import nearest, require
 
 MAX_PADDING = 4096  # pixels
 
@@ -24,6 +24,17 @@ MAGNITUDES = {"rand": (0, 30), "augmix": (1, 10)}
 """Smallest and largest --policy-magnitude, of the policies that take one."""
 
 MAX_RATE = 1e6  # learning rate or decay: beyond it floats overflow in the first step
+
+# Names for --optimizer, beside timm/NAME: torch's own, and two of timm's that are known by their names.
+# kd/training/optimizers.py has the classes.
+TORCH_OPTIMIZERS = (
+    *("sgd", "adamw", "adam", "muon", "nadam", "radam", "adamax"),
+    *("adagrad", "adadelta", "rmsprop", "asgd", "adafactor"),
+)
+TIMM_OPTIMIZERS = ("lion", "lamb")
+OPTIMIZERS = (*TORCH_OPTIMIZERS, *TIMM_OPTIMIZERS)
+WITHOUT_BETAS = ("sgd", "adagrad", "adadelta", "rmsprop", "asgd", "adafactor")
+WITHOUT_EPS = ("sgd", "asgd", "adafactor", "lion")
 
 
 @dataclass(frozen=True)
@@ -240,11 +251,11 @@ class FitConfig:
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
-    """Use Nesterov's momentum."""
+    """Use Nesterov's momentum (SGD)."""
     weight_decay: float = 5e-4
-    """L2 penalty on every parameter."""
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """How the learning rate falls, step by step."""
+    """Weight decay: for sgd and adam an L2 penalty, for adamw and most others a share of lr (there 0.05 is usual)."""
+    schedule: Literal["cosine", "step", "constant", "one-cycle"] = "cosine"
+    """How the learning rate falls, step by step; one-cycle: in a straight line, after a rise over 30% of the run."""
     warmup_epochs: float | None = 0.0
     """Epochs of linear rise before the schedule."""
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -268,9 +279,50 @@ class FitConfig:
     """Compile the step on CUDA (on a CPU: little gain, half a minute lost)."""
     channels_last: bool = True
     """Store images channels-last; python -m kd.bench measures the gain."""
+    optimizer: str = "sgd"
+    """sgd, adamw, adam, muon and others of torch; lion, lamb and timm/NAME with timm."""
+    betas: tuple[float, ...] = ()
+    """Decay rates of the optimizer's running means; its own if left out."""
+    eps: float | None = None
+    """Keeps the optimizer's divisor from zero; its own if left out."""
+    decay_norm_and_bias: bool = True
+    """Also decay biases and the weights of normalisation."""
+    layer_decay: float | None = None
+    """Multiply the learning rate by this for each layer below the last one (fine-tuning transformers: 0.65 to 0.8)."""
+    ema: float | None = None
+    """Also keep a running mean of the weights, over about 1/(1 - X) steps; it is scored and saved beside the last."""
+    accumulate: int = 1
+    """Compute each step's gradient in N parts of the batch, which takes less memory; methods that compare the images of
+    a batch see one part."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to save memory (timm's networks)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    warmup_start: float | None = None
+    """Learning rate of the first step of the rise; one step's share of it if left out."""
+    lr_per_256: float | None = None
+    """In place of --lr: the learning rate for a batch of 256; it grows with the batch (arXiv:1706.02677)."""
+    steps: int | None = None
+    """In place of --epochs: end after N steps."""
+
+    @property
+    def peak_lr(self) -> float | None:
+        """The learning rate that --lr, or --lr-per-256 for this batch size, asks for; None if the data decides."""
+        if self.lr_per_256 is None:
+            return self.lr
+        return None if self.batch_size is None else self.lr_per_256 * self.batch_size / 256
+
+    def steps_an_epoch(self, images: int) -> int:
+        """How many batches an epoch of this many training images has."""
+        whole, left = divmod(images, self.batch_size)
+        return whole + (left > 0 and not self.drop_last)
+
+    def total_steps(self, steps_an_epoch: int) -> int:
+        """How many steps the whole run has."""
+        return steps_an_epoch * self.epochs if self.steps is None else self.steps
 
     def check(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate", "steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
         lr, warmup = self.lr, self.warmup_epochs
@@ -284,6 +336,47 @@ class FitConfig:
             self.clip_norm is None or 0 < self.clip_norm < math.inf, f"--clip-norm {self.clip_norm}: give more than 0"
         )
         require(all(0 < m < 1 for m in self.milestones), f"--milestones {self.milestones}: give shares between 0 and 1")
+        self._check_rates()
+        self._check_optimizer()
+
+    def _check_rates(self) -> None:
+        per_256, peak, start = self.lr_per_256, self.peak_lr, self.warmup_start
+        top = math.inf if peak is None else peak
+        require(
+            per_256 is None or 0 < per_256 <= MAX_RATE,
+            f"--lr-per-256 {per_256}: give a number above 0, up to {MAX_RATE:g}",
+        )
+        require(0 <= self.min_lr <= top, f"--min-lr {self.min_lr}: give 0 or more, at most the peak, {top:g}")
+        require(
+            self.min_lr == 0 or self.schedule != "constant",
+            "--min-lr: --schedule constant never falls; leave it out, or take another schedule",
+        )
+        require(
+            start is None or 0 <= start <= top, f"--warmup-start {start}: give 0 or more, at most the peak, {top:g}"
+        )
+        require(
+            start is None or self.warmup_epochs != 0 or self.schedule == "one-cycle",
+            "--warmup-start: needs --warmup-epochs, or --schedule one-cycle",
+        )
+
+    def _check_optimizer(self) -> None:
+        name, eps, decay = self.optimizer, self.eps, self.layer_decay
+        require(
+            name in OPTIMIZERS or re.fullmatch(r"timm/\w+", name) is not None,
+            f"--optimizer {name}: no such optimizer: {nearest(name, OPTIMIZERS)}; or timm/NAME",
+        )
+        for flag, absent in (("betas", WITHOUT_BETAS), ("eps", WITHOUT_EPS)):
+            given = getattr(self, flag) not in ((), None)
+            require(not given or name not in absent, f"--{flag}: {name} has none; leave it out")
+        betas = " ".join(f"{beta:g}" for beta in self.betas)
+        require(all(0 <= beta < 1 for beta in self.betas), f"--betas {betas}: give numbers from 0, below 1")
+        require(
+            len(self.betas) in (0, 2) or name.startswith("timm/"),
+            f"--betas {betas}: give two numbers, of the mean and of the mean square",
+        )
+        require(eps is None or 0 < eps < 1, f"--eps {eps}: give a number above 0, below 1")
+        require(decay is None or 0 < decay <= 1, f"--layer-decay {decay}: give a number above 0, up to 1")
+        require(self.ema is None or 0 < self.ema < 1, f"--ema {self.ema}: give a number between 0 and 1, such as 0.999")
 
 
 @dataclass(frozen=True)

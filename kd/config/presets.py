@@ -1,6 +1,7 @@
 """Presets: recipes that change the flags' defaults, one for teacher and student together."""
 
 import dataclasses
+import math
 
 from kd.config.flags import SETTLED_BY_DATA, DataConfig, FitConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
@@ -83,13 +84,21 @@ WARMUP = 0.05  # share of the epochs
 
 
 def settle(fit: FitConfig, images: int, processes: int) -> FitConfig:
-    """`fit` with numbers for what it leaves to the number of training images; what is given stays."""
+    """`fit` with numbers for what it leaves to the number of training images; what is given stays.
+
+    --steps and --lr-per-256 give the epochs, of which the last may be partial, and the learning rate.
+    """
     batch = fit.batch_size or _batch_size(images, processes)
+    fit = dataclasses.replace(fit, batch_size=batch)
     steps = max(images // batch, 1)
     epochs = fit.epochs or min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1])
-    lr = LR_PER_IMAGE * batch if fit.lr is None else fit.lr
-    warmup = WARMUP * epochs if fit.warmup_epochs is None else fit.warmup_epochs
-    return dataclasses.replace(fit, epochs=epochs, batch_size=batch, lr=lr, warmup_epochs=warmup)
+    length = epochs
+    if fit.steps is not None:
+        length = fit.steps / max(fit.steps_an_epoch(images), 1)
+        epochs = math.ceil(length)
+    lr = LR_PER_IMAGE * batch if fit.peak_lr is None else fit.peak_lr
+    warmup = WARMUP * length if fit.warmup_epochs is None else fit.warmup_epochs
+    return dataclasses.replace(fit, epochs=epochs, lr=lr, warmup_epochs=warmup)
 
 
 def _batch_size(images: int, processes: int) -> int:

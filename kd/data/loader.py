@@ -1,7 +1,6 @@
 """Batches on this process's device: training batches in an epoch's order, augmented by kd/data/augment.py, and crops
 for scoring."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -44,19 +43,20 @@ class Batches:
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
         check_batch(job.fit, self.rows, self.processes)
         self.used = self.rows - (self.rows % self.size if job.fit.drop_last else 0)  # images of an epoch
-        self.steps = math.ceil(self.used / self.size)
+        self.steps = job.fit.steps_an_epoch(self.rows)
         self.seed, self.views, self.epochs = job.fit.seed, job.views, job.fit.epochs
         self.balance = job.fit.balance
         views = job.fit.epochs, job.method.two_views
         self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, *views)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from its step `first` on."""
+    def epoch(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
+        """The batches of an epoch, from its step `first` on and before its step `last`, if that is given."""
         # The whole order is moved to the images' device at once: slicing it there costs no copy in the step.
         order = epoch_order(self.balance, self.seed, epoch, self.images.split).to(self.images.split.labels.device)
         device = self.images.device
         number = self.views.number(epoch, self.epochs)
-        indices = [self._share(order[: self.used], step) for step in range(first, self.steps)]
+        end = self.steps if last is None else min(last, self.steps)
+        indices = [self._share(order[: self.used], step) for step in range(first, end)]
         for step, (images, labels, mixed, strong) in enumerate(self.images.augmented(indices, number), first):
             counters = (torch.full((), count, device=device) for count in (number, epoch, epoch * self.steps + step))
             index = indices[step - first].to(device, non_blocking=True)

@@ -51,6 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--formats", nargs="+", metavar="FORMAT", help=f"any of {', '.join(FILES)} (default: onnx)")
     parser.add_argument("--all", action="store_true", help="every format")
+    help_text = "the last step's weights (default), or the average that a run with --ema keeps"
+    parser.add_argument("--weights", choices=("last", "ema"), default="last", help=help_text)
     parser.add_argument("--data", help="where the run's images are now, if they have moved")
     help_text = f"training images that set int8's ranges (default: {CALIBRATION_IMAGES})"
     parser.add_argument("--calibration", type=int, help=help_text)
@@ -106,7 +108,7 @@ def export(args: argparse.Namespace) -> Path:
         import_extra(module)
     is_export = (args.run / "preprocessing.json").exists()
     require(not is_export, f"{args.run}: is already an export; give the run that it was made from")
-    source = read_source(args.run, args.trust_code)
+    source = read_source(args.run, args.trust_code, args.weights)
     tested = source.summary["test_top1"] is not None
     require(
         not args.table or tested,

@@ -109,7 +109,8 @@ def _scores(summary: dict, control: dict | None) -> Table:
         rows.append(("its teacher", f"{summary['teacher_test_top1']:.2f}", *[""] * (len(SCORES) - 1)))
     images = "validation images" if summary.get("test_split") == "validation" else "test images"
     note = f"Percent, NLL in nats, on {summary['test_images']} {images}, read at the end of training; no choice"
-    note += f" depends on them. Weights of the last epoch, one seed ({summary['seed']})."
+    weights = "Averaged weights (--ema)" if summary.get("weights") == "ema" else "Weights of the last epoch"
+    note += f" depends on them. {weights}, one seed ({summary['seed']})."
     return Table(("network", *(metric.card for metric in SCORES)), rows, note)
 
 

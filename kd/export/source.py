@@ -15,7 +15,15 @@ from kd.models import LIBRARIES
 from kd.models.weights import SUFFIXES
 from kd.report.groups import ALONE, group_runs
 from kd.runs.load import load_network
-from kd.runs.results import checked_summary, collect_runs, named_paths, read_config
+from kd.runs.results import (
+    WEIGHTS,
+    checked_summary,
+    collect_runs,
+    named_paths,
+    read_config,
+    summary_of,
+    weights_file,
+)
 from kd.utils.files import write_json
 from kd.utils.users_own import is_users_own
 
@@ -24,20 +32,21 @@ class ExportedRun(NamedTuple):
     folder: Path
     network: Deployed
     info: dict  # model.json
-    summary: dict  # summary.json
+    summary: dict  # summary.json, of the exported weights
     config: dict  # config.json
+    weights: str = "last"  # or "ema"
 
 
-def read_source(folder: Path, trust_code: bool) -> ExportedRun:
-    """Raises UserError if the folder is no finished run, or its network is untrusted code."""
-    trained = load_network(folder, trust_code)
-    summary, config = checked_summary(folder / "summary.json"), read_config(folder)
+def read_source(folder: Path, trust_code: bool, weights: str = "last") -> ExportedRun:
+    """Raises UserError if the folder is no finished run or lacks these weights, or its network is untrusted code."""
+    trained = load_network(folder, trust_code, weights)
+    summary, config = summary_of(checked_summary(folder / "summary.json"), weights), read_config(folder)
     init = summary.get("init")
     require(
         init is None or isinstance(init, str),
         f"{folder / 'summary.json'}: init is {init!r}, not a name; copy the whole run folder again",
     )
-    return ExportedRun(folder, Deployed(trained.network, trained.info), trained.info, summary, config)
+    return ExportedRun(folder, Deployed(trained.network, trained.info), trained.info, summary, config, weights)
 
 
 def read_data(source: ExportedRun, moved_to: str | None, trust_code: bool) -> Data:
@@ -74,8 +83,8 @@ def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:
 
     The copy contains no local paths: only the last component of a path is kept.
     """
-    for name in ("model.safetensors", "model.json"):
-        shutil.copyfile(source.folder / name, folder / name)
+    shutil.copyfile(weights_file(source.folder, source.weights), folder / WEIGHTS["last"])
+    shutil.copyfile(source.folder / "model.json", folder / "model.json")
     summary, config = json.loads(json.dumps([source.summary, source.config]))
     flags = config["flags"]
     flags.setdefault("run", {})["out"] = None
@@ -120,4 +129,5 @@ def control_summary(source: ExportedRun) -> dict | None:
     groups = group_runs(collect_runs([str(source.folder), control])[0], {})
     controls = [control for group in groups for control in group.controls if control.kind == ALONE]
     runs = [run for control in controls for run in control.runs]
-    return next((run.summary for run in runs if run.seed == source.summary["seed"]), None)
+    same_seed = (run.summary for run in runs if run.seed == source.summary["seed"])
+    return next((summary_of(summary, source.weights) for summary in same_seed), None)

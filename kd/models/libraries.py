@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from kd.errors import UserError, is_users_own
+from kd.errors import UserError, is_users_own, require
 from kd.utils.console import clip
 
 
@@ -64,6 +64,22 @@ def timm_library():
     except ImportError as error:
         raise UserError("timm/NAME needs timm: pip install timm") from error
     return timm
+
+
+def checkpoint_gradients(network: nn.Module, name: str) -> None:
+    """Make the network compute its blocks' activations again in the backward pass, as timm's networks can.
+
+    BatchNorm inside these blocks sees each batch twice. Raises UserError if the network does not offer it.
+    """
+    setter = getattr(network, "set_grad_checkpointing", None)  # timm's name for it
+    require(
+        setter is not None,
+        f"--gradient-checkpointing: {name} does not offer it; take a timm/NAME network, or save memory by --accumulate",
+    )
+    try:
+        setter(True)
+    except (AssertionError, NotImplementedError) as error:  # a few of timm's refuse
+        raise UserError(f"--gradient-checkpointing: {name} does not offer it ({clip(str(error))})") from error
 
 
 @contextmanager

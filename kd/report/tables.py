@@ -9,7 +9,7 @@ from kd.report.opening import headline, what_was_compared
 from kd.report.statistics import cell
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
-from kd.runs.table import COLUMNS, METRICS, Metric
+from kd.runs.table import COLUMNS, METRICS, Metric, averaged
 
 SCORES = [METRICS[key] for key in ("val_top1_last", "val_top1_best", "test_top1", "test_top1_best", "test_top5")]
 CALIBRATION = [METRICS[key] for key in ("test_nll", "test_ece", "agreement")]
@@ -17,19 +17,24 @@ SHOTS = [METRICS[key] for key in ("test_top1", "test_balanced_top1", *(f"test_to
 
 
 def accuracy_table(groups: list[Group]) -> Table:
-    rows = external_teachers(groups)
+    rows, averages = external_teachers(groups), averaged([run.summary for group in groups for run in group.runs])
     for group in groups:
         cells = [group.cell(metric) for metric in SCORES]
+        cells += [group.cell(metric) if group.values(metric.key) else "" for metric in averages]
         rows.append((group.label, group.model, group.count, *cells))
     note = "Percent; mean ± standard deviation over seeds (in brackets: how many seeds, if not all have it). If a seed "
     note += "has several runs, whose teachers have several seeds, their mean counts. last: the last epoch's weights; "
-    note += "best: those of the epoch that was best on validation. The test set was read once, at each run's end; it "
+    note += "best: those of the epoch that was best on validation. "
+    note += "@ema: the average of the weights (--ema). " * bool(averages)
+    note += "The test set was read once, at each run's end; it "
     note += "chose nothing."
     if any(run.summary.get("test_split") == "validation" for group in groups for run in group.runs):
         note += " The data has no test split: test is its validation split, held out of all training."
     if any(group.external_teacher for group in groups):
         note += " A teacher that is not among these runs: as its students' runs measured it."
-    return Table(("network", "model", "seeds", *(metric.report for metric in SCORES)), rows, note, words=2)
+    titles = [metric.report for metric in SCORES] + [metric.title for metric in averages]
+    rows = [(*row, *[""] * (3 + len(titles) - len(row))) for row in rows]  # an external teacher has no average
+    return Table(("network", "model", "seeds", *titles), rows, note, words=2)
 
 
 def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:
@@ -117,13 +122,13 @@ def _verdict_line(comparison: Comparison) -> str:
 
 def run_table(groups: list[Group]) -> Table:
     """Every run by itself, with the numbers of its summary.json."""
-    rows = []
+    rows, columns = [], [*COLUMNS, *averaged([run.summary for group in groups for run in group.runs])]
     for group in groups:
         for run in group.runs:
-            cells = [_run_cell(run, metric) for metric in COLUMNS]
+            cells = [_run_cell(run, metric) for metric in columns]
             best = run.summary["best_epoch"]
             rows.append((str(run.path), group.label, str(run.seed), "" if best is None else str(best), *cells))
-    head = ("run folder", "network", "seed", "best epoch", *(metric.report for metric in COLUMNS))
+    head = ("run folder", "network", "seed", "best epoch", *(metric.report or metric.title for metric in columns))
     return Table(head, rows, words=2, quiet=True)
 
 

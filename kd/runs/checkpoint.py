@@ -5,6 +5,7 @@ then it is renamed, and only then are older ones removed. A bit that flips later
 """
 
 import json
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,10 @@ from kd.utils.files import (
     write_json,
     write_weights,
 )
+
+Weights = dict[str, dict[str, Tensor]]
+
+AVERAGE = "ema.safetensors"  # with --ema
 
 KEEP = 2  # the newest and, in case it is damaged, the one before
 MOST_THREADS = 4096
@@ -77,19 +82,23 @@ def _is_line(line: object, epoch: int, step: int) -> bool:
     return numbers and line["epoch"] == epoch and line["step"] <= step
 
 
-def check_position(state: State, steps_an_epoch: int, epochs: int) -> None:
-    """Raises UserError if no training of this recipe can be at that step after that many epochs."""
-    done = len(state.history)
+def check_position(state: State, steps_an_epoch: int, total: int) -> None:
+    """Raises UserError if no training of `total` steps can be at that step after that many epochs."""
+    done, epochs = len(state.history), math.ceil(total / steps_an_epoch)
     # An epoch is added to the history after its validation, so `step` may be up to one epoch ahead.
-    if not done * steps_an_epoch <= state.step <= min(done + 1, epochs) * steps_an_epoch:
+    first, last = (min(number * steps_an_epoch, total) for number in (done, done + 1))
+    if done > epochs or not first <= state.step <= last:
         raise UserError(
             f"the checkpoint says step {state.step} after {done} epochs, impossible with {steps_an_epoch} steps an"
             f" epoch and {epochs} epochs; to start again, remove the run folder"
         )
 
 
-def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, best: dict[str, Tensor]) -> None:
-    """Write checkpoint `folder`/step-N. Raises UserError if the disk is full; older checkpoints stay intact."""
+def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, others: Weights) -> None:
+    """Write checkpoint `folder`/step-N. Raises UserError if the disk is full; older checkpoints stay intact.
+
+    `others`: the deployed network's weights other than the present ones, each by the name of its file.
+    """
     partial = folder / f".partial-{state.step}"
     target = folder / f"step-{state.step}"
     try:
@@ -100,7 +109,8 @@ def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, be
         write_weights(partial / "model.safetensors", module.state_dict())
         tensors, rest = _split_optimizer(optimizer.state_dict())
         write_weights(partial / "optimizer.safetensors", tensors)
-        write_weights(partial / "best.safetensors", best)
+        for name, weights in ({"best": {}} | others).items():
+            write_weights(partial / f"{name}.safetensors", weights)
         write_json(partial / "state.json", {"state": asdict(state), "optimizer": rest})
         write_json(partial / "manifest.json", {path.name: sha256_file(path) for path in sorted(partial.iterdir())})
         sync_folder(partial)
@@ -147,20 +157,21 @@ def _fault(checkpoint: Path) -> str | None:
         wanted = {"model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"}
         if missing := wanted - set(manifest):
             return f"its manifest lacks {', '.join(sorted(missing))}"
+        wanted |= {AVERAGE} & set(manifest)
         wrong = [name for name in sorted(wanted) if sha256_file(checkpoint / name) != manifest[name]]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return str(error)
     return f"{', '.join(wrong)} changed since it was saved" if wrong else None
 
 
-def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[State, dict[str, Tensor]]:
-    """Load weights and optimizer in place; returns the position and the best weights so far."""
+def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[State, Weights]:
+    """Load weights and optimizer in place; returns the position, and the other weights that were saved."""
     content = read_json(checkpoint / "state.json")
     try:
         state = _checked(State(**content["state"]))
         module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
         tensors = read_weights(checkpoint / "optimizer.safetensors")
-        optimizer.load_state_dict(_join_optimizer(tensors, content["optimizer"]))
+        optimizer.load_state_dict(_join_optimizer(tensors, content["optimizer"], optimizer))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -172,12 +183,16 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 # Saved contiguously; fused optimizers need the memory layout of the parameter.
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    return state, read_weights(checkpoint / "best.safetensors")
+    files = [checkpoint / "best.safetensors", checkpoint / AVERAGE]
+    return state, {path.stem: read_weights(path) for path in files if path.exists()}
 
 
 def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """Tensors by "parameter/name", and the rest for JSON."""
-    tensors, rest = {}, {"param_groups": state["param_groups"], "state": {}}
+    """Tensors by "parameter/name" and "group N/name", and the rest for JSON.
+
+    Left out of the groups: what JSON does not hold, such as a dtype. The optimizer that goes on has it anyway.
+    """
+    tensors, rest = {}, {"param_groups": [], "state": {}}
     for index, entries in state["state"].items():
         rest["state"][str(index)] = {}
         for name, value in entries.items():
@@ -185,12 +200,27 @@ def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
                 tensors[f"{index}/{name}"] = value
             else:
                 rest["state"][str(index)][name] = value
+    for number, group in enumerate(state["param_groups"]):  # some optimizers count their steps here
+        tensors |= {f"group {number}/{name}": value for name, value in group.items() if isinstance(value, Tensor)}
+        rest["param_groups"].append({name: value for name, value in group.items() if is_plain(value)})
     return tensors, rest
 
 
-def _join_optimizer(tensors: dict[str, Tensor], rest: dict) -> dict:
+def is_plain(value: object) -> bool:
+    """Whether JSON holds the value, but for the difference of tuples and lists."""
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _join_optimizer(tensors: dict[str, Tensor], rest: dict, optimizer: Optimizer) -> dict:
     state = {int(index): dict(entries) for index, entries in rest["state"].items()}
+    groups = [
+        {name: tuple(value) if isinstance(fresh.get(name), tuple) else value for name, value in (fresh | group).items()}
+        for group, fresh in zip(rest["param_groups"], optimizer.param_groups, strict=True)
+    ]
     for key, tensor in tensors.items():
-        index, name = key.split("/")
-        state[int(index)][name] = tensor
-    return {"param_groups": rest["param_groups"], "state": state}
+        owner, name = key.split("/")
+        entries = groups[int(owner[6:])] if owner.startswith("group ") else state[int(owner)]
+        entries[name] = tensor
+    return {"param_groups": groups, "state": state}

@@ -54,6 +54,17 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "strong_ops": 2,
     "strong_magnitude": None,
     "strong_cutout": 0.5,
+    "optimizer": "sgd",
+    "betas": (),
+    "eps": None,
+    "decay_norm_and_bias": True,
+    "layer_decay": None,
+    "ema": None,
+    "accumulate": 1,
+    "gradient_checkpointing": False,
+    "min_lr": 0.0,
+    "warmup_start": None,
+    "steps": None,
 }
 
 
@@ -103,6 +114,7 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
     if not job.method.two_views:
         parts["views"] = {name: value for name, value in parts["views"].items() if name not in job.views.strong}
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
+    del parts["fit"]["lr_per_256"]  # `lr` holds what it comes to
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
     if isinstance(job.method, NoneConfig):  # its first runs had the flag already
         flat["label_smoothing"] = job.method.label_smoothing

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from kd.errors import UserError, require
-from kd.runs.results import checked_weights_sha256, read_model
+from kd.runs.results import checked_weights_sha256, read_model, weights_file
 from kd.utils.console import clip
 from kd.utils.files import load_weights
 
@@ -20,10 +20,11 @@ class TrainedNetwork(NamedTuple):
     summary: dict
 
 
-def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
+def load_network(folder: Path, trust_code: bool, weights: str = "last") -> TrainedNetwork:
     """Load a finished run's network from safetensors and JSON; nothing is unpickled.
 
-    Raises: UserError if the folder has no finished run, or its network is the user's own code and not trusted.
+    `weights`: "last", "best" (on validation) or "ema". Raises: UserError if the folder has no finished run or no such
+    weights, or its network is the user's own code and not trusted.
     """
     from kd.models import build_model, is_users_own
     from kd.models.adapt import resize_input
@@ -40,8 +41,8 @@ def load_network(folder: Path, trust_code: bool) -> TrainedNetwork:
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{folder / 'model.json'}: its network cannot be built ({clip(str(error))})") from error
     network = _rebuild(network, info, folder)
-    sha256 = checked_weights_sha256(folder, summary)
-    load_weights(network, folder / "model.safetensors")
+    sha256 = checked_weights_sha256(folder, summary, weights)
+    load_weights(network, weights_file(folder, weights))
     if size != tuple(info["image_size"]):
         resize_input(network, size)
     return TrainedNetwork(network.eval(), info, sha256, summary)

@@ -12,12 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from kd.errors import UserError, require
+from kd.errors import UserError, nearest, require
 from kd.metrics import top_k
 from kd.runs import checkpoint
 from kd.utils.files import is_number, read_json, read_json_lines, read_weights, sha256_file
 
 RUN_FILES = ("config.json", "summary.json", "model.json", "checkpoint")  # a folder with any of them is a run's
+
+WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors", "ema": "ema.safetensors"}
+"""The files of weights in a finished run's folder: the last step's, the best on validation, the average's (--ema)."""
+
+SHOT_KEYS = ("test_balanced_top1", "test_top1_many", "test_top1_medium", "test_top1_few")
 
 TEXT, NUMBER = (str,), (int, float)
 # Keys of summary.json that others read: the type, and whether null is allowed (no validation split, or --no-test).
@@ -32,9 +37,13 @@ KEYS = {
     **dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images"), (NUMBER, True)),
     **dict.fromkeys(("test_top1_best", "agreement", "teacher_test_top1"), (NUMBER, True)),
     # Only if the training classes differ in size (kd.metrics.rare_class_scores).
-    **dict.fromkeys(("test_balanced_top1", "test_top1_many", "test_top1_medium", "test_top1_few"), (NUMBER, True)),
+    **dict.fromkeys(SHOT_KEYS, (NUMBER, True)),
 }
-PERCENT = [key for key in KEYS if "top" in key or key in ("test_ece", "agreement")]
+AVERAGED_SCORES = ("test_top1", "test_top5", "test_nll", "test_ece")
+"""Scores that a run with --ema has of its averaged weights too, each as KEY_ema."""
+
+KEYS |= dict.fromkeys(("val_top1_ema", *(f"{key}_ema" for key in AVERAGED_SCORES)), (NUMBER, True))
+PERCENT = [key for key in KEYS if "top" in key or "ece" in key or key == "agreement"]
 TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them or none
 
 FLAG_PARTS = ("data", "views", "fit", "method", "compress")  # of config.json's flags: what shapes the result
@@ -200,14 +209,40 @@ def weights_sha256(folder: Path) -> str:
     return checked_weights_sha256(folder, summary)
 
 
-def checked_weights_sha256(folder: Path, summary: dict) -> str:
-    """The sha256 of model.safetensors. Raises UserError if it differs from the summary's; older runs have none."""
-    path = folder / "model.safetensors"
-    require(path.is_file(), f"{path} is not there: copy the whole run folder")
+def checked_weights_sha256(folder: Path, summary: dict, weights: str = "last") -> str:
+    """The sha256 of a file of WEIGHTS. Raises UserError if it differs from the summary's, as far as that has one."""
+    path = weights_file(folder, weights)
     sha256 = sha256_file(path)
-    same = summary.get("weights_sha256", sha256) == sha256
+    key = {"last": "weights_sha256", "ema": "ema_sha256"}.get(weights, "")
+    same = summary.get(key, sha256) == sha256
     require(same, f"{path} changed since its run wrote it: copy the run folder again, or train it anew")
     return sha256
+
+
+def weights_file(folder: Path, weights: str) -> Path:
+    """The file of a run's weights, by a name of WEIGHTS. Raises UserError if there is none."""
+    require(weights in WEIGHTS, f"weights {weights!r}: {nearest(weights, WEIGHTS)}")
+    path = folder / WEIGHTS[weights]
+    why = {
+        "last": "copy the whole run folder",
+        "best": "a run without validation set has none, nor has an export",
+        "ema": "only a run with --ema has one, and no export does",
+    }
+    require(path.is_file(), f"{path} is not there: {why[weights]}")
+    return path
+
+
+def summary_of(summary: dict, weights: str) -> dict:
+    """A run's summary as it is for its averaged weights; as it is for `weights` "last".
+
+    The average's agreement with the teacher and its accuracy on rare classes are not measured.
+    """
+    if weights == "last":
+        return summary
+    rare = [key for key in summary if key in SHOT_KEYS or key == "shots"]
+    scores = {key: summary.get(f"{key}_ema") for key in AVERAGED_SCORES}
+    kept = {key: value for key, value in summary.items() if key not in (*rare, "ema_sha256")}
+    return kept | scores | {"agreement": None, "weights": weights, "weights_sha256": summary.get("ema_sha256")}
 
 
 @dataclass(frozen=True)

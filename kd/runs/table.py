@@ -40,10 +40,13 @@ METRICS = {
         Metric("test_top1_many", ".2f", "many-shot"),
         Metric("test_top1_medium", ".2f", "medium-shot"),
         Metric("test_top1_few", ".2f", "few-shot"),
+        # Only with --ema.
+        Metric("test_top1_ema", ".2f", "test@ema"),
     )
 }
 COLUMNS = tuple(metric for metric in METRICS.values() if metric.report)
-NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a terminal of 80 columns
+AVERAGED = (METRICS["test_top1_ema"],)  # shown if a run has it
+NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement", "test_top1_ema")  # fits a terminal of 80 columns
 
 
 def show_results(student: Path, control: Path | None = None) -> None:
@@ -56,7 +59,8 @@ def show_results(student: Path, control: Path | None = None) -> None:
     rows = _rows(summary, control)
     control = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
-    wide.print(_table(rows, [column for column in COLUMNS if wide.width >= 110 or column.key in NARROW]))
+    columns = [*COLUMNS, *averaged([network for _, network in rows if network])]
+    wide.print(_table(rows, [column for column in columns if wide.width >= 110 or column.key in NARROW]))
     if summary.get("test_split") == "validation":
         wide.print(Text("test: the data's validation split, as it has no test split"))
     if any(run["test_top1"] is None for run in (summary, control) if run):
@@ -72,6 +76,11 @@ def show_results(student: Path, control: Path | None = None) -> None:
         wide.print(Text(f"{name}: {folder}"), soft_wrap=True)
     trust = " --trust-code" if ":" in summary["model"] else ""
     wide.print(Text(f"next: python -m kd.export {shlex.quote(str(student))}{trust}"), soft_wrap=True)
+
+
+def averaged(summaries: list[dict]) -> list[Metric]:
+    """The scores of averaged weights that any of these runs has."""
+    return [metric for metric in AVERAGED if any(summary.get(metric.key) is not None for summary in summaries)]
 
 
 def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
@@ -92,8 +101,10 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
 
 def plain_table(summary: dict) -> tuple[list[str], list[list]]:
     """The same table as titles and rows of unrounded values, for W&B."""
-    keys = ("model", "params", *(column.key for column in COLUMNS))
-    rows = [[name, *(network.get(key) for key in keys)] for name, network in _rows(summary) if network is not None]
+    networks = [(name, network) for name, network in _rows(summary) if network is not None]
+    columns = [*COLUMNS, *averaged([network for _, network in networks])]
+    keys = ("model", "params", *(column.key for column in columns))
+    rows = [[name, *(network.get(key) for key in keys)] for name, network in networks]
     return ["network", *keys], rows
 
 
@@ -121,7 +132,10 @@ def _read(folder: str) -> dict | None:
 
 
 def _table(rows: list[tuple[str, dict | None]], columns: list[Metric]) -> Table:
-    table = Table(title="percent, except NLL; weights of the last epoch, except for best val and test@best")
+    title = "percent, except NLL; weights of the last epoch, except for best val and test@best"
+    if any(column in AVERAGED for column in columns):
+        title += "; @ema: averaged weights"
+    table = Table(title=title)
     table.add_column("network", no_wrap=True)
     table.add_column("model", overflow="fold")
     table.add_column("params", justify="right")

@@ -142,8 +142,9 @@ def cache_flags(preset: str, rest: list[str]) -> list[str]:
     The controls get them too: they are comparable only if they see the same views.
     """
     config = parse(distill_defaults, "", ["--preset", preset, *rest])
-    # --preset own leaves the epochs to the data, and has GRID_VIEWS of them at least.
-    views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, config.fit.epochs or GRID_VIEWS))]
+    # --preset own leaves the epochs to the data, and has GRID_VIEWS of them at least; so does --steps.
+    epochs = GRID_VIEWS if config.fit.steps else config.fit.epochs or GRID_VIEWS
+    views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, epochs))]
     return views + ([] if config.cache.cache_teacher else ["--cache-teacher"])
 
 

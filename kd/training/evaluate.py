@@ -12,7 +12,10 @@ from kd.data.loader import Pixels
 from kd.data.rows import Rows
 from kd.data.splits import is_imbalanced
 from kd.metrics import rare_class_scores
+from kd.runs.checkpoint import Weights
+from kd.runs.results import AVERAGED_SCORES
 from kd.teachers.load import TeacherNetwork
+from kd.training.average import weights_in
 from kd.utils.processes import broadcast_buffers
 
 
@@ -52,13 +55,15 @@ def validate(network: nn.Module, data: Data, accelerator: Accelerator, batch_siz
 
 def score_test_split(
     network: nn.Module,
-    best: dict[str, Tensor],
+    others: Weights,
     data: Data,
     job: Job,
     accelerator: Accelerator,
     teacher: TeacherNetwork | None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """The summary's test keys; and logits and labels, so that later analyses need not read the test split again.
+
+    `others`: further weights of the network by name, "best" and "ema", as far as there are any.
 
     ImageNet's 50,000 x 1,000 logits take 200 MB, as much as ResNet-50's weights twice; CIFAR-100's take 4 MB.
     """
@@ -68,11 +73,13 @@ def score_test_split(
     scores = test_scores(logits, labels)
     if is_imbalanced(data.train.labels.numpy(), len(data.classes)):
         scores |= rare_class_scores(logits, labels, torch.bincount(data.train.labels, minlength=len(data.classes)))
-    if best:
-        last = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        network.load_state_dict(best)
-        scores["test_top1_best"] = metrics.top_k(predict(network), labels, 1)
-        network.load_state_dict(last)
+    if others.get("best"):
+        with weights_in(network, others["best"]):
+            scores["test_top1_best"] = metrics.top_k(predict(network), labels, 1)
+    if others.get("ema"):
+        with weights_in(network, others["ema"]):
+            averaged = test_scores(predict(network), labels)
+        scores |= {f"{name}_ema": averaged[name] for name in AVERAGED_SCORES}
     if teacher is not None:
         teacher_logits = predict(teacher.network)
         scores["teacher_test_top1"] = metrics.top_k(teacher_logits, labels, 1)

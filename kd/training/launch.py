@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin
 from kd.config import FitConfig, Job, RunConfig
 from kd.config.presets import default_preset
 from kd.errors import require
+from kd.training.optimizers import check_optimizer
 from kd.utils.console import print_once
 from kd.utils.system import share_of_cores
 
@@ -52,6 +53,7 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
     that would change the training behind the flags.
     """
     check_environment()
+    check_optimizer(fit)
     torch.set_num_threads(run.threads or default_threads())
     if fit.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
@@ -111,9 +113,9 @@ def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) ->
 def _numbers(fit: FitConfig) -> str:
     """Epochs, batch size and learning rate; those that follow from the number of images come last, without values."""
     numbers = {
-        "epochs": fit.epochs and f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}",
+        "epochs": f"{fit.steps} steps" if fit.steps else fit.epochs and f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}",
         "batch": fit.batch_size and f"batch {fit.batch_size}",
-        "lr": fit.lr and f"lr {fit.lr:g}",
+        "lr": fit.peak_lr and f"lr {fit.peak_lr:g}",
     }
     later = ", ".join(name for name, text in numbers.items() if text is None)
     known = [text for text in numbers.values() if text is not None]

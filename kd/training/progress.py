@@ -1,5 +1,6 @@
 """The progress display of a training."""
 
+import math
 import time
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,8 +14,9 @@ MIN_NAME_WIDTH = 12
 class ProgressDisplay:
     """A line an epoch; on a terminal also a bar for the run and one for the epoch, below the lines."""
 
-    def __init__(self, title: str, epochs: int, steps: int, position: int, shown: bool):
-        self.title, self.epochs, self.steps = title, epochs, steps
+    def __init__(self, title: str, steps: int, total: int, position: int, shown: bool):
+        """`steps`: of an epoch; `total`: of the run, whose last epoch may be shorter; `position`: where it starts."""
+        self.title, self.epochs, self.steps, self.total = title, math.ceil(total / steps), steps, total
         self._first, self._started = position, time.monotonic()
         self.shown = shown
         self.bars = shown and console.is_terminal
@@ -28,7 +30,7 @@ class ProgressDisplay:
             disable=not self.bars,
         )
         name = shorten(title, max(console.width - NUMBERS_WIDTH, MIN_NAME_WIDTH))
-        self._run = self._progress.add_task(name, total=epochs * steps, completed=position, numbers="")
+        self._run = self._progress.add_task(name, total=total, completed=position, numbers="")
         self._epoch = self._progress.add_task("epoch", total=steps, completed=position % steps, numbers="")
 
     def __enter__(self) -> "ProgressDisplay":
@@ -41,12 +43,13 @@ class ProgressDisplay:
     def step(self, step: int, numbers: dict[str, float]) -> None:
         """Show the numbers after `step` steps of the run; called only when they are read anyway."""
         done = (step - 1) % self.steps + 1
+        length = min(self.steps, self.total - (step - done))
         self._progress.update(self._run, completed=step)
         name = f"epoch {(step - 1) // self.steps + 1}/{self.epochs}"
         short = f"loss {numbers['train/loss']:.3f}  top1 {numbers['train/top1']:.1f}"
         if (speed := numbers.get("images_per_second")) is not None:
             short += f"  {speed:.0f} images/s"
-        self._progress.update(self._epoch, description=name, completed=done, numbers=short)
+        self._progress.update(self._epoch, description=name, total=length, completed=done, numbers=short)
 
     def epoch(self, line: dict) -> None:
         """Show an epoch's numbers, validation included."""
@@ -58,7 +61,7 @@ class ProgressDisplay:
             row = f"{name}  {numbers}"
             console.print(row, markup=False, highlight=False, no_wrap=True, overflow="ellipsis", crop=True)
         elif self.shown:
-            done, total = line["step"] - self._first, self.epochs * self.steps - self._first
+            done, total = line["step"] - self._first, self.total - self._first
             left = (time.monotonic() - self._started) * (total - done) / max(done, 1)
             print(
                 f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_format(line)}  {_clock(left)} left", flush=True

@@ -17,7 +17,15 @@ from kd.utils.console import one_line
 from kd.utils.files import read_json, write_json, write_weights
 from kd.utils.hub import upload
 
-FILES = ("model.safetensors", "best.safetensors", "model.json", "config.json", "summary.json", "metrics.jsonl")
+FILES = (
+    "model.safetensors",
+    "best.safetensors",
+    "ema.safetensors",
+    "model.json",
+    "config.json",
+    "summary.json",
+    "metrics.jsonl",
+)
 
 _uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
 _running: dict[str, Future] = {}  # by repository: the newest upload

@@ -11,6 +11,7 @@ from torch import nn
 from kd.compress import compress, sizes
 from kd.compress.prune import resize
 from kd.config import DistillConfig, Job, TrainConfig, ViewConfig
+from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK
 from kd.config.presets import settle
 from kd.data import Data
@@ -19,6 +20,7 @@ from kd.errors import UserError, require
 from kd.losses import Distiller, loss_class
 from kd.models import build_model, probe, stages
 from kd.models.adapt import resize_input
+from kd.models.libraries import checkpoint_gradients
 from kd.models.pretrained import (
     is_pretrained,
     load_into,
@@ -45,10 +47,16 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
     if config.preset in LR_BY_NETWORK:  # not by the data
         fit = dataclasses.replace(fit, lr=config.fit.lr)
     check_batch(fit, images, processes)
-    if fit != config.fit:
+    fit.check()  # a lower bound may lie above the learning rate, which is known by now
+    if any(getattr(config.fit, name) is None and getattr(fit, name) is not None for name in SETTLED_BY_DATA):
         epochs = f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}, {fit.warmup_epochs:g} of them warm-up"
         numbers = f"{epochs}, batch {fit.batch_size}, lr {fit.lr:g}"
         print_once(f"recipe {config.preset} for {images} training images: {numbers}")
+    if fit.lr_per_256 is not None:
+        print_once(f"lr {fit.lr:g} = {fit.lr_per_256:g} per 256 x batch {fit.batch_size}; --lr is not used")
+    if fit.steps is not None:
+        an_epoch = fit.steps_an_epoch(images)
+        print_once(f"{fit.steps} steps = {fit.steps / an_epoch:.4g} epochs of {an_epoch} steps; --epochs is not used")
     left_out = images % fit.batch_size
     if left_out and fit.drop_last:
         print_once(
@@ -74,6 +82,8 @@ def build_network(job: Job, data: Data) -> BuiltNetwork:
         network = with_fresh_head(job, len(data.classes))
         if job.origin.image_size != tuple(data.size):
             resize_input(network, job.origin.image_size)
+    if job.fit.gradient_checkpointing:
+        checkpoint_gradients(network, job.model)
     fresh_sizes = sizes(network)
     if job.compress.init is not None:
         load_initial_weights(network, Path(job.compress.init), job, data)

@@ -9,6 +9,7 @@ from kd.errors import require
 from kd.models.cost import count_params
 from kd.report import plots
 from kd.runs.checkpoint import State
+from kd.runs.results import AVERAGED_SCORES
 from kd.teachers.load import TeacherNetwork
 from kd.training.evaluate import score_test_split
 from kd.training.trainer import LOWER_LR_ADVICE, Trainer
@@ -28,13 +29,17 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     network, compression = trainer.distiller.deployed, trainer.distiller.compression
     summary = _training_summary(trainer.state, job, count_params(network)) | UNTESTED
     summary["test_split"] = data.test_split
+    if trainer.average:
+        summary |= dict.fromkeys(f"{name}_ema" for name in AVERAGED_SCORES)
+        summary["val_top1_ema"] = trainer.state.history[-1].get("val/top1_ema")
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         summary |= _teacher_summary(teacher) | {"control": control and str(control)}
         summary |= {"teacher_test_top1": None, "agreement": None}
     test_logits = {}
     if job.run.test:
-        scores, test_logits = score_test_split(network, trainer.best, data, job, accelerator, teacher)
+        others = {"best": trainer.best} | ({"ema": trainer.average.weights} if trainer.average else {})
+        scores, test_logits = score_test_split(network, others, data, job, accelerator, teacher)
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
         summary |= scores
@@ -45,6 +50,9 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         if trainer.best:
             write_weights(run.path / "best.safetensors", plain_weights(network, trainer.best))
         summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
+        if trainer.average:
+            write_weights(run.path / "ema.safetensors", plain_weights(network, trainer.average.weights))
+            summary["ema_sha256"] = sha256_file(run.path / "ema.safetensors")
         write_json(run.path / "model.json", model_info(trainer))
         draw_curves(trainer.state.history, f"{job.role} {job.model}", run.path / "curves.png")
         write_json(run.path / "summary.json", summary)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,16 +20,20 @@ from kd.data.loader import Batches
 from kd.errors import Preempted, UserError
 from kd.losses.base import Distiller
 from kd.runs import checkpoint
-from kd.runs.checkpoint import State, check_position
+from kd.runs.checkpoint import State, Weights, check_position
 from kd.runs.folder import RunFolder
 from kd.teachers.live import TeacherLogits
+from kd.training.average import Average, too_long, weights_in
 from kd.training.diagnostics import gradient_norms, warnings
 from kd.training.evaluate import validate
 from kd.training.meter import Clock, Meter
+from kd.training.optimizers import describe, make_optimizer
 from kd.training.progress import ProgressDisplay
+from kd.training.schedule import lr_at
 from kd.training.tracking import Tracker
-from kd.types import Batch, Outputs, Step
+from kd.types import Batch, Mix, Outputs, Step
 from kd.utils import processes, rng
+from kd.utils.console import print_once
 from kd.utils.files import not_finite
 from kd.utils.system import StopRequests
 
@@ -60,21 +65,25 @@ class Trainer:
         self.job, self.data, self.accelerator, self.run = job, data, accelerator, run
         self.distiller, self.teacher = distiller, teacher
         self._batches = Batches(data, job, accelerator)
-        optimizer = prepare_distiller(distiller, job.fit, accelerator)
+        self._total = job.fit.total_steps(self._batches.steps)
+        optimizer = prepare_distiller(distiller, job, accelerator)
+        self.average = None if job.fit.ema is None else Average(distiller.deployed, job.fit.ema)
+        if line := too_long(job.fit.ema, self._total):
+            print_once(line)
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}  # the deployed weights of the best epoch on validation
         self.saved_step: int | None = None  # the step that this process last saved or resumed from
         self.meter = Meter(accelerator.device)
         if run.resuming:
             self._restore(optimizer)
-        check_position(self.state, self._batches.steps, job.fit.epochs)
+        check_position(self.state, self._batches.steps, self._total)
         self.clock = Clock(self.state.timing)
         self._saved_at = time.monotonic()
         self._epoch_timing = dict(self.state.timing)
         self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
         self._requests, self._contexts = StopRequests(), ExitStack()
         self._display = ProgressDisplay(
-            f"{job.role} {job.model}", job.fit.epochs, self._batches.steps, self.state.step, accelerator.is_main_process
+            f"{job.role} {job.model}", self._batches.steps, self._total, self.state.step, accelerator.is_main_process
         )
 
     def __enter__(self) -> "Trainer":
@@ -96,31 +105,46 @@ class Trainer:
         return range(len(self.state.history), self.job.fit.epochs)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches that are left of an epoch; the model is in training mode."""
+        """The batches that are left of an epoch, of which --steps may cut the last; the model is in training mode."""
         self.distiller.train()
-        return self._batches.epoch(epoch, self.state.step - epoch * self._batches.steps)
+        start = epoch * self._batches.steps
+        return self._batches.epoch(epoch, self.state.step - start, self._total - start)
 
     def step(self, batch: Batch) -> None:
         """Train on one batch. The CPU waits for the GPU only when numbers are read, every --log-every steps."""
         rng.seed_step(self.job.fit.seed, self.state.step, self.accelerator.process_index)
-        teacher_outputs = self.teacher and self.teacher(batch)
-        result = self.update(batch, teacher_outputs)
+        parts = split(batch, self.job.fit.accumulate)
+        shares = [len(part.label) / len(batch.label) for part in parts]
+        results = []
+        for part, share in zip(parts[:-1], shares):  # processes exchange gradients once, with the last part
+            with self.accelerator.no_sync(self.model):
+                results.append(self.add_gradient(part, self.teacher and self.teacher(part), share))
+        teacher_outputs = self.teacher and self.teacher(parts[-1])
+        results.append(self.add_gradient(parts[-1], teacher_outputs, shares[-1]))
+        self.update()
+        result = joined(results, shares)
         self.record(result, batch)
-        self.compare_gradients(result, batch, teacher_outputs)
+        self.compare_gradients(result, parts[-1], teacher_outputs)
         self._log_and_save()
 
-    def update(self, batch: Batch, teacher_outputs: Outputs | None) -> Step:
-        """Forward, backward and one optimizer step; returns the forward pass's results."""
+    def add_gradient(self, batch: Batch, teacher_outputs: Outputs | None, share: float) -> Step:
+        """Forward and backward of a batch, or of a `share` of one; returns the forward pass's results."""
+        result = self.model(batch, teacher_outputs)
+        loss = sum(result.terms.values())
+        self.accelerator.backward(loss if share == 1 else loss * share)
+        return result
+
+    def update(self) -> None:
+        """One optimizer step by the gradient that was added up."""
         lr = lr_at(self.state.step, self._batches.steps, self.job.fit)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        result = self.model(batch, teacher_outputs)
-        self.accelerator.backward(sum(result.terms.values()))
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.job.fit.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.job.fit.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return result
+        if self.average is not None:
+            self.average.update(self.state.step)
 
     def record(self, result: Step, batch: Batch) -> None:
         """Add a step to the sums on the device, and count it."""
@@ -169,7 +193,7 @@ class Trainer:
         numbers, _ = self.read_means()
         self.clock.pause()
         self._display.step(self.state.step, numbers)
-        scores = validate(self.distiller.deployed, self.data, self.accelerator, self.job.fit.batch_size)
+        scores = self._validate()
         line = self._add_to_history(epoch, numbers, scores)
         self.tracker.log(line)
         self._display.epoch(line)
@@ -179,6 +203,16 @@ class Trainer:
         _, stop = self.read_means(self._requests.number)  # a stop requested during validation or saving
         if stop:
             self.raise_preempted(stop)
+
+    def _validate(self) -> dict[str, float]:
+        """The scores on the validation split, of the weights and of their average."""
+        network, size = self.distiller.deployed, self.job.fit.batch_size
+        scores = validate(network, self.data, self.accelerator, size)
+        if self.average is None:
+            return scores
+        with weights_in(network, self.average.weights):
+            averaged = validate(network, self.data, self.accelerator, size)
+        return scores | {f"{name}_ema": value for name, value in averaged.items()}
 
     def _add_to_history(self, epoch: int, numbers: dict[str, float], scores: dict[str, float]) -> dict:
         """The epoch's line for metrics.jsonl. Raises UserError if a score is not finite."""
@@ -211,13 +245,17 @@ class Trainer:
         self.state.scaler = scaler.state_dict() if scaler is not None else {}
         if self.accelerator.is_main_process:
             folder = self.run.path / "checkpoint"
-            checkpoint.save(folder, self.state, self.distiller, self.optimizer, self.best)
+            others = {"best": self.best} | ({} if self.average is None else {"ema": self.average.weights})
+            checkpoint.save(folder, self.state, self.distiller, self.optimizer, others)
         self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()
 
     def _restore(self, optimizer: Optimizer) -> None:
         folder = checkpoint.newest(self.run.path / "checkpoint")
-        self.state, self.best = checkpoint.restore(folder, self.distiller, optimizer)
+        self.state, others = checkpoint.restore(folder, self.distiller, optimizer)
+        self.best = others["best"]
+        if self.average is not None:
+            self._restore_average(folder, others)
         self.saved_step = self.state.step
         if self.state.processes != self.accelerator.num_processes:
             self._change_processes()
@@ -230,6 +268,14 @@ class Trainer:
             raise UserError(f"{folder}: {error}; to start again, remove the run folder") from error
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
+
+    def _restore_average(self, folder: Path, others: Weights) -> None:
+        try:
+            self.average.load(others["ema"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{folder}: has no average of this network; to start again, remove the run folder"
+            ) from error
 
     def _change_processes(self) -> None:
         """Continue with another number of processes, if --resume-inexact allows it, and print what that costs."""
@@ -260,39 +306,44 @@ class Trainer:
         raise Preempted(signal_number, f"step {self.state.step} in {self.run.path}; continue with --resume")
 
 
-def lr_at(step: int, steps_per_epoch: int, config: FitConfig) -> float:
-    """The learning rate of step `step` (from 0) of the run: a function of the step, so there is nothing to save."""
-    steps = steps_per_epoch * config.epochs
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-    if config.schedule == "step":
-        return config.lr * 0.1 ** sum(step >= round(milestone * steps) for milestone in config.milestones)
-    return config.lr
-
-
 def memory_format(config: FitConfig) -> torch.memory_format:
     """The memory layout of convolution weights; the images that meet them follow it."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def make_optimizer(module: nn.Module, config: FitConfig, accelerator: Accelerator) -> Optimizer:
-    """SGD over everything trainable: the student, and what the method trains beside it."""
-    options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
-    # One kernel for all parameters; on a CPU no faster. Not under fp16: where the first step overflows, the fused
-    # kernel returns early and leaves the momentum as uninitialised memory.
-    if accelerator.device.type == "cuda" and accelerator.scaler is None:
-        options["fused"] = True
-    return torch.optim.SGD((p for p in module.parameters() if p.requires_grad), config.lr, **options)
-
-
-def prepare_distiller(distiller: Distiller, config: FitConfig, accelerator: Accelerator) -> Optimizer:
+def prepare_distiller(distiller: Distiller, job: Job, accelerator: Accelerator) -> Optimizer:
     """Move `distiller` to the device in place, as it will be trained; returns its optimizer."""
+    config = job.fit
     if config.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
     distiller.to(accelerator.device, memory_format=memory_format(config))
     if accelerator.scaler is not None:  # of fp16: a teacher trained before in this process must leave no trace
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
-    return make_optimizer(distiller, config, accelerator)
+    optimizer = make_optimizer(distiller, config, job.model, accelerator)
+    if line := describe(optimizer, config):
+        print_once(f"{job.role} {job.model}: {line}")
+    return optimizer
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in `parts` of nearly equal size, in order; fewer if it has fewer images."""
+    parts = min(parts, len(batch.label))
+    if parts == 1:
+        return [batch]
+    cut = lambda tensor: tensor.tensor_split(parts)  # noqa: E731
+    mixes = [None] * parts if batch.mix is None else map(Mix, *map(cut, batch.mix))
+    strongs = [None] * parts if batch.strong is None else cut(batch.strong)
+    pieces = zip(cut(batch.image), cut(batch.label), cut(batch.index), mixes, strongs, strict=True)
+    names = ("image", "label", "index", "mix", "strong")
+    return [batch._replace(**dict(zip(names, piece, strict=True))) for piece in pieces]
+
+
+def joined(results: list[Step], shares: list[float]) -> Step:
+    """The results of a batch's parts as those of the whole batch, without gradients; `shares` sum to 1."""
+    if len(results) == 1:
+        return results[0]
+    mean = lambda parts: {  # noqa: E731
+        name: sum(share * part[name].detach() for share, part in zip(shares, parts, strict=True)) for name in parts[0]
+    }
+    logits = torch.cat([result.logits.detach() for result in results])
+    return Step(logits, mean([result.terms for result in results]), mean([result.measures for result in results]))

@@ -15,7 +15,7 @@ LINE = {"epoch": 1, "step": 10, "train/loss": 1.25, "train/top1": 40.0, "val/los
 def test_a_terminal_keeps_a_line_an_epoch_that_is_never_wrapped(monkeypatch, width):
     out = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=width, color_system=None))
-    with ProgressDisplay("kd my_package.some.deep.module:a_network_with_a_long_name", 2, 10, 0, True) as display:
+    with ProgressDisplay("kd my_package.some.deep.module:a_network_with_a_long_name", 10, 20, 0, True) as display:
         display.step(10, {"train/loss": 1.25, "train/top1": 40.0, "images_per_second": 1234.0})
         display.epoch(LINE | {"images_per_second": 1234.0})
     lines = [line for line in out.getvalue().splitlines() if "epoch 1/2  loss 1.250" in line]
@@ -27,7 +27,7 @@ def test_a_terminal_keeps_a_line_an_epoch_that_is_never_wrapped(monkeypatch, wid
 
 def test_off_a_terminal_there_is_a_plain_line(monkeypatch, capsys):
     monkeypatch.setattr(progress, "console", Console(file=io.StringIO(), force_terminal=False))
-    with ProgressDisplay("teacher resnet8", 2, 10, 0, True) as display:
+    with ProgressDisplay("teacher resnet8", 10, 20, 0, True) as display:
         display.epoch(LINE)
     out = capsys.readouterr().out
     assert out.startswith("teacher resnet8  epoch 1/2  train/loss 1.2500  train/top1 40.00  val/loss 1.5000")

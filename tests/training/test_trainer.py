@@ -24,7 +24,8 @@ from kd.runs import checkpoint
 from kd.teachers.live import fold_batchnorm
 from kd.teachers.load import load_teacher
 from kd.training.evaluate import predict_logits
-from kd.training.trainer import Trainer, lr_at
+from kd.training.schedule import lr_at
+from kd.training.trainer import Trainer
 from tests.conftest import ROOT
 from tests.run_scripts import STUDENT, distil, metrics_of, teach
 
@@ -234,7 +235,12 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["--views", "2", "--cache-teacher"], ["--mixup", "1", "--cutmix", "1", "--erase", "0.5"]]
+    "args",
+    [
+        [],
+        ["--views", "2", "--cache-teacher"],
+        ["--mixup", "1", "--cutmix", "1", "--erase", "0.5", "--ema", "0.9", "--accumulate", "2"],
+    ],
 )
 def test_the_host_does_not_wait_between_two_log_points(args, monkeypatch):
     real, counts = Trainer.record, []

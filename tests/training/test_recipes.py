@@ -1,0 +1,535 @@
+"""Optimizers, groups of parameters, averages, accumulation, schedules and --steps, on trainings of milliseconds."""
+
+import itertools
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import kd
+from kd.config import FitConfig, NoneConfig
+from kd.config.flags import TIMM_OPTIMIZERS, TORCH_OPTIMIZERS
+from kd.config.presets import settle
+from kd.errors import UserError
+from kd.losses import LOSSES, Distiller
+from kd.models import build_model
+from kd.runs import checkpoint
+from kd.training import optimizers, trainer
+from kd.training.average import Average, too_long, weights_in
+from kd.training.schedule import lr_at
+from tests.conftest import ROOT
+from tests.pairs import batch_of
+from tests.run_scripts import TEACHER, differences, metrics_of, newest_checkpoint, script, teach, torchrun
+from tests.training.recipes import differ_when_killed, fit_of, last_checkpoint, lines_of, train
+
+CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+# --- optimizers
+
+
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_row_1_each_optimizer_resumes_to_the_same_bytes(name):
+    fit = fit_of(optimizer=name, decay_norm_and_bias=False, weight_decay=0.05)
+    assert differ_when_killed(fit, "perceptron" if name == "muon" else "normalised") == []
+
+
+@pytest.mark.parametrize("name", [*TIMM_OPTIMIZERS, "timm/adan", "timm/muon", "timm/sgdw"])
+def test_row_1_each_optimizer_of_timm_resumes_to_the_same_bytes(name):
+    pytest.importorskip("timm")
+    optimizers.check_optimizer(fit_of(optimizer=name))
+    assert differ_when_killed(fit_of(optimizer=name, decay_norm_and_bias=False)) == []
+
+
+@pytest.mark.parametrize("forgotten", ["state", "groups", "ema"])
+def test_the_oracle_sees_what_a_checkpoint_forgets(monkeypatch, forgotten):
+    real = checkpoint.restore
+
+    def forgetful(folder, module, optimizer):
+        state, others = real(folder, module, optimizer)
+        if forgotten == "state":
+            optimizer.state.clear()
+        elif forgotten == "groups":
+            optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+        else:
+            others["ema"] = others["best"]
+        return state, others
+
+    monkeypatch.setattr(checkpoint, "restore", forgetful)
+    assert differ_when_killed(fit_of(optimizer="adamw", ema=0.9)) != []
+
+
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_an_optimizer_is_torchs_own(name):
+    """Its steps are those of the class, called by hand with its own defaults."""
+    if name == "muon":
+        return
+    fit, options = fit_of(optimizer=name, weight_decay=0.01), {"momentum": 0.9} if name == "sgd" else {}
+    distiller, module = distiller_of("normalised"), distiller_of("normalised")
+    ours = optimizers.make_optimizer(distiller, fit, "x", Accelerator(cpu=True))
+    theirs = optimizers.TORCH[name](module.parameters(), 0.01, weight_decay=0.01, **options)
+    for part, optimizer in ((distiller, ours), (module, theirs)):
+        for _ in range(3):
+            torch.manual_seed(0)
+            sum((parameter**2).sum() for parameter in part.parameters()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, distiller.parameters(), module.parameters()))
+    assert type(ours) is type(theirs)
+
+
+def test_muon_trains_hidden_matrices_and_adamw_the_rest():
+    distiller = distiller_of("perceptron")
+    fit = fit_of(optimizer="muon", weight_decay=0.1, decay_norm_and_bias=False)
+    optimizer = optimizers.make_optimizer(distiller, fit, "x", Accelerator(cpu=True))
+    hidden = [distiller.student[2].weight, distiller.student[6].weight]
+    assert [id(p) for group in optimizer.muon.param_groups for p in group["params"]] == [id(p) for p in hidden]
+    twin = distiller_of("perceptron")
+    matrices = [twin.student[2].weight, twin.student[6].weight]
+    muon = torch.optim.Muon(matrices, 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in twin.parameters() if all(p is not matrix for matrix in matrices)]
+    flat, deep = [p for p in rest if p.ndim < 2], [p for p in rest if p.ndim > 1]
+    groups = [{"params": flat, "weight_decay": 0.0}, {"params": deep, "weight_decay": 0.1}]
+    adamw = torch.optim.AdamW(groups, 0.01)
+    for part, steps in ((distiller, [optimizer]), (twin, [muon, adamw])):
+        for _ in range(3):
+            sum((parameter**2).sum() for parameter in part.parameters()).backward()
+            for one in steps:
+                one.step()
+            part.zero_grad()
+    assert all(map(torch.equal, distiller.parameters(), twin.parameters()))
+    line = optimizers.describe(optimizer, fit)
+    assert "Muon on 2 matrices" in line
+    assert "weight decay 0.1 on 3 tensors, none on 5 biases and normalisations" in line
+
+
+def test_muon_needs_a_hidden_linear_layer():
+    with pytest.raises(UserError, match=r"--optimizer muon: resnet8 has no hidden linear layer.*timm/muon"):
+        optimizers.make_optimizer(
+            distiller_of("normalised"), fit_of(optimizer="muon"), "resnet8", Accelerator(cpu=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--optimizer", "adamv"], "--optimizer adamv: no such optimizer: did you mean adam"),
+        (["--optimizer", "adamw", "--betas", "0.9"], "--betas 0.9: give two numbers"),
+        (["--optimizer", "adamw", "--betas", "0.9", "1.5"], "--betas 0.9 1.5: give numbers from 0, below 1"),
+        (["--betas", "0.9", "0.99"], "--betas: sgd has none"),
+        (["--optimizer", "lion", "--eps", "1e-6"], "--eps: lion has none"),
+        (["--layer-decay", "2"], "--layer-decay 2.0: give a number above 0, up to 1"),
+        (["--ema", "1"], "--ema 1.0: give a number between 0 and 1"),
+        (["--accumulate", "0"], "--accumulate 0: give 1 or more"),
+        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--min-lr", "1"], "--min-lr 1.0: give 0 or more, at most the peak, 0.05"),
+        (["--min-lr", "0.01", "--schedule", "constant"], "--min-lr: --schedule constant never falls"),
+        (["--warmup-start", "0.01"], "--warmup-start: needs --warmup-epochs"),
+        (["--lr-per-256", "-1"], "--lr-per-256 -1.0: give a number above 0"),
+    ],
+)
+def test_row_44_wrong_values_are_named(flags, words):
+    with pytest.raises(UserError, match=words):
+        teach(*flags)
+
+
+def test_lion_and_lamb_are_timms(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="--optimizer lion: needs timm: pip install timm"):
+        optimizers.check_optimizer(fit_of(optimizer="lion"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("timm/adahessian", "needs second derivatives"),
+        ("timm/lyon", "did you mean lion"),
+        ("timm/bnbadam", "timm cannot make it"),
+        ("timm/kron", "keeps what no checkpoint here can hold|timm cannot make it"),  # the latter from our own warnings
+        ("timm/adafactorbv", "keeps what no checkpoint here can hold"),  # a mean in bfloat16
+    ],
+)
+def test_what_timm_cannot_make_or_no_checkpoint_holds_is_refused(name, words):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match=f"--optimizer {name}: .*({words})"):
+        optimizers.check_optimizer(fit_of(optimizer=name))
+
+
+# --- groups of parameters
+
+
+def distiller_of(model: str, seed: int = 0) -> Distiller:
+    torch.manual_seed(seed)
+    name = model if "/" in model or model.startswith("resnet") else f"tests.networks:{model}"
+    network = build_model(name, 10, (32, 32))
+    return Distiller(network, LOSSES["none"](NoneConfig(), kd.types.Pair(kd.types.Outputs(torch.zeros(2, 10)), None)))
+
+
+def test_by_default_one_group_decays_everything():
+    groups = optimizers.group_parameters(distiller_of("resnet8"), fit_of(), "resnet8")
+    assert len(groups) == 1
+    optimizer = optimizers.build(fit_of(weight_decay=0.1), groups, {})
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert optimizers.describe(optimizer, fit_of()) is None
+
+
+def test_biases_and_normalisation_are_spared():
+    distiller = distiller_of("resnet8")
+    fit = fit_of(optimizer="adamw", weight_decay=0.05, decay_norm_and_bias=False)
+    optimizer = optimizers.make_optimizer(distiller, fit, "resnet8", Accelerator(cpu=True))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    wanted = {id(module.weight) for module in distiller.modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert decayed == wanted
+    free = sum(1 for p in distiller.parameters()) - len(decayed)
+    line = optimizers.describe(optimizer, fit)
+    assert f"weight decay 0.05 on {len(decayed)} tensors, none on {free} biases and normalisations" in line
+
+
+def test_frozen_parameters_are_left_out():
+    distiller = distiller_of("resnet8")
+    distiller.student.conv1.requires_grad_(False)
+    optimizer = optimizers.make_optimizer(distiller, fit_of(), "resnet8", Accelerator(cpu=True))
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert id(distiller.student.conv1.weight) not in trained
+
+
+def test_layer_decay_by_the_stages_of_kds_networks():
+    scales = optimizers.layer_scales(build_model("resnet8", 10, (32, 32)), 0.5, "resnet8")
+    assert scales["fc.weight"] == 1
+    assert scales["conv1.weight"] == min(scales.values()) < scales["layer3.0.conv1.weight"] == 0.5
+    names = list(scales)
+    assert [scales[name] for name in names] == sorted(scales.values()), "rises with depth"
+    with pytest.raises(UserError, match="--layer-decay: the order of mine's layers is not known"):
+        optimizers.layer_scales(build_model("tests.networks:plain", 10, (32, 32)), 0.5, "mine")
+
+
+def test_layer_decay_and_no_decay_are_timms_own():
+    pytest.importorskip("timm")
+    from timm.optim import param_groups_layer_decay
+
+    name = "timm/vit_tiny_patch16_224"
+    distiller = distiller_of(name)
+    student = distiller.student
+    fit = fit_of(optimizer="adamw", weight_decay=0.05, decay_norm_and_bias=False, layer_decay=0.75)
+    optimizer = optimizers.make_optimizer(distiller, fit, name, Accelerator(cpu=True))
+    settings = lambda groups: {  # noqa: E731
+        id(p): (group["weight_decay"], group.get("lr_scale", 1.0)) for group in groups for p in group["params"]
+    }
+    theirs = param_groups_layer_decay(student, 0.05, student.no_weight_decay(), layer_decay=0.75)
+    ours, wanted = settings(optimizer.param_groups), settings(theirs)
+    assert ours.keys() == wanted.keys()
+    assert all(ours[key] == pytest.approx(wanted[key]) for key in ours)
+    assert "in the first of 14 layers" in optimizers.describe(optimizer, fit)
+
+
+def test_the_learning_rate_follows_the_scale(monkeypatch):
+    rates, real = [], trainer.Trainer.record
+
+    def record(self, *args):
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        real(self, *args)
+
+    monkeypatch.setattr(trainer.Trainer, "record", record)
+    monkeypatch.setattr(optimizers, "STAGES", {"tests.networks:normalised": ("0", "1")})
+    assert differ_when_killed(fit_of(layer_decay=0.5, schedule="constant")) == []
+    assert all(step == pytest.approx([0.0025, 0.005, 0.01]) for step in rates)
+
+
+# --- averages
+
+
+def test_the_average_is_torchs():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    network = build_model("tests.networks:normalised", 10, (16, 16)).train()
+    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ours = Average(network, 0.9)
+    for step in range(4):
+        network(torch.randn(8, 3, 16, 16))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ours.update(step)
+        theirs.update_parameters(network)
+    wanted = theirs.module.state_dict()
+    floats = [name for name, tensor in wanted.items() if tensor.is_floating_point()]
+    assert any("running_var" in name for name in floats)
+    assert all(torch.equal(ours.weights[name], wanted[name]) for name in floats)
+    assert not torch.equal(ours.weights["1.running_mean"], network[1].running_mean), "and it is no copy"
+
+
+def test_tables_of_integers_are_copied():
+    network = nn.Linear(2, 2)
+    network.register_buffer("index", torch.arange(1000))
+    found = Average(network, 0.999)
+    for step in range(3):
+        found.update(step)
+    assert torch.equal(found.weights["index"], torch.arange(1000))
+
+
+def test_an_average_over_most_of_the_run_is_warned_of():
+    assert too_long(0.999, 4000) is None
+    assert too_long(None, 1) is None
+    assert (
+        too_long(0.999, 500) == "--ema 0.999: averages over about 1000 steps, and the run has 500; 0.98 suits it better"
+    )
+
+
+def test_other_weights_are_taken_out_again():
+    network = nn.Linear(2, 2)
+    before = network.weight.clone()
+    with pytest.raises(ZeroDivisionError), weights_in(network, {"weight": torch.ones(2, 2), "bias": torch.ones(2)}):
+        assert torch.equal(network.weight, torch.ones(2, 2))
+        raise ZeroDivisionError
+    assert torch.equal(network.weight, before)
+
+
+def test_an_average_changes_nothing_else_and_is_scored():
+    one, two = train("one", fit_of()), train("two", fit_of(ema=0.8))
+    assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+    plain, averaged = lines_of("one"), lines_of("two")
+    extra = {"val/top1_ema", "val/loss_ema"}
+    assert [{key: line[key] for key in line.keys() - extra} for line in averaged] == plain
+    assert all(line["val/loss_ema"] != line["val/loss"] for line in averaged)
+
+
+def test_row_1_an_average_resumes_to_the_same_bytes():
+    assert differ_when_killed(fit_of(ema=0.7, optimizer="adamw")) == []
+
+
+@pytest.fixture(scope="module")
+def averaged_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("averaged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--out", "run", "--model", "resnet8", "--ema", "0.8", "--lr", "0.2", "--val-fraction", "0.5")
+    return folder / "run"
+
+
+def test_averaged_weights_are_saved_scored_and_loaded(averaged_run, capsys):
+    from kd.config import DataConfig
+    from kd.data import load_data
+    from kd.runs.table import show_results
+    from kd.training.evaluate import predict_logits, test_scores
+
+    summary = json.loads((averaged_run / "summary.json").read_text())
+    data = load_data(DataConfig(source="synthetic", val_fraction=0.5))
+    network = kd.load(averaged_run, weights="ema")
+    scores = test_scores(predict_logits(network, data.test, data, Accelerator(cpu=True), 50), data.test.labels)
+    for key in ("test_top1", "test_top5", "test_nll", "test_ece"):
+        assert summary[f"{key}_ema"] == pytest.approx(scores[key], rel=1e-5)
+    assert summary["test_nll_ema"] != summary["test_nll"]
+    assert summary["val_top1_ema"] == metrics_of(averaged_run)[-1]["val/top1_ema"]
+    last = kd.load(averaged_run)
+    assert not torch.equal(last.fc.weight, network.fc.weight)
+    assert kd.load(averaged_run, weights="best").fc.weight.shape == last.fc.weight.shape
+    show_results(averaged_run)
+    assert "test@ema" in capsys.readouterr().out
+
+
+def test_weights_that_a_run_lacks_are_named(averaged_run, tmp_path):
+    with pytest.raises(UserError, match="weights 'emo': did you mean ema"):
+        kd.load(averaged_run, weights="emo")
+    spoilt = tmp_path / "copy"
+    shutil.copytree(averaged_run, spoilt)
+    content = bytearray((spoilt / "ema.safetensors").read_bytes())
+    content[-1] ^= 1
+    (spoilt / "ema.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"ema.safetensors changed since its run wrote it"):
+        kd.load(spoilt, weights="ema")
+    (spoilt / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"ema.safetensors is not there: only a run with --ema has one"):
+        kd.load(spoilt, weights="ema")
+
+
+def test_averaged_weights_are_exported_with_their_scores(averaged_run):
+    from kd.export.__main__ import main
+
+    main([str(averaged_run), "--formats", "safetensors", "--weights", "ema"])
+    exported = averaged_run / "export"
+    assert (exported / "model.safetensors").read_bytes() == (averaged_run / "ema.safetensors").read_bytes()
+    whole, summary = (json.loads((folder / "summary.json").read_text()) for folder in (averaged_run, exported))
+    assert (summary["test_top1"], summary["weights"]) == (whole["test_top1_ema"], "ema")
+    rows = json.loads((exported / "export.json").read_text())["rows"]
+    assert rows[0]["top1"] == pytest.approx(whole["test_top1_ema"])
+    assert torch.equal(kd.load(exported).fc.weight, kd.load(averaged_run, weights="ema").fc.weight)
+    assert "Averaged weights (--ema)" in (exported / "README.md").read_text()
+
+
+def test_the_report_has_a_column_for_averages(averaged_run):
+    from kd.report.groups import group_runs
+    from kd.report.tables import accuracy_table, run_table
+    from kd.runs.results import collect_runs
+
+    groups = group_runs(collect_runs([str(averaged_run)])[0], {})
+    for table in (accuracy_table(groups), run_table(groups)):
+        assert "test@ema" in table.markdown()
+
+
+# --- accumulation
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("taught", [False, True])
+def test_accumulated_gradients_are_the_whole_batchs(parts, taught):
+    """50 images in parts of unequal size; clipped, so that the norm is the whole gradient's too."""
+    flags = {"clip_norm": 0.1, "optimizer": "sgd", "lr": 0.1}
+    whole = train("whole", fit_of(**flags), "plain", taught=taught)
+    cut = train("cut", fit_of(**flags, accumulate=parts), "plain", taught=taught)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    for line, other in zip(lines_of("whole"), lines_of("cut"), strict=True):
+        line["train/gradient_ratio"] = other["train/gradient_ratio"] = 0  # measured on one part
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_a_batch_is_cut_into_parts_in_order():
+    batch = batch_of(torch.arange(10))
+    mixed = batch._replace(mix=kd.types.Mix(batch.label.flip(0), torch.rand(10)))
+    parts = trainer.split(mixed, 3)
+    assert [len(part.label) for part in parts] == [4, 3, 3]
+    for field in ("image", "label", "index"):
+        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(mixed, field))
+    assert torch.equal(torch.cat([part.mix.weight for part in parts]), mixed.mix.weight)
+    assert trainer.split(batch, 1)[0] is batch
+    assert len(trainer.split(batch, 99)) == 10
+
+
+def test_row_1_accumulation_resumes_to_the_same_bytes():
+    assert differ_when_killed(fit_of(accumulate=3, ema=0.9, optimizer="adamw"), taught=True) == []
+
+
+@pytest.mark.slow
+def test_row_1_kill_9_in_mid_epoch_with_adamw_average_and_accumulation():
+    args = [*TEACHER, "--save-every", "5", "--threads", "1", "--optimizer", "adamw", "--lr", "0.002"]
+    args += ["--ema", "0.9", "--accumulate", "3", "--no-decay-norm-and-bias"]
+    whole = script("train_teacher.py", *args, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = script("tests/faults.py", "kill:29", str(ROOT / "train_teacher.py"), *args, "--out", "run")
+    assert killed.returncode == -signal.SIGKILL
+    assert newest_checkpoint(Path("run")).name == "step-25"
+    resumed = script("train_teacher.py", *args, "--out", "run", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(Path("whole"), Path("run")) == []
+
+
+@pytest.mark.slow
+def test_row_25_row_46_two_processes_accumulate_and_average_as_one_does():
+    args = [*TEACHER, "--model", "tests.networks:plain", "--val-fraction", "0.101", "--batch-size", "58"]
+    args += ["--optimizer", "adamw", "--lr", "0.002", "--ema", "0.9", "--accumulate", "3", "--steps", "20"]
+    args += ["--eps", "1e-4", "--clip-norm", "1"]  # an eps that small gradients do not reach, whose signs are rounding
+    two = script("train_teacher.py", *args, "--out", "two", env=CPU, launcher=torchrun(2))
+    assert two.returncode == 0, two.stderr
+    one = script("train_teacher.py", *args, "--out", "one")
+    assert one.returncode == 0, one.stderr
+    for line, other in zip(metrics_of(Path("one")), metrics_of(Path("two")), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+    tensors = [checkpoint.read_weights(newest_checkpoint(Path(name)) / "ema.safetensors") for name in ("one", "two")]
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_needs_a_network_that_offers_it():
+    with pytest.raises(UserError, match=r"--gradient-checkpointing: tests.networks:normalised does not offer it"):
+        teach("--gradient-checkpointing")
+
+
+def test_gradient_checkpointing_computes_the_same():
+    pytest.importorskip("timm")
+    args = ["--model", "timm/vit_tiny_patch16_224", "--epochs", "1"]
+    args += ["--val-fraction", "0.9", "--optimizer", "adamw", "--ema", "0.9", "--lr", "0.0001"]
+    teach("--out", "plain", *args)
+    teach("--out", "twice", *args, "--gradient-checkpointing")
+    ours, theirs = (checkpoint.read_weights(Path(name, "model.safetensors")) for name in ("plain", "twice"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+# --- schedules and length
+
+
+def rates(**flags) -> list[float]:
+    fit = fit_of(**{"lr": 0.1, "epochs": 10} | flags)
+    return [lr_at(step, 10, fit) for step in range(fit.total_steps(10))]
+
+
+def test_one_cycle_rises_and_falls_in_straight_lines():
+    found = rates(schedule="one-cycle", min_lr=0.01)
+    assert found[0] == pytest.approx(0.1 / 30)
+    assert found[29] == found[30] == pytest.approx(0.1)
+    assert found[65] == pytest.approx((0.1 + 0.01) / 2)
+    falls = [one - other for one, other in itertools.pairwise(found[30:])]
+    assert falls == pytest.approx([0.09 / 70] * 69)
+    assert rates(schedule="one-cycle", warmup_epochs=2.0)[20] == pytest.approx(0.1)
+
+
+def test_the_end_and_the_start_of_the_rate():
+    cosine = rates(min_lr=0.02, warmup_epochs=2.0, warmup_start=0.005)
+    assert cosine[0] == 0.005
+    assert cosine[10] == pytest.approx((0.1 + 0.005) / 2)
+    assert cosine[20] == pytest.approx(0.1)
+    assert 0.02 < cosine[-1] < 0.0201
+    assert cosine[60] == pytest.approx(0.06)
+    assert rates(schedule="step", min_lr=0.005)[-1] == 0.005
+
+
+def test_the_rate_grows_with_the_batch(capsys):
+    settled = settle(FitConfig(batch_size=128, lr_per_256=0.1), 1000, 1)
+    assert settled.lr == pytest.approx(0.05)
+    teach("--out", "run", "--lr-per-256", "0.256", "--epochs", "1")
+    assert "lr 0.05 = 0.256 per 256 x batch 50; --lr is not used" in capsys.readouterr().out
+    teach("--out", "other", "--lr", "0.05", "--epochs", "1")
+    identities = [json.loads(Path(name, "config.json").read_text())["identity"] for name in ("run", "other")]
+    assert identities[0] == identities[1]
+    with pytest.raises(UserError, match=r"--min-lr 0.1: give 0 or more, at most the peak, 0.05"):
+        teach("--lr-per-256", "0.256", "--min-lr", "0.1")
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 8])
+def test_a_run_of_steps_ends_in_mid_epoch(steps):
+    fit = settle(fit_of(steps=steps, epochs=99), 200, 1)
+    assert fit.epochs == -(-steps // 4)
+    train("run", fit)
+    lines = lines_of("run")
+    assert [line["step"] for line in lines] == [4, steps][-fit.epochs :]
+    assert all("val/top1" in line for line in lines)
+    assert newest_checkpoint(Path("run")).name == f"step-{steps}"
+
+
+def test_row_1_a_run_of_steps_resumes_to_the_same_bytes():
+    fit = settle(fit_of(steps=9, schedule="one-cycle", min_lr=0.001), 200, 1)
+    assert differ_when_killed(fit, kill=8) == []
+    assert lines_of("run")[-1]["step"] == 9
+
+
+def test_steps_of_a_whole_epoch_are_that_epoch():
+    steps, epochs = train("one", settle(fit_of(steps=8), 200, 1)), train("two", fit_of(epochs=2))
+    assert all(map(torch.equal, steps.state_dict().values(), epochs.state_dict().values()))
+    assert last_checkpoint("one") == last_checkpoint("two")
+
+
+def test_the_scripts_take_steps(capsys):
+    teach("--out", "run", "--steps", "25")
+    said = capsys.readouterr().out
+    assert "25 steps = 1.389 epochs of 18 steps; --epochs is not used" in said
+    assert "recipe report: 25 steps, batch 50" in said
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert (summary["epochs"], summary["steps"]) == (2, 25)
+    teach("--out", "run", "--steps", "25")
+    with pytest.raises(UserError, match="steps 25 there, 30 here"):
+        teach("--out", "run", "--steps", "30", "--resume")
+
+
+def test_checkpoints_of_impossible_steps_are_refused():
+    state = checkpoint.State(step=9, history=[{}])
+    with pytest.raises(UserError, match="the checkpoint says step 9 after 1 epochs"):
+        checkpoint.check_position(state, 4, 9)
+    checkpoint.check_position(checkpoint.State(step=9, history=[{}, {}, {}]), 4, 9)
+    with pytest.raises(UserError, match="impossible"):
+        checkpoint.check_position(checkpoint.State(step=9, history=[{}] * 4), 4, 9)
