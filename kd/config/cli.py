@@ -14,16 +14,17 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes
+from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import DistillConfig
-from kd.config.methods import METHODS, method_name
+from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
+from kd.config.named import is_named, named_method
 from kd.config.presets import PRESETS, default_preset
 from kd.errors import exit_code
 
@@ -91,9 +92,19 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     default = defaults(preset if preset in PRESETS else "report")  # tyro reports an unknown one
     if "-h" in args or "--help" in args:
         _print_and_exit(format_help(default, description, args, shutil.get_terminal_size().columns))
+    if isinstance(default, DistillConfig) and (name := _first_word(args, _flags(default), is_named)):
+        default = _with_method(named_method(name), default)
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
     return config
+
+
+def _with_method(kind: type[MethodFlags], default: DistillConfig) -> DistillConfig:
+    """`default` as an instance of a class with one more subcommand, a method that is not in METHODS."""
+    method = Union[Method, Annotated[kind, subcommand(kind.name)]]  # noqa: UP007
+    fields = [("method", method, dataclasses.field(default_factory=KDConfig))]
+    wider = dataclasses.make_dataclass("DistillConfig", fields, bases=(DistillConfig,), frozen=True)
+    return wider(**{field.name: getattr(default, field.name) for field in dataclasses.fields(default)})
 
 
 def script(defaults: Callable, main: Callable, description: str) -> None:
@@ -112,11 +123,11 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     meaning = f"[...] at the end of a line: the default of --preset {default.preset}. Without one: off, or not given."
     usage, methods = f"usage: {script_name} [FLAG ...]", ()
     if isinstance(default, DistillConfig):
-        if method := _first_word(args, flags, METHODS):
+        if method := _first_word(args, flags, lambda word: word in METHODS or is_named(word)):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
         flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
-    if group := _first_word(args, flags, GROUPS):
+    if group := _first_word(args, flags, GROUPS.__contains__):
         names = f"{GROUPS[group].common} {GROUPS[group].rare}".split()
         whole = _group(group, (flags[name] for name in names if name in flags), width)
         return _paragraphs([usage, meaning], whole, [f"{script_name} --help shows the commonest flags of all groups."])
@@ -133,19 +144,20 @@ def _common_flags(title: str, flags: dict[str, Flag], width: int) -> list[str]:
     return [*found, *(f"  {line}" for line in lines)]
 
 
-def _first_word(args: list[str], flags: dict[str, Flag], wanted: Collection[str]) -> str | None:
-    """The first of these words among the arguments; crd in `--preset crd` is no method."""
-    with_value = {f"--{name}" for name, flag in flags.items() if " " in flag.usage}
-    words = (word for before, word in itertools.pairwise(["", *args]) if before not in with_value)
-    return next((word for word in words if word in wanted), None)
+def _first_word(args: list[str], flags: dict[str, Flag], wanted: Callable[[str], bool]) -> str | None:
+    """The first wanted word among the arguments; crd in `--preset crd` is no method."""
+    alone = {f"--{name}" for name, flag in flags.items() if " " not in flag.usage}
+    alone |= {f"--no-{name}" for name in flags}
+    takes = [word.startswith("--") and "=" not in word and word not in alone for word in ["", *args]]
+    return next((word for word, value in zip(args, takes) if not value and wanted(word)), None)
 
 
 def _method_help(script_name: str, method: str, usual: object, width: int) -> list[list[str]]:
     """Paragraphs on one method; `usual` has the preset's flags of its own method."""
-    kind = METHODS[method]
+    kind = named_method(method)
     flags = _flags(usual if type(usual) is kind else kind())
     return [
-        [kind.__doc__],
+        [" ".join(_text_of(kind).split())],
         [f"usage: {script_name} [FLAG ...] {method} [FLAG ...]"],
         _group(f"flags of {method}", flags.values(), width),
         [f"{script_name} --help lists all other flags."],
@@ -156,10 +168,17 @@ def _list_methods(usual: object, width: int) -> list[list[str]]:
     """Paragraphs on the usual method's flags and on all methods."""
     indent = 4 + max(map(len, METHODS))
     methods = (_entry(name, kind.__doc__, indent, width) for name, kind in METHODS.items())
+    methods = itertools.chain(*methods, _entry("module:Class", "A method of your own (docs/extend.md).", indent, width))
     return [
         _group(f"flags of {method_name(usual)}, the method if none is given", _flags(usual).values(), width),
-        ["methods (METHOD --help lists a method's own flags):", *itertools.chain.from_iterable(methods)],
+        ["methods (METHOD --help lists a method's own flags):", *methods],
     ]
+
+
+def _text_of(kind: type) -> str:
+    """A class's docstring, without what dataclass puts in place of a missing one."""
+    generated = (kind.__doc__ or "").startswith(f"{kind.__name__}(")
+    return kind.name if generated or not kind.__doc__ else kind.__doc__
 
 
 def _print_and_exit(text: str) -> None:
@@ -201,7 +220,7 @@ def _flags(config) -> dict[str, Flag]:
             flags |= _flags(value)
         else:
             name, usage = _usage(field.name, hints[field.name], value)
-            flags[name] = Flag(usage, texts[field.name], _default(field.name, value))
+            flags[name] = Flag(usage, texts.get(field.name, ""), _default(field.name, value))
     return flags
 
 
@@ -209,7 +228,7 @@ def _docstrings(kind: type) -> dict[str, str]:
     """The docstring under each field, as tyro reads them too: Python itself drops them."""
     texts = {}
     for base in kind.__mro__[:-1]:  # without object
-        body = ast.parse(inspect.getsource(base)).body[0].body
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 texts.setdefault(field.target.id, " ".join(ast.literal_eval(text.value).split()))
@@ -235,7 +254,7 @@ def _metavar(hint: Any) -> str:
         return _metavar(kinds[0])
     if get_origin(hint) is tuple:
         return f"{_metavar(kinds[0])} ..."
-    return {int: "N", float: "X", str: "NAME"}[hint]
+    return {int: "N", float: "X", str: "NAME"}.get(hint, "VALUE")
 
 
 def _default(field: str, value: object) -> str:

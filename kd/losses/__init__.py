@@ -13,6 +13,7 @@ from kd.losses.crd import contrastive_loss
 from kd.losses.cross_entropy import class_weights, cross_entropy, log_prior
 from kd.losses.dist import dist_loss
 from kd.losses.dkd import dkd_loss
+from kd.losses.features import FeatureLoss
 from kd.losses.fitnet import hint_loss
 from kd.losses.kd import KD, kd_loss, standardize
 from kd.losses.mimic import mimic_loss
@@ -30,6 +31,7 @@ __all__ = [
     "CrossEntropy",
     "DistillationLoss",
     "Distiller",
+    "FeatureLoss",
     "attention_transfer_loss",
     "class_weights",
     "contrastive_loss",

@@ -46,7 +46,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         if trainer.best:
             write_weights(run.path / "best.safetensors", plain_weights(network, trainer.best))
         summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
-        info = _model_info(job, data) | {"deployed": trainer.distiller.loss.recipe}
+        info = _model_info(job, data) | {"deployed": trainer.distiller.recipe}
         write_json(run.path / "model.json", info | ({"compression": compression} if compression else {}))
         draw_curves(trainer.state.history, f"{job.role} {job.model}", run.path / "curves.png")
         write_json(run.path / "summary.json", summary)
