@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from kd.config import METHODS
+from kd.config import named_method
 from kd.losses import loss_class
 from kd.losses.base import Distiller
 from kd.models import probe
@@ -34,14 +34,21 @@ def network(width: int) -> nn.Module:
 def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LABELS, **flags) -> tuple[Distiller, Tap]:
     """A student with the method, and its teacher."""
     torch.manual_seed(seed)
-    student, teacher, kind = network(4), network(6).eval().requires_grad_(False), loss_class(METHODS[method])
-    config = METHODS[method](**SMALL.get(method, {}), **flags)
+    student, teacher, kind = network(4), network(6).eval().requires_grad_(False), loss_class(named_method(method))
+    config = named_method(method)(**small(method), **flags)
     config.check()
     names = kind.layers(config, STAGES, STAGES)
     outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
     partner = copy.deepcopy(teacher).requires_grad_()
     loss = kind(config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner))
     return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
+
+
+def small(method: str) -> dict:
+    """Flags of a method, or of each of several, that suit so few samples."""
+    parts = method.split("+")
+    named = [(f"{part}_" if len(parts) > 1 else "", SMALL.get(part, {})) for part in parts]
+    return {f"{prefix}{name}": value for prefix, flags in named for name, value in flags.items()}
 
 
 def batch_of(index: Tensor, epoch: int = 0) -> Batch:

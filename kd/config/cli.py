@@ -24,7 +24,7 @@ from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPref
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import DistillConfig
 from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
-from kd.config.named import is_named, named_method
+from kd.config.named import CombinedFlags, dashed, is_named, name_flags, named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
 from kd.errors import exit_code
 
@@ -101,7 +101,8 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
 
 def _with_method(kind: type[MethodFlags], default: DistillConfig) -> DistillConfig:
     """`default` as an instance of a class with one more subcommand, a method that is not in METHODS."""
-    method = Union[Method, Annotated[kind, subcommand(kind.name)]]  # noqa: UP007
+    usual = with_usual(kind, default.method)
+    method = Union[Method, Annotated[kind, subcommand(kind.name, default=usual)]]  # noqa: UP007
     fields = [("method", method, dataclasses.field(default_factory=KDConfig))]
     wider = dataclasses.make_dataclass("DistillConfig", fields, bases=(DistillConfig,), frozen=True)
     return wider(**{field.name: getattr(default, field.name) for field in dataclasses.fields(default)})
@@ -155,7 +156,7 @@ def _first_word(args: list[str], flags: dict[str, Flag], wanted: Callable[[str],
 def _method_help(script_name: str, method: str, usual: object, width: int) -> list[list[str]]:
     """Paragraphs on one method; `usual` has the preset's flags of its own method."""
     kind = named_method(method)
-    flags = _flags(usual if type(usual) is kind else kind())
+    flags = _flags(with_usual(kind, usual))
     return [
         [" ".join(_text_of(kind).split())],
         [f"usage: {script_name} [FLAG ...] {method} [FLAG ...]"],
@@ -166,9 +167,13 @@ def _method_help(script_name: str, method: str, usual: object, width: int) -> li
 
 def _list_methods(usual: object, width: int) -> list[list[str]]:
     """Paragraphs on the usual method's flags and on all methods."""
-    indent = 4 + max(map(len, METHODS))
+    indent = 4 + max(map(len, (*METHODS, "module:Class")))
     methods = (_entry(name, kind.__doc__, indent, width) for name, kind in METHODS.items())
-    methods = itertools.chain(*methods, _entry("module:Class", "A method of your own (docs/extend.md).", indent, width))
+    more = {
+        "kd+at": "Several at once, with the first one's cross-entropy; flags: --kd-alpha, --at-weight.",
+        "module:Class": "A method of your own (docs/extend.md).",
+    }
+    methods = itertools.chain(*methods, *(_entry(name, text, indent, width) for name, text in more.items()))
     return [
         _group(f"flags of {method_name(usual)}, the method if none is given", _flags(usual).values(), width),
         ["methods (METHOD --help lists a method's own flags):", *methods],
@@ -213,6 +218,8 @@ def _entry(head: str, text: str, indent: int, width: int) -> list[str]:
 def _flags(config) -> dict[str, Flag]:
     """Every flag of a configuration and its parts by name, those of a class before those that it inherits."""
     kind, flags = type(config), {}
+    if isinstance(config, CombinedFlags):
+        return _combined_flags(config)
     hints, texts = get_type_hints(kind, include_extras=True), _docstrings(kind)
     for field in sorted(dataclasses.fields(kind), key=lambda field: [*texts, field.name].index(field.name)):
         value = getattr(config, field.name)
@@ -222,6 +229,18 @@ def _flags(config) -> dict[str, Flag]:
             name, usage = _usage(field.name, hints[field.name], value)
             flags[name] = Flag(usage, texts.get(field.name, ""), _default(field.name, value))
     return flags
+
+
+def _combined_flags(config: CombinedFlags) -> dict[str, Flag]:
+    """The flags of several methods, each with its method's name before it, and the one that they share."""
+    flags, shared = {}, {}
+    for prefix, part in config.parts().items():
+        own = _flags(part)
+        shared = {"label-smoothing": own.pop("label-smoothing")}
+        for name, flag in own.items():
+            longer, text = f"{dashed(prefix)}-{name}", name_flags(flag.text, prefix, type(part))
+            flags[longer] = Flag(flag.usage.replace(name, longer, 1), text, flag.default)
+    return flags | shared
 
 
 def _docstrings(kind: type) -> dict[str, str]:

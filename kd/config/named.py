@@ -1,22 +1,25 @@
-"""Methods by name: those of METHODS, and those from outside (module:Class). No torch here; an outside module has it.
+"""Methods by name: those of METHODS, from outside (module:Class), and several at once (kd+at). No torch here.
 
 An outside method is a DistillationLoss whose annotation `config: MyFlags` names the dataclass of its flags, which
-derives from MethodFlags (docs/extend.md).
+derives from MethodFlags (docs/extend.md). Its module imports torch.
 """
 
 import dataclasses
 import inspect
 import json
+import re
 import sys
-from dataclasses import MISSING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, get_args, get_origin, get_type_hints
 
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import METHODS, MethodFlags
-from kd.errors import nearest, require
+from kd.errors import UserError, UsersOwnError, nearest, require
 from kd.utils.users_own import import_class, is_users_own
 
 LOSS = "kd.losses.base.DistillationLoss"
@@ -29,17 +32,21 @@ RESERVED = {name for name in (*vars(MethodFlags), *MethodFlags.__annotations__) 
 
 def is_named(word: str) -> bool:
     """Whether a word of the command line can only mean a method that is not in METHODS."""
-    return is_users_own(word) and not Path(word).exists()
+    parts = word.split("+")
+    joined = len(parts) > 1 and any(part in METHODS or is_users_own(part) for part in parts) and "/" not in word
+    return (joined or is_users_own(word)) and not Path(word).is_file()
 
 
 @cache  # the same class at every call: flags are compared by type
 def named_method(name: str) -> type[MethodFlags]:
-    """The class of a method's flags: `name` is of METHODS, or module:Class, which is imported.
+    """The class of a method's flags. `name` is of METHODS, or module:Class, which is imported, or several with +.
 
     Raises: UserError that names what is missing, UsersOwnError if the module fails.
     """
     if name in METHODS:
         return METHODS[name]
+    if "+" in name:
+        return _combination(name)
     require(
         is_users_own(name),
         f"{name}: no such method; {nearest(name, METHODS)} A method of your own is named as module:Class",
@@ -87,7 +94,7 @@ def _check_flags(name: str, flags: type[MethodFlags]) -> None:
     """Raise UserError for a flag without a default, with another one's name, or of a type that no file can hold."""
     common = common_flags()
     for field in dataclasses.fields(flags):
-        flag = f"{name}: --{field.name.replace('_', '-')}"
+        flag = f"{name}: --{dashed(field.name)}"
         require(field.name not in RESERVED, f"{flag}: the flags' class has that name already; call the field otherwise")
         require(field.name not in common, f"{flag}: is a common flag already; call the field otherwise")
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -112,3 +119,93 @@ def common_flags() -> frozenset[str]:
             settings = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
             names |= {field.name, *(setting.name.replace("-", "_") for setting in settings if setting.name)}
     return frozenset(names)
+
+
+@dataclass(frozen=True)
+class CombinedFlags(MethodFlags):
+    """Base of the flags of several methods at once: those of each, with its name before them, and --label-smoothing."""
+
+    loss: ClassVar[str] = "kd.losses.combined:Combined"
+    kinds: ClassVar[dict[str, type[MethodFlags]]]  # by the name before their flags
+
+    def parts(self) -> dict[str, MethodFlags]:
+        """The flags of each method, by the name that stands before them."""
+        shared = {"label_smoothing": self.label_smoothing}
+        return {
+            prefix: kind(**shared, **{name: getattr(self, f"{prefix}_{name}") for name in _own_fields(kind)})
+            for prefix, kind in self.kinds.items()
+        }
+
+    def check(self) -> None:
+        super().check()
+        for prefix, flags in self.parts().items():
+            with flags_of(prefix, type(flags)):
+                flags.check()
+
+
+@contextmanager
+def flags_of(prefix: str, kind: type[MethodFlags]) -> Iterator[None]:
+    """An error of one of several methods at once names its flags as the command line does: --at-weight."""
+    try:
+        yield
+    except UsersOwnError:
+        raise
+    except UserError as error:
+        raise UserError(name_flags(str(error), prefix, kind)) from error
+
+
+def name_flags(text: str, prefix: str, kind: type[MethodFlags]) -> str:
+    """`text` with a method's flags named as where several methods are given at once."""
+    own = "|".join(map(dashed, _own_fields(kind)))
+    return re.sub(rf"--(?=({own})(?![\w-]))", f"--{dashed(prefix)}-", text)
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def with_usual(kind: type[MethodFlags], usual: MethodFlags) -> MethodFlags:
+    """A method's flags at their defaults, or as `usual` has them: a preset's flags of its own method."""
+    if type(usual) is kind:
+        return usual
+    kinds = kind.kinds if issubclass(kind, CombinedFlags) else {}
+    prefix = next((prefix for prefix, part in kinds.items() if type(usual) is part), None)
+    return kind(**{f"{prefix}_{name}": getattr(usual, name) for name in _own_fields(type(usual))} if prefix else {})
+
+
+def _combination(name: str) -> type[CombinedFlags]:
+    """The flags of several methods at once. Raises UserError if they cannot be combined."""
+    names = name.split("+")
+    require("none" not in names, f"{name}: none is the student alone, with nothing to add; leave it out")
+    twice = next((part for part in names if names.count(part) > 1), None)
+    require(twice is None, f"{name}: has {twice} twice; name it once")
+    kinds: dict[str, type[MethodFlags]] = {}
+    for part in names:
+        kind, prefix = named_method(part), _prefix(part)
+        require(prefix not in kinds, f"{name}: two methods would have the flags --{dashed(prefix)}-...; rename a class")
+        kinds[prefix] = kind
+    fields = []
+    for prefix, kind in kinds.items():
+        hints, defaults = get_type_hints(kind, include_extras=True), kind()
+        fields += [(f"{prefix}_{field}", hints[field], getattr(defaults, field)) for field in _own_fields(kind)]
+    flags = [field for field, _, _ in fields]
+    clash = next((flag for flag in flags if flags.count(flag) > 1 or flag in common_flags()), "")
+    require(not clash, f"{name}: two flags would be --{dashed(clash)}; rename a class or its flag")
+    attributes = {
+        "name": name,
+        "kinds": kinds,
+        "needs_teacher": any(kind.needs_teacher for kind in kinds.values()),
+        "__doc__": f"{' and '.join(names)} at once: the sum of their terms, with the first one's cross-entropy only.",
+        "__module__": __name__,
+    }
+    return dataclasses.make_dataclass("Combination", fields, bases=(CombinedFlags,), namespace=attributes, frozen=True)
+
+
+def _own_fields(kind: type[MethodFlags]) -> list[str]:
+    """A method's flags without --label-smoothing, which several at once share."""
+    return [field.name for field in dataclasses.fields(kind) if field.name != "label_smoothing"]
+
+
+def _prefix(name: str) -> str:
+    """What stands before a method's flags: its name, or its class's: mine:MyLoss has --my-loss-weight."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.partition(":")[2] or name).lower()

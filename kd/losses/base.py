@@ -55,6 +55,11 @@ class DistillationLoss(nn.Module, ABC):
         return (), ()
 
     @classmethod
+    def for_flags(cls, kind: type[MethodFlags]) -> type["DistillationLoss"]:
+        """The class for these flags; another one than this only if attributes of the class depend on them."""
+        return cls
+
+    @classmethod
     def partner(cls, config, model: str) -> str | None:
         """Name of a network to train from scratch beside a student called `model`; none by default."""
         return None
@@ -80,7 +85,8 @@ class DistillationLoss(nn.Module, ABC):
 def loss_class(flags: MethodFlags | type[MethodFlags]) -> type[DistillationLoss]:
     """The class of the method that these flags belong to."""
     module, _, name = flags.loss.partition(":")
-    return getattr(importlib.import_module(module), name)
+    kind = flags if isinstance(flags, type) else type(flags)
+    return getattr(importlib.import_module(module), name).for_flags(kind)
 
 
 class Distiller(nn.Module):

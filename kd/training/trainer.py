@@ -24,7 +24,7 @@ from kd.runs.folder import RunFolder
 from kd.teachers.live import TeacherLogits
 from kd.training.diagnostics import gradient_norms, warnings
 from kd.training.evaluate import validate
-from kd.training.meter import Clock, Meter
+from kd.training.meter import Clock, Meter, check_terms
 from kd.training.progress import ProgressDisplay
 from kd.training.tracking import Tracker
 from kd.types import Batch, Outputs, Step
@@ -115,6 +115,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         result = self.model(batch, teacher_outputs)
+        if not self.meter.terms:  # the first step
+            check_terms(result, self.job.role)
         self.accelerator.backward(sum(result.terms.values()))
         if self.job.fit.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.job.fit.clip_norm)

@@ -281,6 +281,22 @@ def test_a_network_that_an_outside_method_deploys_is_built_only_if_its_code_is_t
     assert network.scale.item() != 1
 
 
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ('{"loss": (student.logits - teacher.logits).mean()}', "'loss' has the name of another number"),
+        ('{"agreement": (student.logits - teacher.logits).mean()}', "'agreement' has the name of another number"),
+        ('{"mine": (student.logits - teacher.logits)[0]}', "its term 'mine' is no scalar tensor"),
+        ('{"mine": 1.0}', "its term 'mine' is no scalar tensor"),
+    ],
+)
+def test_terms_that_cannot_be_summed_or_logged_are_named(returned, words, resnet8_run, module):
+    forward = f"    def forward(self, student, teacher, batch):\n        return {returned}\n"
+    module.write_text(HEAD + f"class Bad(Loss):\n{forward}")
+    with pytest.raises(UserError, match=f"^mine:Bad: .*{words}"):
+        distil("--student", "resnet8", "--teacher", str(resnet8_run), "mine:Bad", "--out", "run")
+
+
 def test_flags_from_none_have_no_teacher(module):
     module.write_text(HEAD + "class Alone(Loss):\n    config: NoneConfig\n")
     kind = named_method("mine:Alone")
