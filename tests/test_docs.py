@@ -28,9 +28,9 @@ from tests.conftest import ROOT
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 MARK = "<!-- runnable -->\n\n"
-RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 4}
+RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 5}
 """Page -> its marked commands, so that none goes missing unseen."""
-EXAMPLES = {"my_networks.py", "own_loop.py", "my_data.py", "my_method.py"}
+EXAMPLES = {"my_networks.py", "own_loop.py", "my_data.py", "my_method.py", "from_python.py"}
 
 SCRIPTS = {"train_teacher.py": train_defaults, "distill_student.py": distill_defaults}
 PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()} | {"kd.study": read_command_line}

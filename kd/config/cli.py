@@ -108,6 +108,18 @@ def _with_method(kind: type[MethodFlags], default: DistillConfig) -> DistillConf
     return wider(**{field.name: getattr(default, field.name) for field in dataclasses.fields(default)})
 
 
+def flag_names(default, method: str = "") -> set[str]:
+    """The names of a script's flags with underscores, those of `method` among them (if empty, of the usual method).
+
+    Raises UserError if there is no such method.
+    """
+    names = set(_flags(default))
+    if method:
+        kind = named_method(method)
+        names = names - set(_flags(default.method)) | set(_flags(with_usual(kind, default.method)))
+    return {name.replace("-", "_") for name in names}
+
+
 def script(defaults: Callable, main: Callable, description: str) -> None:
     """Parse, run `main(config)`, and exit."""
     sys.exit(exit_code(lambda: main(parse(defaults, description))))

@@ -11,7 +11,7 @@ from kd.config.cli import parse
 from kd.config.presets import PRESETS, distill_defaults
 from kd.errors import nearest, require
 from kd.study.runner import Task, parse_launch_flags
-from kd.utils.system import cores
+from kd.utils.system import cores, script_path
 
 GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views is given: one cache stores them all
 
@@ -48,7 +48,7 @@ class Study:
         args += ["--auto-resume", "--no-control", *flags]
         parse(distill_defaults, "", args)
         label = " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])
-        return Task(label, _script("distill_student.py"), args, needs_teacher=named_method(method).needs_teacher)
+        return Task(label, script_path("distill_student.py"), args, needs_teacher=named_method(method).needs_teacher)
 
     def students(self, method: str, flags: tuple[str, ...]) -> list[Task]:
         """A method's runs with these flags, one a seed."""
@@ -72,12 +72,6 @@ class Study:
 
 def _flags_of(method: str) -> set[str]:
     return {entry.name for entry in dataclasses.fields(named_method(method))}
-
-
-def _script(name: str) -> Path:
-    path = Path(__file__).resolve().parents[2] / name
-    require(path.exists(), f"{path}: no such file; kd.study runs the scripts beside kd/, so work from the checkout")
-    return path
 
 
 def read_command_line(args: list[str] | None, description: str = "") -> Study:
