@@ -10,6 +10,8 @@ resnet20 -> resnet8 on digits: 99.16% test top-1, 99.16% alone (seed 0, last epo
 resnet34 -> resnet18 on CIFAR-100: not measured yet
 """
 
+from pathlib import Path
+
 from kd.config import DistillConfig
 from kd.config.cli import script
 from kd.config.presets import distill_defaults
@@ -29,7 +31,7 @@ def find_teacher(config: DistillConfig, data, accelerator):
     return load_teachers(names, data, accelerator.device, trusted, config.teacher_model)
 
 
-def main(config: DistillConfig) -> None:
+def main(config: DistillConfig) -> Path:
     from kd.data import load_data
     from kd.models import check_name
     from kd.runs.table import show_results
@@ -56,6 +58,7 @@ def main(config: DistillConfig) -> None:
     folder = train(job, data, accelerator, distiller, teacher, control)
     if accelerator.is_main_process:
         show_results(folder, control)
+    return folder
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     return run.path
 
 
-def main(config: TrainConfig) -> None:
+def main(config: TrainConfig) -> Path:
     from kd.data import load_data
     from kd.models import check_name
     from kd.runs.table import show_results
@@ -69,6 +69,7 @@ def main(config: TrainConfig) -> None:
     folder = train(job, data, accelerator, build_distiller(job, data, network=network))
     if accelerator.is_main_process:
         show_results(folder)
+    return folder
 
 
 if __name__ == "__main__":

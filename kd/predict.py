@@ -11,7 +11,7 @@ read as images are listed at the end, with exit code 2; all others are still pre
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from rich.progress import track
 
 from kd.errors import UserError, exit_code, require
 from kd.export.onnx_runtime import OnnxFile, describe
+from kd.utils.console import print_once
 from kd.utils.images import preprocess
 
 BATCH = 64
@@ -33,6 +34,107 @@ class Predictor(NamedTuple):
     image_size: tuple[int, int]  # height, width
     stored_size: int | None
     classes: list[str]
+
+
+class Classifier:
+    """What kd.load gives a trained network beside its own: class names, and the way from an image to its input."""
+
+    def __init__(self, network, info: dict):
+        """`network` is the torch module, `info` its model.json."""
+        self.network, self.classes = network, tuple(info["classes"])
+        self._size, self._stored_size = tuple(info["image_size"]), info.get("stored_size")
+        self._mean, self._std = info["mean"], info["std"]
+
+    def predict(self, images, top: int = 1) -> list:
+        """The `top` likeliest classes with their probabilities, likeliest first: [("cat", 0.9), ("dog", 0.1)].
+
+        `images` is a file's path, a PIL image, or pixels as uint8 (an array h x w x 3, a tensor 3 x h x w); for a list
+        of these, or an array or tensor with one dimension more, the answer is a list with one such list for each.
+
+        Raises: kd.errors.UserError for what is no image.
+        """
+        import torch
+
+        require(top >= 1, f"top {top}: give 1 or more")
+        (pictures, alone), found = _as_list(images), []
+        modes = [(module, module.training) for module in self.network.modules()]
+        self.network.eval()
+        try:
+            for start in range(0, len(pictures), BATCH):
+                batch = torch.stack([self.transform(picture) for picture in pictures[start : start + BATCH]])
+                with torch.no_grad():
+                    found += list(self.network(self._moved(batch)).float().cpu().numpy())
+        finally:
+            for module, training in modes:
+                module.training = training
+        best = [[(self.classes[index], share) for index, share in most_likely(row, top)] for row in found]
+        return best[0] if alone else best
+
+    def transform(self, image):
+        """One image, as for `predict`, to the network's input: a float tensor 3 x h x w, normalised."""
+        import torch
+
+        from kd.data.rows import normalize
+
+        picture = image if isinstance(image, str | Path) else _as_picture(image)
+        try:
+            pixels = preprocess(picture, self._size, self._stored_size)
+        except Exception as error:  # Pillow raises many types; all of them mean that the image is bad
+            raise UserError(f"{picture}: cannot be read as an image ({error})") from error
+        return normalize(torch.from_numpy(pixels.copy())[None], torch.tensor(self._mean), torch.tensor(self._std))[0]
+
+    def _moved(self, batch):
+        """The batch on the device and in the precision of the network's weights."""
+        weight = next((part for part in self.network.parameters() if part.is_floating_point()), batch)
+        return batch.to(weight.device, weight.dtype)
+
+
+def with_classes(network, info: dict, folder: Path):
+    """`network` with what a Classifier gives it; a name that it has itself stays its own, and a line says so."""
+    classifier = Classifier(network, info)
+    given = {"predict": classifier.predict, "transform": classifier.transform, "classes": classifier.classes}
+    taken = sorted((given.keys() | {"folder"}) & set(dir(network)))
+    for name, value in (given | {"folder": folder}).items():
+        if name not in taken:
+            setattr(network, name, value)
+    if taken:
+        print_once(f"{folder}: its network has a {', '.join(taken)} of its own, which kd.load leaves as it is")
+    return network
+
+
+def _as_list(images) -> tuple[list, bool]:
+    """The images one by one, and whether only one was given."""
+    import torch
+
+    if isinstance(images, str | Path | Image.Image):
+        return [images], True
+    if isinstance(images, np.ndarray | torch.Tensor):
+        return ([images], True) if images.ndim in (2, 3) else (list(images), False)
+    require(
+        isinstance(images, Iterable) and not isinstance(images, bytes | dict),
+        f"{type(images).__name__}: is no image; give a path, a PIL image, uint8 pixels, or a list of them",
+    )
+    return list(images), False
+
+
+def _as_picture(image) -> Image.Image:
+    """A PIL image of one, or of pixels: an array h x w x 3, a tensor 3 x h x w, greys with 1 channel or none."""
+    import torch
+
+    if isinstance(image, Image.Image):
+        return image
+    said = f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))} {getattr(image, 'dtype', '')}".strip()
+    if isinstance(image, torch.Tensor):
+        image = image.cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    fits = isinstance(image, np.ndarray) and image.dtype == np.uint8 and min(image.shape, default=0) > 0
+    fits = fits and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3)))
+    require(
+        fits,
+        f"{said}: is no image; give a path, a PIL image, or uint8 pixels (an array h x w x 3, a tensor 3 x h x w);"
+        " normalised floats go into the network itself",
+    )
+    return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))
 
 
 class Prediction(NamedTuple):

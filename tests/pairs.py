@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from kd.config import METHODS
+from kd.config import named_method
 from kd.losses import loss_class
 from kd.losses.base import Distiller
 from kd.models import probe
@@ -39,8 +39,8 @@ def network(width: int) -> nn.Module:
 def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LABELS, **flags) -> tuple[Distiller, Tap]:
     """A student with the method, and its teacher."""
     torch.manual_seed(seed)
-    student, teacher, kind = network(4), network(6).eval().requires_grad_(False), loss_class(METHODS[method])
-    config = METHODS[method](**SMALL.get(method, {}), **flags)
+    student, teacher, kind = network(4), network(6).eval().requires_grad_(False), loss_class(named_method(method))
+    config = named_method(method)(**small(method), **flags)
     config.check()
     names = kind.layers(config, STAGES, STAGES)
     outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
@@ -49,11 +49,18 @@ def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LA
     return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
 
 
+def small(method: str) -> dict:
+    """Flags of a method, or of each of several, that suit so few samples."""
+    parts = method.split("+")
+    named = [(f"{part}_" if len(parts) > 1 else "", SMALL.get(part, {})) for part in parts]
+    return {f"{prefix}{name}": value for prefix, flags in named for name, value in flags.items()}
+
+
 def batch_of(index: Tensor, epoch: int = 0, method: str = "kd") -> Batch:
     """Rows of a fixed random data set, with a strong view if the method has two."""
     generator = torch.Generator().manual_seed(7)
     images, strong = (torch.randn(SAMPLES, 3, *SIZE, generator=generator) for _ in range(2))
-    second = strong[index] if METHODS[method].two_views else None
+    second = strong[index] if named_method(method).two_views else None
     return Batch(images[index], LABELS[index], index, epoch, torch.tensor(epoch), torch.tensor(0), strong=second)
 
 

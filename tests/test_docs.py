@@ -29,8 +29,9 @@ from tests.conftest import ROOT
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 MARK = "<!-- runnable -->\n\n"
-RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 2}
+RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 5}
 """Page -> its marked commands, so that none goes missing unseen."""
+EXAMPLES = {"my_networks.py", "own_loop.py", "my_data.py", "my_method.py", "from_python.py"}
 
 SCRIPTS = {"train_teacher.py": train_defaults, "distill_student.py": distill_defaults}
 PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()} | {"kd.study": read_command_line}
@@ -127,8 +128,14 @@ def test_the_marked_commands_are_all_found():
     marks = {page: len(re.findall(f"^{MARK.strip()}$", read(page), re.M)) for page in PAGES}
     marked = {page: runnable(page) for page, count in marks.items() if count}
     assert {page: len(commands) for page, (commands, _) in marked.items()} == RUN
-    assert set(marked["docs/extend.md"][1]) == {"my_networks.py", "own_loop.py"}
+    assert set(marked["docs/extend.md"][1]) == EXAMPLES
     assert all(read(page).count(MARK) == marks[page] for page in marked), "a blank line follows each mark"
+
+
+def test_a_method_from_outside_is_as_short_as_the_page_says():
+    lines = runnable("docs/extend.md")[1]["my_method.py"].splitlines()[1:]  # without the file's name
+    assert f"in {len(lines)} lines" in read("docs/extend.md")
+    assert len(lines) < 60
 
 
 @pytest.mark.slow
@@ -150,10 +157,16 @@ def test_the_data_pages_commands_run_as_written(user_folder):
 @pytest.mark.slow
 def test_the_extend_pages_commands_run_as_written(user_folder):
     run_page("docs/extend.md", user_folder)
+    config = json.loads(Path("runs/mine/config.json").read_text())
+    assert config["identity"]["role"] == "my_method:Absolute"
+    assert config["flags"]["method"] == {"label_smoothing": 0.0, "weight": 2.0}
 
 
 @pytest.mark.parametrize(("program", "args"), parsable_commands())
-def test_every_command_parses(program, args):
+def test_every_command_parses(program, args, monkeypatch):
+    Path("my_method.py").write_text(runnable("docs/extend.md")[1]["my_method.py"])
+    monkeypatch.delitem(sys.modules, "my_method", raising=False)
+    monkeypatch.syspath_prepend("")
     PARSERS[program](args)
 
 

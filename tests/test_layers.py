@@ -11,7 +11,8 @@ from tests.conftest import ROOT
 # From the bottom up; a module may import those of lower layers and of its own package.
 LAYERS = (
     ("errors", "types", "metrics"),
-    ("config", "utils"),
+    ("utils",),
+    ("config",),
     ("data",),
     ("models",),
     ("losses",),

@@ -1,5 +1,6 @@
 """kd.predict: images of every mode are prepared as in training, and files that are no images are named."""
 
+import copy
 import io
 import json
 import subprocess
@@ -16,7 +17,7 @@ from kd.config import DataConfig
 from kd.data import load_data, rows
 from kd.errors import UserError
 from kd.export.onnx_runtime import METADATA_KEY
-from kd.predict import main, open_predictor, predict
+from kd.predict import main, open_predictor, predict, with_classes
 from kd.utils.images import crop_and_resize, decode, open_image, preprocess, to_array
 
 CLASSES = ["red", "green", "blue"]
@@ -211,3 +212,96 @@ def test_the_suffix_may_be_in_capitals(colours, capsys):
     Image.new("RGB", (4, 4), (0, 255, 0)).save("x.png")
     main([str(colours.rename("M.ONNX")), "x.png"])
     assert capsys.readouterr().out == "x.png: green 57.61%\n"
+
+
+@pytest.fixture
+def loaded(resnet8_run):
+    return kd.load(resnet8_run)
+
+
+def test_a_loaded_network_predicts_what_the_command_does(loaded, resnet8_run):
+    pictures = [picture(), picture("L", (9, 31)), picture("P"), picture("RGBA")]
+    paths = [Path(f"{number}.png") for number in range(len(pictures))]
+    for path, image in zip(paths, pictures):
+        image.save(path)
+    wanted = [prediction.best for prediction in predict(open_predictor(str(resnet8_run)), paths, 3)]
+    for images in (paths, [str(path) for path in paths], pictures, tuple(pictures), iter(pictures)):
+        found = loaded.predict(images, top=3)
+        assert [[name for name, _ in best] for best in found] == [[name for name, _ in best] for best in wanted]
+        shares = lambda rows: [share for best in rows for _, share in best]  # noqa: E731
+        assert shares(found) == pytest.approx(shares(wanted), abs=1e-5)
+    alone = loaded.predict(paths[0])
+    assert [name for name, _ in alone] == [wanted[0][0][0]]
+    assert loaded.predict([]) == []
+
+
+def test_pixels_are_pictures(loaded):
+    pixels = np.asarray(picture()).copy()
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    wanted = loaded.predict(picture(), top=2)
+    for one in (pixels, tensor):
+        assert loaded.predict(one, top=2) == wanted
+    for many in (pixels[None], tensor[None], [pixels, tensor, picture()]):
+        assert [best[0][0] for best in loaded.predict(many)] == [wanted[0][0]] * len(many)
+    grey = np.asarray(picture("L")).copy()
+    assert loaded.predict(grey) == loaded.predict(grey[:, :, None]) == loaded.predict(torch.from_numpy(grey)[None])
+    assert loaded.predict(grey) == loaded.predict(picture("L"))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("missing.png", "missing.png: cannot be read as an image"),
+        (np.zeros((4, 4, 3), np.float32), r"ndarray \(4, 4, 3\) float32: is no image; .* uint8 pixels"),
+        (torch.zeros(3, 4, 4), r"Tensor \(3, 4, 4\) torch.float32: is no image"),
+        (np.zeros((4, 4, 5), np.uint8), r"ndarray \(4, 4, 5\) uint8: is no image"),
+        (7, "int: is no image; give a path"),
+        ([7], r"int \(\): is no image; give a path"),
+        (b"png", "bytes: is no image; give a path"),
+    ],
+)
+def test_what_is_no_image_is_said(loaded, image, words):
+    with pytest.raises(UserError, match=words):
+        loaded.predict(image)
+    with pytest.raises(UserError, match="top 0: give 1 or more"):
+        loaded.predict(picture(), top=0)
+
+
+def test_the_transform_leads_to_the_networks_input(loaded, resnet8_run):
+    info = json.loads((resnet8_run / "model.json").read_text())
+    image = loaded.transform(picture())
+    assert image.shape == (3, *info["image_size"])
+    pixels = preprocess(picture(), tuple(info["image_size"]), None)
+    mean, std = (torch.tensor(info[name]) for name in ("mean", "std"))
+    torch.testing.assert_close(image, rows.normalize(torch.from_numpy(pixels.copy())[None], mean, std)[0])
+    probabilities = loaded(image[None]).softmax(1)[0]
+    (best,) = loaded.predict(picture())
+    assert best == (loaded.classes[int(probabilities.argmax())], pytest.approx(probabilities.max().item(), abs=1e-5))
+
+
+def test_what_is_added_leaves_the_module_as_it_was(loaded, resnet8_run):
+    plain = kd.runs.load.load_network(resnet8_run, trust_code=False).network
+    assert type(loaded) is type(plain)
+    assert list(loaded.state_dict()) == list(plain.state_dict())
+    assert loaded.folder == resnet8_run
+    other = copy.deepcopy(loaded)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    shares = [share for _, share in other.predict(picture(), top=10)]
+    assert shares == pytest.approx([0.1] * 10), "a copy asks itself"
+    assert loaded.predict(picture())[0][1] > 0.11
+    loaded.train().layer1.eval()
+    loaded.double().predict([picture()])
+    assert loaded.training
+    assert not loaded.layer1.training
+
+
+def test_names_that_the_network_has_itself_stay_its_own(capsys):
+    class Own(torch.nn.Linear):
+        classes = "mine"
+
+    info = {"classes": CLASSES, "image_size": [4, 4], "mean": [0.5] * 3, "std": [0.5] * 3}
+    network = with_classes(Own(2, 2), info, Path("run"))
+    assert network.classes == "mine"
+    assert network.transform(picture()).shape == (3, 4, 4)
+    assert capsys.readouterr().out == "run: its network has a classes of its own, which kd.load leaves as it is\n"

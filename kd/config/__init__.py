@@ -3,6 +3,7 @@
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
 from kd.config.jobs import DistillConfig, Job, Origin, PresetName, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, NoneConfig, method_name
+from kd.config.named import is_named, named_method
 
 __all__ = [
     "METHODS",
@@ -20,5 +21,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "ViewConfig",
+    "is_named",
     "method_name",
+    "named_method",
 ]

@@ -14,19 +14,20 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes, Positional
+from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
 from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK, DistillConfig
-from kd.config.methods import METHODS, method_name
+from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
+from kd.config.named import CombinedFlags, dashed, is_named, name_flags, named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
-from kd.errors import exit_code, nearest, require
+from kd.errors import exit_code, require
 
 
 class Flag(NamedTuple):
@@ -112,6 +113,8 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
         default = _with_file(default, file | {"preset": preset}, Path(given.config), args)
     if "-h" in args or "--help" in args:
         _print_and_exit(format_help(default, description, args, shutil.get_terminal_size().columns))
+    if isinstance(default, DistillConfig) and (name := _first_word(args, _flags(default), is_named)):
+        default = _with_method(named_method(name), default)
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
     if given.print_config:
@@ -136,18 +139,39 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     """`default` with the flags of --config; its method's own are left out if `args` name another method."""
     flags, words = _flags(default), []
     if isinstance(default, DistillConfig):
-        method = file.pop("method", None) or method_name(default.method)
-        require(method in METHODS, f"--config {path}: there is no method {method}: {nearest(str(method), METHODS)}")
-        named = _first_word(args, flags, METHODS)
-        common = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
-        own = _flags(METHODS[method]())
+        method = str(file.pop("method", None) or method_name(default.method))
+        kind = named_method(method)
+        named = _first_word(args, flags, lambda word: word in METHODS or is_named(word))
+        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        own = _flags(with_usual(kind, default.method))
         chosen = {name: value for name, value in file.items() if name in own}
         file = {name: value for name, value in file.items() if name not in own}
         if named in (None, method):
             words = [method, *as_arguments(chosen, own, path)]
-        flags = common
+            default = default if method in METHODS else _with_method(kind, default)
     words = [*as_arguments(file, flags, path), *words]
     return tyro.cli(type(default), default=default, args=words, config=FLAT)
+
+
+def _with_method(kind: type[MethodFlags], default: DistillConfig) -> DistillConfig:
+    """`default` as an instance of a class with one more subcommand, a method that is not in METHODS."""
+    usual = with_usual(kind, default.method)
+    method = Union[Method, Annotated[kind, subcommand(kind.name, default=usual)]]  # noqa: UP007
+    fields = [("method", method, dataclasses.field(default_factory=KDConfig))]
+    wider = dataclasses.make_dataclass("DistillConfig", fields, bases=(DistillConfig,), frozen=True)
+    return wider(**{field.name: getattr(default, field.name) for field in dataclasses.fields(default)})
+
+
+def flag_names(default, method: str = "") -> set[str]:
+    """The names of a script's flags with underscores, those of `method` among them (if empty, of the usual method).
+
+    Raises UserError if there is no such method.
+    """
+    names = set(_flags(default))
+    if method:
+        kind = named_method(method)
+        names = names - set(_flags(default.method)) | set(_flags(with_usual(kind, default.method)))
+    return {name.replace("-", "_") for name in names}
 
 
 def script(defaults: Callable, main: Callable, description: str) -> None:
@@ -168,11 +192,11 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     if default.preset in LR_BY_NETWORK:
         flags["lr"] = flags["lr"]._replace(default=_rates(LR_BY_NETWORK[default.preset]))
     if isinstance(default, DistillConfig):
-        if method := _first_word(args, flags, METHODS):
+        if method := _first_word(args, flags, lambda word: word in METHODS or is_named(word)):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
         flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
-    if group := _first_word(args, flags, GROUPS):
+    if group := _first_word(args, flags, GROUPS.__contains__):
         names = f"{GROUPS[group].common} {GROUPS[group].rare}".split()
         whole = _group(group, (flags[name] for name in names if name in flags), width)
         return _paragraphs([usage, meaning], whole, [f"{script_name} --help shows the commonest flags of all groups."])
@@ -194,19 +218,20 @@ def _rates(rates: dict[str, float]) -> str:
     return f"{rates['']:g}; mobile networks {min(rates.values()):g}"
 
 
-def _first_word(args: list[str], flags: dict[str, Flag], wanted: Collection[str]) -> str | None:
-    """The first of these words among the arguments; crd in `--preset crd` is no method."""
-    with_value = {f"--{name}" for name, flag in flags.items() if flag.takes_value}
-    words = (word for before, word in itertools.pairwise(["", *args]) if before not in with_value)
-    return next((word for word in words if word in wanted), None)
+def _first_word(args: list[str], flags: dict[str, Flag], wanted: Callable[[str], bool]) -> str | None:
+    """The first wanted word among the arguments; crd in `--preset crd` is no method."""
+    alone = {f"--{name}" for name, flag in flags.items() if not flag.takes_value}
+    alone |= {f"--no-{name}" for name in flags}
+    takes = [word.startswith("--") and "=" not in word and word not in alone for word in ["", *args]]
+    return next((word for word, value in zip(args, takes) if not value and wanted(word)), None)
 
 
 def _method_help(script_name: str, method: str, usual: object, width: int) -> list[list[str]]:
     """Paragraphs on one method; `usual` has the preset's flags of its own method."""
-    kind = METHODS[method]
-    flags = _flags(usual if type(usual) is kind else kind())
+    kind = named_method(method)
+    flags = _flags(with_usual(kind, usual))
     return [
-        [kind.__doc__],
+        [" ".join(_text_of(kind).split())],
         [f"usage: {script_name} [FLAG ...] {method} [FLAG ...]"],
         _group(f"flags of {method}", flags.values(), width),
         [f"{script_name} --help lists all other flags."],
@@ -215,12 +240,23 @@ def _method_help(script_name: str, method: str, usual: object, width: int) -> li
 
 def _list_methods(usual: object, width: int) -> list[list[str]]:
     """Paragraphs on the usual method's flags and on all methods."""
-    indent = 4 + max(map(len, METHODS))
+    indent = 4 + max(map(len, (*METHODS, "module:Class")))
     methods = (_entry(name, kind.__doc__, indent, width) for name, kind in METHODS.items())
+    more = {
+        "kd+at": "Several at once, with the first one's cross-entropy; flags: --kd-alpha, --at-weight.",
+        "module:Class": "A method of your own (docs/extend.md).",
+    }
+    methods = itertools.chain(*methods, *(_entry(name, text, indent, width) for name, text in more.items()))
     return [
         _group(f"flags of {method_name(usual)}, the method if none is given", _flags(usual).values(), width),
-        ["methods (METHOD --help lists a method's own flags):", *itertools.chain.from_iterable(methods)],
+        ["methods (METHOD --help lists a method's own flags):", *methods],
     ]
+
+
+def _text_of(kind: type) -> str:
+    """A class's docstring, without what dataclass puts in place of a missing one."""
+    generated = (kind.__doc__ or "").startswith(f"{kind.__name__}(")
+    return kind.name if generated or not kind.__doc__ else kind.__doc__
 
 
 def _print_and_exit(text: str) -> None:
@@ -255,6 +291,8 @@ def _entry(head: str, text: str, indent: int, width: int) -> list[str]:
 def _flags(config) -> dict[str, Flag]:
     """Every flag of a configuration and its parts by name, those of a class before those that it inherits."""
     kind, flags = type(config), {}
+    if isinstance(config, CombinedFlags):
+        return _combined_flags(config)
     hints, texts = get_type_hints(kind, include_extras=True), _docstrings(kind)
     hints = {name: hint for name, hint in hints.items() if name.upper() not in _positionals(kind)}
     for field in sorted(dataclasses.fields(kind), key=lambda field: [*texts, field.name].index(field.name)):
@@ -263,7 +301,7 @@ def _flags(config) -> dict[str, Flag]:
             flags |= _flags(value)
         elif field.name in hints:
             name, usage = _usage(field.name, hints[field.name], value)
-            flags[name] = Flag(usage, texts[field.name], _default(field.name, value), value)
+            flags[name] = Flag(usage, texts.get(field.name, ""), _default(field.name, value), value)
     return flags
 
 
@@ -284,11 +322,23 @@ def flag_values(config) -> dict[str, object]:
     return {name: flags[name].value for name in names if name in flags} | method
 
 
+def _combined_flags(config: CombinedFlags) -> dict[str, Flag]:
+    """The flags of several methods, each with its method's name before it, and the one that they share."""
+    flags, shared = {}, {}
+    for prefix, part in config.parts().items():
+        own = _flags(part)
+        shared = {"label-smoothing": own.pop("label-smoothing")}
+        for name, flag in own.items():
+            longer, text = f"{dashed(prefix)}-{name}", name_flags(flag.text, prefix, type(part))
+            flags[longer] = Flag(flag.usage.replace(name, longer, 1), text, flag.default, flag.value)
+    return flags | shared
+
+
 def _docstrings(kind: type) -> dict[str, str]:
     """The docstring under each field, as tyro reads them too: Python itself drops them."""
     texts = {}
     for base in kind.__mro__[:-1]:  # without object
-        body = ast.parse(inspect.getsource(base)).body[0].body
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 texts.setdefault(field.target.id, " ".join(ast.literal_eval(text.value).split()))
@@ -314,7 +364,7 @@ def _metavar(hint: Any) -> str:
         return _metavar(kinds[0])
     if get_origin(hint) is tuple:
         return f"{_metavar(kinds[0])} ..."
-    return {int: "N", float: "X", str: "NAME"}[hint]
+    return {int: "N", float: "X", str: "NAME"}.get(hint, "VALUE")
 
 
 def _default(field: str, value: object) -> str:

@@ -44,6 +44,7 @@ class MethodFlags:
     """Base of every method's flags: what the scripts need to know before they import torch."""
 
     loss: ClassVar[str]  # module:Class of the method's DistillationLoss
+    name: ClassVar[str] = ""  # of a method that is not in METHODS (kd.config.named)
     needs_teacher: ClassVar[bool] = True
     two_views: ClassVar[bool] = False  # True: both networks also see a strong view of each image
     label_smoothing: float = 0.0
@@ -620,5 +621,5 @@ Method = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in METHODS
 
 
 def method_name(method: object) -> str:
-    """The name in METHODS of these flags' class."""
-    return next(name for name, kind in METHODS.items() if type(method) is kind)
+    """The name of the method that these flags belong to, as on the command line."""
+    return next((name for name, kind in METHODS.items() if type(method) is kind), "") or type(method).name

@@ -16,6 +16,7 @@ from kd.losses.ctkd import LearnedTemperature, reverse_gradient
 from kd.losses.deit import deit_loss
 from kd.losses.dist import dist_loss
 from kd.losses.dkd import dkd_loss
+from kd.losses.features import FeatureLoss
 from kd.losses.fitnet import hint_loss
 from kd.losses.kd import KD, kd_loss, standardize
 from kd.losses.mimic import mimic_loss
@@ -40,6 +41,7 @@ __all__ = [
     "CrossEntropy",
     "DistillationLoss",
     "Distiller",
+    "FeatureLoss",
     "LearnedTemperature",
     "attention_transfer_loss",
     "batch_relation_loss",

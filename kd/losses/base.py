@@ -1,6 +1,7 @@
 """What a distillation method is, and the module that joins it to the student.
 
-A method is a `DistillationLoss`: a module that turns both networks' outputs into weighted loss terms. To add one:
+A method is a `DistillationLoss`: a module that turns both networks' outputs into weighted loss terms. One of your own
+needs no change here (docs/extend.md). To add one to kd:
 
 1. kd/losses/NAME.py: the citation, the loss as a pure function of tensors, and the class that wires it. Subclass
    `DistillationLoss`, or `FeatureLoss` (features.py) if the method compares feature maps or embeddings.
@@ -18,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kd.config import NoneConfig
-from kd.config.methods import MethodFlags
+from kd.config.methods import MethodFlags, method_name
+from kd.errors import require
 from kd.losses.cross_entropy import BalancedCrossEntropy
 from kd.metrics import closeness
 from kd.models.features import Tap
@@ -53,6 +55,11 @@ class DistillationLoss(nn.Module, ABC):
         return (), ()
 
     @classmethod
+    def for_flags(cls, kind: type[MethodFlags]) -> type["DistillationLoss"]:
+        """The class for these flags; another one than this only if attributes of the class depend on them."""
+        return cls
+
+    @classmethod
     def partner(cls, config, model: str) -> str | None:
         """Name of a network to train from scratch beside a student called `model`; none by default."""
         return None
@@ -84,7 +91,8 @@ class DistillationLoss(nn.Module, ABC):
 def loss_class(flags: MethodFlags | type[MethodFlags]) -> type[DistillationLoss]:
     """The class of the method that these flags belong to."""
     module, _, name = flags.loss.partition(":")
-    return getattr(importlib.import_module(module), name)
+    kind = flags if isinstance(flags, type) else type(flags)
+    return getattr(importlib.import_module(module), name).for_flags(kind)
 
 
 class Distiller(nn.Module):
@@ -96,12 +104,18 @@ class Distiller(nn.Module):
     def __init__(self, student: nn.Module, loss: DistillationLoss, compression: dict | None = None):
         super().__init__()
         self.student = loss.deployed(student)
+        _check_deployed(loss, self.student is not student)
         self.loss, self.compression = loss, compression or {}
         self.tap = Tap(self.student, loss.student_layers)
 
     @property
     def deployed(self) -> nn.Module:
         return self.student
+
+    @property
+    def recipe(self) -> dict:
+        """JSON from which the deployed network is rebuilt, with the method that does it; empty for a plain student."""
+        return self.loss.recipe and {"method": method_name(self.loss.config), **self.loss.recipe}
 
     def train(self, mode: bool = True) -> "Distiller":
         """Keep frozen modules in eval mode: BatchNorm statistics stay fixed, and dropout stays off."""
@@ -123,6 +137,16 @@ class Distiller(nn.Module):
                 return Step(student.logits, terms)
             soft_labels = self.loss.soft_labels(teacher)
             return Step(student.logits, terms, closeness(student.logits, teacher.logits, batch.label, soft_labels))
+
+
+def _check_deployed(loss: DistillationLoss, changed: bool) -> None:
+    """Raise UserError if the method deploys another network than the student and does not say how it is rebuilt."""
+    rebuilds = type(loss).rebuild.__func__ is not DistillationLoss.rebuild.__func__
+    require(
+        not changed or (rebuilds and bool(loss.recipe)),
+        f"{method_name(loss.config)}: deploys another network than the student, which could not be loaded again; define"
+        " rebuild, and self.recipe, the JSON that it needs",
+    )
 
 
 def _float(outputs: Outputs) -> Outputs:

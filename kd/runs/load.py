@@ -1,10 +1,12 @@
 """The network of a finished run, built from model.json and its weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
+from kd.config.methods import MethodFlags
 from kd.errors import UserError, require
 from kd.runs.results import checked_weights_sha256, read_model, weights_file
 from kd.utils.console import clip
@@ -26,13 +28,15 @@ def load_network(folder: Path, trust_code: bool, weights: str = "last") -> Train
     `weights`: "last", "best" (on validation) or "ema". Raises: UserError if the folder has no finished run or no such
     weights, or its network is the user's own code and not trusted.
     """
+    from kd.config import METHODS, named_method
     from kd.models import build_model, is_users_own
     from kd.models.adapt import resize_input
 
     info, summary = read_model(folder)
+    own = [name for name in (info["model"], _deployed_by(info)) if is_users_own(name)]
     require(
-        trust_code or not is_users_own(info["model"]),
-        f"{folder}: building {info['model']} runs its author's code; --trust-code (kd.load: trust_code=True)"
+        trust_code or not own,
+        f"{folder}: building {' and '.join(own)} runs its author's code; --trust-code (kd.load: trust_code=True)"
         " says that you trust it",
     )
     try:
@@ -40,7 +44,7 @@ def load_network(folder: Path, trust_code: bool, weights: str = "last") -> Train
         network = build_model(info["model"], info["num_classes"], size, quiet=True)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{folder / 'model.json'}: its network cannot be built ({clip(str(error))})") from error
-    network = _rebuild(network, info, folder)
+    network = _rebuild(network, info, folder, named_method if trust_code else METHODS.__getitem__)
     sha256 = checked_weights_sha256(folder, summary, weights)
     load_weights(network, weights_file(folder, weights))
     if size != tuple(info["image_size"]):
@@ -48,14 +52,22 @@ def load_network(folder: Path, trust_code: bool, weights: str = "last") -> Train
     return TrainedNetwork(network.eval(), info, sha256, summary)
 
 
-def _rebuild(network: nn.Module, info: dict, folder: Path) -> nn.Module:
-    """The fresh network compressed as the trained one was, and inside whatever its method deploys."""
+def _deployed_by(info: dict) -> str:
+    """The name of the method that added to the network; empty if none did."""
+    recipe = info.get("deployed")
+    return str(recipe.get("method")) if isinstance(recipe, dict) else ""
+
+
+def _rebuild(network: nn.Module, info: dict, folder: Path, method: Callable[[str], type[MethodFlags]]) -> nn.Module:
+    """The fresh network compressed as the trained one was, and inside whatever its method deploys.
+
+    `method` finds a method's flags by its name.
+    """
     from kd.compress import rebuild
-    from kd.config import METHODS
     from kd.losses import loss_class
 
     def deploy(part: nn.Module, recipe: dict) -> nn.Module:
-        return loss_class(METHODS[recipe["method"]]).rebuild(part, recipe)
+        return loss_class(method(recipe["method"])).rebuild(part, recipe)
 
     steps = {"compression": rebuild, "deployed": deploy}
     for key, step in steps.items():

@@ -14,7 +14,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from kd.config import METHODS, DistillConfig, RunConfig
+from kd.config import DistillConfig, RunConfig, named_method
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults
 from kd.errors import UserError, exit_code, require
@@ -92,7 +92,7 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
     from kd.utils.hub import local_folder
 
     check_name(config.student)
-    if not any(METHODS[method].needs_teacher for method in methods):
+    if not any(named_method(method).needs_teacher for method in methods):
         return
     if not config.teachers:
         check_name(config.teacher_model)

@@ -6,12 +6,12 @@ import itertools
 import os
 from pathlib import Path
 
-from kd.config import METHODS
+from kd.config import named_method
 from kd.config.cli import parse
 from kd.config.presets import PRESETS, distill_defaults
 from kd.errors import nearest, require
 from kd.study.runner import Task, parse_launch_flags
-from kd.utils.system import cores
+from kd.utils.system import cores, script_path
 
 GRID_VIEWS = 10  # views of each image in a study with a grid, unless --views is given: one cache stores them all
 
@@ -48,7 +48,7 @@ class Study:
         args += ["--auto-resume", "--no-control", *flags]
         parse(distill_defaults, "", args)
         label = " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])
-        return Task(label, _script("distill_student.py"), args, needs_teacher=METHODS[method].needs_teacher)
+        return Task(label, script_path("distill_student.py"), args, needs_teacher=named_method(method).needs_teacher)
 
     def students(self, method: str, flags: tuple[str, ...]) -> list[Task]:
         """A method's runs with these flags, one a seed."""
@@ -71,13 +71,7 @@ class Study:
 
 
 def _flags_of(method: str) -> set[str]:
-    return {entry.name for entry in dataclasses.fields(METHODS[method])}
-
-
-def _script(name: str) -> Path:
-    path = Path(__file__).resolve().parents[2] / name
-    require(path.exists(), f"{path}: no such file; kd.study runs the scripts beside kd/, so work from the checkout")
-    return path
+    return {entry.name for entry in dataclasses.fields(named_method(method))}
 
 
 def read_command_line(args: list[str] | None, description: str = "") -> Study:
@@ -122,7 +116,7 @@ def _check(given: argparse.Namespace, rest: list[str]) -> None:
     )
     for method in given.methods:
         require(method != "none", "--methods none: the student alone is always run, as a control")
-        require(method in METHODS, f"--methods {method}: no such method; {nearest(method, METHODS)}")
+        named_method(method)  # raises if there is none
     for flag in (word.split("=")[0] for word in rest):
         require(flag not in STUDY_FLAGS, f"{flag}: the study sets it itself; --seeds chooses the seeds")
     require(given.jobs >= 1, f"--jobs {given.jobs}: give 1 or more")

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kd.config import METHODS, DistillConfig
+from kd.config import METHODS, DistillConfig, is_named
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.models.adapt import Renormalize, resize_input
@@ -71,7 +71,7 @@ def check_teachers(config: DistillConfig) -> None:
         if is_pretrained(name):
             check_pretrained(name, config.teacher_model, config.fine_tune_teacher)
             continue
-        method = difflib.get_close_matches(name, METHODS, n=1)
+        method = [name] if is_named(name) else difflib.get_close_matches(name, METHODS, n=1)
         require(
             not method or expand_user(name).exists(),
             f"--teacher {name}: no such run folder; did you mean the method {method and method[0]}? A method follows"

@@ -7,11 +7,13 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kd.errors import require
 from kd.metrics import predicted
 from kd.types import Step
 
 OTHER_SUMS = 4  # of a Meter, beside terms and measures: two gradient norms, correct predictions, samples
 SPIKE = 10.0  # a loss this many times its recent mean is worth a warning
+OWN_NAMES = {"loss", "top1", "gradient_ratio"}  # numbers of metrics.jsonl that are no terms
 RECENT = 20  # steps in that mean; there is no warning before as many have passed
 SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels are chosen
 
@@ -98,6 +100,14 @@ class Meter:
         if len(saved["rows"][process]) != wanted:
             raise ValueError(f"state.json has sums of {len(saved['rows'][process])} numbers, wanted are {wanted}")
         self.sums = torch.tensor(saved["rows"][process], dtype=self.dtype, device=self.device)
+
+
+def check_terms(result: Step, method: str) -> None:
+    """Raise UserError unless the loss terms are scalars under names of their own. Reads no values."""
+    wrong = [name for name, term in result.terms.items() if not isinstance(term, Tensor) or term.ndim > 0]
+    require(not wrong, f"{method}: its term {wrong and wrong[0]!r} is no scalar tensor; average it over the batch")
+    taken = sorted(result.terms.keys() & (OWN_NAMES | result.measures.keys()))
+    require(not taken, f"{method}: its term {taken and taken[0]!r} has the name of another number; call it otherwise")
 
 
 class Clock:

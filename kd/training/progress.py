@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -9,10 +10,15 @@ from kd.utils.console import console, shorten
 
 NUMBERS_WIDTH = 60  # columns of the run's bar, beside its name
 MIN_NAME_WIDTH = 12
+NOTEBOOK_SECONDS = 0.5  # between two updates in a notebook, which keeps every one of them in its messages
 
 
 class ProgressDisplay:
-    """A line an epoch; on a terminal also a bar for the run and one for the epoch, below the lines."""
+    """A line an epoch; on a terminal also a bar for the run and one for the epoch, below the lines.
+
+    In a notebook the two bars alone, in one place: rich's own way there needs a widget package, and a line an epoch
+    would fill the page.
+    """
 
     def __init__(self, title: str, steps: int, total: int, position: int, shown: bool):
         """`steps`: of an epoch; `total`: of the run, whose last epoch may be shorter; `position`: where it starts."""
@@ -20,6 +26,8 @@ class ProgressDisplay:
         self._first, self._started = position, time.monotonic()
         self.shown = shown
         self.bars = shown and console.is_terminal
+        self._handle, self._updated = None, 0.0  # of the place in a notebook
+        self._notebook = shown and console.is_jupyter
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=12),
@@ -35,10 +43,22 @@ class ProgressDisplay:
 
     def __enter__(self) -> "ProgressDisplay":
         self._progress.start()
+        if self._notebook:
+            with suppress(ImportError):  # lines are printed then
+                from IPython.display import display
+
+                self._handle = display(self._progress, display_id=True)
         return self
 
     def __exit__(self, *exception) -> None:
         self._progress.stop()
+        self._update_notebook(last=True)
+
+    def _update_notebook(self, last: bool = False) -> None:
+        now = time.monotonic()
+        if self._handle is not None and (last or now - self._updated >= NOTEBOOK_SECONDS):
+            self._updated = now
+            self._handle.update(self._progress)
 
     def step(self, step: int, numbers: dict[str, float]) -> None:
         """Show the numbers after `step` steps of the run; called only when they are read anyway."""
@@ -50,6 +70,7 @@ class ProgressDisplay:
         if (speed := numbers.get("images_per_second")) is not None:
             short += f"  {speed:.0f} images/s"
         self._progress.update(self._epoch, description=name, total=length, completed=done, numbers=short)
+        self._update_notebook()
 
     def epoch(self, line: dict) -> None:
         """Show an epoch's numbers, validation included."""
@@ -60,6 +81,8 @@ class ProgressDisplay:
             name = shorten(self.title, max(console.width - len(numbers) - 2, MIN_NAME_WIDTH))
             row = f"{name}  {numbers}"
             console.print(row, markup=False, highlight=False, no_wrap=True, overflow="ellipsis", crop=True)
+        elif self._handle is not None:
+            self._update_notebook()
         elif self.shown:
             done, total = line["step"] - self._first, self.total - self._first
             left = (time.monotonic() - self._started) * (total - done) / max(done, 1)

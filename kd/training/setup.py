@@ -161,9 +161,9 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     """
     layers, classes, labels = loss_class(job.method).layers, len(data.classes), data.train.labels
     student_stages = stages(job.model, student, classes)
+    name = loss_class(job.method).partner(job.method, job.model)
+    partner = build_model(name, classes, data.size) if name else None
     if teacher is None:
-        name = loss_class(job.method).partner(job.method, job.model)
-        partner = build_model(name, classes, data.size) if name else None
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
         return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner)
     teacher_stages = stages(teacher.summary["model"], teacher.network, teacher.classes)
@@ -173,7 +173,7 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
     classifier = teacher_stages.classifier
     head = teacher.network.get_submodule(classifier) if classifier else None
-    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance)
+    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner)
 
 
 def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:

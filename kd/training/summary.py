@@ -106,7 +106,7 @@ def model_info(trainer: Trainer) -> dict:
         "classes": data.classes,
         "stored_size": job.data.stored_size,
         "resized": job.origin and job.origin.image_size,  # what a network from elsewhere takes them at, inside
-        "deployed": trainer.distiller.loss.recipe,
+        "deployed": trainer.distiller.recipe,
     }
     return info | ({"compression": compression} if compression else {})
 

@@ -26,7 +26,7 @@ from kd.teachers.live import TeacherLogits
 from kd.training.average import Average, too_long, weights_in
 from kd.training.diagnostics import gradient_norms, warnings
 from kd.training.evaluate import validate
-from kd.training.meter import Clock, Meter
+from kd.training.meter import Clock, Meter, check_terms
 from kd.training.optimizers import describe, make_optimizer
 from kd.training.progress import ProgressDisplay
 from kd.training.schedule import lr_at
@@ -130,6 +130,8 @@ class Trainer:
     def add_gradient(self, batch: Batch, teacher_outputs: Outputs | None, share: float) -> Step:
         """Forward and backward of a batch, or of a `share` of one; returns the forward pass's results."""
         result = self.model(batch, teacher_outputs)
+        if not self.meter.terms:  # the first step
+            check_terms(result, self.job.role)
         loss = sum(result.terms.values())
         self.accelerator.backward(loss if share == 1 else loss * share)
         return result

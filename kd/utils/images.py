@@ -75,9 +75,9 @@ def decode_to(
 
 
 def preprocess(
-    source: str | Path | io.BytesIO, image_size: tuple[int, int], stored_size: int | None
+    source: str | Path | io.BytesIO | Image.Image, image_size: tuple[int, int], stored_size: int | None
 ) -> UInt8[np.ndarray, "3 h w"]:
-    """Decode an image to what a network of `image_size` (height, width) is scored on; `stored_size` as in its run.
+    """An image as a network of `image_size` (height, width) is scored on it; `stored_size` as in its run.
 
     Raises: whatever Pillow does, of many kinds, if it is not an image.
     """
@@ -88,8 +88,10 @@ def preprocess(
     return stored[:, top : top + image_size[0], left : left + image_size[1]]
 
 
-def open_image(source: str | Path | io.BytesIO, size: int | None = None) -> Image.Image:
+def open_image(source: str | Path | io.BytesIO | Image.Image, size: int | None = None) -> Image.Image:
     """Open an image of any kind that Pillow reads, upright and in RGB; of a JPEG unpack no more than `size` needs."""
+    if isinstance(source, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(source))
     with Image.open(source) as image:
         if size is not None:
             image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))  # JPEG's own halving; no effect elsewhere

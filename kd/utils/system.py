@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from kd.errors import require
+
 
 def cores() -> int:
     """Processor cores that this process may use."""
@@ -38,6 +40,13 @@ def limit_files() -> list[Path]:
     own = root / group.lstrip("/")
     groups = [own, *(above for above in own.parents if above.is_relative_to(root))]
     return [*(folder / "memory.max" for folder in groups), root / "memory" / "memory.limit_in_bytes"]
+
+
+def script_path(name: str) -> Path:
+    """A script of the project, which lies beside kd/. Raises UserError if it does not."""
+    path = Path(__file__).resolve().parents[2] / name
+    require(path.exists(), f"{path}: no such file; the scripts lie beside kd/, so work from the checkout")
+    return path
 
 
 class Lock:

@@ -1,5 +1,6 @@
 """Code of the user's own: a `module:function` is imported from the working folder and called. No torch here."""
 
+import difflib
 import importlib
 import inspect
 import re
@@ -8,8 +9,9 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from kd.errors import OUR_FOLDER, USERS_FILES, UserError, require, users_own_error
+from kd.errors import OUR_FOLDER, USERS_FILES, UserError, nearest, require, users_own_error
 
 
 def is_users_own(name: str) -> bool:
@@ -22,7 +24,26 @@ def import_function(name: str, what: str) -> Callable:
 
     Raises: UserError if there is none, UsersOwnError if its module fails.
     """
-    module_name, function = name.split(":")
+    module, function = _import_module(name, what), name.partition(":")[2]
+    require(callable(getattr(module, function, None)), f"{what}: {module.__name__} has no function {function}")
+    return getattr(module, function)
+
+
+def import_class(name: str, what: str) -> type:
+    """The class that `name`, a module:Class, means; raises as `import_function` does."""
+    module, kind = _import_module(name, what), name.partition(":")[2]
+    own = [
+        key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    found = getattr(module, kind, None)
+    help = f"; {nearest(kind, own)}" if own else ""
+    require(found is not None, f"{what}: {module.__name__} has no class {kind}{help}")
+    require(isinstance(found, type), f"{what}: is a {type(found).__name__}, no class{help}")
+    return found
+
+
+def _import_module(name: str, what: str) -> ModuleType:
+    module_name = name.partition(":")[0]
     if str(Path.cwd()) not in sys.path:  # `python -m` would have it there
         sys.path.insert(0, str(Path.cwd()))
     before = set(sys.modules)
@@ -31,12 +52,13 @@ def import_function(name: str, what: str) -> Callable:
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if missing:
-            raise UserError(f"{what}: cannot import {module_name} from {Path.cwd()} ({error})") from error
+            similar = difflib.get_close_matches(module_name, [path.stem for path in Path.cwd().glob("*.py")])
+            help = f"; did you mean {' or '.join(similar)}?" if similar else ""
+            raise UserError(f"{what}: cannot import {module_name} from {Path.cwd()} ({error}){help}") from error
         _note_files(error)
         raise users_own_error(error, f"{what}, while {module_name} was imported") from error
     USERS_FILES.update(filter(None, (_file_of(key) for key in {module_name, *_new_beside(module_name, before)})))
-    require(callable(getattr(module, function, None)), f"{what}: {module_name} has no function {function}")
-    return getattr(module, function)
+    return module
 
 
 def call_function(function: Callable, name: str, what: str, **arguments):

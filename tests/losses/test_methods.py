@@ -30,7 +30,12 @@ FEW = [
     "--save-every",
     "1",
 ]  # 80 images: 4 steps
-FLAGS = {"crd": ["--negatives", "64"], "dkd": ["--ramp-epochs", "2"], "rld": ["--ramp-epochs", "2"]}
+FLAGS = {
+    "crd": ["--negatives", "64"],
+    "dkd": ["--ramp-epochs", "2"],
+    "rld": ["--ramp-epochs", "2"],
+    "kd+vid+crd": ["--crd-negatives", "64"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +61,8 @@ def student(teacher: str, method: str, *args: str) -> None:
 
 # Methods with state, parameters or two views, or another deployed network, always run; the others are slow tests.
 STATEFUL = ("kd", "ctkd", "crld", "vid", "cc", "crd", "reviewkd", "simkd", "deit", "ofa", "apprentice")
-EVERY = [pytest.param(name, marks=() if name in STATEFUL else pytest.mark.slow) for name in METHODS]
+EVERY = [pytest.param(name, marks=() if name in STATEFUL else pytest.mark.slow) for name in (*METHODS, "simkd+at")]
+EVERY.append("kd+vid+crd")
 
 
 @pytest.mark.parametrize("method", EVERY)

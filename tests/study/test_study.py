@@ -61,7 +61,7 @@ train(args[0], pathlib.Path("runs") / name, top1, 1.0 if "0.9" in args else 2.0)
 def fake(monkeypatch):
     """Run the stand-in directly instead of the script through the launcher."""
     Path("distill_student.py").write_text(FAKE)
-    monkeypatch.setattr(plan, "_script", lambda name: Path(name))
+    monkeypatch.setattr(plan, "script_path", lambda name: Path(name))
     monkeypatch.setattr("kd.study.runner.LAUNCHER", (sys.executable,))
     monkeypatch.setattr(runner, "POLL", 0.01)
 
