@@ -1,6 +1,6 @@
 """Every flag, every method's settings and every preset. No torch here: --help need not wait for it."""
 
-from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
+from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, StartConfig, ViewConfig
 from kd.config.jobs import DistillConfig, Job, Origin, PresetName, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, NoneConfig, method_name
 
@@ -18,6 +18,7 @@ __all__ = [
     "Origin",
     "PresetName",
     "RunConfig",
+    "StartConfig",
     "TrainConfig",
     "ViewConfig",
     "method_name",

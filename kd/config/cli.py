@@ -31,15 +31,15 @@ from kd.errors import exit_code
 GROUPS = {
     "data": "data classes image-size val-fraction test-fraction label image skip-broken stored-size decode workers "
     "stream shuffle-rows split-seed imbalance",
-    "model": "student model",
+    "model": "student model init model-args freeze freeze-epochs",
     "teacher": "teacher teacher-model teacher-seed control fine-tune-teacher trust-code cache-teacher cache-dtype "
-    "cache-top-k",
+    "cache-top-k teacher-init teacher-model-args",
     "training": "preset epochs batch-size lr seed weight-decay momentum nesterov schedule warmup-epochs milestones "
     "label-smoothing balance drop-last clip-norm mixed-precision compile channels-last deterministic sync-batchnorm",
     "augmentation": "crop-padding resized-crop flip mixup cutmix erase colour-jitter views view-seed",
     "run": "out resume auto-resume resume-inexact extend save-every threads test",
     "logging": "log-every diagnose-every wandb wandb-project wandb-group",
-    "compression": "init weight-bits activation-bits prune sparsity",
+    "compression": "weight-bits activation-bits prune sparsity",
 }
 
 # Flags without their part's name, and a method's own before or after the others.

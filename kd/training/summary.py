@@ -89,7 +89,8 @@ def _training_summary(state: State, job: Job, params: int) -> dict:
 
 
 def _model_info(job: Job, data: Data) -> dict:
-    return {
+    arguments = {key: value for key, value in job.start.asked.items() if key == "model_args"}
+    return arguments | {
         "model": job.model,
         "num_classes": len(data.classes),
         "image_size": data.size,
@@ -97,7 +98,7 @@ def _model_info(job: Job, data: Data) -> dict:
         "std": data.std,
         "classes": data.classes,
         "stored_size": job.data.stored_size,
-        "resized": job.origin and job.origin.image_size,  # what a network from elsewhere takes them at, inside
+        "resized": job.resized,  # what a network from elsewhere takes them at, inside
     }
 
 

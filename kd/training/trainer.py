@@ -97,6 +97,8 @@ class Trainer:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches that are left of an epoch; the model is in training mode."""
+        held_epochs = self.job.start.freeze_epochs or 0
+        self.distiller.hold(epoch < held_epochs, with_gradients=self.accelerator.num_processes > 1)
         self.distiller.train()
         return self._batches.epoch(epoch, self.state.step - epoch * self._batches.steps)
 
@@ -116,6 +118,7 @@ class Trainer:
             group["lr"] = lr
         result = self.model(batch, teacher_outputs)
         self.accelerator.backward(sum(result.terms.values()))
+        self.distiller.drop_held_gradients()
         if self.job.fit.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.job.fit.clip_norm)
         self.optimizer.step()
