@@ -159,3 +159,15 @@ def two_arguments(classes: int, width: int) -> nn.Module:
 
 def pair(num_classes: int) -> tuple:
     return plain(num_classes), 3
+
+
+def dropped(num_classes: int, rate: float = 0.5, width: int = 8) -> nn.Module:
+    """Dropout of a given rate: every step draws."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(rate),
+        nn.Linear(4 * width, num_classes),
+    )

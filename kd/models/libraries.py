@@ -26,12 +26,15 @@ from kd.utils.users_own import is_users_own as is_module_function
 
 # Arguments that kd itself gives, or that would fetch or open other weights than those that a flag names. The arguments
 # may come from a stranger's model.json.
+# fmt: off
 RESERVED = (
-    "num_classes in_chans weights weights_backbone progress pretrained checkpoint_path cache_dir pretrained_cfg"
-    " pretrained_cfg_overlay pretrained_model_args pretrained_strict pretrained_filter_fn features_only feature_cfg"
-    " out_indices kwargs_filter model_cfg model_cls variant pruned scriptable exportable no_jit device dtype aux_logits"
-    " init_weights"
-).split()
+    "num_classes", "in_chans", "weights", "weights_backbone", "progress", "pretrained", "checkpoint_path",
+    "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
+    "pretrained_filter_fn", "features_only", "feature_cfg", "out_indices", "kwargs_filter", "model_cfg",
+    "model_cls", "variant", "pruned", "scriptable", "exportable", "no_jit", "device", "dtype", "aux_logits",
+    "init_weights",
+)
+# fmt: on
 
 SHARED_LIBRARIES = {".so", ".pyd", ".dll", ".dylib"}
 
@@ -144,7 +147,7 @@ def resampled(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
 @contextmanager
 def argument_errors(name: str, arguments: Mapping[str, object]) -> Iterator[None]:
     """Check --model-args of network `name`, and turn the constructor's errors over them into a UserError."""
-    reserved = ["num_classes"] if is_module_function(name) else RESERVED
+    reserved = ("num_classes",) if is_module_function(name) else RESERVED
     for key in arguments:
         require(key not in reserved, f"--model-args {key}: is not for you to give to {name}; leave it out")
     try:

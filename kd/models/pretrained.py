@@ -159,8 +159,8 @@ def _require_classes(pretrained: Pretrained, name: str) -> None:
     outputs = f" of its {rows} outputs" if rows else ""
     require(
         bool(pretrained.classes),
-        f"{pretrained.flags.weights} {name}: its classes have no names to match with the data's; list those{outputs}, in"
-        f' order, as "classes" in {Path(name).with_suffix(".json").name}; or {NEW_HEAD_ADVICE}',
+        f"{pretrained.flags.weights} {name}: its classes have no names to match with the data's; list those{outputs},"
+        f' in order, as "classes" in {Path(name).with_suffix(".json").name}; or {NEW_HEAD_ADVICE}',
     )
 
 

@@ -105,7 +105,7 @@ def start_from(job: Job, data: Data, flags: Flags | None = None) -> tuple[Job, D
         numbers = ("/".join(f"{value:.3g}" for value in part) for part in (mean, std))
         notes.append("normalised as they expect (mean {}, std {})".format(*numbers))
     seen = start.weights.image_size
-    if size == tuple(data.size) != seen:
+    if size == tuple(data.size) != seen and asked_size(job.model, job.model_args) is None:
         notes.append(f"trained at {seen[1]} x {seen[0]} (--image-size {seen[0]} resizes the data)")
     print_once(f"{flags.weights} {name}: its weights see images {'; '.join(notes)}")
     origin = Origin(name, start.sha256, size, tuple(mean), tuple(std))
@@ -211,10 +211,9 @@ def load_start(network: nn.Module, job: Job, data: Data) -> None:
     for note in (*start.weights.notes, *notes):
         print_once(f"{flags.weights} {name}: {note}")
     if heads:
-        others = f"of its weights' {len(known)}" if known else "of its weights', which have no names"
-        print_once(
-            f"{flags.weights} {name}: a new last layer {', '.join(heads)} for {classes} classes, in place {others}"
-        )
+        others = f"of the {len(known)} that its weights know" if known else "of its weights' own, which have no names"
+        layer = f"a new last layer {', '.join(heads)} for {classes} classes"
+        print_once(f"{flags.weights} {name}: {layer}, in place {others}")
 
 
 def _resize_as(network: nn.Module, info: dict, heads: tuple[str, ...], classes: int, name: str) -> None:
