@@ -10,6 +10,7 @@ resnet20 -> resnet8 on digits: 99.16% test top-1, 99.16% alone (seed 0, last epo
 resnet34 -> resnet18 on CIFAR-100: not measured yet
 """
 
+import dataclasses
 from pathlib import Path
 
 from kd.config import DistillConfig
@@ -18,17 +19,20 @@ from kd.config.presets import distill_defaults
 from train_teacher import train
 
 
-def find_teacher(config: DistillConfig, data, accelerator):
+def find_teacher(config: DistillConfig, data, seen, accelerator):
     """The teacher's network: --teacher, with a new last layer if asked for; else what a pruned student was before;
-    else the recipe's own teacher, trained here unless it is already."""
+    else the recipe's own teacher, trained here unless it is already. `seen` is `data` as the student sees it."""
     from kd.teachers.load import load_teachers
     from kd.training.setup import head_job
+    from kd.training.start import TEACHER_START, start_from
 
-    names = list(config.teachers) or [train(config.teacher_job(), data, accelerator)]
+    names = list(config.teachers)
+    names = names or [train(*start_from(config.teacher_job(), data, TEACHER_START), accelerator)]
     jobs = [head_job(config, name, data) for name in names]
     names = [train(*job, accelerator) if job else name for name, job in zip(names, jobs, strict=True)]
     trusted = config.trust_code or not config.teacher or all(jobs)  # what was trained here runs the user's own code
-    return load_teachers(names, data, accelerator.device, trusted, config.teacher_model)
+    model, arguments = config.teacher_model, config.teacher_model_args
+    return load_teachers(names, seen, accelerator.device, trusted, model, arguments)
 
 
 def main(config: DistillConfig) -> Path:
@@ -38,24 +42,28 @@ def main(config: DistillConfig) -> Path:
     from kd.teachers.load import check_teachers
     from kd.training.launch import print_plan, start
     from kd.training.setup import build_distiller, build_network, check_job, settle_by_data
+    from kd.training.start import TEACHER_START, check_start, start_from
 
     needs_teacher = config.method.needs_teacher
     check_name(config.student)
+    check_start(config.job())
     if needs_teacher and config.teachers:
         check_teachers(config)
     elif needs_teacher:
         check_name(config.teacher_model)
+        check_start(config.teacher_job(), TEACHER_START)
     print_plan(config.job(), (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
     config = settle_by_data(config, data, accelerator)
-    job = config.job()
-    network = build_network(job, data)
-    check_job(job, network, data, accelerator)
-    teacher = find_teacher(config, data, accelerator) if needs_teacher else None
-    distiller = build_distiller(job, data, teacher, network)
-    control = train(config.control_job(), data, accelerator) if config.control and job.method_name != "none" else None
-    folder = train(job, data, accelerator, distiller, teacher, control)
+    job, seen = start_from(config.job(), data)
+    network = build_network(job, seen)
+    check_job(job, network, seen, accelerator)
+    teacher = find_teacher(config, data, seen, accelerator) if needs_teacher else None
+    distiller = build_distiller(job, seen, teacher, network)
+    alone = dataclasses.replace(config.control_job(), origin=job.origin)
+    control = train(alone, seen, accelerator) if config.control and job.method_name != "none" else None
+    folder = train(job, seen, accelerator, distiller, teacher, control)
     if accelerator.is_main_process:
         show_results(folder, control)
     return folder

@@ -57,13 +57,15 @@ def main(config: TrainConfig) -> Path:
     from kd.runs.table import show_results
     from kd.training.launch import print_plan, start
     from kd.training.setup import build_distiller, build_network, check_job, settle_by_data
+    from kd.training.start import check_start, start_from
 
     check_name(config.model)
+    check_start(config.job())
     print_plan(config.job())
     accelerator = start(config.fit, config.run)
     data = load_data(config.data)
     config = settle_by_data(config, data, accelerator)
-    job = config.job()
+    job, data = start_from(config.job(), data)
     network = build_network(job, data)
     check_job(job, network, data, accelerator)
     folder = train(job, data, accelerator, build_distiller(job, data, network=network))

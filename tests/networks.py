@@ -180,3 +180,15 @@ def timm_vit(num_classes: int) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(16, 4, embed_dim=16, depth=4, num_heads=2, num_classes=num_classes)
+
+
+def dropped(num_classes: int, rate: float = 0.5, width: int = 8) -> nn.Module:
+    """Dropout of a given rate: every step draws."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(rate),
+        nn.Linear(4 * width, num_classes),
+    )

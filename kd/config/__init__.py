@@ -1,6 +1,6 @@
 """Every flag, every method's settings and every preset. No torch here: --help need not wait for it."""
 
-from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
+from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, StartConfig, ViewConfig
 from kd.config.jobs import DistillConfig, Job, Origin, PresetName, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, NoneConfig, method_name
 from kd.config.named import is_named, named_method
@@ -19,6 +19,7 @@ __all__ = [
     "Origin",
     "PresetName",
     "RunConfig",
+    "StartConfig",
     "TrainConfig",
     "ViewConfig",
     "is_named",

@@ -56,10 +56,10 @@ GROUPS = {
         "data classes image-size val-fraction label image stream",
         "test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance",
     ),
-    "model": Group("student model"),
+    "model": Group("student model init model-args", "freeze freeze-epochs"),
     "teacher": Group(
         "teacher teacher-model control fine-tune-teacher cache-teacher",
-        "teacher-seed trust-code cache-dtype cache-top-k",
+        "teacher-seed teacher-init teacher-model-args trust-code cache-dtype cache-top-k",
     ),
     "training": Group(
         "preset epochs batch-size lr seed optimizer weight-decay momentum schedule warmup-epochs ema label-smoothing "
@@ -77,7 +77,7 @@ GROUPS = {
         "out resume auto-resume config save-every threads", "push-to push-every print-config resume-inexact extend test"
     ),
     "logging": Group("wandb track", "log-every diagnose-every wandb-project wandb-group"),
-    "compression": Group("init weight-bits", "activation-bits prune sparsity"),
+    "compression": Group("weight-bits", "activation-bits prune sparsity"),
     "picture": Group("images"),  # of kd.data.show
 }
 

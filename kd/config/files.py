@@ -33,7 +33,7 @@ def read_flags(path: Path) -> dict[str, Any]:
 def _flags_of_a_run(config: dict) -> dict[str, Any]:
     """The flags with which the run of a config.json is trained again, without its folder."""
     job = config["flags"]
-    parts = {part: job[part] for part in ("data", "views", "fit", "run", "cache", "compress") if part in job}
+    parts = {part: job[part] for part in ("data", "views", "fit", "run", "cache", "compress", "start") if part in job}
     flags = {name: value for part in parts.values() for name, value in part.items() if name not in NOT_REPEATED}
     flags |= {"data": flags.pop("source"), "views": flags.pop("count"), "preset": job["preset"]}
     if job["role"] == "teacher":

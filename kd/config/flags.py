@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from kd.config.model_args import format_model_args, parse_model_args
 from kd.errors import nearest, require
 
 MAX_PADDING = 4096  # pixels
@@ -464,7 +465,8 @@ class CompressConfig:
     """Low precision and pruning of the trained network."""
 
     init: Annotated[str | None, arg(metavar="RUN")] = None
-    """Start from this finished run of the same network (pruning needs it)."""
+    """Start from these weights: `pretrained` (the network's published ones), or what --teacher takes (torchvision/NAME,
+    timm/NAME, run, Hub id, file). Pruning needs a run."""
     weight_bits: Literal[32, 8, 4, 2] = 32
     """Bits per weight, in every conv and linear layer except the first and last (2 = ternary: -s, 0, s)."""
     activation_bits: Literal[32, 8, 4] = 32
@@ -488,3 +490,28 @@ class CompressConfig:
         """The flags that differ from no compression."""
         default = CompressConfig()
         return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(default, name)}
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """How the network is built, and which of its weights stay as they are."""
+
+    model_args: Annotated[str | None, arg(metavar="KEY=VALUE,...")] = None
+    """Arguments for the network's constructor: drop_path_rate=0.1,img_size=64."""
+    freeze: Annotated[tuple[str, ...], arg(metavar="LAYER ...")] = ()
+    """Layers, by the dotted names of modules, that are not trained."""
+    freeze_epochs: int | None = None
+    """With --freeze: for the first N epochs only."""
+
+    def check(self) -> None:
+        parse_model_args(self.model_args)
+        epochs = self.freeze_epochs
+        require(epochs is None or epochs >= 1, f"--freeze-epochs {epochs}: give 1 or more")
+        require(epochs is None or bool(self.freeze), f"--freeze-epochs {epochs}: name the layers with --freeze")
+
+    @property
+    def asked(self) -> dict:
+        """What differs from a network as its name says, all of it trained; equal for equal results."""
+        arguments = format_model_args(parse_model_args(self.model_args))
+        given = {"model_args": arguments, "freeze": sorted(set(self.freeze)), "freeze_epochs": self.freeze_epochs}
+        return {name: value for name, value in given.items() if value}

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
+from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, StartConfig, ViewConfig
 from kd.config.methods import KDConfig, Method, NoneConfig, method_name
+from kd.config.model_args import asked_size, parse_model_args
 from kd.errors import require
 
 PresetName = Literal["report", "strong", "crd", "patient", "own", "digits"]
@@ -59,6 +60,7 @@ class _Common:
     fit: FitConfig = field(default_factory=FitConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    start: StartConfig = field(default_factory=StartConfig)
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ class TrainConfig(_Common):
     method: NoneConfig = field(default_factory=NoneConfig)
 
     def check(self) -> None:
-        for part in (self.data, self.views, self.fit, self.run, self.compress, self.method):
+        for part in (self.data, self.views, self.fit, self.run, self.compress, self.start, self.method):
             part.check()
         check_together(self.data, self.views, self.fit)
 
     def job(self) -> "Job":
         parts = (self.data, self.views, fit_for(self.preset, self.fit, self.model), self.run)
-        return Job("teacher", self.preset, self.model, self.method, *parts, compress=self.compress)
+        return Job("teacher", self.preset, self.model, self.method, *parts, compress=self.compress, start=self.start)
 
 
 @dataclass(frozen=True)
@@ -100,21 +102,31 @@ class DistillConfig(_Common):
     """Also train the student alone, by the same recipe, to compare."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     method: Method = field(default_factory=KDConfig)
+    teacher_init: Annotated[str | None, arg(metavar="RUN")] = None
+    """As --init, for the recipe's own teacher."""
+    teacher_model_args: Annotated[str | None, arg(metavar="KEY=VALUE,...")] = None
+    """As --model-args, for --teacher-model."""
 
     def check(self) -> None:
-        for part in (self.data, self.views, self.fit, self.run, self.compress, self.method):
+        for part in (self.data, self.views, self.fit, self.run, self.compress, self.start, self.method):
             part.check()
         self.cache.check(self.views)
         require(
             bool(self.teacher) or not self.fine_tune_teacher,
             "--fine-tune-teacher: needs a pretrained --teacher (torchvision/NAME, timm/NAME or a file of weights)",
         )
+        require(
+            self.teacher_init is None or not self.teachers,
+            f"--teacher-init {self.teacher_init}: is for the recipe's own teacher, and {' '.join(self.teachers)}"
+            " teaches; leave one of them out",
+        )
+        parse_model_args(self.teacher_model_args, "--teacher-model-args")
         check_together(self.data, self.views, self.fit)
 
     def job(self) -> "Job":
         fit, method = fit_for(self.preset, self.fit, self.student), self.method.settled(self.student)
         parts = (self.data, self.views, fit, self.run, self.cache, self.compress)
-        return Job(method_name(method), self.preset, self.student, method, *parts)
+        return Job(method_name(method), self.preset, self.student, method, *parts, start=self.start)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -129,7 +141,9 @@ class DistillConfig(_Common):
         """
         fit = dataclasses.replace(self.fit, seed=self.teacher_seed)
         job = self._side_job("teacher", model or self.teacher_model, fit)
-        return dataclasses.replace(job, views=dataclasses.replace(self.views, count=0, view_seed=0))
+        views = dataclasses.replace(self.views, count=0, view_seed=0)
+        start, compress = StartConfig(self.teacher_model_args), CompressConfig(self.teacher_init)
+        return dataclasses.replace(job, views=views, start=start, compress=compress)
 
     def head_job(self, model: str, origin: "Origin") -> "Job":
         """Training of a new last layer on a pretrained network, by the teacher's recipe."""
@@ -137,7 +151,8 @@ class DistillConfig(_Common):
 
     def control_job(self) -> "Job":
         """The student alone, compressed alike: the same run as `distill_student.py none` makes."""
-        return dataclasses.replace(self._side_job("none", self.student, self.fit), compress=self.compress)
+        job = self._side_job("none", self.student, self.fit)
+        return dataclasses.replace(job, compress=self.compress, start=self.start)
 
     def _side_job(self, role: str, model: str, fit: FitConfig) -> "Job":
         run = dataclasses.replace(self.run, out=None, resume=False, auto_resume=True, push_to=None, push_every=0)
@@ -147,11 +162,11 @@ class DistillConfig(_Common):
 
 @dataclass(frozen=True)
 class Origin:
-    """A pretrained network that a job trains a new last layer for (kd/models/pretrained.py)."""
+    """Weights from elsewhere: of a pretrained teacher that gets a new last layer, or those that --init starts from."""
 
-    source: str  # the value of --teacher
+    source: str  # the value of --teacher or --init
     sha256: str
-    image_size: tuple[int, int]
+    image_size: tuple[int, int]  # at which the network takes the images, resized inside
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -170,7 +185,17 @@ class Job:
     run: RunConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
-    origin: Origin | None = None  # None: all of a new network is trained
+    origin: Origin | None = None  # None: a new network, or a run's that sees images as the data has them
+    start: StartConfig = field(default_factory=StartConfig)
+
+    @property
+    def model_args(self) -> dict[str, object]:
+        return parse_model_args(self.start.model_args)
+
+    @property
+    def resized(self) -> tuple[int, int] | None:
+        """The size at which the network takes the images, resized inside; None: that of the data."""
+        return self.origin.image_size if self.origin else asked_size(self.model, self.model_args)
 
     @property
     def method_name(self) -> str:

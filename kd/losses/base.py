@@ -107,6 +107,8 @@ class Distiller(nn.Module):
         _check_deployed(loss, self.student is not student)
         self.loss, self.compression = loss, compression or {}
         self.tap = Tap(self.student, loss.student_layers)
+        self.held: tuple[nn.Parameter, ...] = ()  # of the student's, which --freeze-epochs keeps at first
+        self._holding = False
 
     @property
     def deployed(self) -> nn.Module:
@@ -120,11 +122,34 @@ class Distiller(nn.Module):
     def train(self, mode: bool = True) -> "Distiller":
         """Keep frozen modules in eval mode: BatchNorm statistics stay fixed, and dropout stays off."""
         super().train(mode)
+        held = set(self.held) if self._holding else ()
         for part in self.modules():
             parameters = list(part.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
+            if parameters and not any(parameter.requires_grad and parameter not in held for parameter in parameters):
                 part.eval()
         return self
+
+    def hold(self, holding: bool, with_gradients: bool) -> None:
+        """Keep the `held` parameters as they are from now on, or train them. To be followed by `train`.
+
+        The optimizer has them from the start, and leaves alone what has no gradient: no decay, no momentum, no state.
+        So their first trained step is the same in a run that is resumed. `with_gradients`: compute and drop them, for
+        DDP, which waits for the gradient of every parameter that it was built with.
+        """
+        self._holding = holding
+        for parameter in self.held:
+            parameter.requires_grad_(not holding or with_gradients)
+
+    def drop_held_gradients(self) -> None:
+        """After backward, before anything reads the gradients."""
+        if self._holding:
+            for parameter in self.held:
+                parameter.grad = None
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The student's parameters that are trained now."""
+        held = set(self.held) if self._holding else ()
+        return [part for part in self.student.parameters() if part.requires_grad and part not in held]
 
     def forward(self, batch: Batch, teacher: Outputs | None) -> Step:
         """The student's logits (float32), the loss terms, and how close student and teacher are."""

@@ -32,7 +32,7 @@ define_operators()  # before anything imports torchvision, as timm does
 FAMILIES = (resnet, cifar_resnet, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2)
 
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
-"""Name -> f(num_classes, image_size); image_size is (height, width)."""
+"""Name -> f(num_classes, image_size, **arguments); image_size is (height, width)."""
 
 FAMILY = {name: family for family in FAMILIES for name in family.MODELS}
 FAMILY |= {f"{library}/{name}": resnet for library in ("torchvision", "timm") for name in resnet.MODELS}
@@ -49,7 +49,7 @@ BEFORE_RELU |= {f"timm/{name}": layers for name, layers in resnet.TIMM_BEFORE_RE
 DISTILLATION = "head_dist"  # timm's name for the second classifier of its distilled networks (DeiT, LeViT, ...)
 
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
-"""Prefix before the slash -> f(the name after it, num_classes, image_size)."""
+"""Prefix before the slash -> f(the name after it, num_classes, image_size, arguments)."""
 
 
 def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
@@ -88,6 +88,18 @@ def _two_heads(classifiers: Sequence[str]) -> tuple[str, ...]:
     return ()
 
 
+def head_layers(name: str, network: nn.Module, num_classes: int) -> tuple[str, ...]:
+    """The layers that output the classes; several in a network of timm that has a distillation token."""
+    if name.startswith("timm/"):
+        found = network.get_classifier()
+        parts = found if isinstance(found, tuple) else (found,)
+        named = [(key, module) for key, module in network.named_modules() if any(module is part for part in parts)]
+        if names := tuple(key for key, module in named if next(module.parameters(), None) is not None):
+            return names
+    classifier = stages(name, network, num_classes).classifier
+    return (classifier,) if classifier else ()
+
+
 def check_name(name: str) -> None:
     """Raise UserError, with the nearest names, if there is no such network. Builds nothing."""
     library, _, short = name.partition("/")
@@ -103,23 +115,32 @@ def check_name(name: str) -> None:
     require(short in names, f"unknown model {name!r}: {nearest(short, names)}")
 
 
-def build_model(name: str, num_classes: int, image_size: tuple[int, int], quiet: bool = False) -> nn.Module:
+def build_model(
+    name: str,
+    num_classes: int,
+    image_size: tuple[int, int],
+    quiet: bool = False,
+    arguments: Mapping[str, object] | None = None,
+) -> nn.Module:
     """A network with fresh weights from torch's generator, checked to output b x num_classes for such images.
 
-    `quiet`: without the line that says how a network of the user's own is used.
+    `quiet`: without the line that says how a network of the user's own is used. `arguments`: for its constructor.
 
-    Raises: UserError for an unknown name (with the nearest ones), or a network that cannot take these images.
+    Raises: UserError for an unknown name (with the nearest ones), a network that cannot take these images, or
+    arguments that it does not take.
     """
     check_name(name)
+    arguments = dict(arguments or {})
     library, _, short = name.partition("/")
-    if name in MODELS:
-        network = MODELS[name](num_classes, image_size)
-    elif library in LIBRARIES:
-        with libraries.image_errors(name, image_size):
-            network = LIBRARIES[library](short, num_classes, image_size)
-    else:
-        network = _build_users_own(name, num_classes)
-        _take_logits(network, name, num_classes, image_size, quiet)
+    with libraries.argument_errors(name, arguments):
+        if name in MODELS:
+            network = MODELS[name](num_classes, image_size, **arguments)
+        elif library in LIBRARIES:
+            with libraries.image_errors(name, image_size):
+                network = LIBRARIES[library](short, num_classes, image_size, arguments)
+        else:
+            network = _build_users_own(name, num_classes, arguments)
+            _take_logits(network, name, num_classes, image_size, quiet)
     logits = probe(network, image_size, name).logits
     require(
         isinstance(logits, torch.Tensor) and tuple(logits.shape) == (2, num_classes),
@@ -146,9 +167,9 @@ def probe(network: nn.Module, image_size: tuple[int, int], name: str, layers: Se
         network.train(training)
 
 
-def _build_users_own(name: str, num_classes: int) -> nn.Module:
+def _build_users_own(name: str, num_classes: int, arguments: dict[str, object]) -> nn.Module:
     function = import_function(name, f"model {name}")
-    network = call_function(function, name, f"model {name}", num_classes=num_classes)
+    network = call_function(function, name, f"model {name}", num_classes=num_classes, **arguments)
     called = f"{name.partition(':')[2]}(num_classes={num_classes})"
     require(
         isinstance(network, nn.Module),

@@ -5,13 +5,29 @@ are given the image size. timm is an optional dependency. Either is imported onl
 """
 
 import math
-from collections.abc import Iterator
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd.errors import UserError, is_users_own, require
 from kd.utils.console import clip
+from kd.utils.users_own import is_users_own as is_module_function
+
+# Arguments that kd itself gives, or that would fetch or open other weights than those that a flag names. The arguments
+# may come from a stranger's model.json.
+# fmt: off
+RESERVED = (
+    "num_classes", "in_chans", "weights", "weights_backbone", "progress", "pretrained", "checkpoint_path",
+    "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
+    "pretrained_filter_fn", "features_only", "feature_cfg", "out_indices", "kwargs_filter", "model_cfg",
+    "model_cls", "variant", "pruned", "scriptable", "exportable", "no_jit", "device", "dtype", "aux_logits",
+    "init_weights",
+)
+# fmt: on
 
 
 def torchvision_names() -> list[str]:
@@ -20,7 +36,9 @@ def torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def from_torchvision(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def from_torchvision(
+    name: str, num_classes: int, image_size: tuple[int, int], arguments: Mapping[str, object]
+) -> nn.Module:
     import torchvision
 
     options = {}
@@ -35,7 +53,7 @@ def from_torchvision(name: str, num_classes: int, image_size: tuple[int, int]) -
         if image_size != (side, side):
             raise ValueError("it takes square images only; timm/vit_... takes any")
         options = {"image_size": side}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **{**options, **arguments})
 
 
 def timm_names() -> list[str]:
@@ -44,11 +62,15 @@ def timm_names() -> list[str]:
     return [*timm.list_models(), *timm.list_pretrained()]
 
 
-def from_timm(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def from_timm(name: str, num_classes: int, image_size: tuple[int, int], arguments: Mapping[str, object]) -> nn.Module:
     timm = timm_library()
-    # Only constructors with a fixed input size accept img_size.
+    # Only constructors with a fixed input size accept img_size; timm would silently leave it out for the others.
     options = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    network = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    require(
+        bool(options) or "img_size" not in arguments,
+        f"--model-args img_size: timm/{name} takes images of any size; leave it out, and give --image-size",
+    )
+    network = timm.create_model(name, pretrained=False, num_classes=num_classes, **{**options, **arguments})
     embeddings = (module for module in network.modules() if isinstance(module, timm.layers.PatchEmbed))
     first = next(embeddings, None)  # the one that reads the image
     if options and first is not None:
@@ -80,6 +102,43 @@ def checkpoint_gradients(network: nn.Module, name: str) -> None:
         setter(True)
     except (AssertionError, NotImplementedError) as error:  # a few of timm's refuse
         raise UserError(f"--gradient-checkpointing: {name} does not offer it ({clip(str(error))})") from error
+
+
+def resampled(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights of the same network for images or patches of another size, as the network's library resamples them.
+
+    None if the library has no such function, or it fails.
+    """
+    module = sys.modules[type(network).__module__]
+    try:
+        if module.__name__.startswith("timm.models."):
+            return dict(module.checkpoint_filter_fn(dict(tensors), network))
+        if module.__name__ == "torchvision.models.vision_transformer":
+            return dict(module.interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(tensors)))
+    except Exception:  # weights of another network: the caller says in what they differ
+        return None
+    return None
+
+
+@contextmanager
+def argument_errors(name: str, arguments: Mapping[str, object]) -> Iterator[None]:
+    """Check --model-args of network `name`, and turn the constructor's errors over them into a UserError."""
+    reserved = ("num_classes",) if is_module_function(name) else RESERVED
+    for key in arguments:
+        require(key not in reserved, f"--model-args {key}: is not for you to give to {name}; leave it out")
+    try:
+        yield
+    except Exception as error:
+        if not arguments or is_users_own(error):
+            raise
+        text = str(error.__cause__ or error)
+        wrong = re.search(r"(?:unexpected keyword argument|multiple values for (?:keyword )?argument) '(\w+)'", text)
+        if wrong and wrong[1] in arguments:
+            raise UserError(f"--model-args {wrong[1]}: {name} takes no such argument ({clip(text, 200)})") from error
+        given = ",".join(f"{key}={value!r}" for key, value in arguments.items())
+        if isinstance(error, UserError):
+            raise (UserError(f"{error}; built with --model-args {given}") if error.__cause__ else error) from error
+        raise UserError(f"--model-args {given}: {name} cannot be built with them ({clip(text, 300)})") from error
 
 
 @contextmanager

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import Origin
+from kd.config.model_args import parse_model_args
 from kd.errors import UserError, require
-from kd.models import LIBRARIES, MODELS, build_model, check_name, libraries, stages
+from kd.models import LIBRARIES, MODELS, build_model, check_name, head_layers, libraries
 from kd.models.weights import SUFFIXES, Weights, find_fit, misfit, read_file, read_folder, rows_of_head
 from kd.utils.console import clip, one_line, print_once
 from kd.utils.files import not_finite, read_json
@@ -29,6 +30,16 @@ RESCALES_IMAGES = ("googlenet", "inception_v3")  # inside the network, if pretra
 EXPECTED_JSON = (
     '{"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "classes": [...]}'
 )
+
+
+class Flags(NamedTuple):
+    """The flags that name weights and the network of a file of weights, for messages."""
+
+    weights: str = "--teacher"
+    model: str = "--teacher-model"
+
+
+TEACHER = Flags()
 
 
 class Expected(NamedTuple):
@@ -52,6 +63,8 @@ class Pretrained(NamedTuple):
     ordered: bool = True  # whether weights of other names may be matched in their order
     notes: tuple[str, ...] = ()  # what was chosen and left out of a file
     saved_by: str = ""  # the class of a Transformers folder
+    model_args: str | None = None  # for the constructor of `model`
+    flags: Flags = TEACHER  # that named it
 
     @property
     def sha256(self) -> str:
@@ -65,67 +78,80 @@ class Pretrained(NamedTuple):
 
 
 def is_pretrained(name: str) -> bool:
-    """Whether --teacher names no run: torchvision/NAME, timm/NAME, a file of weights, a folder of timm's."""
+    """Whether --teacher or --init names no run: torchvision/NAME, timm/NAME, a file of weights, a folder of timm's."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return is_transformers_folder(path)
-    return _of_library(name) or path.suffix in SUFFIXES or path.is_file()
+    return is_of_library(name) or path.suffix in SUFFIXES or path.is_file()
 
 
-def _of_library(name: str) -> bool:
+def is_of_library(name: str) -> bool:
+    """Whether it is torchvision/NAME or timm/NAME, and no folder or file of that name is there."""
     library, _, short = name.partition("/")
     path = Path(name)
     return library in LIBRARIES and bool(short) and not path.is_file() and not path.is_dir()
 
 
-def check_pretrained(name: str, model: str, new_head: bool = False) -> None:
+def check_pretrained(
+    name: str, model: str, new_head: bool = False, flags: Flags = TEACHER, model_args: str | None = None
+) -> None:
     """Raise UserError if `name` cannot be used, as far as that shows without the data and without fetching anything.
 
     A file's weights are read and fitted to the network `model`; how they fit is printed. `new_head`: the last layer is
     trained anew, so its classes do not matter.
     """
     library, _, short = name.partition("/")
-    if _of_library(name):
+    if is_of_library(name):
         check_name(name)
         rescales = library == "torchvision" and short in RESCALES_IMAGES
-        require(not rescales, f"--teacher {name}: rescales its images internally; use timm/{short}, which does not")
+        require(
+            not rescales, f"{flags.weights} {name}: rescales its images internally; use timm/{short}, which does not"
+        )
         return
-    pretrained = load_pretrained(name, model)
+    pretrained = load_pretrained(name, model, flags, model_args)
     if not new_head:
         _require_classes(pretrained, name)
     with torch.random.fork_rng(devices=[]):
         classes = rows_of_head(_weights(pretrained)) or 10 if new_head else len(pretrained.classes)
-        network = build_model(pretrained.model, classes, pretrained.image_size, quiet=True)
-        head = stages(pretrained.model, network, classes).classifier if new_head else None
-        notes = load_into(network, pretrained, name, head)
-    for note in (*pretrained.notes, *(f"--teacher {name}: {note}" for note in notes)):
+        network = _build(pretrained, classes, quiet=True)
+        heads = head_layers(pretrained.model, network, classes) if new_head else ()
+        notes = load_into(network, pretrained, name, heads)
+    for note in (*pretrained.notes, *(f"{flags.weights} {name}: {note}" for note in notes)):
         print_once(note)
 
 
-def load_pretrained(name: str, model: str) -> Pretrained:
-    """Fetch or open `name`; `model` is the network of a file of weights.
+def load_pretrained(name: str, model: str, flags: Flags = TEACHER, model_args: str | None = None) -> Pretrained:
+    """Fetch or open `name`; `model` is the network of a file of weights, `model_args` what its constructor is given.
 
     Raises: UserError if it cannot be fetched or read, or if its expectations are unknown.
     """
     library, _, short = name.partition("/")
-    if _of_library(name):
-        check_pretrained(name, model)
-        return {"torchvision": _from_torchvision, "timm": _from_timm}[library](name, short)
-    path = expand_user(name)
+    if is_of_library(name):
+        check_pretrained(name, model, flags=flags)
+        pretrained = {"torchvision": _from_torchvision, "timm": _from_timm}[library](name, short, flags)
+        return pretrained._replace(flags=flags)
+    path = expand_user(name, flags.weights)
     if path.is_dir():
-        return _from_folder(path, model)
+        pretrained = _from_folder(path, model, flags)
+        return pretrained._replace(flags=flags, model_args=model_args if pretrained.model == model else None)
     check_name(model)
-    expected = read_expected(path)
+    expected = read_expected(path, flags)
     weights = read_file(path)
-    return Pretrained(model, weights.tensors, *expected, weights.ordered, weights.notes)
+    found = Pretrained(model, weights.tensors, *expected, weights.ordered, weights.notes)
+    return found._replace(flags=flags, model_args=model_args)
 
 
 def build_pretrained(pretrained: Pretrained, name: str) -> nn.Module:
     """The network with its weights and all of its own classes."""
     _require_classes(pretrained, name)
-    network = build_model(pretrained.model, len(pretrained.classes), pretrained.image_size)
+    network = _build(pretrained, len(pretrained.classes))
     load_into(network, pretrained, name)
     return network
+
+
+def _build(pretrained: Pretrained, classes: int, quiet: bool = False) -> nn.Module:
+    arguments = parse_model_args(pretrained.model_args)
+    return build_model(pretrained.model, classes, pretrained.image_size, quiet, arguments)
 
 
 def _require_classes(pretrained: Pretrained, name: str) -> None:
@@ -133,73 +159,98 @@ def _require_classes(pretrained: Pretrained, name: str) -> None:
     outputs = f" of its {rows} outputs" if rows else ""
     require(
         bool(pretrained.classes),
-        f"--teacher {name}: its classes have no names to match with the data's; list those{outputs}, in order, as"
-        f' "classes" in {Path(name).with_suffix(".json").name}; or {NEW_HEAD_ADVICE}',
+        f"{pretrained.flags.weights} {name}: its classes have no names to match with the data's; list those{outputs},"
+        f' in order, as "classes" in {Path(name).with_suffix(".json").name}; or {NEW_HEAD_ADVICE}',
     )
 
 
-def load_into(network: nn.Module, pretrained: Pretrained, name: str, head: str | None = None) -> tuple[str, ...]:
-    """Load the weights of --teacher `name` into its network, except the layer `head`; returns what to say of them.
+def load_into(
+    network: nn.Module, pretrained: Pretrained, name: str, heads: tuple[str, ...] = (), resample: bool = False
+) -> tuple[str, ...]:
+    """Load the weights named `name` into a network, except into its layers `heads`; returns what to say of them.
 
-    Raises: UserError if they do not fit, or are not finite.
+    `resample`: adapt weights for images or patches of another size, if the network's library can. Raises: UserError if
+    they do not fit, or are not finite.
     """
     state, weights = network.state_dict(), _weights(pretrained)
-    shapes = _shapes(state, head)
+    shapes = _shapes(state, heads)
+    asked, notes = f"{pretrained.flags.weights} {name}", ()
     try:
         fit = find_fit(weights, shapes)
-        if fit is None and head is not None:  # the file may have no last layer, or quite another
-            weights = weights._replace(tensors=_without(weights.tensors, head))
-            shapes = _without(shapes, head)
+        if fit is None and heads:  # the file may have no last layer, or quite another
+            weights = weights._replace(tensors=_without(weights.tensors, heads))
+            shapes = _without(shapes, heads)
             fit = find_fit(weights, shapes)
+        if fit is None and resample and (changed := libraries.resampled(network, weights.tensors)):
+            fit = find_fit(Weights(changed, ordered=False), shapes)
+            if fit is not None:
+                notes, weights = _resampling_notes(weights.tensors, changed), Weights(changed)
     except UserError as error:
-        raise UserError(f"--teacher {name}: {error}") from error
+        raise UserError(f"{asked}: {error}") from error
     if fit is None:
         raise UserError(_why_misfit(pretrained, weights, shapes, name))
     loaded = {ours: weights.tensors[theirs] for ours, theirs in fit.names.items()}
-    loaded |= {key: value for key, value in state.items() if head is not None and key.startswith(f"{head}.")}
+    loaded |= {key: value for key, value in state.items() if _inside(key, heads)}
     bad = not_finite(loaded)
-    require(bad is None, f"--teacher {name}: {bad} holds NaN or infinity; use intact weights")
+    require(bad is None, f"{asked}: {bad} holds NaN or infinity; use intact weights")
     try:
         network.load_state_dict(loaded)
     except RuntimeError as error:
         reason = clip(str(error), 300)
-        raise UserError(f"--teacher {name}: torch does not load it ({reason}); use other weights") from error
-    return fit.notes
+        raise UserError(f"{asked}: torch does not load it ({reason}); use other weights") from error
+    return fit.notes + notes
+
+
+def fits(network: nn.Module, pretrained: Pretrained, heads: tuple[str, ...]) -> bool:
+    """Whether the weights fit the network as they are, whatever its layers `heads`."""
+    shapes = _shapes(network.state_dict(), heads)
+    weights = _weights(pretrained)
+    without = weights._replace(tensors=_without(weights.tensors, heads))
+    return find_fit(weights, shapes) is not None or find_fit(without, _without(shapes, heads)) is not None
 
 
 def _weights(pretrained: Pretrained) -> Weights:
     return Weights(pretrained.weights, pretrained.ordered)
 
 
-def _shapes(state: dict[str, Tensor], head: str | None) -> dict[str, tuple[int, ...]]:
-    """The network's shapes; the number of rows of the layer `head` may be any."""
-    free = lambda key: head is not None and key.startswith(f"{head}.")  # noqa: E731
-    return {key: (-1, *value.shape[1:]) if free(key) else tuple(value.shape) for key, value in state.items()}
+def _resampling_notes(given: dict[str, Tensor], changed: dict[str, Tensor]) -> tuple[str, ...]:
+    names = [key for key in changed if key in given and changed[key].shape != given[key].shape]
+    return (f"resampled {', '.join(names[:3])} for images or patches of another size",) if names else ()
 
 
-def _without(named: dict, head: str) -> dict:
-    return {key: value for key, value in named.items() if not key.startswith(f"{head}.")}
+def _shapes(state: dict[str, Tensor], heads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The network's shapes; the number of rows of the layers `heads` may be any."""
+    shape = lambda key, value: (-1, *value.shape[1:]) if _inside(key, heads) else tuple(value.shape)  # noqa: E731
+    return {key: shape(key, value) for key, value in state.items()}
+
+
+def _without(named: dict, heads: tuple[str, ...]) -> dict:
+    return {key: value for key, value in named.items() if not _inside(key, heads)}
+
+
+def _inside(key: str, layers: tuple[str, ...]) -> bool:
+    return any(key.startswith(f"{layer}.") for layer in layers)
 
 
 def _why_misfit(pretrained: Pretrained, weights: Weights, shapes: dict, name: str) -> str:
-    rows, classes = rows_of_head(weights), len(pretrained.classes)
+    rows, classes, flags = rows_of_head(weights), len(pretrained.classes), pretrained.flags
     if pretrained.saved_by:
         return (
-            f"--teacher {name}: is a {pretrained.saved_by} of Transformers, which does not fit the network"
-            f" {pretrained.model} ({misfit(weights, shapes)}); give --teacher-model module:function, a function of your"
-            " own that takes num_classes and returns that model, or name the same network as --teacher timm/NAME"
+            f"{flags.weights} {name}: is a {pretrained.saved_by} of Transformers, which does not fit the network"
+            f" {pretrained.model} ({misfit(weights, shapes)}); give {flags.model} module:function, a function of your"
+            f" own that takes num_classes and returns that model, or name the same network as {flags.weights} timm/NAME"
         )
     fitting = _networks_that_fit(weights, rows or classes, pretrained.image_size)
     if pretrained.model in fitting:
         remedy = f"its last layer has {rows} outputs, and {classes} classes are named for it; name all of them"
     elif fitting:
-        remedy = f"they fit {' and '.join(fitting)}: give --teacher-model {fitting[0]}"
+        remedy = f"they fit {' and '.join(fitting)}: give {flags.model} {fitting[0]}"
     elif pretrained.model == name:
         remedy = "fetch them again"
     else:
-        remedy = "name the right one with --teacher-model"
+        remedy = f"name the right one with {flags.model}"
     found = misfit(weights, shapes)
-    return f"--teacher {name}: its weights do not fit the network {pretrained.model}: {found}; {remedy}"
+    return f"{flags.weights} {name}: its weights do not fit the network {pretrained.model}: {found}; {remedy}"
 
 
 def _networks_that_fit(weights: Weights, classes: int, image_size: tuple[int, int]) -> list[str]:
@@ -209,7 +260,7 @@ def _networks_that_fit(weights: Weights, classes: int, image_size: tuple[int, in
         with torch.device("meta"):
             state = build(classes, image_size).state_dict()
         try:
-            fits = find_fit(weights, _shapes(state, None)) is not None
+            fits = find_fit(weights, _shapes(state, ())) is not None
         except UserError:  # several parts of the file fit
             fits = True
         if fits:
@@ -221,7 +272,7 @@ def origin_of(pretrained: Pretrained, name: str) -> Origin:
     return Origin(name, pretrained.sha256, pretrained.image_size, pretrained.mean, pretrained.std)
 
 
-def _from_torchvision(name: str, short: str) -> Pretrained:
+def _from_torchvision(name: str, short: str, flags: Flags) -> Pretrained:
     import torchvision
 
     weights = torchvision.models.get_model_weights(short).DEFAULT
@@ -230,19 +281,19 @@ def _from_torchvision(name: str, short: str) -> Pretrained:
         tensors = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise UserError(_unreachable(name, error, f"save {weights.url} as {place}")) from error
+        raise UserError(_unreachable(f"{flags.weights} {name}", error, f"save {weights.url} as {place}")) from error
     # DenseNets' files have the layer names that torchvision used before 2018.
     tensors = {re.sub(r"(layer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key): value for key, value in tensors.items()}
     classes, size = tuple(weights.meta["categories"]), (transforms.crop_size[0],) * 2
     return Pretrained(name, tensors, classes, size, tuple(transforms.mean), tuple(transforms.std), ordered=False)
 
 
-def _from_timm(name: str, short: str) -> Pretrained:
+def _from_timm(name: str, short: str, flags: Flags) -> Pretrained:
     timm = libraries.timm_library()
     try:
         network = timm.create_model(short, pretrained=True)
     except Exception as error:  # of the Hub's client, a missing file, a network without pretrained weights
-        raise UserError(_unreachable(name, error, "name one of timm.list_pretrained()")) from error
+        raise UserError(_unreachable(f"{flags.weights} {name}", error, "name one of timm.list_pretrained()")) from error
     config = timm.data.resolve_model_data_config(network)
     subset, classes = timm.data.infer_imagenet_subset(network), network.pretrained_cfg.get("label_names") or ()
     if not classes and subset:
@@ -252,33 +303,33 @@ def _from_timm(name: str, short: str) -> Pretrained:
     return Pretrained(name, network.state_dict(), tuple(classes), size, mean, std, ordered=False)
 
 
-def _unreachable(name: str, error: Exception, remedy: str) -> str:
+def _unreachable(asked: str, error: Exception, remedy: str) -> str:
     reason = one_line(error, 150)
     return (
-        f"--teacher {name}: cannot fetch its pretrained weights ({reason}); check the network, {remedy}, or name a file"
-        " of weights (--teacher FILE --teacher-model NAME)"
+        f"{asked}: cannot fetch its pretrained weights ({reason}); check the network, {remedy}, or name a file of"
+        f" weights ({asked.partition(' ')[0]} FILE)"
     )
 
 
-def expand_user(name: str) -> Path:
+def expand_user(name: str, flag: str = TEACHER.weights) -> Path:
     """`name` with ~ expanded. Raises UserError if that user does not exist."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise UserError(f"--teacher {name}: no such file or folder ({error})") from error
+        raise UserError(f"{flag} {name}: no such file or folder ({error})") from error
 
 
-def read_expected(path: Path) -> Expected:
+def read_expected(path: Path, flags: Flags = TEACHER) -> Expected:
     """Read FILE.json beside a file of weights. Raises UserError if it is missing, malformed or of another scale."""
-    require(path.is_file(), f"--teacher {path}: no such file")
+    require(path.is_file(), f"{flags.weights} {path}: no such file")
     beside = path.with_suffix(".json")
     require(
         beside.is_file(),
-        f"--teacher {path}: weights do not say which image size and normalisation they expect, nor the names of their"
-        f" classes in order; write {beside}: {EXPECTED_JSON}",
+        f"{flags.weights} {path}: weights do not say which image size and normalisation they expect, nor the names of"
+        f" their classes in order; write {beside}: {EXPECTED_JSON}",
     )
     info = read_json(beside)
-    require("model" not in info, f"{beside}: belongs to a run; name the run's folder, --teacher {path.parent}")
+    require("model" not in info, f"{beside}: belongs to a run; name the run's folder, {flags.weights} {path.parent}")
     try:
         size = tuple(map(int, info["image_size"]))
         mean, std = (tuple(map(float, info[key])) for key in ("mean", "std"))
@@ -301,7 +352,7 @@ def is_transformers_folder(path: Path) -> bool:
     return "architectures" in config or "architecture" in config
 
 
-def _from_folder(path: Path, model: str) -> Pretrained:
+def _from_folder(path: Path, model: str, flags: Flags) -> Pretrained:
     """A network that timm saved, or one of Transformers whose weights are for the network `model`."""
     config, weights = read_json(path / "config.json"), read_folder(path)
     labels = config.get("id2label") or config.get("label_names") or ()
@@ -313,7 +364,7 @@ def _from_folder(path: Path, model: str) -> Pretrained:
         classes = classes or _imagenet_classes(config)
     else:
         saved_by = ", ".join(map(str, config["architectures"] or ("network",)))
-        expected = _of_preprocessor(path / "preprocessor_config.json", saved_by)
+        expected = _of_preprocessor(path / "preprocessor_config.json", saved_by, flags)
     check_name(model)
     return Pretrained(model, weights.tensors, classes, *expected, weights.ordered, weights.notes, saved_by)
 
@@ -334,13 +385,13 @@ def _of_timm(path: Path, settings: object) -> tuple:
         ) from error
 
 
-def _of_preprocessor(path: Path, saved_by: str) -> tuple:
+def _of_preprocessor(path: Path, saved_by: str, flags: Flags) -> tuple:
     """Image size, mean and std in a preprocessor_config.json."""
     example = '{"size": {"height": 224, "width": 224}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
     require(
         path.is_file(),
-        f"--teacher {path.parent}: is a {saved_by} of Transformers, and says not which image size and normalisation it"
-        f" expects; write {path}: {example}",
+        f"{flags.weights} {path.parent}: is a {saved_by} of Transformers, and says not which image size and"
+        f" normalisation it expects; write {path}: {example}",
     )
     settings = read_json(path)
     try:

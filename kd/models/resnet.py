@@ -20,10 +20,10 @@ NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SMALL = 64  # images up to this many pixels on the longer side get the small stem
 
 
-def build(name: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def build(name: str, num_classes: int, image_size: tuple[int, int], **arguments) -> nn.Module:
     import torchvision
 
-    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **arguments)
     if max(image_size) <= SMALL:
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does

@@ -19,7 +19,7 @@ from kd.utils.processes import same_threads
 TIMING_SECONDS = 3.0  # roughly, for each network
 
 # Flags that change a network's cost, beside its model and data.
-COST_FLAGS = (*(entry.name for entry in dataclasses.fields(CompressConfig)), "image_size", "origin")
+COST_FLAGS = (*(entry.name for entry in dataclasses.fields(CompressConfig)), "image_size", "origin", "model_args")
 
 
 class Cost(NamedTuple):

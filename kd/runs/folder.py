@@ -23,6 +23,7 @@ from kd.runs import checkpoint
 from kd.runs.handover import announce
 from kd.runs.results import finished_summary, read_config, weights_sha256
 from kd.utils.files import write_json
+from kd.utils.hub import local_folder
 from kd.utils.processes import wait_for
 from kd.utils.system import Lock
 
@@ -122,12 +123,17 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
         flat |= dataclasses.asdict(job.cache)
     if job.compress.asked:
         init = job.compress.init  # its weights count, not its path
-        flat |= job.compress.asked | ({"init": weights_sha256(Path(init))} if init else {})
-    if job.origin:
+        flat |= job.compress.asked | ({"init": _init_sha256(job)} if init else {})
+    if job.origin and not job.compress.init:
         flat["origin"] = job.origin.sha256
+    flat |= job.start.asked
     flat |= inputs.method
     flat |= {"role": job.role, "model": job.model, "data": data.fingerprint, "teacher": inputs.teacher_sha256}
     return json.loads(json.dumps(flat))  # tuples become lists, as in a file read back
+
+
+def _init_sha256(job: Job) -> str:
+    return job.origin.sha256 if job.origin else weights_sha256(local_folder(job.compress.init))
 
 
 def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs = NO_INPUTS) -> RunFolder:

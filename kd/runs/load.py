@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from kd.config.methods import MethodFlags
+from kd.config.model_args import parse_model_args
 from kd.errors import UserError, require
 from kd.runs.results import checked_weights_sha256, read_model, weights_file
 from kd.utils.console import clip
@@ -41,7 +42,8 @@ def load_network(folder: Path, trust_code: bool, weights: str = "last") -> Train
     )
     try:
         size = tuple(info.get("resized") or info["image_size"])
-        network = build_model(info["model"], info["num_classes"], size, quiet=True)
+        arguments = parse_model_args(info.get("model_args"), str(folder / "model.json"))
+        network = build_model(info["model"], info["num_classes"], size, quiet=True, arguments=arguments)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{folder / 'model.json'}: its network cannot be built ({clip(str(error))})") from error
     network = _rebuild(network, info, folder, named_method if trust_code else METHODS.__getitem__)

@@ -46,7 +46,7 @@ KEYS |= dict.fromkeys(("val_top1_ema", *(f"{key}_ema" for key in AVERAGED_SCORES
 PERCENT = [key for key in KEYS if "top" in key or "ece" in key or key == "agreement"]
 TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them or none
 
-FLAG_PARTS = ("data", "views", "fit", "method", "compress")  # of config.json's flags: what shapes the result
+FLAG_PARTS = ("data", "views", "fit", "method", "compress", "start")  # of config.json's flags: what shapes the result
 
 LARGEST_SIDE = 4096  # pixels: a larger image would fill the memory before anything is known to be wrong
 
@@ -188,6 +188,7 @@ def _check_model(path: Path, info: dict) -> None:
         "std": _is_list(info["std"], lambda std: is_number(std) and std > 0, 3),
         "stored_size": _is_side(info.get("stored_size") or LARGEST_SIDE),
         "resized": _is_list(info.get("resized") or [1, 1], _is_side, 2),
+        "model_args": isinstance(info.get("model_args"), str | None),
     }
     if valid["image_size"] and valid["stored_size"] and info.get("stored_size"):
         valid["stored_size"] = info["stored_size"] >= max(info["image_size"])

@@ -89,19 +89,23 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
     """
     from kd.models import check_name, pretrained  # imports torch
     from kd.runs.load import load_network
+    from kd.training.start import TEACHER_START, check_start
     from kd.utils.hub import local_folder
 
     check_name(config.student)
+    check_start(config.job())
     if not any(named_method(method).needs_teacher for method in methods):
         return
     if not config.teachers:
         check_name(config.teacher_model)
+        check_start(config.teacher_job(), TEACHER_START)
     for name in config.teachers:
         if not pretrained.is_pretrained(name):
             load_network(local_folder(name), config.trust_code or not config.teacher)  # --init is the user's own
             continue
-        pretrained.check_pretrained(name, config.teacher_model, config.fine_tune_teacher)
-        network = pretrained.load_pretrained(name, config.teacher_model)
+        arguments = config.teacher_model_args
+        pretrained.check_pretrained(name, config.teacher_model, config.fine_tune_teacher, model_args=arguments)
+        network = pretrained.load_pretrained(name, config.teacher_model, model_args=arguments)
         check_name(network.model)
         if not config.fine_tune_teacher:
             pretrained.build_pretrained(network, name)

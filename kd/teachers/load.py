@@ -18,9 +18,11 @@ from kd.errors import UserError, require
 from kd.models.adapt import Renormalize, resize_input
 from kd.models.pretrained import (
     NEW_HEAD_ADVICE,
+    Pretrained,
     build_pretrained,
     check_pretrained,
     expand_user,
+    is_of_library,
     is_pretrained,
     load_pretrained,
 )
@@ -67,9 +69,16 @@ def check_teachers(config: DistillConfig) -> None:
         f"--fine-tune-teacher: {', '.join(config.teachers)} is a run, whose last layer is trained already; leave the"
         " flag out, or name a pretrained network or a file of weights",
     )
+    files = [name for name in config.teachers if is_pretrained(name) and not is_of_library(name)]
+    require(
+        config.teacher_model_args is None or bool(files),
+        f"--teacher-model-args {config.teacher_model_args}: is for a file of weights or the recipe's own teacher;"
+        f" {' '.join(config.teachers)} says itself how it is built",
+    )
     for name in config.teachers:
         if is_pretrained(name):
-            check_pretrained(name, config.teacher_model, config.fine_tune_teacher)
+            arguments = config.teacher_model_args
+            check_pretrained(name, config.teacher_model, config.fine_tune_teacher, model_args=arguments)
             continue
         method = [name] if is_named(name) else difflib.get_close_matches(name, METHODS, n=1)
         require(
@@ -81,14 +90,20 @@ def check_teachers(config: DistillConfig) -> None:
 
 
 def load_teachers(
-    names: Sequence[str | Path], data: Data, device: torch.device, trust_code: bool, model: str = ""
+    names: Sequence[str | Path],
+    data: Data,
+    device: torch.device,
+    trust_code: bool,
+    model: str = "",
+    model_args: str | None = None,
 ) -> TeacherNetwork:
-    """The one teacher named, or the average of several; `model` is the network that files of weights are for.
+    """The one teacher named, or the average of several; files of weights are for the network `model`, whose constructor
+    is given `model_args`.
 
     Raises UserError as load_teacher and kd.models.pretrained do.
     """
     members = tuple(
-        _load_pretrained_teacher(str(name), model, data, device)
+        _load_pretrained_teacher(load_pretrained(str(name), model, model_args=model_args), str(name), data, device)
         if is_pretrained(str(name))
         else load_teacher(local_folder(name), data, device, trust_code)
         for name in names
@@ -115,8 +130,7 @@ def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: boo
     return TeacherNetwork(network, folder, identity, summary, len(info["classes"]))
 
 
-def _load_pretrained_teacher(name: str, model: str, data: Data, device: torch.device) -> TeacherNetwork:
-    pretrained = load_pretrained(name, model)
+def _load_pretrained_teacher(pretrained: Pretrained, name: str, data: Data, device: torch.device) -> TeacherNetwork:
     network = build_pretrained(pretrained, name)
     match_to_data(network, pretrained._asdict(), data, device, f"--teacher {name}", NEW_HEAD_ADVICE)
     summary = {"model": pretrained.model}

@@ -31,7 +31,7 @@ def gradient_norms(
     works on copies of the buffers (BatchNorm's statistics, a method's bank), so that training is not affected.
     """
     buffers = {name: buffer.clone() for name, buffer in distiller.named_buffers()}
-    parameters = [p for p in distiller.student.parameters() if p.requires_grad]
+    parameters = distiller.trained_parameters()
     with accelerator.autocast():
         terms = dict(functional_call(distiller, buffers, (batch, teacher_outputs)).terms)
     cross_entropy, distillation = terms.pop("ce"), sum(terms.values())

@@ -106,7 +106,8 @@ def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) ->
     out = job.run.out or f"runs/{job.preset}/"
     own = job.preset == default_preset(job.data.source) == "own"
     chosen = "; --preset own, the default for data other than CIFAR-100" if own else ""
-    print_once(f"train {method}{taught}{beside}, on {job.data.source}{chosen}")
+    begun = f" from {job.compress.init}" if job.compress.init else ""
+    print_once(f"train {method}{begun}{taught}{beside}, on {job.data.source}{chosen}")
     print_once(f"recipe {job.preset}: {_numbers(fit)} ({fit.schedule}), seed {fit.seed}; results in {out}")
 
 

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from kd.compress import compress, sizes
-from kd.compress.prune import resize
 from kd.config import DistillConfig, Job, TrainConfig, ViewConfig
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK
@@ -18,7 +17,7 @@ from kd.data import Data
 from kd.data.loader import check_batch
 from kd.errors import UserError, require
 from kd.losses import Distiller, loss_class
-from kd.models import build_model, probe, stages
+from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.libraries import checkpoint_gradients
 from kd.models.pretrained import (
@@ -27,11 +26,10 @@ from kd.models.pretrained import (
     load_pretrained,
     origin_of,
 )
-from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
+from kd.training.start import freeze, held_at_first, load_start
 from kd.types import Pair, Stages
 from kd.utils.console import print_once
-from kd.utils.files import load_weights
 from kd.utils.rng import seed_everything
 
 ScriptConfig = TypeVar("ScriptConfig", TrainConfig, DistillConfig)
@@ -74,58 +72,39 @@ class BuiltNetwork(NamedTuple):
 
 
 def build_network(job: Job, data: Data) -> BuiltNetwork:
-    """The job's network: fresh, from --init's weights, or pretrained with a fresh last layer; then compressed."""
+    """The job's network: fresh, from --init's weights, or pretrained with a fresh last layer; compressed, and frozen in
+    part.
+
+    A job with --init is one that kd.training.start.start_from has returned, with its data.
+    """
     seed_everything(job.fit.seed, "network")
-    if job.origin is None:
-        network = build_model(job.model, len(data.classes), data.size)
-    else:
+    if job.origin is not None and job.compress.init is None:
         network = with_fresh_head(job, len(data.classes))
-        if job.origin.image_size != tuple(data.size):
-            resize_input(network, job.origin.image_size)
+    else:
+        network = build_model(job.model, len(data.classes), job.resized or data.size, arguments=job.model_args)
+    if job.resized not in (None, tuple(data.size)):
+        resize_input(network, job.resized)
     if job.fit.gradient_checkpointing:
         checkpoint_gradients(network, job.model)
     fresh_sizes = sizes(network)
     if job.compress.init is not None:
-        load_initial_weights(network, Path(job.compress.init), job, data)
-    return BuiltNetwork(network, compress(network, job, data.size, len(data.classes), fresh_sizes))
-
-
-def load_initial_weights(network: nn.Module, folder: Path, job: Job, data: Data) -> None:
-    """Load a finished run's weights, and for a pruned one its shapes. Raises UserError if they do not fit the job."""
-    require(not folder.is_file(), f"--init {folder}: is a file; name the folder of a finished run")
-    require(folder.is_dir(), f"--init {folder}: no such run folder; name where that run lies now")
-    info, _ = read_model(folder)
-    model, recipe = info["model"], info.get("compression") or {}
-    require(model == job.model, f"--init {folder}: is a {model}, not a {job.model}; name a run of the same model")
-    deployed = info.get("deployed") or {}
-    require(not deployed, f"--init {folder}: {deployed.get('method')} added to its network; name another run")
-    classes, size = list(data.classes), list(data.size)
-    require(
-        (info["classes"], list(info["image_size"])) == (classes, size),
-        f"--init {folder}: was trained on {len(info['classes'])} classes in images of {info['image_size']}, this data"
-        f" has {len(classes)} in images of {size}, or classes of other names; name a run on the same data",
-    )
-    try:
-        sparsity = float(recipe.get("sparsity", 0.0))
-        resize(network, recipe.get("shapes", {}))
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{folder / 'model.json'}: compression {recipe} cannot be rebuilt ({error!r})") from error
-    require(
-        job.compress.sparsity >= sparsity,
-        f"--init {folder}: has a sparsity of {sparsity}, which training would fill again; add --sparsity {sparsity}",
-    )
-    load_weights(network, folder / "model.safetensors")
+        load_start(network, job, data)
+    compression = compress(network, job, data.size, len(data.classes), fresh_sizes)
+    freeze(network, job)
+    return BuiltNetwork(network, compression)
 
 
 def with_fresh_head(job: Job, classes: int) -> nn.Module:
     """The job's pretrained network, frozen except for a new last linear layer over `classes`."""
     origin = job.origin
-    pretrained = load_pretrained(origin.source, job.model)
-    network = build_model(pretrained.model, classes, pretrained.image_size)
-    head = stages(pretrained.model, network, classes).classifier
-    require(head is not None, f"--fine-tune-teacher: {pretrained.model} ends in no linear layer to put in place")
-    load_into(network, pretrained, origin.source, head)
-    network.requires_grad_(False).get_submodule(head).requires_grad_(True)
+    pretrained = load_pretrained(origin.source, job.model, model_args=job.start.model_args)
+    network = build_model(pretrained.model, classes, pretrained.image_size, arguments=job.model_args)
+    heads = head_layers(pretrained.model, network, classes)
+    require(bool(heads), f"--fine-tune-teacher: {pretrained.model} ends in no linear layer to put in place")
+    load_into(network, pretrained, origin.source, heads)
+    network.requires_grad_(False)
+    for head in heads:
+        network.get_submodule(head).requires_grad_(True)
     return network
 
 
@@ -136,7 +115,7 @@ def head_job(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, 
     """
     if not (config.fine_tune_teacher and is_pretrained(str(name))):
         return None
-    pretrained = load_pretrained(str(name), config.teacher_model)
+    pretrained = load_pretrained(str(name), config.teacher_model, model_args=config.teacher_model_args)
     job = config.head_job(pretrained.model, origin_of(pretrained, str(name)))
     return job, dataclasses.replace(data, mean=pretrained.mean, std=pretrained.std)
 
@@ -151,7 +130,9 @@ def build_distiller(
     student, compression = network or build_network(job, data)
     seed_everything(job.fit.seed, "method")
     loss = loss_class(job.method)(job.method, probe_networks(job, student, teacher, data))
-    return Distiller(student, loss, compression)
+    distiller = Distiller(student, loss, compression)
+    distiller.held = held_at_first(student, job)
+    return distiller
 
 
 def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None, data: Data) -> Pair:
@@ -162,7 +143,7 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     layers, classes, labels = loss_class(job.method).layers, len(data.classes), data.train.labels
     student_stages = stages(job.model, student, classes)
     name = loss_class(job.method).partner(job.method, job.model)
-    partner = build_model(name, classes, data.size) if name else None
+    partner = _build_partner(name, job, data) if name else None
     if teacher is None:
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
         return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner)
@@ -174,6 +155,16 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     classifier = teacher_stages.classifier
     head = teacher.network.get_submodule(classifier) if classifier else None
     return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner)
+
+
+def _build_partner(name: str, job: Job, data: Data) -> nn.Module:
+    """A fresh network to train beside the student, built as that is if it is of the same name."""
+    if name != job.model:
+        return build_model(name, len(data.classes), data.size)
+    network = build_model(name, len(data.classes), job.resized or data.size, arguments=job.model_args)
+    if job.resized not in (None, tuple(data.size)):
+        resize_input(network, job.resized)
+    return network
 
 
 def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:

@@ -97,7 +97,8 @@ def _training_summary(state: State, job: Job, params: int) -> dict:
 def model_info(trainer: Trainer) -> dict:
     """The content of model.json: how to build the deployed network, and what it expects of its images."""
     job, data, compression = trainer.job, trainer.data, trainer.distiller.compression
-    info = {
+    arguments = {key: value for key, value in job.start.asked.items() if key == "model_args"}
+    info = arguments | {
         "model": job.model,
         "num_classes": len(data.classes),
         "image_size": data.size,
@@ -105,7 +106,7 @@ def model_info(trainer: Trainer) -> dict:
         "std": data.std,
         "classes": data.classes,
         "stored_size": job.data.stored_size,
-        "resized": job.origin and job.origin.image_size,  # what a network from elsewhere takes them at, inside
+        "resized": job.resized,  # what a network from elsewhere takes them at, inside
         "deployed": trainer.distiller.recipe,
     }
     return info | ({"compression": compression} if compression else {})

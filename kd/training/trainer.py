@@ -106,6 +106,8 @@ class Trainer:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches that are left of an epoch, of which --steps may cut the last; the model is in training mode."""
+        held_epochs = self.job.start.freeze_epochs or 0
+        self.distiller.hold(epoch < held_epochs, with_gradients=self.accelerator.num_processes > 1)
         self.distiller.train()
         start = epoch * self._batches.steps
         return self._batches.epoch(epoch, self.state.step - start, self._total - start)
@@ -138,6 +140,7 @@ class Trainer:
 
     def update(self) -> None:
         """One optimizer step by the gradient that was added up."""
+        self.distiller.drop_held_gradients()
         lr = lr_at(self.state.step, self._batches.steps, self.job.fit)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -165,7 +165,7 @@ def test_a_rounded_teacher_has_the_same_logits_when_it_is_folded():
     ("args", "words"),
     [
         (["--student", "tests.networks:normalised"], "is a tests.networks:deep, not a tests.networks:normalised"),
-        (["--classes", "3"], r"was trained on 4 classes in images of \[16, 16\], this data has 3"),
+        (["--classes", "3", "--sparsity", "0.5"], "--sparsity: needs a finished run of the same network on the same"),
         (["--init", "nothing"], "--init nothing: no such run folder; name where that run lies now"),
         (["--init", "unfinished"], "unfinished has no finished run"),
     ],

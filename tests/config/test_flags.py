@@ -88,7 +88,7 @@ def test_reviewkds_weight_follows_from_the_student_unless_it_is_given():
 
 def test_no_method_flag_repeats_a_common_one():
     parts = (flags.DataConfig, flags.ViewConfig, flags.FitConfig, flags.RunConfig, flags.CompressConfig)
-    parts += (jobs.DistillConfig,)
+    parts += (flags.StartConfig, jobs.DistillConfig)
     common = {field.name for part in parts for field in dataclasses.fields(part)}
     for method in METHODS.values():
         assert not common & {field.name for field in dataclasses.fields(method)}

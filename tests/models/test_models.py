@@ -245,3 +245,24 @@ def test_torchvision_is_importable_after_kd_models(code):
     """In a fresh process, because declaring operators twice aborts it."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("resnet8", {"depth": 20}, "--model-args depth: resnet8 takes no such argument"),
+        ("resnet18", {"dropout": 0.1}, "--model-args dropout: resnet18 takes no such argument"),
+        ("torchvision/resnet18", {"dropout": 0.1}, "--model-args dropout: torchvision/resnet18 takes no such argument"),
+        ("torchvision/resnet18", {"weights": "DEFAULT"}, "--model-args weights: is not for you to give"),
+        ("tests.networks:dropped", {"depth": 2}, "--model-args depth: tests.networks:dropped takes no such argument"),
+    ],
+)
+def test_arguments_that_a_network_does_not_take_are_named(name, arguments, words):
+    with pytest.raises(UserError, match=words):
+        build_model(name, 5, (32, 32), arguments=arguments)
+
+
+def test_arguments_reach_the_constructor():
+    network = build_model("torchvision/mobilenet_v3_small", 5, (32, 32), arguments={"dropout": 0.7})
+    assert 0.7 in {module.p for module in network.modules() if isinstance(module, nn.Dropout)}
+    assert build_model("tests.networks:dropped", 5, (32, 32), arguments={"width": 3})[0].out_channels == 3

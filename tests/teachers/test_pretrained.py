@@ -267,7 +267,7 @@ def test_a_file_or_a_download_in_place_of_a_run_folder_says_what_it_is():
     file_of("big.tar", TEN)
     with pytest.raises(UserError, match=r"big.tar: is a file, not a run folder; a file of weights is taken .*--teach"):
         kd.load("big.tar")
-    with pytest.raises(UserError, match=r"--init big.tar: is a file; name the folder of a finished run"):
+    with pytest.raises(UserError, match=r"--sparsity: needs a finished run .*, and --init big.tar is none"):
         teach("--init", "big.tar", "--sparsity", "0.5")
     Path("vit").mkdir()
     Path("vit/config.json").write_text(json.dumps({"architectures": ["ViTForImageClassification"]}))

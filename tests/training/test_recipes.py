@@ -17,7 +17,7 @@ from kd.config import FitConfig, NoneConfig
 from kd.config.flags import TIMM_OPTIMIZERS, TORCH_OPTIMIZERS
 from kd.config.presets import settle
 from kd.errors import UserError
-from kd.losses import LOSSES, Distiller
+from kd.losses import CrossEntropy, Distiller
 from kd.models import build_model
 from kd.runs import checkpoint
 from kd.training import optimizers, trainer
@@ -168,7 +168,7 @@ def distiller_of(model: str, seed: int = 0) -> Distiller:
     torch.manual_seed(seed)
     name = model if "/" in model or model.startswith("resnet") else f"tests.networks:{model}"
     network = build_model(name, 10, (32, 32))
-    return Distiller(network, LOSSES["none"](NoneConfig(), kd.types.Pair(kd.types.Outputs(torch.zeros(2, 10)), None)))
+    return Distiller(network, CrossEntropy(NoneConfig(), kd.types.Pair(kd.types.Outputs(torch.zeros(2, 10)), None)))
 
 
 def test_by_default_one_group_decays_everything():
