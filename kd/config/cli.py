@@ -53,30 +53,30 @@ class Group(NamedTuple):
 # The groups of --help. The dataclasses' own order is that of every config.json.
 GROUPS = {
     "data": Group(
-        "data classes image-size val-fraction label image stream",
-        "test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance",
+        "data classes image-size val-fraction stream",
+        "label image test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance",
     ),
-    "model": Group("student model init model-args", "freeze freeze-epochs"),
+    "model": Group("student model init", "model-args freeze freeze-epochs"),
     "teacher": Group(
         "teacher teacher-model control fine-tune-teacher cache-teacher",
         "teacher-seed teacher-init teacher-model-args trust-code cache-dtype cache-top-k",
     ),
     "training": Group(
-        "preset epochs batch-size lr seed optimizer weight-decay momentum schedule warmup-epochs ema label-smoothing "
+        "preset epochs batch-size lr seed optimizer weight-decay schedule warmup-epochs ema label-smoothing "
         "mixed-precision",
-        "nesterov milestones balance drop-last clip-norm compile channels-last deterministic sync-batchnorm "
+        "momentum nesterov milestones balance drop-last clip-norm compile channels-last deterministic sync-batchnorm "
         "betas eps decay-norm-and-bias layer-decay accumulate gradient-checkpointing min-lr warmup-start lr-per-256 "
         "steps",
     ),
     "augmentation": Group(
-        "crop-padding resized-crop flip mixup cutmix views",
-        "policy policy-ops policy-magnitude erase colour-jitter hue grey blur vertical-flip alternating-flip "
+        "crop-padding resized-crop flip policy mixup cutmix views",
+        "policy-ops policy-magnitude erase colour-jitter hue grey blur vertical-flip alternating-flip "
         "crop-ratio resized-crop-max mix-off-epochs view-seed strong-ops strong-magnitude strong-cutout",
     ),
     "run": Group(
-        "out resume auto-resume config save-every threads", "push-to push-every print-config resume-inexact extend test"
+        "out resume auto-resume config threads", "save-every push-to push-every print-config resume-inexact extend test"
     ),
-    "logging": Group("wandb track", "log-every diagnose-every wandb-project wandb-group"),
+    "logging": Group("wandb", "track log-every diagnose-every wandb-project wandb-group"),
     "compression": Group("weight-bits", "activation-bits prune sparsity"),
     "picture": Group("images"),  # of kd.data.show
 }

@@ -123,8 +123,7 @@ class ViewConfig:
     view_seed: int = 0
     """Seed of --views, so that students of every --seed share one cache."""
     policy: Literal["none", "trivial", "rand", "augmix"] = "none"
-    """Random operations as torchvision has them: trivial: TrivialAugmentWide (arXiv:2103.10158), rand: RandAugment
-    (arXiv:1909.13719), augmix: AugMix (arXiv:1912.02781)."""
+    """TrivialAugment (arXiv:2103.10158), RandAugment (1909.13719) or AugMix (1912.02781)."""
     policy_ops: int | None = None
     """With --policy rand: operations on each image; 2 if left out."""
     policy_magnitude: int | None = None
@@ -281,7 +280,7 @@ class FitConfig:
     channels_last: bool = True
     """Store images channels-last; python -m kd.bench measures the gain."""
     optimizer: str = "sgd"
-    """sgd, adamw, adam, muon and others of torch; lion, lamb and timm/NAME with timm."""
+    """sgd, adamw, muon or another of torch; with timm also lion, lamb, timm/NAME."""
     betas: tuple[float, ...] = ()
     """Decay rates of the optimizer's running means; its own if left out."""
     eps: float | None = None

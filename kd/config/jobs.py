@@ -12,9 +12,10 @@ from tyro.conf import arg
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, StartConfig, ViewConfig
 from kd.config.methods import KDConfig, Method, NoneConfig, method_name
 from kd.config.model_args import asked_size, parse_model_args
+from kd.config.recipes import for_teacher
 from kd.errors import require
 
-PresetName = Literal["report", "strong", "crd", "patient", "own", "digits"]
+PresetName = Literal["report", "quick", "strong", "modern", "crd", "patient", "own", "vit", "imagenet", "digits"]
 
 
 # Peak learning rates that a preset has for some networks, and for all others (""); a preset not named has one for all.
@@ -53,8 +54,9 @@ class _Common:
     """Flags of both scripts."""
 
     preset: PresetName = "report"
-    """Sets all defaults. report: the report's; own (for data other than CIFAR-100): by its number of images; strong:
-    200 epochs, our best; crd: the literature's 240; patient: mixup, 1,200 epochs; digits: a demo."""
+    """Sets all defaults. report: the report's; quick: its ten epochs, used well; own (for data other than CIFAR-100):
+    by its number of images; strong: 200 plain epochs; modern: 300, all we know; crd, imagenet: the literature's; vit:
+    transformers; patient: 1,200 epochs; digits: a demo."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     fit: FitConfig = field(default_factory=FitConfig)
@@ -139,9 +141,9 @@ class DistillConfig(_Common):
 
         It sees a new view every epoch: --views limits the views that students take its logits of.
         """
-        fit = dataclasses.replace(self.fit, seed=self.teacher_seed)
+        fit = dataclasses.replace(for_teacher(self.preset, "fit", self.fit), seed=self.teacher_seed)
         job = self._side_job("teacher", model or self.teacher_model, fit)
-        views = dataclasses.replace(self.views, count=0, view_seed=0)
+        views = dataclasses.replace(for_teacher(self.preset, "views", self.views), count=0, view_seed=0)
         start, compress = StartConfig(self.teacher_model_args), CompressConfig(self.teacher_init)
         return dataclasses.replace(job, views=views, start=start, compress=compress)
 
@@ -152,7 +154,8 @@ class DistillConfig(_Common):
     def control_job(self) -> "Job":
         """The student alone, compressed alike: the same run as `distill_student.py none` makes."""
         job = self._side_job("none", self.student, self.fit)
-        return dataclasses.replace(job, compress=self.compress, start=self.start)
+        alone = NoneConfig(label_smoothing=self.method.label_smoothing)
+        return dataclasses.replace(job, method=alone, compress=self.compress, start=self.start)
 
     def _side_job(self, role: str, model: str, fit: FitConfig) -> "Job":
         run = dataclasses.replace(self.run, out=None, resume=False, auto_resume=True, push_to=None, push_every=0)

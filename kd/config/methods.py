@@ -297,7 +297,7 @@ class CTKDConfig(LogitFlags):
 
 @dataclass(frozen=True)
 class MLKDConfig(LogitFlags):
-    """Jin et al. 2023: two views, five temperatures; also which images and classes are alike."""
+    """Jin et al. 2023: two views, five temperatures, relations of images and classes."""
 
     loss: ClassVar[str] = "kd.losses.mlkd:MLKD"
     two_views: ClassVar[bool] = True
@@ -538,7 +538,7 @@ REVIEWKD_WEIGHTS = {
 
 @dataclass(frozen=True)
 class SimKDConfig(FeatureFlags):
-    """Chen et al. 2022: reuse the teacher's classifier behind a projector; no cross-entropy."""
+    """Chen et al. 2022: reuse the teacher's classifier; no cross-entropy."""
 
     loss: ClassVar[str] = "kd.losses.simkd:SimKD"
 
@@ -565,7 +565,7 @@ class DeiTConfig(MethodFlags):
 
 @dataclass(frozen=True)
 class OFAConfig(MethodFlags):
-    """Hao et al. 2023: exits on the student's stages answer as the teacher; for unlike networks."""
+    """Hao et al. 2023: for unlike networks; exits on the student's stages."""
 
     loss: ClassVar[str] = "kd.losses.ofa:OFA"
     weight: float = 1.0

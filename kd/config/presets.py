@@ -1,67 +1,27 @@
-"""Presets: recipes that change the flags' defaults, one for teacher and student together."""
+"""Presets: recipes that change the flags' defaults, one for teacher and student together (kd/config/recipes.py)."""
 
 import dataclasses
 import math
 
-from kd.config.flags import SETTLED_BY_DATA, DataConfig, FitConfig, ViewConfig
+from kd.config.flags import DataConfig, FitConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
-from kd.config.methods import KDConfig
-
-# By preset, the defaults that it changes; "teacher" and "student" are networks.
-PRESETS: dict[str, dict] = {
-    # The report's section 3: 10 epochs, lr 0.001, batch 64, SGD with a schedule, T=5, alpha=0.7.
-    "report": {},
-    # ResNets at 200 epochs: lr 0.1, batch 128, 5e-4, Nesterov, cosine after a short warm-up; T=4, alpha=0.9.
-    "strong": {
-        "fit": FitConfig(epochs=200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5.0),
-        "method": KDConfig(temperature=4.0, alpha=0.9),
-    },
-    # Tian et al. (arXiv:1910.10699): batch 64, 240 epochs, lr divided by 10 at 150, 180, 210; no validation set.
-    # The lr follows from the network: 0.05, or 0.01 for MobileNetV2 and the ShuffleNets (LR_BY_NETWORK).
-    "crd": {
-        "data": DataConfig(val_fraction=0.0),
-        "fit": FitConfig(epochs=240, lr=None, schedule="step", milestones=(150 / 240, 180 / 240, 210 / 240)),
-        "method": KDConfig(temperature=4.0, alpha=0.9),
-        "teacher": "resnet32x4",
-        "student": "resnet8x4",
-    },
-    # "Consistent and patient" (Beyer et al., arXiv:2106.05237): distillation alone, on mixed images, the same
-    # for teacher and student, for very long. Give it a finished --teacher, or one is trained for as long.
-    "patient": {
-        "views": ViewConfig(mixup=1.0),
-        "fit": FitConfig(epochs=1200, batch_size=128, lr=0.1, nesterov=True, warmup_epochs=5.0),
-        "method": KDConfig(temperature=1.0, alpha=1.0),
-    },
-    # Small sets of one's own, from scratch: batch, lr, epochs and warm-up follow from the number of images (`settle`).
-    "own": {
-        "fit": FitConfig(nesterov=True, **dict.fromkeys(SETTLED_BY_DATA)),
-        "method": KDConfig(temperature=4.0, alpha=0.9),
-        "control": True,
-    },
-    # scikit-learn's 1,797 digits of 8 x 8 pixels. Tuned on the validation split (README, "The digits preset").
-    "digits": {
-        "data": DataConfig(source="digits", val_fraction=0.2),
-        "views": ViewConfig(crop_padding=1, flip=False),
-        "fit": FitConfig(epochs=30, lr=0.05, nesterov=True, warmup_epochs=2.0),
-        "method": KDConfig(temperature=4.0, alpha=0.5),
-        "teacher": "resnet20",
-        "student": "resnet8",
-        "control": True,
-    },
-}
+from kd.config.recipes import PRESETS, for_teacher
 
 
 def train_defaults(preset: str) -> TrainConfig:
     """The defaults of train_teacher.py with this preset."""
     recipe = PRESETS[preset]
-    shared = {key: recipe[key] for key in ("data", "views", "fit") if key in recipe}
-    return TrainConfig(preset=preset, model=recipe.get("teacher", "resnet34"), **shared)
+    views = for_teacher(preset, "views", recipe.get("views", ViewConfig()))
+    fit = for_teacher(preset, "fit", recipe.get("fit", FitConfig()))
+    data = recipe.get("data", DataConfig())
+    return TrainConfig(preset=preset, model=recipe.get("teacher", "resnet34"), data=data, views=views, fit=fit)
 
 
 def distill_defaults(preset: str) -> DistillConfig:
     """The defaults of distill_student.py with this preset."""
     recipe = dict(PRESETS[preset])
     models = {"teacher_model": recipe.pop("teacher", "resnet34"), "student": recipe.pop("student", "resnet18")}
+    models["teacher"] = recipe.pop("pretrained", ())
     return DistillConfig(preset=preset, **models, **recipe)
 
 

@@ -25,7 +25,7 @@ from tyro.conf import Positional
 from kd.config import DataConfig, FitConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.jobs import PresetName, check_together
-from kd.config.presets import PRESETS
+from kd.config.recipes import PRESETS
 from kd.data.dataset import Data, load_data
 from kd.data.loader import Pixels, TrainingImages
 from kd.errors import exit_code, require

@@ -17,7 +17,7 @@ STAGES = ("layer1", "layer2", "layer3")
 POOLED = "head"  # the last BatchNorm and ReLU
 BEFORE_RELU = ("layer2.0.bn1", "layer3.0.bn1", "head.0")  # after the BatchNorm that a stage's map enters
 
-SIZES = ((16, 1), (16, 2), (40, 1), (40, 2))  # depth, widening factor
+SIZES = ((16, 1), (16, 2), (28, 10), (40, 1), (40, 2))  # depth, widening factor
 
 
 class Block(nn.Module):

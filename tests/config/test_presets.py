@@ -149,3 +149,28 @@ def test_the_real_script_on_ones_own_folder(photos):
     assert again.returncode == 0, again.stderr
     (run,) = Path("runs/own").iterdir()
     assert json.loads((run / "summary.json").read_text())["steps"] == 200 * (36 // 8)
+
+
+def test_a_teacher_has_its_own_recipe_unless_a_flag_says_otherwise():
+    student = distill_defaults("modern")
+    teacher = student.teacher_job()
+    assert (student.job().fit.epochs, teacher.fit.epochs) == (300, 200)
+    assert (teacher.views.policy, teacher.views.mixup, teacher.views.cutmix) == ("none", 0.0, 1.0)
+    assert student.control_job().views == student.job().views
+    short = cli.parse(distill_defaults, "", ["--preset", "modern", "--epochs", "3", "--mixup", "0.5"])
+    assert (short.job().fit.epochs, short.teacher_job().fit.epochs) == (3, 3)
+    assert short.teacher_job().views.mixup == 0.5
+    sgd = distill_defaults("vit").teacher_job().fit
+    assert (sgd.optimizer, sgd.lr, sgd.clip_norm) == ("sgd", 0.1, None)
+    assert cli.parse(train_defaults, "", ["--preset", "vit"]).fit == sgd
+
+
+def test_the_student_alone_is_smoothed_as_the_distilled_one_and_the_teacher_is_not():
+    student = distill_defaults("quick")
+    assert student.control_job().method.label_smoothing == student.method.label_smoothing == 0.1
+    assert student.teacher_job().method.label_smoothing == 0
+
+
+def test_imagenets_teacher_is_torchvisions():
+    assert distill_defaults("imagenet").teachers == ("torchvision/resnet34",)
+    assert cli.parse(distill_defaults, "", ["--preset", "imagenet", "--teacher", "runs/x"]).teachers == ("runs/x",)
