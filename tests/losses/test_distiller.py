@@ -79,20 +79,21 @@ def test_every_model_names_its_maps_and_the_one_pooled_into_its_classifier(name)
             parameter.data.add_(0.01)
     found = stages(name, net, 7)
     assert len(found.maps) >= 3
-    logits, features = probe(net, (16, 16), name, (*found.maps, found.pooled, *found.embedding))
+    outputs = probe(net, (16, 16), name, (*found.maps, found.pooled, *found.embedding))
+    features = outputs.features
     maps, embedding = [features[layer] for layer in found.maps], features[found.embedding[0]].flatten(1)
     assert all(feature.ndim == 4 for feature in maps)
     sides = [feature.shape[2] for feature in maps]
     assert sides == sorted(sides, reverse=True)
     torch.testing.assert_close(features[found.pooled].mean((2, 3)), embedding)
-    torch.testing.assert_close(net.get_submodule(found.classifier)(embedding), logits)
+    torch.testing.assert_close(net.get_submodule(found.classifier)(embedding), outputs.logits)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "torchvision/resnet34", "resnet20", "vgg13", "shufflenetv1"])
 def test_the_maps_before_their_last_relu_become_the_maps_by_it(name):
     net = build_model(name, 7, (16, 16))
     found = stages(name, net, 7)
-    _, features = Tap(net, (*found.maps, *found.before_relu))(torch.randn(2, 3, 16, 16))
+    features = Tap(net, (*found.maps, *found.before_relu))(torch.randn(2, 3, 16, 16)).features
     for layer, before in zip(found.maps, found.before_relu, strict=True):
         assert (features[before] < 0).any()
         assert torch.equal(features[before].relu(), features[layer])
@@ -101,7 +102,7 @@ def test_the_maps_before_their_last_relu_become_the_maps_by_it(name):
 def test_a_wide_networks_maps_before_relu_are_after_the_batchnorm_that_they_enter():
     net = build_model("wrn-16-1", 7, (16, 16)).eval()
     found = stages("wrn-16-1", net, 7)
-    _, features = Tap(net, (*found.maps, *found.before_relu, "head"))(torch.randn(2, 3, 16, 16))
+    features = Tap(net, (*found.maps, *found.before_relu, "head"))(torch.randn(2, 3, 16, 16)).features
     for layer, norm in zip(found.maps, (net.layer2[0].bn1, net.layer3[0].bn1, net.head[0]), strict=True):
         assert any(torch.equal(norm(features[layer]), features[before]) for before in found.before_relu)
     assert torch.equal(features["head.0"].relu(), features["head"])
