@@ -14,7 +14,8 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -27,7 +28,7 @@ from kd.config.jobs import LR_BY_NETWORK, DistillConfig
 from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
 from kd.config.named import CombinedFlags, dashed, is_named, name_flags, named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
-from kd.errors import exit_code, require
+from kd.errors import UserError, UsersOwnError, exit_code, require
 
 
 class Flag(NamedTuple):
@@ -140,7 +141,8 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     flags, words = _flags(default), []
     if isinstance(default, DistillConfig):
         method = str(file.pop("method", None) or method_name(default.method))
-        kind = named_method(method)
+        with named_in(f"--config {path}"):
+            kind = named_method(method)
         named = _first_word(args, flags, lambda word: word in METHODS or is_named(word))
         flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
         own = _flags(with_usual(kind, default.method))
@@ -151,6 +153,17 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
             default = default if method in METHODS else _with_method(kind, default)
     words = [*as_arguments(file, flags, path), *words]
     return tyro.cli(type(default), default=default, args=words, config=FLAT)
+
+
+@contextmanager
+def named_in(place: str) -> Iterator[None]:
+    """Say of a UserError where the wrong name stands."""
+    try:
+        yield
+    except UsersOwnError:
+        raise
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def _with_method(kind: type[MethodFlags], default: DistillConfig) -> DistillConfig:

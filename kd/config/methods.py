@@ -572,7 +572,7 @@ class OFAConfig(MethodFlags):
     """Weight of the loss of the student's own logits."""
     exit_weight: float = 1.0
     """Weight of the exits' loss, summed over exits."""
-    eps: float = 1.0
+    exponent: float = 1.0
     """Power that raises the label's share of the target; the authors' command for ImageNet has 1.5."""
     temperature: float = 1.0
     """Softens both distributions."""
@@ -582,7 +582,7 @@ class OFAConfig(MethodFlags):
     def check(self) -> None:
         super().check()
         not_negative(self, "weight", "exit_weight")
-        positive(self, "eps", "temperature")
+        positive(self, "exponent", "temperature")
 
 
 METHODS = {

@@ -83,7 +83,7 @@ class OFA(DistillationLoss):
         config, label = self.config, main_label(batch)
 
         def loss(logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
-            return ofa_loss(logits, teacher.logits, label, config.eps, config.temperature)
+            return ofa_loss(logits, teacher.logits, label, config.exponent, config.temperature)
 
         answers = [part(feature) for part, feature in zip(self.exits, student.features.values())]
         return {

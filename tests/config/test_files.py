@@ -41,9 +41,9 @@ def yaml_file(tmp_path, text: str) -> str:
 @pytest.mark.parametrize("defaults", [train_defaults, distill_defaults])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_printed_is_read_again(preset, defaults, written):
-    path = written("--preset", preset, "--no-flip", "--seed", "3", defaults=defaults)
+    path = written("--preset", preset, "--no-drop-last", "--seed", "3", defaults=defaults)
     assert parse(defaults, "", ["--config", path]) == parse(
-        defaults, "", ["--preset", preset, "--no-flip", "--seed", "3"]
+        defaults, "", ["--preset", preset, "--no-drop-last", "--seed", "3"]
     )
 
 
@@ -96,7 +96,7 @@ def test_a_run_is_repeated_from_its_own_config(tmp_path):
         ("mixed_precision: no", "mixed-precision is False; a word such as no needs quotes"),
         ("fit: {epochs: 3}", "there is no flag fit"),
         ("epochs: {a: 3}", "epochs holds flags of its own"),
-        ("method: dkkd", "there is no method dkkd: did you mean dkd"),
+        ("method: dkkd", "dkkd: no such method; did you mean dkd"),
         ("- epochs", "holds no flags"),
         ("a: [", "is no YAML"),
     ],
