@@ -4,7 +4,6 @@ Both networks see two views of each image, one weakly and one strongly augmented
 several temperatures and at three levels: each sample, the relations between samples, the relations between classes.
 """
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -94,9 +93,8 @@ def _relation(student: Tensor, teacher: Tensor, temperature: float, dim: int, ma
 
 
 def _lower_half(values: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:
-    """Which values are at most the median; the median of an even number is the mean of the middle two."""
-    ordered, n = values.sort().values, len(values)
-    return values <= torch.lerp(ordered[(n - 1) // 2], ordered[n // 2], 0.5)
+    """Which values are at most the median; of an even number the lower of the middle two, which keeps the same."""
+    return values <= values.sort().values[(len(values) - 1) // 2]
 
 
 class MLKD(DistillationLoss):
