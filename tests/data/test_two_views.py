@@ -9,11 +9,16 @@ import torch
 from accelerate import Accelerator
 
 from kd.config import METHODS, DataConfig, FitConfig, Job, NoneConfig, RunConfig, ViewConfig
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults
 from kd.data import augment, load_data
 from kd.data.loader import Batches
 from kd.data.policies import Policy, operations
+from kd.errors import UserError
+from kd.runs.folder import run_identity
 from kd.types import Batch
 from tests.data.test_stream import shards
+from tests.run_scripts import distil
 
 TWO = next(kind() for kind in METHODS.values() if kind.two_views)
 MIXED = ViewConfig(mixup=1.0, cutmix=1.0, erase=0.5)
@@ -138,3 +143,39 @@ def test_fixmatch_has_its_operations_in_its_ranges():
     expected |= {"Posterize": (4.0, 8.0), "Solarize": (0.0, 1.0)}
     assert {name: pytest.approx(pair) for name, pair in expected.items()} == limits
     assert {len(values) for values in found.values()} == {62}
+
+
+def test_the_strong_views_flags_are_in_the_identity_of_methods_with_two_views_only(data):
+    accelerator = Accelerator(cpu=True)
+
+    def identity(*flags: str) -> dict:
+        job = parse(distill_defaults, "", ["--data", "synthetic", *flags]).job()
+        return run_identity(job, data, accelerator, None)
+
+    changed = ["--strong-ops", "3", "--strong-magnitude", "10", "--strong-cutout", "0"]
+    assert identity("kd") == identity(*changed, "kd")
+    assert not identity("crld").keys() & ViewConfig().strong.keys()
+    assert identity("crld") | {"strong_ops": 3, "strong_magnitude": 10, "strong_cutout": 0.0} == identity(
+        *changed, "crld"
+    )
+
+
+def test_flags_of_a_view_that_is_not_made_are_said_to_change_nothing(capsys):
+    flags = ["--epochs", "1", "--classes", "4", "--val-fraction", "0.8", "--batch-size", "40"]
+    distil(*flags, "--strong-ops", "3", "none")
+    assert "none sees one view of each image: the flags of the strong view change nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--strong-ops", "-1"], "--strong-ops -1: give 0 to 14"),
+        (["--strong-magnitude", "31"], "--strong-magnitude 31: give 0 to 30"),
+        (["--strong-cutout", "1.5"], "--strong-cutout 1.5: give a share from 0 to 1"),
+        (["mlkd", "--temperatures", "2", "0"], r"--temperatures 2.0 0.0: give one or more numbers above 0"),
+        (["crld", "--weak-threshold", "2"], "--weak-threshold 2.0: give a share from 0 to 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(distill_defaults, "", flags)

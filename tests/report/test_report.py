@@ -602,3 +602,11 @@ def test_a_student_of_kept_answers_has_its_control(capsys):
     )
     build.write_report(["runs/*"], Path("report"))
     assert "student (kd) against student alone" in Path("report/report.md").read_text()
+
+
+def test_a_student_of_two_views_has_its_control():
+    """A control sees one view, and no flag of the second one is in its identity."""
+    fake_run("runs/alone", "none", 0, label_smoothing=0.0)
+    edit_identity(fake_run("runs/crld", "crld", 0, temperature=4.0), strong_ops=3, strong_magnitude=10)
+    build.write_report(["runs/*"], Path("report"))
+    assert "student (crld) against student alone" in Path("report/report.md").read_text()
