@@ -84,12 +84,24 @@ def make_optimizer(distiller: Distiller, fit: FitConfig, model: str, accelerator
     fused = accelerator.device.type == "cuda" and accelerator.scaler is None and fit.optimizer in FUSED
     groups = group_parameters(distiller, fit, model)
     if fit.optimizer == "muon":
-        require(
-            any(kind.muon for kind in groups),
-            f"--optimizer muon: {model} has no hidden linear layer, and torch's Muon trains nothing else; take"
-            " timm/muon, which trains convolutions too",
-        )
+        _require_matrices(any(kind.muon for kind in groups), model)
     return build(fit, groups, {"fused": True} if fused else {})
+
+
+def check_network(network: nn.Module, fit: FitConfig, model: str) -> None:
+    """Raises UserError if the optimizer or --layer-decay cannot work on this network, before its teacher is trained."""
+    if fit.optimizer == "muon":
+        _require_matrices(bool(muon_names(network, "muon")), model)
+    if fit.layer_decay is not None:
+        layer_scales(network, fit.layer_decay, model)
+
+
+def _require_matrices(found: bool, model: str) -> None:
+    require(
+        found,
+        f"--optimizer muon: {model} trains no hidden linear layer, and torch's Muon trains nothing else; take"
+        " timm/muon, which trains convolutions too",
+    )
 
 
 def build(fit: FitConfig, groups: dict[Kind, list[nn.Parameter]], options: dict) -> Optimizer:
@@ -141,7 +153,7 @@ def group_parameters(distiller: Distiller, fit: FitConfig, model: str) -> dict[K
     """The trainable parameters by what they have in common; one group by default."""
     scales = {} if fit.layer_decay is None else layer_scales(distiller.deployed, fit.layer_decay, model)
     spared = set() if fit.decay_norm_and_bias else without_decay(distiller)
-    matrices = _muon_names(distiller, fit.optimizer)
+    matrices = {f"student.{name}" for name in muon_names(distiller.student, fit.optimizer)}
     groups: dict[Kind, list[nn.Parameter]] = {}
     for name, parameter in distiller.named_parameters():
         if parameter.requires_grad:
@@ -161,24 +173,20 @@ def without_decay(distiller: Distiller) -> set[str]:
     }
 
 
-def _muon_names(distiller: Distiller, optimizer: str) -> set[str]:
+def muon_names(network: nn.Module, optimizer: str) -> set[str]:
     """Names of the weights that are Muon's; its authors leave the classifier and embeddings to AdamW."""
     if "muon" not in optimizer:
         return set()
-    modules = dict(distiller.student.named_modules())
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    classes = next((module.out_features for module in reversed(linear.values())), 0)
-    hidden = {name for name, module in linear.items() if module.out_features != classes}
-    names = {f"student.{name}.weight" for name in hidden}
-    names |= {
-        f"student.{name}.in_proj_weight"
-        for name, module in modules.items()
-        if isinstance(module, nn.MultiheadAttention)
-    }
-    if optimizer == "muon":
-        return names & {name for name, _ in distiller.named_parameters()}
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return names | {f"student.{name}.weight" for name, module in modules.items() if isinstance(module, convolutions)}
+    kinds = (nn.Linear,) if optimizer == "muon" else (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    modules = dict(network.named_modules())
+    classes = next((part.out_features for part in reversed(modules.values()) if isinstance(part, nn.Linear)), 0)
+    names = set()
+    for name, module in modules.items():
+        if isinstance(module, kinds) and getattr(module, "out_features", None) != classes:
+            names.add(f"{name}.weight")
+        if isinstance(module, nn.MultiheadAttention):
+            names.add(f"{name}.in_proj_weight")
+    return names & {name for name, _ in network.named_parameters()}
 
 
 def layer_scales(student: nn.Module, decay: float, model: str) -> dict[str, float]:

@@ -27,6 +27,7 @@ from kd.models.pretrained import (
     origin_of,
 )
 from kd.teachers.load import TeacherNetwork
+from kd.training.optimizers import check_network
 from kd.training.start import freeze, held_at_first, load_start
 from kd.types import Pair, Stages
 from kd.utils.console import print_once
@@ -186,6 +187,7 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         loss.has_cross_entropy or job.fit.balance in ("none", "sampler"),
         f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",
     )
+    check_network(network.module, job.fit, job.model)
     layers, _ = loss.layers(job.method, stages(job.model, network.module, len(data.classes)), None)
     probe(network.module, data.size, "student", layers)
     if job.run.out:

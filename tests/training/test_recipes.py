@@ -25,7 +25,7 @@ from kd.training.average import Average, too_long, weights_in
 from kd.training.schedule import lr_at
 from tests.conftest import ROOT
 from tests.pairs import batch_of
-from tests.run_scripts import TEACHER, differences, metrics_of, newest_checkpoint, script, teach, torchrun
+from tests.run_scripts import TEACHER, differences, distil, metrics_of, newest_checkpoint, script, teach, torchrun
 from tests.training.recipes import differ_when_killed, fit_of, last_checkpoint, lines_of, train
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
@@ -110,7 +110,7 @@ def test_muon_trains_hidden_matrices_and_adamw_the_rest():
 
 
 def test_muon_needs_a_hidden_linear_layer():
-    with pytest.raises(UserError, match=r"--optimizer muon: resnet8 has no hidden linear layer.*timm/muon"):
+    with pytest.raises(UserError, match=r"--optimizer muon: resnet8 trains no hidden linear layer.*timm/muon"):
         optimizers.make_optimizer(
             distiller_of("normalised"), fit_of(optimizer="muon"), "resnet8", Accelerator(cpu=True)
         )
@@ -159,6 +159,13 @@ def test_what_timm_cannot_make_or_no_checkpoint_holds_is_refused(name, words):
     pytest.importorskip("timm")
     with pytest.raises(UserError, match=f"--optimizer {name}: .*({words})"):
         optimizers.check_optimizer(fit_of(optimizer=name))
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--layer-decay", "0.7"]])
+def test_what_a_student_cannot_take_is_said_before_its_teacher_is_trained(flags):
+    with pytest.raises(UserError, match=r"tests.networks:normalised(.s layers is not known| trains no hidden)"):
+        distil(*flags)
+    assert not Path("runs").exists()
 
 
 # --- groups of parameters
