@@ -116,6 +116,8 @@ class Wrapped(nn.Module):
     def forward(self, image):
         return self.scale * self.student(image)
 
+Path("imported").touch()
+
 class Lost(Loss):
     def deployed(self, student):
         return Wrapped(student)
@@ -268,6 +270,9 @@ def test_a_network_that_an_outside_method_deploys_is_built_only_if_its_code_is_t
     info = json.loads(Path("run/model.json").read_text())
     assert info["deployed"] == {"method": "mine:Kept", "any": "thing"}
     Path("built").unlink()
+    Path("imported").unlink()
+    sys.modules.pop("mine")
+    named_method.cache_clear()
     for method in ("mine:Kept", "kd+mine:Kept", "mine:Kept+kd"):
         Path("run/model.json").write_text(json.dumps(info | {"deployed": {"method": method, "any": "thing"}}))
         with pytest.raises(UserError, match=r"mine:Kept|cannot be rebuilt"):
@@ -276,6 +281,7 @@ def test_a_network_that_an_outside_method_deploys_is_built_only_if_its_code_is_t
     with pytest.raises(UserError, match="building mine:Kept runs its author's code; --trust-code"):
         kd.load("run")
     assert not Path("built").exists()
+    assert not Path("imported").exists()
     network = kd.load("run", trust_code=True)
     assert isinstance(network.scale, nn.Parameter)
     assert network.scale.item() != 1

@@ -1,5 +1,6 @@
 """kd.train and kd.distill: the scripts called from Python, as often as wanted; the progress display in a notebook."""
 
+import json
 import os
 import random
 import signal
@@ -104,6 +105,8 @@ def test_the_process_is_as_before(monkeypatch):
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), dict(os.environ)
     flags = {**SMALL, "model": "resnet8", "threads": 1, "deterministic": True, "out": "run"}
     python.run_script("train_teacher", None, flags)
+    identity = json.loads(Path("run/config.json").read_text())["identity"]
+    assert identity["mixed_precision"] == "no", "the caller's own is none of the run's"
     assert mine.mixed_precision == AcceleratorState().mixed_precision == "bf16"
     assert torch.get_num_threads() == 2
     assert not torch.are_deterministic_algorithms_enabled()
