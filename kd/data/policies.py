@@ -76,7 +76,7 @@ def apply_policy(
     (arXiv:1912.02781, without its consistency loss).
 
     On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and its result is selected: about
-    170 launches a step, as many as on some rows, and the host never waits to learn which rows drew what.
+    170 launches an operation, as many as on some rows, and the host never waits to learn which rows drew what.
     """
     if policy.name == "none":
         return images
