@@ -169,7 +169,7 @@ def help_of(capsys, monkeypatch):
 
     def show(defaults, *args: str, description: str = "") -> str:
         with pytest.raises(SystemExit) as stop:
-            parse(defaults, description, [*args, "--help"])
+            parse(defaults, description, [*args] if "--help" in args else [*args, "--help"])
         assert not stop.value.code
         return capsys.readouterr().out
 
@@ -222,6 +222,13 @@ def test_a_methods_help_shows_its_own_flags(method, help_of):
 def test_a_methods_help_has_the_presets_defaults_and_a_presets_name_is_no_method(help_of):
     assert re.search(r"--temperature X .* \[4\]\n", help_of(distill_defaults, "--preset=crd", "kd"))
     assert "--epochs N" in help_of(distill_defaults, "--preset", "crd")
+
+
+@pytest.mark.parametrize("subject", ["training", "augmentation", "dkd", "kd+at"])
+def test_help_may_stand_before_its_subject(subject, help_of):
+    """As every `more with --help GROUP` line writes it."""
+    assert help_of(distill_defaults, "--help", subject) == help_of(distill_defaults, subject, "--help")
+    assert help_of(distill_defaults, "--help", subject) != help_of(distill_defaults, "--help")
 
 
 @pytest.mark.parametrize("method", [[], ["dkd"]], ids=["longer than a buffer", "shorter"])
