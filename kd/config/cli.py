@@ -16,6 +16,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -144,7 +145,7 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
         with named_in(f"--config {path}"):
             kind = named_method(method)
         named = _first_word(args, flags, lambda word: word in METHODS or is_named(word))
-        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        flags = _without_method(flags, default)
         own = _flags(with_usual(kind, default.method))
         chosen = {name: value for name, value in file.items() if name in own}
         file = {name: value for name, value in file.items() if name not in own}
@@ -208,7 +209,7 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
         if method := _first_word(args, flags, lambda word: word in METHODS or is_named(word)):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
-        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        flags = _without_method(flags, default)
     if group := _first_word(args, flags, GROUPS.__contains__):
         names = f"{GROUPS[group].common} {GROUPS[group].rare}".split()
         whole = _group(group, (flags[name] for name in names if name in flags), width)
@@ -318,6 +319,12 @@ def _flags(config) -> dict[str, Flag]:
     return flags
 
 
+def _without_method(flags: dict[str, Flag], config: DistillConfig) -> dict[str, Flag]:
+    """The flags that are not the method's own."""
+    own = _flags(config.method)
+    return {name: flag for name, flag in flags.items() if name not in own}
+
+
 def _positionals(kind: type) -> list[str]:
     """The arguments that have no flag's name."""
     hints = get_type_hints(kind, include_extras=True)
@@ -328,8 +335,7 @@ def flag_values(config) -> dict[str, object]:
     """Every flag's value by its name on the command line, in the order of --help, the method and its flags last."""
     flags, method = _flags(config), {}
     if isinstance(config, DistillConfig):
-        own = _flags(config.method)
-        flags = {name: flag for name, flag in flags.items() if name not in own}
+        own, flags = _flags(config.method), _without_method(flags, config)
         method = {"method": method_name(config.method)} | {name: flag.value for name, flag in own.items()}
     names = " ".join(f"{group.common} {group.rare}" for group in GROUPS.values()).split()
     return {name: flags[name].value for name in names if name in flags} | method
@@ -347,6 +353,7 @@ def _combined_flags(config: CombinedFlags) -> dict[str, Flag]:
     return flags | shared
 
 
+@cache
 def _docstrings(kind: type) -> dict[str, str]:
     """The docstring under each field, as tyro reads them too: Python itself drops them."""
     texts = {}

@@ -128,7 +128,7 @@ def test_a_run_from_the_hub(trained, six, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: trained)
     network, _, _ = started(job_of("--init", "someone/net"), six)
     assert torch.equal(network[0].weight, load_file(Path(trained, "model.safetensors"))["0.weight"])
-    identity = run_identity(job_of("--init", "someone/net"), six, Accelerator(cpu=True), None)
+    identity = run_identity(job_of("--init", "someone/net"), six, Accelerator(cpu=True))
     assert identity["init"] == json.loads(Path(trained, "summary.json").read_text())["weights_sha256"]
 
 
@@ -147,7 +147,7 @@ def test_a_file_keeps_its_normalisation_and_the_datas_size(data, capsys):
     assert "images at 16 x 16 pixels; normalised as they expect (mean 0.5/0.4/0.3, std 0.2/0.25/0.3)" in printed
     assert "trained at 20 x 24" in printed
     changed = start_from(job_of("--init", file_of("big.pth", network, std=[0.3] * 3)), data)[0]
-    identities = [run_identity(one, data, Accelerator(cpu=True), None) for one in (job, changed)]
+    identities = [run_identity(one, data, Accelerator(cpu=True)) for one in (job, changed)]
     assert {key for key in identities[0] if identities[0][key] != identities[1][key]} == {"init"}
 
 
@@ -273,7 +273,7 @@ def test_model_args_build_the_network_and_whatever_loads_it_again(data):
 
 def test_only_what_is_given_is_part_of_a_runs_identity(data):
     accelerator = Accelerator(cpu=True)
-    identity = lambda *args: run_identity(job_of(*args), data, accelerator, None)  # noqa: E731
+    identity = lambda *args: run_identity(job_of(*args), data, accelerator)  # noqa: E731
     plain = identity()
     assert not plain.keys() & {"model_args", "freeze", "freeze_epochs", "init", "origin"}
     assert identity("--model-args", "b=1,a=2") == identity("--model-args", "a=2,b=1") != plain
