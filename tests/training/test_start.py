@@ -122,6 +122,9 @@ def test_a_pruned_run_keeps_its_shapes_under_a_new_last_layer(trained, six):
     assert torch.equal(network[6].weight, pruned[6].weight)
     assert network[11].weight.shape == (6, 20)
     assert network[11].weight.abs().max() > 0
+    path = Path("pruned/model.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resized": [24, 24]}))
+    assert started(job_of("--init", "pruned"), six)[2].resized == (24, 24), "one that resizes inside goes on to"
 
 
 def test_a_run_from_the_hub(trained, six, monkeypatch):
@@ -357,6 +360,15 @@ def test_a_method_that_wraps_the_student_still_holds_its_layers(data):
     assert {id(part) for part in distiller.held} == {id(part) for part in distiller.student[3].parameters()}
 
 
+def test_what_its_author_froze_stays_frozen(data):
+    job = job_of("--freeze", "3", "--freeze-epochs", "1")
+    network = build_network(job, data)
+    network.module[3].weight.requires_grad_(False)
+    distiller = build_distiller(job, data, network=network)
+    distiller.hold(False, with_gradients=False)
+    assert not distiller.student[3].weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
@@ -448,3 +460,14 @@ def test_a_student_with_dropout_learns_the_same_from_a_live_and_a_cached_teacher
     distil(*flags, "--out", "live")
     distil(*flags, "--out", "cached", "--cache-teacher", "--cache-dtype", "float32")
     assert Path("live/model.safetensors").read_bytes() == Path("cached/model.safetensors").read_bytes()
+
+
+def test_weights_of_another_library_name_the_network_that_they_do_not_fit(monkeypatch, data, tmp_path):
+    from torchvision.models import ShuffleNet_V2_X0_5_Weights, shufflenet_v2_x0_5
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    place = tmp_path / "torch/hub/checkpoints" / Path(ShuffleNet_V2_X0_5_Weights.DEFAULT.url).name
+    place.parent.mkdir(parents=True)
+    torch.save(shufflenet_v2_x0_5().state_dict(), place)
+    with pytest.raises(UserError, match=r"do not fit the network resnet8: .*; name the right one with --model"):
+        started(job_of("--init", "torchvision/shufflenet_v2_x0_5", model="resnet8"), data)
