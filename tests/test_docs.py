@@ -21,6 +21,7 @@ from PIL import Image
 
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
+from kd.data import show
 from kd.models import build_model
 from kd.runs.table import COLUMNS
 from kd.study.plan import read_command_line
@@ -34,7 +35,8 @@ RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 5}
 EXAMPLES = {"my_networks.py", "own_loop.py", "my_data.py", "my_method.py", "from_python.py"}
 
 SCRIPTS = {"train_teacher.py": train_defaults, "distill_student.py": distill_defaults}
-PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()} | {"kd.study": read_command_line}
+PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()}
+PARSERS |= {"kd.study": read_command_line, "kd.data.show": partial(parse, show.defaults, "")}
 CLASSES = {"brick": (170, 80, 60), "grass": (80, 150, 60), "sky": (90, 130, 200)}
 
 

@@ -51,9 +51,9 @@ class TwoHeads(nn.Module):
         self.distillation_head = nn.Linear(recipe["width"], recipe["classes"])
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
-        logits, features = self.tap(image)
-        (embedding,) = features.values()
-        return (logits + self.distillation_head(embedding)) / 2
+        outputs = self.tap(image)
+        (embedding,) = outputs.features.values()
+        return (outputs.logits + self.distillation_head(embedding)) / 2
 
 
 class DeiT(DistillationLoss):
@@ -76,7 +76,7 @@ class DeiT(DistillationLoss):
 
     def __init__(self, config: DeiTConfig, pair: Pair):
         super().__init__(config, pair)
-        logits, features = pair.student
+        logits, features = pair.student.logits, pair.student.features
         if pair.student_stages.heads:
             heads = list(features.values())
             require(

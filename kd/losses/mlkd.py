@@ -4,6 +4,7 @@ Both networks see two views of each image, one weakly and one strongly augmented
 several temperatures and at three levels: each sample, the relations between samples, the relations between classes.
 """
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 

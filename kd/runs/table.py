@@ -46,7 +46,7 @@ METRICS = {
 }
 COLUMNS = tuple(metric for metric in METRICS.values() if metric.report)
 AVERAGED = (METRICS["test_top1_ema"],)  # shown if a run has it
-NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement", "test_top1_ema")  # fits a terminal of 80 columns
+NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a terminal of 80 columns
 
 
 def show_results(student: Path, control: Path | None = None) -> None:
@@ -59,8 +59,12 @@ def show_results(student: Path, control: Path | None = None) -> None:
     rows = _rows(summary, control)
     control = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
-    columns = [*COLUMNS, *averaged([network for _, network in rows if network])]
-    wide.print(_table(rows, [column for column in columns if wide.width >= 110 or column.key in NARROW]))
+    averages = averaged([network for _, network in rows if network])
+    columns = [column for column in COLUMNS if wide.width >= 110 or column.key in NARROW]
+    if averages and wide.width < 132:  # the average takes the place of another column
+        left_out = "test_top5" if wide.width >= 110 else "agreement"
+        columns = [column for column in columns if column.key != left_out]
+    wide.print(_table(rows, [*columns, *averages]))
     if summary.get("test_split") == "validation":
         wide.print(Text("test: the data's validation split, as it has no test split"))
     if any(run["test_top1"] is None for run in (summary, control) if run):

@@ -149,7 +149,7 @@ def test_students_that_do_not_fit_are_refused_with_the_reason(method, stages, fe
 
 
 def test_ofa_puts_an_exit_on_each_stage_and_adds_their_losses():
-    distiller, teacher = build("ofa", eps=1.5, weight=2.0, exit_weight=0.5)
+    distiller, teacher = build("ofa", exponent=1.5, weight=2.0, exit_weight=0.5)
     batch, loss = batch_of(INDEX), distiller.loss.eval()
     assert len(loss.exits) == 2
     answers = teacher(batch.image).logits
