@@ -25,10 +25,11 @@ from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPref
 
 from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import SETTLED_BY_DATA
-from kd.config.jobs import LR_BY_NETWORK, DistillConfig
+from kd.config.jobs import LR_BY_NETWORK, DistillConfig, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
 from kd.config.named import CombinedFlags, dashed, is_named, name_flags, named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
+from kd.config.unused import check_used
 from kd.errors import UserError, UsersOwnError, exit_code, require
 
 
@@ -119,9 +120,17 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
         default = _with_method(named_method(name), default)
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
+    if isinstance(config, TrainConfig | DistillConfig):
+        check_used(config, typed_flags(args))
     if given.print_config:
         _print_and_exit(as_yaml(flag_values(config)).rstrip())
     return config
+
+
+def typed_flags(args: list[str]) -> list[str]:
+    """The names of the flags among arguments, as --help writes them; `nesterov` for --no-nesterov is not among them."""
+    words = [word.partition("=")[0].removeprefix("--") for word in args if word.startswith("--")]
+    return [word.replace("_", "-") for word in words]
 
 
 def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

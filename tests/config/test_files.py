@@ -48,7 +48,20 @@ def test_what_is_printed_is_read_again(preset, defaults, written):
 
 
 def test_lists_words_and_a_method_survive(written):
-    args = ["--teacher", "a", "b", "--milestones", ".1", ".2", "--mixed-precision", "no", "--lr", "5e-4"]
+    args = [
+        "--teacher",
+        "a",
+        "b",
+        "--schedule",
+        "step",
+        "--milestones",
+        ".1",
+        ".2",
+        "--mixed-precision",
+        "no",
+        "--lr",
+        "5e-4",
+    ]
     args += ["dkd", "--beta", "3"]
     assert student("--config", written(*args)) == student(*args)
 

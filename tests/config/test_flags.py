@@ -126,6 +126,46 @@ def test_row_44_values_out_of_range_are_named(args, words):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum: --optimizer adamw takes none"),
+        (["--optimizer", "muon", "--nesterov"], "--nesterov: is of --optimizer sgd, and this is muon"),
+        (["--optimizer=timm/nadamw", "--nesterov"], "--nesterov: is of --optimizer sgd"),
+        (["--milestones", "0.5"], "--milestones: needs --schedule step, and this is cosine"),
+        (["--view_seed", "3"], "--view-seed: needs --views"),
+        (["--resized-crop", "0.5", "--crop-padding", "2"], "--crop-padding: --resized-crop 0.5 crops in its place"),
+        (["--teacher", "runs/big", "--teacher-seed", "3"], "--teacher-seed: is of the recipe's own teacher"),
+        (["--preset", "imagenet", "--teacher-seed", "3"], "--teacher-seed: is of the recipe's own teacher"),
+    ],
+)
+def test_a_typed_flag_that_another_makes_void_is_refused(args, words):
+    with pytest.raises(UserError, match=f"^{words}"):
+        student(*args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--preset", "strong", "--optimizer", "adamw"],  # the preset's Nesterov is not the user's
+        ["--preset", "vit", "--momentum", "0.8"],  # of its teacher's SGD
+        ["--optimizer", "timm/lars", "--momentum", "0.8"],
+        ["--optimizer", "adamw", "--no-nesterov"],
+        ["--resized-crop", "0.5", "--crop-padding", "0"],
+        ["--schedule", "step", "--milestones", "0.5"],
+        ["--views", "2", "--view-seed", "3"],
+    ],
+)
+def test_flags_that_do_something_pass(args):
+    student(*args)
+
+
+def test_a_files_flags_may_be_void(tmp_path):
+    """A run's config.json has every flag, used or not."""
+    (tmp_path / "mine.yaml").write_text("momentum: 0.5\nmilestones: [0.5]\noptimizer: adamw\n")
+    assert student("--config", str(tmp_path / "mine.yaml")).fit.momentum == 0.5
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
         (["--preset", "digitz"], ["digitz", "digits"]),
         (["dkdd"], ["dkdd", "kd"]),
         (["--epocs", "3"], ["--epocs", "--epochs"]),
