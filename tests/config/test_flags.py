@@ -157,6 +157,13 @@ def test_flags_that_do_something_pass(args):
     student(*args)
 
 
+def test_a_given_teacher_model_stands_in_place_of_the_presets_teacher():
+    assert student("--preset", "imagenet").teachers == ("torchvision/resnet34",)
+    assert student("--preset", "imagenet", "--teacher-model", "resnet20").teachers == ()
+    assert student("--preset", "imagenet", "--teacher-init", "pretrained").teachers == ()
+    assert student("--preset", "imagenet", "--teacher-model", "resnet20", "--teacher", "a").teachers == ("a",)
+
+
 def test_a_files_flags_may_be_void(tmp_path):
     """A run's config.json has every flag, used or not."""
     (tmp_path / "mine.yaml").write_text("momentum: 0.5\nmilestones: [0.5]\noptimizer: adamw\n")
