@@ -7,6 +7,7 @@ dataclasses and docstrings, in groups with the commonest first.
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -155,7 +156,8 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
         with named_in(f"--config {path}"):
             kind = named_method(method)
         named = _first_word(args, flags, lambda word: word in METHODS or is_named(word))
-        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        usual = _flags(default.method)
+        flags = {name: flag for name, flag in flags.items() if name not in usual}
         own = _flags(with_usual(kind, default.method))
         chosen = {name: value for name, value in file.items() if name in own}
         file = {name: value for name, value in file.items() if name not in own}
@@ -219,7 +221,8 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
         if method := _first_word(args, flags, lambda word: word in METHODS or is_named(word)):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
-        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        usual = _flags(default.method)
+        flags = {name: flag for name, flag in flags.items() if name not in usual}
     if group := _first_word(args, flags, GROUPS.__contains__):
         names = f"{GROUPS[group].common} {GROUPS[group].rare}".split()
         whole = _group(group, (flags[name] for name in names if name in flags), width)
@@ -358,6 +361,7 @@ def _combined_flags(config: CombinedFlags) -> dict[str, Flag]:
     return flags | shared
 
 
+@functools.cache  # reading a class's source takes milliseconds
 def _docstrings(kind: type) -> dict[str, str]:
     """The docstring under each field, as tyro reads them too: Python itself drops them."""
     texts = {}

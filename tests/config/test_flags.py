@@ -278,6 +278,15 @@ def test_help_may_stand_before_its_subject(subject, help_of):
     assert help_of(distill_defaults, "--help", subject) != help_of(distill_defaults, "--help")
 
 
+def test_help_reads_each_class_once(help_of, monkeypatch):
+    """Reading all of them for every flag took five seconds."""
+    read, real = [], cli.inspect.getsource
+    monkeypatch.setattr(cli.inspect, "getsource", lambda kind: read.append(kind) or real(kind))
+    cli._docstrings.cache_clear()
+    help_of(distill_defaults)
+    assert 0 < len(read) <= sum(len(kind.__mro__) - 1 for kind in set(read))  # with the bases of each
+
+
 @pytest.mark.parametrize("method", [[], ["dkd"]], ids=["longer than a buffer", "shorter"])
 def test_help_into_a_closed_pipe_ends_quietly(method, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide the flush at exit
