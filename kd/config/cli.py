@@ -149,6 +149,8 @@ def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     """`default` with the flags of --config; its method's own are left out if `args` name another method."""
     flags, words = _flags(default), []
+    for network, name in (("model", "train_teacher.py"), ("student", "distill_student.py")):
+        require(network in flags or network not in file, f"--config {path}: has the flags of {name}; give it to that")
     if isinstance(default, DistillConfig):
         method = str(file.pop("method", None) or method_name(default.method))
         with named_in(f"--config {path}"):
@@ -362,7 +364,7 @@ def _combined_flags(config: CombinedFlags) -> dict[str, Flag]:
     return flags | shared
 
 
-@cache
+@cache  # reading a class's source takes milliseconds
 def _docstrings(kind: type) -> dict[str, str]:
     """The docstring under each field, as tyro reads them too: Python itself drops them."""
     texts = {}

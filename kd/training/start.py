@@ -249,6 +249,7 @@ def freeze(network: nn.Module, job: Job) -> None:
     )
     epochs = job.start.freeze_epochs
     until = f" for the first {epochs} epoch{'s' * (epochs > 1)}" if epochs else ""
+    until += ", which is the whole run" if epochs and epochs >= job.fit.epochs else ""
     print_once(f"--freeze: {frozen:,} of {total:,} parameters stay as they are{until}")
     if not epochs:
         for parameter in chosen:

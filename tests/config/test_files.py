@@ -132,3 +132,12 @@ def test_a_wrong_value_is_refused_as_if_typed(tmp_path, capsys):
         student("--config", yaml_file(tmp_path, "epochs: three"))
     assert stop.value.code == 2
     assert "--epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("run", "defaults", "name"),
+    [("student", train_defaults, "distill_student.py"), ("teacher", distill_defaults, "train_teacher.py")],
+)
+def test_a_run_of_the_other_script_is_named_as_such(run, defaults, name):
+    with pytest.raises(UserError, match=f"config.json: has the flags of {name}; give it to that"):
+        parse(defaults, "", ["--config", str(OLD_RUNS / run / "config.json")])

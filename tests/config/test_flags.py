@@ -157,6 +157,13 @@ def test_flags_that_do_something_pass(args):
     student(*args)
 
 
+def test_a_given_teacher_model_stands_in_place_of_the_presets_teacher():
+    assert student("--preset", "imagenet").teachers == ("torchvision/resnet34",)
+    assert student("--preset", "imagenet", "--teacher-model", "resnet20").teachers == ()
+    assert student("--preset", "imagenet", "--teacher-init", "pretrained").teachers == ()
+    assert student("--preset", "imagenet", "--teacher-model", "resnet20", "--teacher", "a").teachers == ("a",)
+
+
 def test_a_files_flags_may_be_void(tmp_path):
     """A run's config.json has every flag, used or not."""
     (tmp_path / "mine.yaml").write_text("momentum: 0.5\nmilestones: [0.5]\noptimizer: adamw\n")
@@ -269,6 +276,15 @@ def test_help_may_stand_before_its_subject(subject, help_of):
     """As every `more with --help GROUP` line writes it."""
     assert help_of(distill_defaults, "--help", subject) == help_of(distill_defaults, subject, "--help")
     assert help_of(distill_defaults, "--help", subject) != help_of(distill_defaults, "--help")
+
+
+def test_help_reads_each_class_once(help_of, monkeypatch):
+    """Reading all of them for every flag took five seconds."""
+    read, real = [], cli.inspect.getsource
+    monkeypatch.setattr(cli.inspect, "getsource", lambda kind: read.append(kind) or real(kind))
+    cli._docstrings.cache_clear()
+    help_of(distill_defaults)
+    assert 0 < len(read) <= sum(len(kind.__mro__) - 1 for kind in set(read))  # with the bases of each
 
 
 @pytest.mark.parametrize("method", [[], ["dkd"]], ids=["longer than a buffer", "shorter"])
