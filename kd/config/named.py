@@ -24,6 +24,8 @@ from kd.utils.users_own import import_class, is_users_own
 
 LOSS = "kd.losses.base.DistillationLoss"
 
+CALLED_WITH = {"__init__": ("config", "pair"), "forward": ("student", "teacher", "batch")}
+
 PARTS = (DataConfig, ViewConfig, FitConfig, RunConfig, CompressConfig, CacheConfig, DistillConfig, TrainConfig)
 
 # What the flags' class has already: no field may be called so.
@@ -66,13 +68,14 @@ def _check_loss(name: str, loss: type) -> None:
     require(LOSS in bases, f"{name}: is no method; derive the class from kd.losses.DistillationLoss")
     missing = sorted(getattr(loss, "__abstractmethods__", ()))
     require(not missing, f"{name}: has no {' and no '.join(missing)}; define it as kd/losses/base.py says")
-    signature = inspect.signature(loss.forward)
-    try:
-        signature.bind(*["self", "student", "teacher", "batch"])
-        fits = True
-    except TypeError:
-        fits = False
-    require(fits, f"{name}: defines forward{signature}; write forward(self, student, teacher, batch)")
+    for method, given in CALLED_WITH.items():
+        signature = inspect.signature(getattr(loss, method))
+        try:
+            signature.bind("self", *given)
+            fits = True
+        except TypeError:
+            fits = False
+        require(fits, f"{name}: defines {method}{signature}; write {method}(self, {', '.join(given)})")
 
 
 def _flags_of(name: str, loss: type) -> type[MethodFlags]:
@@ -93,6 +96,10 @@ def _flags_of(name: str, loss: type) -> type[MethodFlags]:
 def _check_flags(name: str, flags: type[MethodFlags]) -> None:
     """Raise UserError for a flag without a default, with another one's name, or of a type that no file can hold."""
     common = common_flags()
+    try:
+        get_type_hints(flags)
+    except NameError as error:
+        raise UserError(f"{name}: the types of its flags: {error}; import it where {flags.__name__} is") from error
     for field in dataclasses.fields(flags):
         flag = f"{name}: --{dashed(field.name)}"
         require(field.name not in RESERVED, f"{flag}: the flags' class has that name already; call the field otherwise")

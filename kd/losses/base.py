@@ -10,7 +10,9 @@ needs no change here (docs/extend.md). To add one to kd:
 3. tests/losses/test_loss_functions.py: a case that compares the function with a naive loop in tests/naive.py.
 """
 
+import copy
 import importlib
+import json
 from abc import ABC, abstractmethod
 
 import torch
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 
 from kd.config import NoneConfig
 from kd.config.methods import MethodFlags, method_name
-from kd.errors import require
+from kd.config.named import named_method
+from kd.errors import UserError, require
 from kd.losses.cross_entropy import BalancedCrossEntropy
 from kd.metrics import closeness
 from kd.models.features import Tap
@@ -103,8 +106,10 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, loss: DistillationLoss, compression: dict | None = None):
         super().__init__()
+        _check_built(loss)
         self.student = loss.deployed(student)
-        _check_deployed(loss, self.student is not student)
+        if self.student is not student:
+            _check_deployed(loss, student, self.student)
         self.loss, self.compression = loss, compression or {}
         self.tap = Tap(self.student, loss.student_layers)
         self.held: tuple[nn.Parameter, ...] = ()  # of the student's, which --freeze-epochs keeps at first
@@ -164,13 +169,33 @@ class Distiller(nn.Module):
             return Step(student.logits, terms, closeness(student.logits, teacher.logits, batch.label, soft_labels))
 
 
-def _check_deployed(loss: DistillationLoss, changed: bool) -> None:
-    """Raise UserError if the method deploys another network than the student and does not say how it is rebuilt."""
-    rebuilds = type(loss).rebuild.__func__ is not DistillationLoss.rebuild.__func__
+def _check_built(loss: DistillationLoss) -> None:
+    """Raise UserError unless the method's class ran what it derives from."""
+    called = "student_layers" in vars(loss)
+    require(called, f"{method_name(loss.config)}: its __init__ must call super().__init__(config, pair)")
+
+
+def _check_deployed(loss: DistillationLoss, student: nn.Module, deployed: nn.Module) -> None:
+    """Raise UserError unless a method that deploys another network than the student can build it again."""
+    name = method_name(loss.config)
     require(
-        not changed or (rebuilds and bool(loss.recipe)),
-        f"{method_name(loss.config)}: deploys another network than the student, which could not be loaded again; define"
-        " rebuild, and self.recipe, the JSON that it needs",
+        type(loss).rebuild.__func__ is not DistillationLoss.rebuild.__func__ and bool(loss.recipe),
+        f"{name}: deploys another network than the student, which could not be loaded again; define rebuild, and"
+        " self.recipe, the JSON that it needs",
+    )
+    recipe = {"method": name, **loss.recipe}
+    try:
+        recipe = json.loads(json.dumps(recipe))
+    except TypeError as error:
+        raise UserError(f"{name}: self.recipe is no JSON ({error}); take numbers, strings, lists and dicts") from error
+    with torch.random.fork_rng(devices=[]):  # new layers draw their weights
+        rebuilt = loss_class(named_method(recipe["method"])).rebuild(copy.deepcopy(student), recipe)
+    shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (rebuilt, deployed)]
+    wrong = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    require(
+        not wrong,
+        f"{name}: rebuild makes another network than deployed: {len(wrong)} tensors differ"
+        f" ({', '.join(wrong[:3])}); make both alike",
     )
 
 

@@ -74,8 +74,12 @@ class FeatureLoss(DistillationLoss):
         return teacher.logits / self.config.kd_temperature if self.config.kd_weight else None
 
 
-def _known(layers: tuple[str, ...], stages: Stages, role: str) -> tuple[str, ...]:
+def _known(layers: object, stages: Stages, role: str) -> tuple[str, ...]:
     """The layers. Raises UserError if there are none."""
+    require(
+        isinstance(layers, tuple | list),
+        f"default_layers gives {layers!r}; let it return a tuple of layer names, empty if the network has none",
+    )
     if not layers:
         raise UserError(
             f"the {role}'s model has no known stages to take features from; name layers with --{role}-layers:"

@@ -39,7 +39,10 @@ def gradient_norms(
     for term in (distillation, cross_entropy):
         if accelerator.scaler is not None:
             term = accelerator.scaler.scale(term)  # both alike: only their ratio is used
-        gradients = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+        if term.requires_grad:
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+        else:  # a term that is only logged
+            gradients = [torch.zeros_like(part) for part in parameters]
         norms.append(accelerator.reduce(torch.cat([part.flatten() for part in gradients]), "mean").norm())
     lengths = torch.stack(norms)
     return torch.where(lengths.isfinite().all(), lengths, 0)

@@ -103,11 +103,22 @@ class Meter:
 
 
 def check_terms(result: Step, method: str) -> None:
-    """Raise UserError unless the loss terms are scalars under names of their own. Reads no values."""
-    wrong = [name for name, term in result.terms.items() if not isinstance(term, Tensor) or term.ndim > 0]
+    """Raise UserError unless the loss terms are scalars under names of their own, to train by. Reads no values."""
+    terms = result.terms
+    found = type(terms).__name__ if not isinstance(terms, dict) else "an empty dict" if not terms else ""
+    require(not found, f"{method}: its forward returns {found}; return the loss terms by name: {{'ce': ..., ...}}")
+    wrong = [name for name, term in terms.items() if not _is_number(term)]
     require(not wrong, f"{method}: its term {wrong and wrong[0]!r} is no scalar tensor; average it over the batch")
-    taken = sorted(result.terms.keys() & (OWN_NAMES | result.measures.keys()))
+    taken = sorted(terms.keys() & (OWN_NAMES | result.measures.keys()))
     require(not taken, f"{method}: its term {taken and taken[0]!r} has the name of another number; call it otherwise")
+    trains = any(term.requires_grad for term in terms.values())
+    require(
+        trains, f"{method}: no term has a gradient, so nothing would be trained; compute one from the student's logits"
+    )
+
+
+def _is_number(term: object) -> bool:
+    return isinstance(term, Tensor) and term.ndim == 0 and term.is_floating_point()
 
 
 class Clock:

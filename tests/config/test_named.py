@@ -105,6 +105,15 @@ class Filed(Loss):
 class Three(Loss):
     def forward(self, student, teacher): pass
 
+class Alone(Loss):
+    def __init__(self): pass
+
+@dataclass(frozen=True)
+class TypedFlags(MethodFlags):
+    weight: "Floaty" = 1.0
+class Typed(Loss):
+    config: TypedFlags
+
 class Network(nn.Linear): pass
 def function(): pass
 
@@ -196,6 +205,11 @@ def test_two_losses_may_share_a_class_of_flags():
         ("mine:Silent", "mine:Silent: has no forward;"),
         ("mine:Layerless", "mine:Layerless: has no default_layers;"),
         ("mine:Three", r"mine:Three: defines forward\(self, student, teacher\); write forward\(self, student, tea"),
+        ("mine:Alone", r"mine:Alone: defines __init__\(self\); write __init__\(self, config, pair\)"),
+        (
+            "mine:Typed",
+            "mine:Typed: the types of its flags: name 'Floaty' is not defined; import it where TypedFlags is",
+        ),
         ("mine:Elsewhere", "config: NotFlags, do not derive from kd.config.methods.MethodFlags"),
         ("mine:Nowhere", "config: 'Flagz', do not derive"),
         ("mine:Plain", r"Undecorated is no dataclass; put @dataclass\(frozen=True\) on it"),
@@ -294,6 +308,11 @@ def test_a_network_that_an_outside_method_deploys_is_built_only_if_its_code_is_t
         ('{"agreement": (student.logits - teacher.logits).mean()}', "'agreement' has the name of another number"),
         ('{"mine": (student.logits - teacher.logits)[0]}', "its term 'mine' is no scalar tensor"),
         ('{"mine": 1.0}', "its term 'mine' is no scalar tensor"),
+        ('{"mine": (student.logits > 0).any()}', "its term 'mine' is no scalar tensor"),
+        ("student.logits.mean()", "its forward returns Tensor; return the loss terms by name"),
+        ("None", "its forward returns NoneType; return the loss terms by name"),
+        ("{}", "its forward returns an empty dict; return"),
+        ('{"mine": teacher.logits.mean()}', "no term has a gradient, so nothing would be trained"),
     ],
 )
 def test_terms_that_cannot_be_summed_or_logged_are_named(returned, words, resnet8_run, module):
@@ -301,6 +320,68 @@ def test_terms_that_cannot_be_summed_or_logged_are_named(returned, words, resnet
     module.write_text(HEAD + f"class Bad(Loss):\n{forward}")
     with pytest.raises(UserError, match=f"^mine:Bad: .*{words}"):
         distil("--student", "resnet8", "--teacher", str(resnet8_run), "mine:Bad", "--out", "run")
+
+
+def test_a_term_without_a_gradient_is_logged_beside_others(resnet8_run, module):
+    module.write_text(
+        HEAD
+        + """
+class Noted(Loss):
+    def forward(self, student, teacher, batch):
+        return {"ce": self.cross_entropy(student.logits, batch), "note": teacher.logits.abs().mean()}
+"""
+    )
+    distil("--student", "resnet8", "--teacher", str(resnet8_run), *FEW, "mine:Noted", "--out", "run")
+    line = metrics_of(Path("run"))[0]
+    assert line["train/note"] > 0
+    assert line["train/gradient_ratio"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def __init__(self, config, pair):\n        self.config = config", "its __init__ must call super"),
+        ("def _made(self): return {'a': torch.zeros(1)}", r"self.recipe is no JSON \(Object of type Tensor"),
+        (
+            "@classmethod\n    def rebuild(cls, student, recipe): return nn.Sequential(Wrapped(student))",
+            "rebuild makes",
+        ),
+        ("@classmethod\n    def rebuild(cls, student, recipe): return student", r"rebuild makes .* 1?\d+ tensors diff"),
+    ],
+)
+def test_a_class_that_could_not_be_built_again_is_refused_before_it_trains(body, words, module):
+    made = MODULE.replace('{"any": "thing"}', "self._made()")
+    module.write_text(
+        made
+        + f"""
+    def _made(self): return {{"any": "thing"}}
+
+class Wrong(Kept):
+    {body}
+"""
+    )
+    small = ["--student", "resnet8", "--teacher-model", "resnet8", *FEW]
+    with pytest.raises(UserError, match=f"^mine:Wrong: .*{words}"):
+        distil(*small, "mine:Wrong", "--out", "run")
+    assert not Path("run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("given", ["None", "'layer1'"])
+def test_default_layers_that_are_no_tuple_are_named(given, resnet8_run, module):
+    module.write_text(
+        HEAD
+        + f"""
+@dataclass(frozen=True)
+class Layers(FeatureFlags): pass
+class Wrong(FeatureLoss):
+    config: Layers
+    @classmethod
+    def default_layers(cls, config, stages): return {given}
+    forward = Loss.forward
+"""
+    )
+    with pytest.raises(UserError, match=f"default_layers gives {given}; let it return a tuple of layer names"):
+        distil("--student", "resnet8", "--teacher", str(resnet8_run), "mine:Wrong", "--out", "run")
 
 
 def test_flags_from_none_have_no_teacher(module):
