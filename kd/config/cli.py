@@ -149,6 +149,8 @@ def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     """`default` with the flags of --config; its method's own are left out if `args` name another method."""
     flags, words = _flags(default), []
+    if not isinstance(default, TrainConfig | DistillConfig):  # kd.data.show needs a few of a run's flags
+        file = _without_those_of_scripts(file, flags)
     for network, name in (("model", "train_teacher.py"), ("student", "distill_student.py")):
         require(network in flags or network not in file, f"--config {path}: has the flags of {name}; give it to that")
     if isinstance(default, DistillConfig):
@@ -165,6 +167,12 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
             default = default if method in METHODS else _with_method(kind, default)
     words = [*as_arguments(file, flags, path), *words]
     return tyro.cli(type(default), default=default, args=words, config=FLAT)
+
+
+def _without_those_of_scripts(file: dict[str, Any], flags: dict[str, Flag]) -> dict[str, Any]:
+    """The flags of a file but for those that a script has and this program, with `flags`, has not."""
+    scripts = flag_names(TrainConfig()) | flag_names(DistillConfig(), str(file.get("method", ""))) | {"method"}
+    return {name: value for name, value in file.items() if name in flags or name.replace("-", "_") not in scripts}
 
 
 @contextmanager
