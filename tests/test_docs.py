@@ -4,6 +4,8 @@
 page; a fenced block of Python begins with `# NAME.py` and is written to that file.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -11,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -171,10 +172,12 @@ def test_every_command_parses(program, args, monkeypatch):
     Path("my_method.py").write_text(runnable("docs/extend.md")[1]["my_method.py"])
     monkeypatch.delitem(sys.modules, "my_method", raising=False)
     monkeypatch.syspath_prepend("")
-    if "--config" in args:  # a file of the reader's
-        Path(args[args.index("--config") + 1]).parent.mkdir(parents=True, exist_ok=True)
-        Path(args[args.index("--config") + 1]).write_text("seed: 0")
-    with pytest.raises(SystemExit, match=r"^0$") if "--print-config" in args else nullcontext():
+    for flag, file in itertools.pairwise(args):
+        if flag == "--config":  # which an earlier command wrote, or a run of the reader's own
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).write_text("preset: crd")
+    stops = pytest.raises(SystemExit, match=r"^0$") if "--print-config" in args else contextlib.nullcontext()
+    with stops:
         PARSERS[program](args)
 
 
