@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
+from kd.data import show
 from kd.models import build_model
 from kd.runs.table import COLUMNS
 from kd.study.plan import read_command_line
@@ -34,7 +36,8 @@ RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 5}
 EXAMPLES = {"my_networks.py", "own_loop.py", "my_data.py", "my_method.py", "from_python.py"}
 
 SCRIPTS = {"train_teacher.py": train_defaults, "distill_student.py": distill_defaults}
-PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()} | {"kd.study": read_command_line}
+PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()}
+PARSERS |= {"kd.study": read_command_line, "kd.data.show": partial(parse, show.defaults, "")}
 CLASSES = {"brick": (170, 80, 60), "grass": (80, 150, 60), "sky": (90, 130, 200)}
 
 
@@ -67,7 +70,8 @@ def parsable_commands() -> list:
         for line in joined(read(page)):
             program = re.search("|".join(map(re.escape, PARSERS)), line)
             if program and "$" not in line:
-                found.append(pytest.param(program[0], shlex.split(line[program.end() :]), id=f"{page}: {line[:60]}"))
+                args = shlex.split(line[program.end() :].split(" > ")[0])
+                found.append(pytest.param(program[0], args, id=f"{page}: {line[:60]}"))
     return found
 
 
@@ -167,7 +171,11 @@ def test_every_command_parses(program, args, monkeypatch):
     Path("my_method.py").write_text(runnable("docs/extend.md")[1]["my_method.py"])
     monkeypatch.delitem(sys.modules, "my_method", raising=False)
     monkeypatch.syspath_prepend("")
-    PARSERS[program](args)
+    if "--config" in args:  # a file of the reader's
+        Path(args[args.index("--config") + 1]).parent.mkdir(parents=True, exist_ok=True)
+        Path(args[args.index("--config") + 1]).write_text("seed: 0")
+    with pytest.raises(SystemExit, match=r"^0$") if "--print-config" in args else nullcontext():
+        PARSERS[program](args)
 
 
 def test_the_readmes_table_has_the_columns_that_the_program_prints():

@@ -16,6 +16,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -24,10 +25,11 @@ from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPref
 
 from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import SETTLED_BY_DATA
-from kd.config.jobs import LR_BY_NETWORK, DistillConfig
+from kd.config.jobs import LR_BY_NETWORK, DistillConfig, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
 from kd.config.named import CombinedFlags, dashed, is_named, name_flags, named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
+from kd.config.unused import check_used
 from kd.errors import UserError, UsersOwnError, exit_code, require
 
 
@@ -118,9 +120,17 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
         default = _with_method(named_method(name), default)
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
+    if isinstance(config, TrainConfig | DistillConfig):
+        check_used(config, typed_flags(args))
     if given.print_config:
         _print_and_exit(as_yaml(flag_values(config)).rstrip())
     return config
+
+
+def typed_flags(args: list[str]) -> list[str]:
+    """The names of the flags among arguments, as --help writes them; `nesterov` for --no-nesterov is not among them."""
+    words = [word.partition("=")[0].removeprefix("--") for word in args if word.startswith("--")]
+    return [word.replace("_", "-") for word in words]
 
 
 def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -139,12 +149,16 @@ def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     """`default` with the flags of --config; its method's own are left out if `args` name another method."""
     flags, words = _flags(default), []
+    if not isinstance(default, TrainConfig | DistillConfig):  # kd.data.show needs a few of a run's flags
+        file = _without_those_of_scripts(file, flags)
+    for network, name in (("model", "train_teacher.py"), ("student", "distill_student.py")):
+        require(network in flags or network not in file, f"--config {path}: has the flags of {name}; give it to that")
     if isinstance(default, DistillConfig):
         method = str(file.pop("method", None) or method_name(default.method))
         with named_in(f"--config {path}"):
             kind = named_method(method)
         named = _first_word(args, flags, lambda word: word in METHODS or is_named(word))
-        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        flags = _without_method(flags, default)
         own = _flags(with_usual(kind, default.method))
         chosen = {name: value for name, value in file.items() if name in own}
         file = {name: value for name, value in file.items() if name not in own}
@@ -153,6 +167,12 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
             default = default if method in METHODS else _with_method(kind, default)
     words = [*as_arguments(file, flags, path), *words]
     return tyro.cli(type(default), default=default, args=words, config=FLAT)
+
+
+def _without_those_of_scripts(file: dict[str, Any], flags: dict[str, Flag]) -> dict[str, Any]:
+    """The flags of a file but for those that a script has and this program, with `flags`, has not."""
+    scripts = flag_names(TrainConfig()) | flag_names(DistillConfig(), str(file.get("method", ""))) | {"method"}
+    return {name: value for name, value in file.items() if name in flags or name.replace("-", "_") not in scripts}
 
 
 @contextmanager
@@ -209,7 +229,7 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
         if method := _first_word(args, flags, lambda word: word in METHODS or is_named(word)):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
-        flags = {name: flag for name, flag in flags.items() if name not in _flags(default.method)}
+        flags = _without_method(flags, default)
     if group := _first_word(args, flags, GROUPS.__contains__):
         names = f"{GROUPS[group].common} {GROUPS[group].rare}".split()
         whole = _group(group, (flags[name] for name in names if name in flags), width)
@@ -235,7 +255,7 @@ def _rates(rates: dict[str, float]) -> str:
 def _first_word(args: list[str], flags: dict[str, Flag], wanted: Callable[[str], bool]) -> str | None:
     """The first wanted word among the arguments; crd in `--preset crd` is no method."""
     alone = {f"--{name}" for name, flag in flags.items() if not flag.takes_value}
-    alone |= {f"--no-{name}" for name in flags}
+    alone |= {f"--no-{name}" for name in flags} | {"--help"}
     takes = [word.startswith("--") and "=" not in word and word not in alone for word in ["", *args]]
     return next((word for word, value in zip(args, takes) if not value and wanted(word)), None)
 
@@ -319,6 +339,12 @@ def _flags(config) -> dict[str, Flag]:
     return flags
 
 
+def _without_method(flags: dict[str, Flag], config: DistillConfig) -> dict[str, Flag]:
+    """The flags that are not the method's own."""
+    own = _flags(config.method)
+    return {name: flag for name, flag in flags.items() if name not in own}
+
+
 def _positionals(kind: type) -> list[str]:
     """The arguments that have no flag's name."""
     hints = get_type_hints(kind, include_extras=True)
@@ -329,8 +355,7 @@ def flag_values(config) -> dict[str, object]:
     """Every flag's value by its name on the command line, in the order of --help, the method and its flags last."""
     flags, method = _flags(config), {}
     if isinstance(config, DistillConfig):
-        own = _flags(config.method)
-        flags = {name: flag for name, flag in flags.items() if name not in own}
+        own, flags = _flags(config.method), _without_method(flags, config)
         method = {"method": method_name(config.method)} | {name: flag.value for name, flag in own.items()}
     names = " ".join(f"{group.common} {group.rare}" for group in GROUPS.values()).split()
     return {name: flags[name].value for name in names if name in flags} | method
@@ -348,6 +373,7 @@ def _combined_flags(config: CombinedFlags) -> dict[str, Flag]:
     return flags | shared
 
 
+@cache  # reading a class's source takes milliseconds
 def _docstrings(kind: type) -> dict[str, str]:
     """The docstring under each field, as tyro reads them too: Python itself drops them."""
     texts = {}

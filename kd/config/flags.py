@@ -229,8 +229,9 @@ class ViewConfig:
         """
         if not self.count:
             return epoch
-        first_off = epochs - self.mix_off_epochs
-        return epoch % self.count if epoch < first_off else self.count + (epoch - first_off) % self.count
+        off = epoch - (epochs - self.mix_off_epochs)
+        unmixed = self.stored - self.count
+        return epoch % self.count if off < 0 or not unmixed else self.count + off % unmixed
 
     def mixes_in(self, number: int, epochs: int) -> bool:
         """Whether the views of this number are mixed, in a run of so many epochs."""

@@ -12,7 +12,7 @@ from tyro.conf import arg
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, StartConfig, ViewConfig
 from kd.config.methods import KDConfig, Method, NoneConfig, method_name
 from kd.config.model_args import asked_size, parse_model_args
-from kd.config.recipes import for_teacher
+from kd.config.recipes import PRESETS, for_teacher, usual_teacher
 from kd.errors import require
 
 PresetName = Literal["report", "quick", "strong", "modern", "crd", "patient", "own", "vit", "imagenet", "digits"]
@@ -114,7 +114,7 @@ class DistillConfig(_Common):
             part.check()
         self.cache.check(self.views)
         require(
-            bool(self.teacher) or not self.fine_tune_teacher,
+            bool(self.teacher and self.teachers) or not self.fine_tune_teacher,
             "--fine-tune-teacher: needs a pretrained --teacher (torchvision/NAME, timm/NAME or a file of weights)",
         )
         require(
@@ -132,9 +132,14 @@ class DistillConfig(_Common):
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """--teacher; if left out, with pruning, the unpruned network of --init; else empty: none is trained yet."""
+        """--teacher; if left out, with pruning, the unpruned network of --init; else empty: none is trained yet.
+
+        A --teacher-model or --teacher-init that is given takes the place of the teacher that a preset names.
+        """
         pruned = self.compress.prune > 0 or self.compress.sparsity > 0
-        return self.teacher or ((self.compress.init,) if pruned else ())
+        own = (self.teacher_model, self.teacher_init) != (usual_teacher(self.preset), None)
+        named = () if own and self.teacher == PRESETS[self.preset].get("pretrained") else self.teacher
+        return named or ((self.compress.init,) if pruned else ())
 
     def teacher_job(self, model: str | None = None) -> "Job":
         """The recipe's teacher (or another network like it): in its own default folder, and resumed without --resume.

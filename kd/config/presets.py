@@ -5,7 +5,7 @@ import math
 
 from kd.config.flags import DataConfig, FitConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
-from kd.config.recipes import PRESETS, for_teacher
+from kd.config.recipes import PRESETS, for_teacher, usual_teacher
 
 
 def train_defaults(preset: str) -> TrainConfig:
@@ -14,13 +14,14 @@ def train_defaults(preset: str) -> TrainConfig:
     views = for_teacher(preset, "views", recipe.get("views", ViewConfig()))
     fit = for_teacher(preset, "fit", recipe.get("fit", FitConfig()))
     data = recipe.get("data", DataConfig())
-    return TrainConfig(preset=preset, model=recipe.get("teacher", "resnet34"), data=data, views=views, fit=fit)
+    return TrainConfig(preset=preset, model=usual_teacher(preset), data=data, views=views, fit=fit)
 
 
 def distill_defaults(preset: str) -> DistillConfig:
     """The defaults of distill_student.py with this preset."""
     recipe = dict(PRESETS[preset])
-    models = {"teacher_model": recipe.pop("teacher", "resnet34"), "student": recipe.pop("student", "resnet18")}
+    models = {"teacher_model": usual_teacher(preset), "student": recipe.pop("student", "resnet18")}
+    recipe.pop("teacher", None)
     models["teacher"] = recipe.pop("pretrained", ())
     return DistillConfig(preset=preset, **models, **recipe)
 

@@ -131,6 +131,11 @@ TEACHERS: dict[str, dict[str, dict]] = {
 }
 
 
+def usual_teacher(preset: str) -> str:
+    """The preset's default of --teacher-model."""
+    return PRESETS[preset].get("teacher", "resnet34")
+
+
 def for_teacher(preset: str, part: str, flags: Flags) -> Flags:
     """One part of the flags, with the teacher's own values for those that are left at the preset's."""
     usual = PRESETS[preset].get(part, type(flags)())

@@ -45,22 +45,24 @@ def augment(
     seed: int,
     number: int,
     size: tuple[int, int],
+    drawn: "Drawn | None" = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """View `number` of the stored `images` of the samples `index`, cropped to `size` (height, width).
 
-    In the order of torchvision's recipes: crop, flip, policy, colours, blur.
+    In the order of torchvision's recipes: crop, flip, policy, colours, blur. `drawn`: what `draw` gives for these
+    samples, if it is there already.
     """
+    drawn = drawn or draw(config, tuple(images.shape[2:]), index, seed, number, size)
     if config.resized_crop:
         boxes = draw_boxes(config, tuple(images.shape[2:]), index, seed, number)
         images = resized_crop(images, boxes, size)
-    view = draw_crop_flip(config, seed, number, index, spare=images.shape[2] - size[0])
-    images = crop_and_flip(images, view, config.padding, size)
+    images = crop_and_flip(images, drawn.crop, config.padding, size)
     if config.vertical_flip:
         upside_down = random_below(2, index, seed, "vertical flip", number).bool()
         images = torch.where(upside_down[:, None, None, None], images.flip(2), images)
     images = apply_policy(policy_of(config), images, index, seed, number)
     if config.colour_jitter:
-        images = jitter(images, draw_factors(config.colour_jitter, index, seed, number))
+        images = jitter(images, drawn.factors)
     if config.hue:
         images = turn_hue(images, config.hue * (2 * random_uniform(index, seed, "hue", number) - 1))
     if config.grey:
@@ -85,6 +87,7 @@ def augment_strongly(
     seed: int,
     number: int,
     size: tuple[int, int],
+    drawn: "Drawn | None" = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """The strong view `number`, of methods with two: augmented as the weak one by draws of its own, then by FixMatch's
     RandAugment and a grey square.
@@ -93,7 +96,7 @@ def augment_strongly(
     with a grey square. With --strong-magnitude, torchvision's RandAugment in its place.
     """
     seed = strong_seed(seed)
-    images = augment(config, images, index, seed, number, size)
+    images = augment(config, images, index, seed, number, size, drawn)
     name = "fixmatch" if config.strong_magnitude is None else "rand"
     policy = Policy(name, config.strong_ops, config.strong_magnitude)
     images = apply_policy(policy, images, index, derive(seed, "strong policy"), number)
@@ -159,6 +162,36 @@ def crop_and_flip(
     sample = torch.arange(b, device=device)[:, None, None, None]
     channel = torch.arange(c, device=device)[:, None, None]
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class Drawn(NamedTuple):
+    """What is drawn for a view of each sample before its images are seen, of whole numbers or by exact arithmetic: the
+    same bits for a sample alone, in a batch, and among all rows."""
+
+    crop: CropFlip
+    factors: "Factors | None"  # with --colour-jitter
+
+    def of(self, index: Int[Tensor, "b"]) -> "Drawn":
+        """Those of some rows, of what was drawn for all."""
+        factors = self.factors and Factors(*(part[index] for part in self.factors))
+        return Drawn(CropFlip(*(part[index] for part in self.crop)), factors)
+
+
+def draw(
+    config: ViewConfig,
+    stored: tuple[int, int],
+    index: Int[Tensor, "b"],
+    seed: int,
+    number: int,
+    size: tuple[int, int],
+) -> Drawn:
+    """What `augment` needs for view `number` of the samples `index`, stored in `stored` pixels (height, width).
+
+    Drawn for all rows of a split at once, a batch costs a GPU a few look-ups in place of a hundred small kernels.
+    """
+    factors = draw_factors(config.colour_jitter, index, seed, number) if config.colour_jitter else None
+    spare = 0 if config.resized_crop else stored[0] - size[0]
+    return Drawn(draw_crop_flip(config, seed, number, index, spare), factors)
 
 
 class Boxes(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.config import FitConfig, Job, ViewConfig
 from kd.data import augment, rows
+from kd.data.augment import Drawn
 from kd.data.dataset import Data
 from kd.data.rows import Rows, gather
 from kd.errors import require
@@ -57,10 +58,11 @@ class Batches:
         number = self.views.number(epoch, self.epochs)
         end = self.steps if last is None else min(last, self.steps)
         indices = [self._share(order[: self.used], step) for step in range(first, end)]
+        view, counted = (torch.full((), count, device=device) for count in (number, epoch))
         for step, (images, labels, mixed, strong) in enumerate(self.images.augmented(indices, number), first):
-            counters = (torch.full((), count, device=device) for count in (number, epoch, epoch * self.steps + step))
             index = indices[step - first].to(device, non_blocking=True)
-            yield Batch(images, labels, index, *counters, mixed, strong)
+            now = torch.full((), epoch * self.steps + step, device=device)
+            yield Batch(images, labels, index, view, counted, now, mixed, strong)
 
     def _share(self, order: Int[Tensor, "n"], step: int) -> Int[Tensor, "b"]:
         """What this process gets of a step's batch: the same number of samples as every other process."""
@@ -76,6 +78,7 @@ class Pixels:
         self.split, self.device, self.size = split.on(device), device, data.size
         self.mean = torch.tensor(data.mean, device=device)
         self.std = torch.tensor(data.std, device=device)
+        self._scale, self._shift = rows.scale_and_shift(self.mean, self.std)
 
     def centre_crops(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images (b x c x h x w) of each index (b) in `indices`, as networks are scored on them."""
@@ -86,7 +89,7 @@ class Pixels:
         return gather(self.split.labels, index, self.device)
 
     def normalize(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return rows.normalize(images, self.mean, self.std)
+        return rows.scaled(images, self._scale, self._shift)
 
 
 class Augmented(NamedTuple):
@@ -121,13 +124,13 @@ class TrainingImages(Pixels):
         if mixes:  # each batch's mixing partners are read right after it
             partners = (augment.draw_partners(self.rows, index, seed, number) for index in indices)
             wanted = [rows for pair in zip(indices, partners) for rows in pair]
-        stored = self.split.batches(wanted, self.device)
+        stored, drawn = self.split.batches(wanted, self.device), self._draw(seed, number)
         for index in indices:
             labels, on_device, mixed = self.labels(index), index.to(self.device, non_blocking=True), None
-            views = self._views(next(stored), on_device, seed, number)
+            views = self._views(next(stored), on_device, number, drawn)
             if mixes:  # both views alike, for they have one label
                 mixing = augment.draw_mixing(self.config, seed, number, on_device, self.rows, self.size)
-                partners = self._views(next(stored), mixing.partner, seed, number)
+                partners = self._views(next(stored), mixing.partner, number, drawn)
                 views = [augment.mix(*pair, mixing) for pair in zip(views, partners)]
                 mixed = Mix(self.labels(mixing.partner), mixing.weight)
             if self.config.erase:
@@ -135,12 +138,21 @@ class TrainingImages(Pixels):
                 views = [augment.erase(view, self.config.erase, s, number, on_device) for view, s in zip(views, seeds)]
             yield Augmented(views[0], labels, mixed, views[1] if self.two_views else None)
 
-    def _views(self, images: UInt8[Tensor, "b c m n"], index: Tensor, seed: int, number: int) -> list[Tensor]:
+    def _draw(self, seed: int, number: int) -> list[Drawn]:
+        """What is drawn for view `number` of every row: of the weak view, and with two views of the strong one."""
+        every, seeds = torch.arange(self.rows, device=self.device), [seed, augment.strong_seed(seed)]
+        seeds = seeds[: 1 + self.two_views]
+        return [augment.draw(self.config, self.split.size, every, s, number, self.size) for s in seeds]
+
+    def _views(
+        self, images: UInt8[Tensor, "b c m n"], index: Tensor, number: int, drawn: list[Drawn]
+    ) -> list[Float[Tensor, "b c h w"]]:
         """The weak view of stored images, normalised, and after it with two views the strong one."""
-        views = [augment.augment(self.config, images, index, seed, number, self.size)]
-        if self.two_views:
-            views.append(augment.augment_strongly(self.config, images, index, seed, number, self.size))
-        return [self.normalize(view) for view in views]
+        kinds = augment.augment, augment.augment_strongly
+        return [
+            self.normalize(view(self.config, images, index, self.seed, number, self.size, draws.of(index)))
+            for view, draws in zip(kinds, drawn)
+        ]
 
 
 def epoch_order(balance: str, seed: int, epoch: int, split: Rows) -> Int[Tensor, "n"]:

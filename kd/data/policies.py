@@ -80,7 +80,7 @@ def apply_policy(
     (arXiv:2001.07685, without its grey square: kd.data.augment.cut_out).
 
     On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and its result is selected: about
-    170 launches a step, as many as on some rows, and the host never waits to learn which rows drew what.
+    170 launches an operation, as many as on some rows, and the host never waits to learn which rows drew what.
     """
     if policy.name == "none":
         return images

@@ -158,5 +158,17 @@ def normalize(
     images: UInt8[Tensor, "b c h w"], mean: Float[Tensor, "c"], std: Float[Tensor, "c"]
 ) -> Float[Tensor, "b c h w"]:
     """Pixels 0..255 to float32 with the training set's mean at 0 and deviation 1; `mean`, `std` as shares of 255."""
-    scale = 1 / (255 * std)
-    return images.float() * scale[:, None, None] - (mean / std)[:, None, None]
+    return scaled(images, *scale_and_shift(mean, std))
+
+
+def scale_and_shift(
+    mean: Float[Tensor, "c"], std: Float[Tensor, "c"]
+) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
+    """What `scaled` needs to normalise: the same for every batch."""
+    return (1 / (255 * std))[:, None, None], (mean / std)[:, None, None]
+
+
+def scaled(
+    images: UInt8[Tensor, "b c h w"], scale: Float[Tensor, "c 1 1"], shift: Float[Tensor, "c 1 1"]
+) -> Float[Tensor, "b c h w"]:
+    return images.float() * scale - shift

@@ -3,6 +3,7 @@
     python -m kd.data.show views.png                                        CIFAR-100 as --preset report augments it
     python -m kd.data.show --data photos --policy trivial --erase 0.2 views.png
     python -m kd.data.show --preset patient --epochs 10 --mix-off-epochs 2 views.png
+    python -m kd.data.show --config runs/x/config.json --epochs 8 views.png     the images of that run
 
 Each row is one image: as it is scored, then its view in each epoch of a run of --epochs epochs, mixed and erased as the
 network sees it. These are the very views of a training run with the same flags and --seed.

@@ -8,6 +8,7 @@ from pathlib import Path
 from kd.config import ViewConfig
 from kd.report.statistics import cell, mean_and_deviation
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
+from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from kd.runs.results import Run, teachers_of
 from kd.runs.table import Metric
 
@@ -163,7 +164,8 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
 def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     first = runs[0]
     recipe = _recipe(first, by_path)
-    not_budget = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", *STRONG_VIEW, *first.method_flags}
+    not_budget = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", "label_smoothing"}
+    not_budget |= {*STRONG_VIEW, *first.method_flags}
     budget = _dump({key: value for key, value in recipe.items() if key not in not_budget})
     kind = {"teacher": TEACHER, "none": ALONE}.get(first.role, METHOD)
     smoothing = first.method_flags.get("label_smoothing")
@@ -175,7 +177,8 @@ def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
 
 def _recipe(run: Run, by_path: dict[str, Run]) -> dict:
     """What the seeds of one group share. Teachers that differ only in their seed count as the same."""
-    recipe = {key: value for key, value in run.identity.items() if key != "seed"}
+    # An identity leaves out newer flags at their defaults; a grid over one of them compares it with other values.
+    recipe = {key: value for key, value in (DEFAULTS_OF_NEWER_FLAGS | run.identity).items() if key != "seed"}
     if teachers := _teachers(run, by_path):
         names = " and ".join(_family(run) if run else _external_name(name, model) for name, model, run in teachers)
         known = all(teacher is not None for _, _, teacher in teachers)

@@ -106,7 +106,7 @@ class RunInputs(NamedTuple):
 NO_INPUTS = RunInputs()
 
 
-def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs) -> dict:
+def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs = NO_INPUTS) -> dict:
     """Everything that changes a run's result, flat: flags, precision, the data's content, the teacher's weights."""
     parts = {name: dataclasses.asdict(getattr(job, name)) for name in ("data", "views", "fit", "method")}
     # Not where the data lies and how it is stored; its content counts, and for a stream also the order of its rows.

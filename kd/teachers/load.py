@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd.config import METHODS, DistillConfig, is_named
+from kd.config.recipes import usual_teacher
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.models.adapt import Renormalize, resize_input
@@ -28,6 +29,7 @@ from kd.models.pretrained import (
 )
 from kd.runs.load import load_network
 from kd.runs.results import read_model
+from kd.utils.console import print_once
 from kd.utils.hub import local_folder
 
 
@@ -75,6 +77,9 @@ def check_teachers(config: DistillConfig) -> None:
         f"--teacher-model-args {config.teacher_model_args}: is for a file of weights or the recipe's own teacher;"
         f" {' '.join(config.teachers)} says itself how it is built",
     )
+    if not files and config.teacher_model != usual_teacher(config.preset):
+        named = " ".join(config.teachers)
+        print_once(f"--teacher-model {config.teacher_model} changes nothing: {named} says itself what it is")
     for name in config.teachers:
         if is_pretrained(name):
             arguments = config.teacher_model_args

@@ -35,7 +35,8 @@ def predict_logits(
     logits = torch.zeros(rows, len(data.classes), device=accelerator.device)
     share = max(batch_size // accelerator.num_processes, 1)
     starts = range(accelerator.process_index * share, rows, accelerator.num_processes * share)
-    indices = [torch.arange(start, min(start + share, rows)) for start in starts]
+    place = pixels.split.labels.device  # an index from elsewhere would be copied there in every batch
+    indices = [torch.arange(start, min(start + share, rows), device=place) for start in starts]
     for start, images in zip(starts, pixels.centre_crops(indices)):
         with accelerator.autocast():
             logits[start : start + share] = network(images).float()

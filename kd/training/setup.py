@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from kd.compress import compress, sizes
-from kd.config import DistillConfig, Job, TrainConfig, ViewConfig
+from kd.config import CacheConfig, DistillConfig, FitConfig, Job, TrainConfig, ViewConfig
 from kd.config.flags import SETTLED_BY_DATA
-from kd.config.jobs import LR_BY_NETWORK
+from kd.config.jobs import LR_BY_NETWORK, check_together
 from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
@@ -43,19 +43,16 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
     """
     images, processes = len(data.train.labels), accelerator.num_processes
     fit = settle(config.fit, images, processes)
-    if config.preset in LR_BY_NETWORK:  # not by the data
+    if config.preset in LR_BY_NETWORK and fit.lr_per_256 is None:  # not by the data
         fit = dataclasses.replace(fit, lr=config.fit.lr)
     check_batch(fit, images, processes)
     fit.check()  # a lower bound may lie above the learning rate, which is known by now
+    check_together(config.data, config.views, fit)  # and --steps may make fewer epochs than --mix-off-epochs
     if any(getattr(config.fit, name) is None and getattr(fit, name) is not None for name in SETTLED_BY_DATA):
         epochs = f"{fit.epochs} epoch{'s' * (fit.epochs > 1)}, {fit.warmup_epochs:g} of them warm-up"
         numbers = f"{epochs}, batch {fit.batch_size}, lr {fit.lr:g}"
         print_once(f"recipe {config.preset} for {images} training images: {numbers}")
-    if fit.lr_per_256 is not None:
-        print_once(f"lr {fit.lr:g} = {fit.lr_per_256:g} per 256 x batch {fit.batch_size}; --lr is not used")
-    if fit.steps is not None:
-        an_epoch = fit.steps_an_epoch(images)
-        print_once(f"{fit.steps} steps = {fit.steps / an_epoch:.4g} epochs of {an_epoch} steps; --epochs is not used")
+    _print_length(fit, images)
     left_out = images % fit.batch_size
     if left_out and fit.drop_last:
         print_once(
@@ -63,6 +60,21 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
             " incomplete; --no-drop-last takes it in"
         )
     return dataclasses.replace(config, fit=fit)
+
+
+def _print_length(fit: FitConfig, images: int) -> None:
+    """Say which flags stand in place of others, and whether the learning rate reaches its peak."""
+    an_epoch = fit.steps_an_epoch(images)
+    if fit.lr_per_256 is not None:
+        print_once(f"lr {fit.lr:g} = {fit.lr_per_256:g} per 256 x batch {fit.batch_size}; --lr is not used")
+    if fit.steps is not None:
+        print_once(f"{fit.steps} steps = {fit.steps / an_epoch:.4g} epochs of {an_epoch} steps; --epochs is not used")
+    steps, warmup = fit.total_steps(an_epoch), fit.warmup_epochs * an_epoch
+    if warmup > steps:
+        print_once(
+            f"--warmup-epochs {fit.warmup_epochs:g}: the run has {steps / an_epoch:.4g}, so that the learning rate"
+            f" ends at {steps / warmup:.2g} of its peak"
+        )
 
 
 class BuiltNetwork(NamedTuple):
@@ -177,6 +189,8 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     )
     if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
         print(f"{job.role} has no teacher: --cache-teacher does nothing", flush=True)
+    if not job.cache.cache_teacher and job.cache != CacheConfig():
+        print_once("--cache-dtype and --cache-top-k change nothing without --cache-teacher")
     if job.views.strong != ViewConfig().strong and not job.method.two_views:
         print_once(f"{job.role} sees one view of each image: the flags of the strong view change nothing")
     require(

@@ -118,7 +118,7 @@ def open_start(job: Job, flags: Flags) -> Start:
     if not is_pretrained(name):
         return _read_run(name, job, flags)
     weights = load_pretrained(name, job.model, flags, job.start.model_args)
-    return Start(weights, weights.sha256)
+    return Start(weights._replace(model=job.model), weights.sha256)
 
 
 def _named(job: Job, flags: Flags) -> str:
@@ -171,10 +171,10 @@ def _choose_size(start: Start, job: Job, data: Data) -> tuple[int, int]:
     own, ours = start.weights.image_size, tuple(data.size)
     if size := asked_size(job.model, job.model_args):
         return size
-    if own == ours or ((start.run or {}).get("compression") or {}).get("shapes"):
-        return ours
-    if start.run and start.run.get("resized"):
+    if own == ours or (start.run and start.run.get("resized")):
         return own
+    if start.run and (start.run.get("compression") or {}).get("shapes"):  # pruned: convolutions take any size
+        return ours
     classes = len(data.classes)
     try:
         network = build_model(job.model, classes, ours, quiet=True, arguments=job.model_args)
@@ -204,10 +204,11 @@ def load_start(network: nn.Module, job: Job, data: Data) -> None:
     try:
         notes = load_into(network, start.weights, name, heads, resample=True)
     except UserError as error:
-        built = start.weights.model_args if start.run else None
-        if built and built != job.start.model_args:
-            raise UserError(f"{error}; it was built with --model-args {built}") from error
-        raise
+        built, ours = start.weights.model_args if start.run else None, job.start.model_args
+        if built == ours or not (built or ours):
+            raise
+        theirs = f"; it was built with --model-args {built}" if built else ""
+        raise UserError(f"{error}{theirs}" + (f"; the network now with {ours}" if ours else "")) from error
     for note in (*start.weights.notes, *notes):
         print_once(f"{flags.weights} {name}: {note}")
     if heads:
@@ -240,12 +241,15 @@ def freeze(network: nn.Module, job: Job) -> None:
         return
     chosen = _named_parameters(network, job)
     total, frozen = (sum(part.numel() for part in parts) for parts in (network.parameters(), chosen))
+    fixed = set(chosen)
+    others = [part for part in network.parameters() if part not in fixed]
     require(
-        any(part.requires_grad for part in network.parameters() if part not in set(chosen)),
+        any(part.requires_grad for part in others),
         f"--freeze {' '.join(job.start.freeze)}: leaves nothing of {job.model} to train; name fewer layers",
     )
     epochs = job.start.freeze_epochs
     until = f" for the first {epochs} epoch{'s' * (epochs > 1)}" if epochs else ""
+    until += ", which is the whole run" if epochs and epochs >= job.fit.epochs else ""
     print_once(f"--freeze: {frozen:,} of {total:,} parameters stay as they are{until}")
     if not epochs:
         for parameter in chosen:
@@ -254,7 +258,8 @@ def freeze(network: nn.Module, job: Job) -> None:
 
 def held_at_first(network: nn.Module, job: Job) -> tuple[nn.Parameter, ...]:
     """The parameters that --freeze-epochs leaves as they are in the first epochs."""
-    return _named_parameters(network, job) if job.start.freeze_epochs else ()
+    chosen = _named_parameters(network, job) if job.start.freeze_epochs else ()
+    return tuple(part for part in chosen if part.requires_grad)  # what its author froze stays frozen
 
 
 def _named_parameters(network: nn.Module, job: Job) -> tuple[nn.Parameter, ...]:

@@ -198,9 +198,9 @@ def test_only_flags_that_are_set_are_part_of_a_runs_identity(trained):
     data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
     flags = {entry.name for entry in dataclasses.fields(CompressConfig)}
     job = parse(distill_defaults, "", []).job()
-    assert not flags & run_identity(job, data, accelerator, None).keys()
+    assert not flags & run_identity(job, data, accelerator).keys()
     job = parse(distill_defaults, "", ["--init", trained, *LOW]).job()
-    identity = run_identity(job, data, accelerator, None)
+    identity = run_identity(job, data, accelerator)
     assert {flag: identity[flag] for flag in flags & identity.keys()} == {
         "init": kd.runs.load.load_network(Path(trained), trust_code=True).weights_sha256,
         "weight_bits": 2,

@@ -48,7 +48,20 @@ def test_what_is_printed_is_read_again(preset, defaults, written):
 
 
 def test_lists_words_and_a_method_survive(written):
-    args = ["--teacher", "a", "b", "--milestones", ".1", ".2", "--mixed-precision", "no", "--lr", "5e-4"]
+    args = [
+        "--teacher",
+        "a",
+        "b",
+        "--schedule",
+        "step",
+        "--milestones",
+        ".1",
+        ".2",
+        "--mixed-precision",
+        "no",
+        "--lr",
+        "5e-4",
+    ]
     args += ["dkd", "--beta", "3"]
     assert student("--config", written(*args)) == student(*args)
 
@@ -119,3 +132,12 @@ def test_a_wrong_value_is_refused_as_if_typed(tmp_path, capsys):
         student("--config", yaml_file(tmp_path, "epochs: three"))
     assert stop.value.code == 2
     assert "--epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("run", "defaults", "name"),
+    [("student", train_defaults, "distill_student.py"), ("teacher", distill_defaults, "train_teacher.py")],
+)
+def test_a_run_of_the_other_script_is_named_as_such(run, defaults, name):
+    with pytest.raises(UserError, match=f"config.json: has the flags of {name}; give it to that"):
+        parse(defaults, "", ["--config", str(OLD_RUNS / run / "config.json")])

@@ -126,6 +126,53 @@ def test_row_44_values_out_of_range_are_named(args, words):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum: --optimizer adamw takes none"),
+        (["--optimizer", "muon", "--nesterov"], "--nesterov: is of --optimizer sgd, and this is muon"),
+        (["--optimizer=timm/nadamw", "--nesterov"], "--nesterov: is of --optimizer sgd"),
+        (["--milestones", "0.5"], "--milestones: needs --schedule step, and this is cosine"),
+        (["--view_seed", "3"], "--view-seed: needs --views"),
+        (["--resized-crop", "0.5", "--crop-padding", "2"], "--crop-padding: --resized-crop 0.5 crops in its place"),
+        (["--teacher", "runs/big", "--teacher-seed", "3"], "--teacher-seed: is of the recipe's own teacher"),
+        (["--preset", "imagenet", "--teacher-seed", "3"], "--teacher-seed: is of the recipe's own teacher"),
+    ],
+)
+def test_a_typed_flag_that_another_makes_void_is_refused(args, words):
+    with pytest.raises(UserError, match=f"^{words}"):
+        student(*args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--preset", "strong", "--optimizer", "adamw"],  # the preset's Nesterov is not the user's
+        ["--preset", "vit", "--momentum", "0.8"],  # of its teacher's SGD
+        ["--optimizer", "timm/lars", "--momentum", "0.8"],
+        ["--optimizer", "adamw", "--no-nesterov"],
+        ["--resized-crop", "0.5", "--crop-padding", "0"],
+        ["--schedule", "step", "--milestones", "0.5"],
+        ["--views", "2", "--view-seed", "3"],
+    ],
+)
+def test_flags_that_do_something_pass(args):
+    student(*args)
+
+
+def test_a_given_teacher_model_stands_in_place_of_the_presets_teacher():
+    assert student("--preset", "imagenet").teachers == ("torchvision/resnet34",)
+    assert student("--preset", "imagenet", "--teacher-model", "resnet20").teachers == ()
+    assert student("--preset", "imagenet", "--teacher-init", "pretrained").teachers == ()
+    assert student("--preset", "imagenet", "--teacher-model", "resnet20", "--teacher", "a").teachers == ("a",)
+
+
+def test_a_files_flags_may_be_void(tmp_path):
+    """A run's config.json has every flag, used or not."""
+    (tmp_path / "mine.yaml").write_text("momentum: 0.5\nmilestones: [0.5]\noptimizer: adamw\n")
+    assert student("--config", str(tmp_path / "mine.yaml")).fit.momentum == 0.5
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
         (["--preset", "digitz"], ["digitz", "digits"]),
         (["dkdd"], ["dkdd", "kd"]),
         (["--epocs", "3"], ["--epocs", "--epochs"]),
@@ -169,7 +216,7 @@ def help_of(capsys, monkeypatch):
 
     def show(defaults, *args: str, description: str = "") -> str:
         with pytest.raises(SystemExit) as stop:
-            parse(defaults, description, [*args, "--help"])
+            parse(defaults, description, [*args] if "--help" in args else [*args, "--help"])
         assert not stop.value.code
         return capsys.readouterr().out
 
@@ -222,6 +269,22 @@ def test_a_methods_help_shows_its_own_flags(method, help_of):
 def test_a_methods_help_has_the_presets_defaults_and_a_presets_name_is_no_method(help_of):
     assert re.search(r"--temperature X .* \[4\]\n", help_of(distill_defaults, "--preset=crd", "kd"))
     assert "--epochs N" in help_of(distill_defaults, "--preset", "crd")
+
+
+@pytest.mark.parametrize("subject", ["training", "augmentation", "dkd", "kd+at"])
+def test_help_may_stand_before_its_subject(subject, help_of):
+    """As every `more with --help GROUP` line writes it."""
+    assert help_of(distill_defaults, "--help", subject) == help_of(distill_defaults, subject, "--help")
+    assert help_of(distill_defaults, "--help", subject) != help_of(distill_defaults, "--help")
+
+
+def test_help_reads_each_class_once(help_of, monkeypatch):
+    """Reading all of them for every flag took five seconds."""
+    read, real = [], cli.inspect.getsource
+    monkeypatch.setattr(cli.inspect, "getsource", lambda kind: read.append(kind) or real(kind))
+    cli._docstrings.cache_clear()
+    help_of(distill_defaults)
+    assert 0 < len(read) <= sum(len(kind.__mro__) - 1 for kind in set(read))  # with the bases of each
 
 
 @pytest.mark.parametrize("method", [[], ["dkd"]], ids=["longer than a buffer", "shorter"])

@@ -124,8 +124,8 @@ def test_a_cached_teacher_gives_the_last_batch_what_a_live_one_gives():
 def test_older_runs_keep_their_identity(data):
     """A run made before the flag was there must be found again."""
     accelerator = Accelerator(cpu=True)
-    assert "drop_last" not in run_identity(job_of(FitConfig()), data, accelerator, None)
-    assert run_identity(job_of(FitConfig(drop_last=False)), data, accelerator, None)["drop_last"] is False
+    assert "drop_last" not in run_identity(job_of(FitConfig()), data, accelerator)
+    assert run_identity(job_of(FitConfig(drop_last=False)), data, accelerator)["drop_last"] is False
 
 
 @pytest.mark.slow

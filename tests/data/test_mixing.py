@@ -62,7 +62,7 @@ def test_cross_entropy_of_a_mixed_image_weighs_both_labels():
     torch.testing.assert_close(cross_entropy(logits, batch), -(target * logits.log_softmax(1)).sum(1).mean())
 
 
-HARD = ("crd", "dkd", "tfkd")  # which compare with one class of each image
+HARD = ("crd", "dkd", "nkd", "pld", "rld", "tfkd")  # which compare with one class of each image
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -72,7 +72,7 @@ def test_every_method_weighs_both_labels_or_refuses_mixing(method):
     assert distiller.loss.needs_hard_labels == (method in HARD)
     if method in HARD:
         return
-    batch = pairs.batch_of(torch.arange(12))
+    batch = pairs.batch_of(torch.arange(12), method=method)
     other = batch.label.roll(1)
     mixed = batch._replace(mix=Mix(other, torch.full((12,), 0.3)))
     terms = [pairs.terms_of(distiller, teacher, batch) for batch in (mixed, batch, batch._replace(label=other))]

@@ -1,6 +1,8 @@
 """The picture of what a network sees."""
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from kd.config.presets import train_defaults
 from kd.data import load_data, show
 from kd.data.loader import Batches
 from kd.errors import UserError, exit_code
+from tests.conftest import ROOT
 
 FLAGS = ["--data", "synthetic", "--policy", "trivial", "--mixup", "1", "--erase", "0.5", "--mix-off-epochs", "1"]
 
@@ -106,3 +109,19 @@ def test_help_names_its_argument_and_its_flags(capsys):
         assert not stop.value.code
         page = capsys.readouterr().out
         assert all(word in page for word in words)
+
+
+@pytest.mark.parametrize("run", ["teacher", "student"])
+def test_the_config_of_a_run_gives_the_flags_of_its_images(run, tmp_path):
+    config = str(ROOT / f"tests/runs/written_by_9b93d35/{run}/config.json")
+    flags = json.loads(Path(config).read_text())["flags"]
+    asked = parse(show.defaults, "", ["--config", config, "--epochs", "8", "views.png"])
+    assert (asked.data.source, asked.views.crop_padding, asked.seed, asked.epochs) == (
+        flags["data"]["source"],
+        flags["views"]["crop_padding"],
+        flags["fit"]["seed"],
+        8,
+    )
+    (tmp_path / "mine.yaml").write_text("temperature: 3\nmethod: kd\nflipp: true\n")
+    with pytest.raises(UserError, match="there is no flag flipp: did you mean flip"):
+        parse(show.defaults, "", ["--config", str(tmp_path / "mine.yaml"), "views.png"])

@@ -235,7 +235,7 @@ def test_shuffle_rows_is_part_of_the_identity_of_streamed_runs_only():
     data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
 
     def identity(*flags: str) -> dict:
-        return run_identity(parse(train_defaults, "", [*flags]).job(), data, accelerator, None)
+        return run_identity(parse(train_defaults, "", [*flags]).job(), data, accelerator)
 
     assert identity("--shuffle-rows", "8") == identity()
     assert identity("--stream", "--shuffle-rows", "8") != identity("--stream")

@@ -150,7 +150,7 @@ def test_the_strong_views_flags_are_in_the_identity_of_methods_with_two_views_on
 
     def identity(*flags: str) -> dict:
         job = parse(distill_defaults, "", ["--data", "synthetic", *flags]).job()
-        return run_identity(job, data, accelerator, None)
+        return run_identity(job, data, accelerator)
 
     changed = ["--strong-ops", "3", "--strong-magnitude", "10", "--strong-cutout", "0"]
     assert identity("kd") == identity(*changed, "kd")

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.config import DataConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
-from kd.data import augment, load_data
+from kd.data import augment, load_data, policies
 from kd.data.loader import Batches
 from kd.errors import UserError
 from kd.runs.folder import without_newer_defaults
@@ -98,6 +99,30 @@ def test_a_sample_alone_is_what_it_is_in_a_batch():
         part = slice(row, row + 1)
         alone = augment.augment(config, images[part], INDEX[part], 0, 3, (32, 32))
         assert torch.equal(alone[0], together[row])
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["trivial", "rand", "augmix"])
+def test_on_a_gpu_the_host_waits_for_nothing(policy, monkeypatch):
+    """The operators of a GPU's way through the views, none of which needs a value on the host."""
+    config, images = ViewConfig(resized_crop=0.3, **(ALL | {"policy": policy})), pictures(8)
+    monkeypatch.setattr(policies, "_by_rows", lambda images: False)
+    augment.augment(config, images, INDEX[:8], 0, 0, (32, 32))  # tables are copied to the device once
+    with Calls() as calls:
+        augment.augment(config, images, INDEX[:8], 0, 1, (32, 32))
+    assert not calls.names & {"nonzero", "_local_scalar_dense", "index_put_", "lift_fresh", "masked_select"}
+    assert "grid_sampler_2d" in calls.names
 
 
 def test_policies_come_after_crop_and_flip_and_before_colours(monkeypatch):

@@ -62,7 +62,21 @@ def cache_folder() -> Path:
 
 
 MIXED = ["--views", "2", "--mixup", "0.4", "--cutmix", "1.0", "--erase", "0.5"]
-POLICY = ["--views", "2", "--hue", "0.1", "--blur", "0.5", "--mixup", "0.4", "--mix-off-epochs", "1", "--policy"]
+POLICY = [
+    "--views",
+    "2",
+    "--epochs",
+    "4",
+    "--mixup",
+    "0.4",
+    "--mix-off-epochs",
+    "2",
+    "--hue",
+    "0.1",
+    "--blur",
+    "0.5",
+    "--policy",
+]
 
 
 @pytest.mark.parametrize(

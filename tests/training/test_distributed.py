@@ -43,7 +43,7 @@ def test_row_25_row_46_two_processes_train_and_score_as_one_does():
 
 
 @pytest.mark.slow
-def test_row_25_two_processes_see_the_views_that_one_sees():
+def test_two_processes_see_the_views_that_one_sees():
     views = ["--policy", "augmix", "--blur", "0.5", "--alternating-flip", "--cutmix", "1", "--mix-off-epochs", "1"]
     two = script("train_teacher.py", *TEACHER, *views, "--out", "two", env=CPU, launcher=torchrun(2))
     assert two.returncode == 0, two.stderr

@@ -216,18 +216,18 @@ def test_in_a_notebook_the_bars_are_updated_in_one_place(notebook, capsys):
 
     notebook.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     notebook.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
-    show_epochs(ProgressDisplay("kd resnet8", 50, 4, 0, shown=True), 50)
+    show_epochs(ProgressDisplay("kd resnet8", 4, 200, 0, shown=True), 50)
     (place,) = places
     assert len(place.shown) <= 5, "at most two a second, and the last state"
     assert "200/200" in place.shown[-1]
     assert "epoch 50/50" in place.shown[-1]
     assert "val loss 0.250" in place.shown[-1]
     assert capsys.readouterr().out == ""
-    show_epochs(ProgressDisplay("kd resnet8", 50, 4, 0, shown=False), 1)
+    show_epochs(ProgressDisplay("kd resnet8", 4, 200, 0, shown=False), 1)
     assert len(places) == 1
 
 
 def test_without_ipython_there_is_a_line_an_epoch(notebook, capsys):
     notebook.setitem(sys.modules, "IPython", None)
-    show_epochs(ProgressDisplay("kd resnet8", 3, 4, 0, shown=True), 3)
+    show_epochs(ProgressDisplay("kd resnet8", 4, 12, 0, shown=True), 3)
     assert capsys.readouterr().out.count("val/loss 0.2500") == 3

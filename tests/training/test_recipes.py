@@ -14,8 +14,10 @@ from torch import nn
 
 import kd
 from kd.config import FitConfig, NoneConfig
+from kd.config.cli import parse
 from kd.config.flags import TIMM_OPTIMIZERS, TORCH_OPTIMIZERS
-from kd.config.presets import settle
+from kd.config.presets import settle, train_defaults
+from kd.data import load_data
 from kd.errors import UserError
 from kd.losses import CrossEntropy, Distiller
 from kd.models import build_model
@@ -23,6 +25,7 @@ from kd.runs import checkpoint
 from kd.training import optimizers, trainer
 from kd.training.average import Average, too_long, weights_in
 from kd.training.schedule import lr_at
+from kd.training.setup import settle_by_data
 from tests.conftest import ROOT
 from tests.pairs import batch_of
 from tests.run_scripts import TEACHER, differences, distil, metrics_of, newest_checkpoint, script, teach, torchrun
@@ -496,6 +499,23 @@ def test_the_rate_grows_with_the_batch(capsys):
     assert identities[0] == identities[1]
     with pytest.raises(UserError, match=r"--min-lr 0.1: give 0 or more, at most the peak, 0.05"):
         teach("--lr-per-256", "0.256", "--min-lr", "0.1")
+
+
+@pytest.mark.parametrize("preset", ["crd", "own"])  # the networks decide on the rate, or the data
+def test_the_rate_per_256_stands_in_place_of_what_a_preset_leaves_open(preset):
+    config = parse(train_defaults, "", ["--preset", preset, "--data", "synthetic", "--lr-per-256", "0.256"])
+    settled = settle_by_data(config, load_data(config.data), Accelerator(cpu=True))
+    batch = {"crd": 64, "own": 32}[preset]
+    assert settled.job().fit.lr == pytest.approx(0.001 * batch)
+
+
+def test_flags_that_the_length_of_the_run_makes_void_are_named(capsys):
+    with pytest.raises(UserError, match=r"--mix-off-epochs 3: give fewer than the 1 of --epochs"):
+        teach("--steps", "9", "--epochs", "5", "--mixup", "1", "--mix-off-epochs", "3")
+    teach("--out", "run", "--epochs", "1", "--warmup-epochs", "4", "--freeze", "0", "--freeze-epochs", "2")
+    said = capsys.readouterr().out
+    assert "--warmup-epochs 4: the run has 1, so that the learning rate ends at 0.25 of its peak" in said
+    assert "stay as they are for the first 2 epochs, which is the whole run" in said
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 8])

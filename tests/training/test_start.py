@@ -122,13 +122,16 @@ def test_a_pruned_run_keeps_its_shapes_under_a_new_last_layer(trained, six):
     assert torch.equal(network[6].weight, pruned[6].weight)
     assert network[11].weight.shape == (6, 20)
     assert network[11].weight.abs().max() > 0
+    path = Path("pruned/model.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resized": [24, 24]}))
+    assert started(job_of("--init", "pruned"), six)[2].resized == (24, 24), "one that resizes inside goes on to"
 
 
 def test_a_run_from_the_hub(trained, six, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: trained)
     network, _, _ = started(job_of("--init", "someone/net"), six)
     assert torch.equal(network[0].weight, load_file(Path(trained, "model.safetensors"))["0.weight"])
-    identity = run_identity(job_of("--init", "someone/net"), six, Accelerator(cpu=True), None)
+    identity = run_identity(job_of("--init", "someone/net"), six, Accelerator(cpu=True))
     assert identity["init"] == json.loads(Path(trained, "summary.json").read_text())["weights_sha256"]
 
 
@@ -147,7 +150,7 @@ def test_a_file_keeps_its_normalisation_and_the_datas_size(data, capsys):
     assert "images at 16 x 16 pixels; normalised as they expect (mean 0.5/0.4/0.3, std 0.2/0.25/0.3)" in printed
     assert "trained at 20 x 24" in printed
     changed = start_from(job_of("--init", file_of("big.pth", network, std=[0.3] * 3)), data)[0]
-    identities = [run_identity(one, data, Accelerator(cpu=True), None) for one in (job, changed)]
+    identities = [run_identity(one, data, Accelerator(cpu=True)) for one in (job, changed)]
     assert {key for key in identities[0] if identities[0][key] != identities[1][key]} == {"init"}
 
 
@@ -273,7 +276,7 @@ def test_model_args_build_the_network_and_whatever_loads_it_again(data):
 
 def test_only_what_is_given_is_part_of_a_runs_identity(data):
     accelerator = Accelerator(cpu=True)
-    identity = lambda *args: run_identity(job_of(*args), data, accelerator, None)  # noqa: E731
+    identity = lambda *args: run_identity(job_of(*args), data, accelerator)  # noqa: E731
     plain = identity()
     assert not plain.keys() & {"model_args", "freeze", "freeze_epochs", "init", "origin"}
     assert identity("--model-args", "b=1,a=2") == identity("--model-args", "a=2,b=1") != plain
@@ -355,6 +358,15 @@ def test_a_method_that_wraps_the_student_still_holds_its_layers(data):
     job = parse(distill_defaults, "", ["--student", DEEP, "--freeze", "3", "--freeze-epochs", "1", "none"]).job()
     distiller = build_distiller(job, data)
     assert {id(part) for part in distiller.held} == {id(part) for part in distiller.student[3].parameters()}
+
+
+def test_what_its_author_froze_stays_frozen(data):
+    job = job_of("--freeze", "3", "--freeze-epochs", "1")
+    network = build_network(job, data)
+    network.module[3].weight.requires_grad_(False)
+    distiller = build_distiller(job, data, network=network)
+    distiller.hold(False, with_gradients=False)
+    assert not distiller.student[3].weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -448,3 +460,14 @@ def test_a_student_with_dropout_learns_the_same_from_a_live_and_a_cached_teacher
     distil(*flags, "--out", "live")
     distil(*flags, "--out", "cached", "--cache-teacher", "--cache-dtype", "float32")
     assert Path("live/model.safetensors").read_bytes() == Path("cached/model.safetensors").read_bytes()
+
+
+def test_weights_of_another_library_name_the_network_that_they_do_not_fit(monkeypatch, data, tmp_path):
+    from torchvision.models import ShuffleNet_V2_X0_5_Weights, shufflenet_v2_x0_5
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    place = tmp_path / "torch/hub/checkpoints" / Path(ShuffleNet_V2_X0_5_Weights.DEFAULT.url).name
+    place.parent.mkdir(parents=True)
+    torch.save(shufflenet_v2_x0_5().state_dict(), place)
+    with pytest.raises(UserError, match=r"do not fit the network resnet8: .*; name the right one with --model"):
+        started(job_of("--init", "torchvision/shufflenet_v2_x0_5", model="resnet8"), data)

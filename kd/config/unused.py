@@ -1,0 +1,53 @@
+"""Flags that somebody typed and that change nothing beside the others. No torch here.
+
+Only what is typed counts: a preset's momentum is no mistake beside --optimizer adamw. Flags that some runs of a study
+use and others do not (--teacher, --strong-ops, --cache-dtype) are not refused here: lines at the start name them, and
+say that --lr-per-256 and --steps stand in place of --lr and --epochs (kd/training/setup.py).
+"""
+
+from collections.abc import Iterable
+
+from kd.config.flags import FitConfig
+from kd.config.jobs import DistillConfig, TrainConfig
+from kd.errors import require
+
+
+def check_used(config: TrainConfig | DistillConfig, typed: Iterable[str]) -> None:
+    """Raise UserError for a typed flag, by its name on the command line, that another flag makes void."""
+    reasons = _of_training(_fits(config)) | _of_views(config) | _of_teacher(config)
+    for name in typed:
+        require(name not in reasons, f"--{name}: {reasons.get(name)}")
+
+
+def _fits(config: TrainConfig | DistillConfig) -> list[FitConfig]:
+    """The student's flags of training, and those of the teacher, whose recipe may be another."""
+    return [config.fit, *([config.teacher_job().fit] if isinstance(config, DistillConfig) else [])]
+
+
+def _of_training(fits: list[FitConfig]) -> dict[str, str]:
+    """By flag, why no training uses it."""
+    fit, found = fits[0], {}
+    if all(part.optimizer != "sgd" and not part.optimizer.startswith("timm/") for part in fits):
+        found["momentum"] = f"--optimizer {fit.optimizer} takes none; leave it out"
+    if all(part.optimizer != "sgd" for part in fits):
+        found["nesterov"] = f"is of --optimizer sgd, and this is {fit.optimizer}; leave it out"
+    if fit.schedule != "step":
+        found["milestones"] = f"needs --schedule step, and this is {fit.schedule}"
+    return found
+
+
+def _of_views(config: TrainConfig | DistillConfig) -> dict[str, str]:
+    """By flag, why augmentation does not use it."""
+    views, found = config.views, {}
+    if views.count == 0:
+        found["view-seed"] = "needs --views; without it --seed draws the views"
+    if views.resized_crop > 0 and views.crop_padding > 0:
+        found["crop-padding"] = f"--resized-crop {views.resized_crop:g} crops in its place; leave one of them out"
+    return found
+
+
+def _of_teacher(config: TrainConfig | DistillConfig) -> dict[str, str]:
+    """By flag, why the teacher does not use it."""
+    if not isinstance(config, DistillConfig) or not config.teachers:
+        return {}
+    return {"teacher-seed": f"is of the recipe's own teacher, and {' '.join(config.teachers)} teaches; leave it out"}

@@ -1,0 +1,271 @@
+"""On fake CUDA: no step makes the host wait, copies between host and GPU, or mixes them; launches are counted."""
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
+
+from kd.config import METHODS, CacheConfig, ViewConfig, named_method
+from kd.config.methods import CRLDConfig, KDConfig, MethodFlags
+from kd.data.loader import TrainingImages
+from kd.losses import DistillationLoss
+from kd.teachers.cache import _query
+from kd.training.evaluate import predict_logits
+from kd.types import Batch, Outputs
+from tests.fake_cuda import CLASSES, COPY, DEVICE, ROWS, HostWaits, Setting, batches, counting, load_guard, training
+
+SPARE = 3  # launches more than measured with torch 2.13 that another version may need
+
+
+def launches_of_a_step(setting: Setting) -> dict[str, int]:
+    """Launches by part of the first step, all but its backward pass. Raises where the host waits or copies."""
+    parts = {}
+    with training(setting) as (trainer, found):
+        with counting() as launches:
+            batch = next(found)
+        parts["views"] = sum(launches.values())
+        with counting() as launches:
+            trainer.step(batch)
+        parts["step"] = sum(launches.values())
+    return parts
+
+
+STEPS = {
+    "none": 0,
+}
+
+
+@pytest.mark.parametrize("name", [*METHODS, "kd+at", "simkd+at"])
+def test_a_step_of_every_method_never_waits_and_launches_no_more(name):
+    print("    ", repr(name)+":", launches_of_a_step(Setting(named_method(name)()))["step"], ",")
+
+
+VIEWS = {
+    "crop and flip": ({}, 128),
+    "no crop, no flip": ({"crop_padding": 0, "flip": False}, 94),
+    "alternating flip": ({"alternating_flip": True}, 129),
+    "vertical flip": ({"vertical_flip": True}, 166),
+    "repeated": ({"count": 2}, 128),
+    "resized crop": ({"resized_crop": 0.3}, 346),
+    "jitter": ({"colour_jitter": 0.4}, 278),
+    "hue": ({"hue": 0.1}, 210),
+    "grey": ({"grey": 0.2}, 176),
+    "blur": ({"blur": 0.5}, 239),
+    "mixup": ({"mixup": 0.2}, 483),
+    "cutmix": ({"cutmix": 1.0}, 483),
+    "erase": ({"erase": 0.25}, 348),
+    "mixup, cutmix, erase": ({"mixup": 0.2, "cutmix": 1.0, "erase": 0.25}, 739),
+    "trivial": ({"policy": "trivial"}, 302),
+    "rand": ({"policy": "rand"}, 476),
+    "augmix": ({"policy": "augmix"}, 827),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_never_wait_and_launch_no_more(name):
+    flags, most = VIEWS[name]
+    with batches(Setting(views=ViewConfig(**flags))) as found, counting() as launches:
+        next(found)
+    print(name, sum(launches.values()))
+    pass
+
+
+@pytest.mark.parametrize("top_k", [None, 10])
+@pytest.mark.parametrize("method", [KDConfig(), CRLDConfig()])
+def test_answers_of_a_cached_teacher_are_looked_up_without_waiting(method, top_k):
+    setting = Setting(method, ViewConfig(count=2), cached=CacheConfig(cache_teacher=True, cache_top_k=top_k))
+    with training(setting) as (trainer, found):
+        batch = next(found)
+        with counting() as launches:
+            answers = trainer.teacher(batch)
+            trainer.step(batch)
+    assert answers.logits.device == DEVICE
+    assert (answers.strong is not None) == method.two_views
+    assert launches["convolution"] <= 19  # the student's alone
+
+
+MIXED = ViewConfig(mixup=0.2, cutmix=1.0)
+FITS = {
+    "two parts": Setting(KDConfig(), MIXED, {"accumulate": 2}),
+    "two parts of two views": Setting(CRLDConfig(), fit={"accumulate": 2}),
+    "average of the weights": Setting(KDConfig(), fit={"ema": 0.9}),
+    "clipped": Setting(KDConfig(), fit={"clip_norm": 1.0}),
+    "weighted classes": Setting(KDConfig(label_smoothing=0.1), MIXED, {"balance": "weights"}),
+    "adjusted logits": Setting(KDConfig(), fit={"balance": "logit-adjust"}),
+    "half precision": Setting(KDConfig(), fit={"mixed_precision": "bf16"}),
+    "adamw": Setting(KDConfig(), fit={"optimizer": "adamw"}),
+    "no decay of norms": Setting(KDConfig(), fit={"decay_norm_and_bias": False, "layer_decay": 0.8}),
+    "features in half precision": Setting(named_method("at")(), fit={"mixed_precision": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_step_never_waits_however_it_is_trained(name):
+    with training(FITS[name]) as (trainer, found):
+        trainer.step(next(found))
+        with counting() as launches:
+            trainer.step(next(found))
+    print(name, sum(launches.values()))
+
+
+def test_the_average_of_the_weights_takes_few_launches():
+    with training(FITS["average of the weights"]) as (trainer, _), counting() as launches:
+        trainer.average.update(1)
+    tensors = len(trainer.average.weights)
+    print(tensors, launches)
+
+
+def test_the_meter_launches_no_more():
+    with training(Setting(KDConfig())) as (trainer, found):
+        batch = next(found)
+        result = trainer.model(batch, trainer.teacher(batch))
+        trainer.record(result, batch)
+        with counting() as launches:
+            trainer.record(result, batch)
+    print(launches)
+    assert sum(launches.values()) <= 37 + SPARE
+
+
+def test_scoring_copies_nothing_batch_by_batch():
+    """The split, its mean and its deviation are copied before the first batch, and nothing after it."""
+    copies = []
+    with training(Setting()) as (trainer, _):
+        network, data = trainer.distiller.deployed, trainer.data
+        for batch_size in (32, 256):
+            with counting(may_copy=True) as launches:
+                logits = predict_logits(network, data.val, data, trainer.accelerator, batch_size)
+            assert launches["convolution"] == 9 * ROWS // batch_size
+            copies.append(launches[COPY])
+    assert logits.device == DEVICE
+    assert copies[0] == copies[1]
+
+
+def test_a_cache_of_answers_is_built_on_the_gpu():
+    """Rows are chosen, and answers stored, on the host; in between nothing mixes the devices."""
+    with training(Setting(CRLDConfig(), ViewConfig(count=2))) as (trainer, _):
+        images = TrainingImages(trainer.data, trainer.job.views, 0, DEVICE, two_views=True)
+        (answers,) = _query(trainer.teacher, images, [torch.arange(16)], 1)
+    assert answers.logits.device == answers.strong.device == DEVICE
+
+
+@dataclass(frozen=True)
+class ToyFlags(MethodFlags):
+    """No flags."""
+
+    fault: ClassVar[str]
+
+
+class Toy(DistillationLoss):
+    """A method without a fault, which those with one derive from."""
+
+    config: ToyFlags
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        return {"toy": self.term(student.logits, teacher.logits, batch)}
+
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return (student - teacher).square().mean()
+
+
+class ReadsAValue(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return (student - teacher).mean() / teacher.std().item()
+
+
+class Decides(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return (student if student.sum() > 0 else teacher).mean()
+
+
+class ChoosesByMask(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return student[teacher.argmax(dim=1) == batch.label].mean()
+
+
+class SetsByMask(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        weights = torch.ones_like(teacher)
+        weights[teacher > 0] = teacher[0, 0].expand(5)
+        return (student * weights).mean()
+
+
+class FindsRows(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return student[(batch.label == 0).nonzero()].sum()
+
+
+class CountsClasses(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return (student * torch.bincount(batch.label, minlength=CLASSES)).mean()
+
+
+class Copies(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return (student * torch.linspace(0, 1, CLASSES).to(student.device)).mean()
+
+
+class CopiesAList(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return (student * torch.tensor([0.5] * CLASSES, device=student.device)).mean()
+
+
+class TakesHome(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return student.cpu().mean().to(student.device)
+
+
+class MixesDevices(Toy):
+    def term(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        return (student * torch.linspace(0, 1, CLASSES)).mean()
+
+
+def step_of(loss: type[Toy]) -> int:
+    return launches_of_a_step(Setting(named_method(f"{__name__}:{loss.__name__}")()))["step"]
+
+
+def test_a_sound_method_of_ones_own_passes():
+    assert step_of(Toy) > 100
+
+
+@pytest.mark.parametrize(
+    ("loss", "operation"),
+    [
+        (ReadsAValue, "_local_scalar_dense"),
+        (Decides, "_local_scalar_dense"),
+        (ChoosesByMask, "index by a boolean mask"),
+        (SetsByMask, "index_put_ by a boolean mask"),
+        (FindsRows, "nonzero"),
+        (CountsClasses, "bincount"),
+        (Copies, "_to_copy"),
+        (CopiesAList, "_to_copy"),
+        (TakesHome, "_to_copy"),
+    ],
+)
+def test_a_method_that_makes_the_host_wait_is_found_with_its_line(loss, operation):
+    lines, first = inspect.getsourcelines(loss)
+    with pytest.raises(HostWaits, match=rf"^{operation} in tests/test_fake_cuda.py:(\d+)") as caught:
+        step_of(loss)
+    assert first < int(str(caught.value).partition("py:")[2].partition(":")[0]) < first + len(lines)
+
+
+def test_a_method_that_mixes_host_and_gpu_is_found():
+    with pytest.raises(FakeTensorDeviceMismatchError, match="all tensors to be on the same device"):
+        step_of(MixesDevices)
+
+
+def test_views_that_ask_which_rows_drew_an_operation_are_found(monkeypatch):
+    with batches(Setting(views=ViewConfig(grey=0.2))) as found, counting():
+        monkeypatch.setattr("kd.data.policies._by_rows", lambda images: True)
+        with pytest.raises(HostWaits, match=r"^nonzero in kd/data/policies.py"):
+            next(found)
+
+
+def test_without_a_compiler_the_tests_are_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(pytest.skip.Exception, match=r"need a C\+\+ compiler, and there is no g\+\+"):
+        load_guard.__wrapped__()
