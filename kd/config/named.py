@@ -51,7 +51,7 @@ def named_method(name: str) -> type[MethodFlags]:
         return _combination(name)
     require(
         is_users_own(name),
-        f"{name}: no such method; {nearest(name, METHODS)} A method of your own is named as module:Class",
+        f"{name}: no such method; {nearest(name, METHODS)}; a method of your own is named as module:Class",
     )
     loss = import_class(name, f"method {name}")
     _check_loss(name, loss)
@@ -191,6 +191,7 @@ def with_usual(kind: type[MethodFlags], usual: MethodFlags) -> MethodFlags:
 def _combination(name: str) -> type[CombinedFlags]:
     """The flags of several methods at once. Raises UserError if they cannot be combined."""
     names = name.split("+")
+    require("" not in names, f"{name}: a method is missing before or after a +; name it, or leave the + out")
     require("none" not in names, f"{name}: none is the student alone, with nothing to add; leave it out")
     twice = next((part for part in names if names.count(part) > 1), None)
     require(twice is None, f"{name}: has {twice} twice; name it once")

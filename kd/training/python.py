@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from kd.config import DistillConfig, TrainConfig
+from kd.config import METHODS, DistillConfig, TrainConfig
 from kd.config.cli import flag_names, parse
 from kd.config.presets import distill_defaults, train_defaults
 from kd.errors import Preempted, UserError, nearest, remedy_for, require
@@ -58,10 +58,13 @@ def read_flags(defaults: Callable, flags: dict):
     True and False switch a flag on and off, a list gives several values, None leaves it out. Raises UserError.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    require(given.get("method") != "", "method: has no value; name one, or leave it out")
     method = [str(given.pop("method"))] if "method" in given and defaults is distill_defaults else []
     names = flag_names(defaults("report"), *method)
-    for name in given:
-        require(name in names, f"{name}: no such flag; {nearest(name, names)}")
+    for name, value in given.items():
+        require(name in names, f"{name}: {_elsewhere(name, method) or f'no such flag; {nearest(name, names)}'}")
+        empty = isinstance(value, list | tuple) and not value
+        require(not empty, f"{name}: has no value; give one or more, or None to leave it out")
     words = [word for name, value in given.items() for word in _words(name.replace("_", "-"), value)]
     said = io.StringIO()
     try:
@@ -70,6 +73,12 @@ def read_flags(defaults: Callable, flags: dict):
     except SystemExit:
         text = said.getvalue().translate(dict.fromkeys(map(ord, BOX), " "))
         raise UserError(clip(text, 300)) from None
+
+
+def _elsewhere(name: str, method: list[str]) -> str:
+    """Which other methods have this flag; empty if none has."""
+    owners = [owner for owner, kind in METHODS.items() if name in kind.__dataclass_fields__]
+    return f"is no flag of {method[0]}, but of {', '.join(owners)}" if owners and method else ""
 
 
 def _words(flag: str, value: object) -> list[str]:

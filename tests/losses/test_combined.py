@@ -148,7 +148,7 @@ def test_what_follows_from_the_parts():
         ("none+kd", "none is the student alone, with nothing to add; leave it out"),
         ("kd+at+kd", r"kd\+at\+kd: has kd twice; name it once"),
         ("kd+ta", "ta: no such method; did you mean at"),
-        ("kd+", "no such method"),
+        ("kd+", r"^kd\+: a method is missing before or after a \+"),
         ("kd+others:Missing", "others has no class Missing"),
         ("simkd+others:Wrapping", "simkd and wrapping each deploy another network than the student; leave one out"),
         ("at+others:Replacing", "replacing deploys a network without the student inside, where at finds no 0, 2"),

@@ -60,6 +60,9 @@ def test_flags_are_those_of_the_command_line():
     ("flags", "words"),
     [
         ({"epohs": 3}, r"epohs: no such flag; did you mean .*epochs"),
+        ({"method": "nkd", "standardize": True}, "standardize: is no flag of nkd, but of kd, mimic"),
+        ({"method": "mlkd", "temperatures": []}, "temperatures: has no value; give one or more"),
+        ({"method": ""}, "^method: has no value"),
         ({"method": "dkdd"}, "dkdd: no such method; did you mean dkd"),
         ({"method": "dkd", "temprature": 3}, "temprature: no such flag; did you mean temperature"),
         ({"epochs": "x"}, "Error parsing --epochs"),
