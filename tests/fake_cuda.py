@@ -98,7 +98,13 @@ def load_guard() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
         source.write_text(GUARD)
-        options = ["-std=c++20", "-w", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+        options = [
+            "-std=c++20",
+            "-w",
+            "-shared",
+            "-fPIC",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ]
         command = [compiler, *options, f"-I{torch_folder / 'include'}", str(source), "-o", str(library)]
         subprocess.run([*command, f"-L{torch_folder / 'lib'}", "-lc10"], check=True)
         ctypes.CDLL(str(library))

@@ -1,5 +1,6 @@
 """What is measured during training: sums of loss terms and correct answers on the device, and the speed of steps."""
 
+import math
 import time
 
 import torch
@@ -12,6 +13,7 @@ from kd.metrics import predicted
 from kd.types import Step
 
 OTHER_SUMS = 4  # of a Meter, beside terms and measures: two gradient norms, correct predictions, samples
+BLOCK = 64  # rows for which memory on the device is taken at once
 SPIKE = 10.0  # a loss this many times its recent mean is worth a warning
 OWN_NAMES = {"loss", "top1", "gradient_ratio"}  # numbers of metrics.jsonl that are no terms
 RECENT = 20  # steps in that mean; there is no warning before as many have passed
@@ -21,7 +23,8 @@ SETTLING = 10  # steps that images_per_second leaves out: caches fill, kernels a
 class Meter:
     """Sums of loss terms, measures and correct predictions, the first step with a non-finite loss, and the last spike.
 
-    They stay on the device, one row a process, until `read`: nothing in `update` makes the host wait.
+    `update` writes one row on the device, and nothing in it makes the host wait. What was written since the last time
+    is added up on the host, in order and in double precision, by `read` and `save`.
     """
 
     def __init__(self, device: torch.device):
@@ -29,54 +32,77 @@ class Meter:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.terms: list[str] = []  # known from the first step on, as are the measures
         self.measures: list[str] = []
-        self.reset()
-        self.bad_step = torch.full((), -1, dtype=self.dtype, device=device)
-        self.usual = torch.zeros(
-            (), dtype=self.dtype, device=device
-        )  # the loss's recent mean, since this process began
+        self.bad_step = -1.0
+        self.usual = 0.0  # the loss's recent mean, since this process began
         self._steps = 0
-        self._spike = torch.full((3,), -1, dtype=self.dtype, device=device)
+        self._spike = (-1.0, -1.0, -1.0)
         self.spike: tuple[float, float, float] | None = None  # step, loss, recent mean: since the last `read`
+        self.reset()
 
     def reset(self) -> None:
         """Start an epoch's sums: terms, measures, both gradient norms, correct predictions, samples."""
-        self.sums = torch.zeros(len(self.terms) + len(self.measures) + OTHER_SUMS, dtype=self.dtype, device=self.device)
+        self.sums = [0.0] * (len(self.terms) + len(self.measures) + OTHER_SUMS)
+        self._forget_rows()
+
+    def _forget_rows(self) -> None:
+        self._blocks: list[Float[Tensor, "n m"]] = []  # rows not added up yet: terms, measures, correct, step
+        self._samples: list[int] = []  # of each such row
+        self._norms: list[Float[Tensor, "2"]] = []
 
     def update(self, result: Step, labels: Int[Tensor, "b"], step: Int[Tensor, ""]) -> None:
         if not self.terms:
             self.terms, self.measures = list(result.terms), list(result.measures)
             self.reset()
-        losses = torch.stack([result.terms[name].detach() for name in self.terms]).to(self.dtype)
-        measures = [result.measures[name].to(self.dtype)[None] for name in self.measures]
-        correct = (predicted(result.logits.detach()) == labels).sum().to(self.dtype)
-        count = torch.full_like(correct, len(labels))
-        means = torch.cat([losses, *measures, losses.new_zeros(2)])
-        self.sums += torch.cat([means * count, correct[None], count[None]])
-        bad = ~torch.isfinite(losses).all() & (self.bad_step < 0)
-        self.bad_step = torch.where(bad, step.to(self.dtype), self.bad_step)
-        self._track_spike(losses.sum(), step.to(self.dtype))
-
-    def _track_spike(self, loss: Tensor, step: Tensor) -> None:
-        """Record a finite loss far above the recent ones. For a warning only: it is in no checkpoint."""
-        if self._steps >= RECENT:
-            spiked = torch.isfinite(loss) & (self.usual > 0) & (loss > SPIKE * self.usual)
-            self._spike = torch.where(spiked, torch.stack([step, loss, self.usual]), self._spike)
-        share = 1 / min(self._steps + 1, RECENT)
-        self.usual = torch.where(torch.isfinite(loss), self.usual + share * (loss - self.usual), self.usual)
-        self._steps += 1
+        values = [result.terms[name].detach() for name in self.terms]
+        values += [result.measures[name] for name in self.measures]
+        place = len(self._samples) % BLOCK
+        if place == 0:
+            self._blocks.append(torch.empty(BLOCK, len(values) + 2, dtype=self.dtype, device=self.device))
+        row = self._blocks[-1][place]
+        row[:-2].copy_(torch.stack(values))
+        row[-2].copy_((predicted(result.logits.detach()) == labels).sum())
+        row[-1].copy_(step)
+        self._samples.append(len(labels))
 
     def add_gradients(self, norms: Float[Tensor, "2"]) -> None:
         """Add the gradient norms of the distillation terms and of cross-entropy; the same on every process."""
-        self.sums[-4:-2] += norms
+        self._norms.append(norms)
+
+    def _add_up(self) -> None:
+        """Add the rows since the last time to the sums. Waits for the device."""
+        rows = torch.cat(self._blocks).tolist() if self._blocks else []
+        for (*values, correct, step), samples in zip(rows, self._samples):  # a block's end may be unwritten
+            for place, value in enumerate(values):
+                self.sums[place] += value * samples
+            self.sums[-2] += correct
+            self.sums[-1] += samples
+            losses = values[: len(self.terms)]
+            if self.bad_step < 0 and not all(map(math.isfinite, losses)):
+                self.bad_step = step
+            self._track_spike(sum(losses), step)
+        for distillation, cross_entropy in [norms.tolist() for norms in self._norms]:
+            self.sums[-4] += distillation
+            self.sums[-3] += cross_entropy
+        self._forget_rows()
+
+    def _track_spike(self, loss: float, step: float) -> None:
+        """Record a finite loss far above the recent ones. For a warning only: it is in no checkpoint."""
+        finite = math.isfinite(loss)
+        if self._steps >= RECENT and finite and self.usual > 0 and loss > SPIKE * self.usual:
+            self._spike = (step, loss, self.usual)
+        if finite:
+            self.usual += (loss - self.usual) / min(self._steps + 1, RECENT)
+        self._steps += 1
 
     def read(self, accelerator: Accelerator, stop: int = 0) -> tuple[dict[str, float], int | None, int]:
         """Means over all processes so far, the first bad step if any, and the largest `stop` among the processes."""
-        row = torch.cat([self.sums, self._spike, self.bad_step[None], torch.full_like(self.bad_step[None], stop)])
-        rows = accelerator.gather(row[None]).cpu()
+        self._add_up()
+        row = [*self.sums, *self._spike, self.bad_step, stop]
+        rows = accelerator.gather(torch.tensor([row], dtype=self.dtype, device=self.device)).cpu()
         *sums, distillation, cross_entropy, correct, samples = rows[:, :-5].sum(dim=0).tolist()
         spikes = [tuple(spike) for spike in rows[:, -5:-2].tolist() if spike[0] >= 0]
         self.spike = max(spikes, default=None)
-        self._spike = torch.full_like(self._spike, -1)
+        self._spike = (-1.0, -1.0, -1.0)
         bad = [int(step) for step in rows[:, -2].tolist() if step >= 0]
         samples = max(samples, 1)
         names = (f"train/{name}" for name in (*self.terms, *self.measures))
@@ -88,7 +114,9 @@ class Meter:
         return means, min(bad, default=None), int(rows[:, -1].max())
 
     def save(self, accelerator: Accelerator) -> dict:
-        return {"terms": self.terms, "measures": self.measures, "rows": accelerator.gather(self.sums[None]).tolist()}
+        self._add_up()
+        sums = torch.tensor([self.sums], dtype=self.dtype, device=self.device)
+        return {"terms": self.terms, "measures": self.measures, "rows": accelerator.gather(sums).tolist()}
 
     def restore(self, saved: dict, process: int) -> None:
         """Take this process's own row back, so that sums continue in the same order.
@@ -99,7 +127,8 @@ class Meter:
         wanted = len(self.terms) + len(self.measures) + OTHER_SUMS
         if len(saved["rows"][process]) != wanted:
             raise ValueError(f"state.json has sums of {len(saved['rows'][process])} numbers, wanted are {wanted}")
-        self.sums = torch.tensor(saved["rows"][process], dtype=self.dtype, device=self.device)
+        self.sums = list(saved["rows"][process])
+        self._forget_rows()
 
 
 def check_terms(result: Step, method: str) -> None:

@@ -87,3 +87,13 @@ def test_a_step_seeds_each_process_differently_and_repeatably():
     assert torch.equal(draws[0], draws[3])
     assert not torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("flags", [{"colour_jitter": 0.4}, {"resized_crop": 0.3}, {"alternating_flip": True}])
+def test_what_is_drawn_for_all_rows_at_once_is_what_a_batch_draws(flags):
+    config, index = ViewConfig(**flags), torch.randperm(999)[:50]
+    images = torch.randint(0, 256, (50, 3, 20, 24), dtype=torch.uint8)
+    every = augment.draw(config, (20, 24), torch.arange(999), 1, 5, (16, 20))
+    looked_up = augment.augment(config, images, index, 1, 5, (16, 20), every.of(index))
+    assert torch.equal(looked_up, augment.augment(config, images, index, 1, 5, (16, 20)))
+    assert not torch.equal(looked_up, augment.augment(config, images, index, 1, 5, (16, 20), every.of(index.flip(0))))
