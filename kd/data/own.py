@@ -3,10 +3,7 @@
 Each is map-style: it has a length and gives (image, class number) pairs, as torchvision's data sets do.
 """
 
-import importlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,22 +14,27 @@ from kd.config import DataConfig
 from kd.data.cache import Arrays, Decoded, Facts, hash_arrays
 from kd.data.columns import check_class_names
 from kd.data.storage import SHARE, SPLITS, InMemory, handle_broken, rename_splits, unused_splits
-from kd.errors import UserError, require
+from kd.errors import require
 from kd.utils.images import crop_and_resize, to_array, to_rgb
 from kd.utils.system import memory_limit
+from kd.utils.users_own import call_function, import_function
 
 FORM = '{"train": dataset, "test": dataset}, each giving (image, class number) pairs'
 
 
 def load_own(config: DataConfig) -> InMemory:
-    """Call the user's function, and read every image once. Raises UserError for anything but pairs as in FORM."""
+    """Call the user's function, and read every image once.
+
+    Raises: UserError for anything but pairs as in FORM, UsersOwnError if the user's code fails.
+    """
     source = config.source
     for flag in ("label", "image"):
         given = getattr(config, flag)
         require(given is None, f"--{flag} {given}: leave it out; {source} gives labels and images itself")
     in_memory = config.decode != "workers" and not config.stream
     require(in_memory, f"--data {source}: is read into memory; leave --decode workers and --stream out")
-    returned = _call(source)
+    function = import_function(source, f"--data {source}")
+    returned = call_function(function, source, f"--data {source}")
     require(
         isinstance(returned, dict) and bool(returned) and all(isinstance(name, str) for name in returned),
         f"--data {source}: returned {type(returned).__name__}; it must return {FORM}",
@@ -53,18 +55,6 @@ def load_own(config: DataConfig) -> InMemory:
     data = InMemory(Decoded(splits, Facts(classes, notes=notes), hash_arrays(splits, classes)))
     data.storage = f"in memory, read from {source}"
     return data
-
-
-def _call(source: str):
-    module_name, function = source.split(":")
-    if str(Path.cwd()) not in sys.path:  # `python -m` would have it there
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"--data {source}: cannot import {module_name} from {Path.cwd()} ({error})") from error
-    require(callable(getattr(module, function, None)), f"--data {source}: {module_name} has no function {function}")
-    return getattr(module, function)()
 
 
 def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arrays:

@@ -35,13 +35,15 @@ class LearnedTemperature(nn.Module):
         return (1 - (math.pi * share).cos()) / 2
 
     def forward(self, epoch: Int[Tensor, ""]) -> Float[Tensor, ""]:
-        theta = reverse_gradient(self.theta, self.strength(epoch))
-        return self.lowest + (self.highest - self.lowest) * theta.sigmoid()
+        return self._bounded(reverse_gradient(self.theta, self.strength(epoch)))
 
     @property
     def value(self) -> Float[Tensor, ""]:
         """Without a gradient."""
-        return self.lowest + (self.highest - self.lowest) * self.theta.detach().sigmoid()
+        return self._bounded(self.theta.detach())
+
+    def _bounded(self, theta: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return self.lowest + (self.highest - self.lowest) * theta.sigmoid()
 
 
 class CTKD(DistillationLoss):

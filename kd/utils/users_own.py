@@ -75,9 +75,10 @@ def call_function(function: Callable, name: str, what: str, **arguments):
         if signature is not None:
             signature.bind(**arguments)
     except TypeError as error:
+        given = f"give it the parameter {', '.join(arguments)} and a default for every other"
         raise UserError(
-            f"{what}: is called as {called}, and is defined as {name.partition(':')[2]}{signature} ({error}); give it"
-            f" the parameter {', '.join(arguments)} and a default for every other"
+            f"{what}: is called as {called}, and is defined as {name.partition(':')[2]}{signature} ({error});"
+            f" {given if arguments else 'give every parameter a default'}"
         ) from error
     try:
         return function(**arguments)

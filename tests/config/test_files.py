@@ -66,6 +66,17 @@ def test_lists_words_and_a_method_survive(written):
     assert student("--config", written(*args)) == student(*args)
 
 
+def test_several_methods_survive_and_what_is_typed_wins_over_them(tmp_path, written):
+    path = yaml_file(tmp_path, "data: digits\nmethod: mlkd+at\nat-weight: 10\n")
+    config = student("--config", path)
+    assert (config.data.source, config.method) == ("digits", student("mlkd+at", "--at-weight", "10").method)
+    assert student("--config", path, "mlkd+at", "--mlkd-weight", "2").method.parts()["at"].weight == 10
+    assert type(student("--config", path, "dkd").method).__name__ == "DKDConfig"
+    assert student("--config", path, "kd+sp").method.name == "kd+sp"
+    args = ["kd+at", "--kd-alpha", "0.5"]
+    assert student("--config", written(*args)).method == student(*args).method
+
+
 def test_what_is_typed_wins(written):
     path = written("--preset", "crd", "--lr", "0.1", "dkd", "--beta", "3", "--alpha", "2")
     typed = student("--config", path, "--lr", "0.2", "dkd", "--beta", "4")

@@ -8,7 +8,7 @@ import pytest
 
 from kd.config import DataConfig
 from kd.data import load_data
-from kd.errors import UserError
+from kd.errors import UserError, UsersOwnError
 from kd.export.__main__ import main
 from tests.run_scripts import teach
 
@@ -123,6 +123,34 @@ def test_broken_images_are_left_out_and_counted(capsys):
 def test_flags_for_other_data_are_refused(flags):
     with pytest.raises(UserError, match=r"leave .* out"):
         load_data(DataConfig(source="mine:pictures", **flags))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "def f():\n    return {}['train']\n",
+            r"mine.py, line 2: KeyError: 'train' \(--data mine:f, called as f\(\)\); mend",
+        ),
+        (
+            "1 / 0\n",
+            r"mine.py, line 1: ZeroDivisionError: .* \(--data mine:f, while mine was imported\); mend that code",
+        ),
+    ],
+)
+def test_a_mistake_in_the_function_or_its_module_is_shown_as_the_users_own(text, words, module):
+    module.write_text(text)
+    with pytest.raises(UsersOwnError, match=words) as caught:
+        load_data(DataConfig(source="mine:f"))
+    assert "kd/data" not in caught.value.shown
+
+
+def test_a_function_that_needs_arguments_is_named(module):
+    module.write_text("def f(folder): pass\n")
+    with pytest.raises(
+        UserError, match=r"mine:f: is called as f\(\), .* f\(folder\) .*; give every parameter a default"
+    ):
+        load_data(DataConfig(source="mine:f"))
 
 
 def test_a_module_that_is_not_there_is_named(tmp_path):
