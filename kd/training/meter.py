@@ -47,7 +47,7 @@ class Meter:
     def _forget_rows(self) -> None:
         self._blocks: list[Float[Tensor, "n m"]] = []  # rows not added up yet: terms, measures, correct, step
         self._samples: list[int] = []  # of each such row
-        self._norms: list[Float[Tensor, 2]] = []
+        self._norms: list[Tensor] = []
 
     def update(self, result: Step, labels: Int[Tensor, "b"], step: Int[Tensor, ""]) -> None:
         if not self.terms:
