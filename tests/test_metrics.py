@@ -87,6 +87,20 @@ def test_meter_goes_on_after_a_restore():
     assert one.read(accelerator)[0]["train/gradient_ratio"] == 1.5
 
 
+def test_meter_adds_up_many_steps_in_order_however_often_it_is_read():
+    accelerator = Accelerator(cpu=True)
+    often, once = Meter(accelerator.device), Meter(accelerator.device)
+    losses, wanted = torch.rand(150, generator=torch.Generator().manual_seed(0)), 0.0
+    for step, loss in enumerate(losses):
+        wanted += loss.double().item() * 4
+        for meter in (often, once):
+            meter.update(Step(torch.eye(4), {"ce": loss}, {}), torch.arange(4), torch.tensor(step))
+        if step % 7 == 0:
+            often.read(accelerator)
+    assert often.read(accelerator) == once.read(accelerator)
+    assert once.sums == [wanted, 0.0, 0.0, 600.0, 600.0]
+
+
 def test_rows_of_zeros_are_predicted_as_the_first_class_by_every_measure():
     logits, labels = torch.zeros(6, 10), torch.tensor([0, 9, 0, 3, 5, 0])
     assert metrics.top_k(logits, labels, 1) == metrics.class_recall(logits, labels)[0] / 2 == 50
