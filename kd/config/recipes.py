@@ -65,7 +65,7 @@ PRESETS: dict[str, dict] = {
         "method": KDConfig(temperature=2.0, alpha=0.9, boost=10.0, standardize=True),
         "teacher": "wrn-28-10",
     },
-    # What the report's ten epochs can give. Tuned on validation with resnet20 (docs/measurements.md, "quick").
+    # What the report's ten epochs can give. Tuned on validation with resnet20 (docs/measurements.md, "Ten epochs").
     "quick": {
         "views": ViewConfig(alternating_flip=True),
         "fit": FitConfig(
