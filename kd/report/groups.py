@@ -166,6 +166,9 @@ def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     recipe = _recipe(first, by_path)
     not_budget = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", "label_smoothing"}
     not_budget |= {*STRONG_VIEW, *first.method_flags}
+    not_budget |= {
+        key for key in recipe if key.endswith("layers")
+    }  # those compared, as DistillationLoss.identity has it
     budget = _dump({key: value for key, value in recipe.items() if key not in not_budget})
     kind = {"teacher": TEACHER, "none": ALONE}.get(first.role, METHOD)
     smoothing = first.method_flags.get("label_smoothing")

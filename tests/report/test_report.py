@@ -610,3 +610,12 @@ def test_a_student_of_two_views_has_its_control():
     edit_identity(fake_run("runs/crld", "crld", 0, temperature=4.0), strong_ops=3, strong_magnitude=10)
     build.write_report(["runs/*"], Path("report"))
     assert "student (crld) against student alone" in Path("report/report.md").read_text()
+
+
+@pytest.mark.parametrize("key", ["layers", "reviewkd_layers"])
+def test_a_student_that_compares_named_layers_has_its_control(key):
+    """The layers that a method compares are in its identity, and no control has any."""
+    fake_run("runs/alone", "none", 0, label_smoothing=0.0)
+    edit_identity(fake_run("runs/review", "reviewkd", 0, weight=1.0), **{key: [["layer1"], ["layer1.input"]]})
+    build.write_report(["runs/*"], Path("report"))
+    assert "student (reviewkd) against student alone" in Path("report/report.md").read_text()
