@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Errors of a disk that cannot be written to: full, over quota, read-only, file too large, broken.
@@ -59,6 +60,17 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def reworded(change: Callable[[str], str]) -> Iterator[None]:
+    """Pass a UserError's message through `change`; an error in code of the user's own stays as it is."""
+    try:
+        yield
+    except UsersOwnError:
+        raise
+    except UserError as error:
+        raise UserError(change(str(error))) from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -14,8 +14,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -30,7 +29,7 @@ from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_nam
 from kd.config.named import CombinedFlags, dashed, is_named, name_flags, named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
 from kd.config.unused import check_used
-from kd.errors import UserError, UsersOwnError, exit_code, require
+from kd.errors import exit_code, require, reworded
 
 
 class Flag(NamedTuple):
@@ -128,7 +127,7 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
 
 
 def typed_flags(args: list[str]) -> list[str]:
-    """The names of the flags among arguments, as --help writes them; `nesterov` for --no-nesterov is not among them."""
+    """The names after -- among arguments, with dashes; --no-nesterov gives no-nesterov."""
     words = [word.partition("=")[0].removeprefix("--") for word in args if word.startswith("--")]
     return [word.replace("_", "-") for word in words]
 
@@ -155,9 +154,9 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
         require(network in flags or network not in file, f"--config {path}: has the flags of {name}; give it to that")
     if isinstance(default, DistillConfig):
         method = str(file.pop("method", None) or method_name(default.method))
-        with named_in(f"--config {path}"):
+        with reworded(lambda text: f"--config {path}: {text}"):
             kind = named_method(method)
-        named = _first_word(args, flags, lambda word: word in METHODS or is_named(word))
+        named = _first_word(args, flags, _is_method)
         flags = _without_method(flags, default)
         own = _flags(with_usual(kind, default.method))
         chosen = {name: value for name, value in file.items() if name in own}
@@ -175,15 +174,8 @@ def _without_those_of_scripts(file: dict[str, Any], flags: dict[str, Flag]) -> d
     return {name: value for name, value in file.items() if name in flags or name.replace("-", "_") not in scripts}
 
 
-@contextmanager
-def named_in(place: str) -> Iterator[None]:
-    """Say of a UserError where the wrong name stands."""
-    try:
-        yield
-    except UsersOwnError:
-        raise
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+def _is_method(word: str) -> bool:
+    return word in METHODS or is_named(word)
 
 
 def _with_method(kind: type[MethodFlags], default: DistillConfig) -> DistillConfig:
@@ -226,7 +218,7 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     if default.preset in LR_BY_NETWORK:
         flags["lr"] = flags["lr"]._replace(default=_rates(LR_BY_NETWORK[default.preset]))
     if isinstance(default, DistillConfig):
-        if method := _first_word(args, flags, lambda word: word in METHODS or is_named(word)):
+        if method := _first_word(args, flags, _is_method):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
         flags = _without_method(flags, default)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kd.errors import nearest, require
+from kd.errors import UserError, nearest, require
 
 NOT_REPEATED = ("out", "resume", "auto_resume", "resume_inexact", "extend")  # of a run's own config.json
 
@@ -20,10 +20,11 @@ def read_flags(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())  # JSON is YAML
     except OSError as error:
-        require(False, f"--config {path}: cannot be read ({error.strerror}); name a YAML, or a run's config.json")
+        problem = f"cannot be read ({error.strerror}); name a YAML, or a run's config.json"
+        raise UserError(f"--config {path}: {problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        require(False, f"--config {path}: is no YAML ({reason}); write one flag a line, as in `epochs: 3`")
+        raise UserError(f"--config {path}: is no YAML ({reason}); write one flag a line, as in `epochs: 3`") from error
     valid = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     require(valid, f"--config {path}: holds no flags; write one a line, as in `epochs: 3`")
     flags = _flags_of_a_run(content) if {"flags", "identity"} <= content.keys() else content

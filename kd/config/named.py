@@ -9,8 +9,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, ClassVar, get_args, get_origin, get_type_hints
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import METHODS, MethodFlags
-from kd.errors import UserError, UsersOwnError, nearest, require
+from kd.errors import UserError, nearest, require, reworded
 from kd.utils.users_own import import_class, is_users_own
 
 LOSS = "kd.losses.base.DistillationLoss"
@@ -158,15 +157,9 @@ class CombinedFlags(MethodFlags):
                 flags.check()
 
 
-@contextmanager
-def flags_of(prefix: str, kind: type[MethodFlags]) -> Iterator[None]:
+def flags_of(prefix: str, kind: type[MethodFlags]) -> AbstractContextManager:
     """An error of one of several methods at once names its flags as the command line does: --at-weight."""
-    try:
-        yield
-    except UsersOwnError:
-        raise
-    except UserError as error:
-        raise UserError(name_flags(str(error), prefix, kind)) from error
+    return reworded(lambda text: name_flags(text, prefix, kind))
 
 
 def name_flags(text: str, prefix: str, kind: type[MethodFlags]) -> str:

@@ -29,7 +29,7 @@ from kd.config.jobs import PresetName, check_together
 from kd.config.recipes import PRESETS
 from kd.data.dataset import Data, load_data
 from kd.data.loader import Pixels, TrainingImages
-from kd.errors import exit_code, require
+from kd.errors import UserError, exit_code, require
 from kd.types import Mix
 from kd.utils.console import shorten
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config.picture.write_bytes(png)
     except OSError as error:
-        require(False, f"{config.picture}: cannot be written ({error.strerror}); name another file")
+        raise UserError(f"{config.picture}: cannot be written ({error.strerror}); name another file") from error
     print(f"{config.picture}: {config.images} images, {config.epochs} epochs")
 
 

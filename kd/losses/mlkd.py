@@ -53,12 +53,8 @@ def mlkd_loss(
         if as_in_paper:
             parts = masked_kd_loss(*views[0], unsure, t), _relation(*weak, t, 0, unsure), _relation(*weak, t, 1, rare)
         else:
-            share, share_of_classes = (mask.to(student_logits.dtype).mean() for mask in (unsure, rare))
-            parts = (
-                share * kd_loss(*views[0], t),
-                share * batch_relation_loss(*weak, t),
-                share_of_classes * class_relation_loss(*weak, t),
-            )
+            losses = kd_loss(*views[0], t), batch_relation_loss(*weak, t), class_relation_loss(*weak, t)
+            parts = [_share(mask, loss) * loss for mask, loss in zip((unsure, unsure, rare), losses)]
         parts = parts[0] + kd_loss(*second, t), *parts[1:]
         terms = {name: terms[name] + part for name, part in zip(terms, parts, strict=True)}
     return terms
@@ -91,6 +87,10 @@ def _relation(student: Tensor, teacher: Tensor, temperature: float, dim: int, ma
         grams.append(rows @ rows.T)
     squares = (grams[0] - grams[1]).square()
     return (squares if mask is None else squares * mask).sum() / len(squares)
+
+
+def _share(mask: Tensor, like: Tensor) -> Float[Tensor, ""]:
+    return mask.to(like.dtype).mean()
 
 
 def _lower_half(values: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:

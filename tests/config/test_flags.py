@@ -142,19 +142,22 @@ def test_a_typed_flag_that_another_makes_void_is_refused(args, words):
 
 
 @pytest.mark.parametrize(
-    "args",
+    ("args", "taken"),
     [
-        ["--preset", "strong", "--optimizer", "adamw"],  # the preset's Nesterov is not the user's
-        ["--preset", "vit", "--momentum", "0.8"],  # of its teacher's SGD
-        ["--optimizer", "timm/lars", "--momentum", "0.8"],
-        ["--optimizer", "adamw", "--no-nesterov"],
-        ["--resized-crop", "0.5", "--crop-padding", "0"],
-        ["--schedule", "step", "--milestones", "0.5"],
-        ["--views", "2", "--view-seed", "3"],
+        # The preset's Nesterov is not the user's.
+        (["--preset", "strong", "--optimizer", "adamw"], lambda c: c.fit.optimizer == "adamw" and c.fit.nesterov),
+        # Of its teacher's SGD.
+        (["--preset", "vit", "--momentum", "0.8"], lambda c: c.teacher_job().fit.momentum == 0.8),
+        (["--optimizer", "timm/lars", "--momentum", "0.8"], lambda c: c.fit.momentum == 0.8),
+        (["--optimizer", "adamw", "--no-nesterov"], lambda c: not c.fit.nesterov),
+        (["--resized-crop", "0.5", "--crop-padding", "0"], lambda c: c.views.padding == 0),
+        (["--schedule", "step", "--milestones", "0.5"], lambda c: c.fit.milestones == (0.5,)),
+        (["--views", "2", "--view-seed", "3"], lambda c: c.views.view_seed == 3),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_flags_that_do_something_pass(args):
-    student(*args)
+def test_flags_that_do_something_pass(args, taken):
+    assert taken(student(*args))
 
 
 def test_a_given_teacher_model_stands_in_place_of_the_presets_teacher():
