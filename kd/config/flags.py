@@ -1,6 +1,6 @@
 """The flags of both scripts: data, augmentation, training, run folder and logging, teacher cache, compression.
 
-One frozen dataclass a subject; each checks its own values. A docstring under a field is its help text (kd.config.cli);
+One frozen dataclass a subject; each checks its own values. A docstring under a field is its help text (kd.config.help);
 names, order and nesting of the fields are in every config.json and must stay. No torch here.
 """
 

@@ -11,7 +11,7 @@ import tyro
 
 import distill_student
 import train_teacher
-from kd.config import METHODS, KDConfig, NoneConfig, cli, flags, jobs
+from kd.config import METHODS, KDConfig, NoneConfig, cli, flags, help, jobs
 from kd.config.cli import parse
 from kd.config.presets import PRESETS, distill_defaults, train_defaults
 from kd.errors import UserError
@@ -283,9 +283,9 @@ def test_help_may_stand_before_its_subject(subject, help_of):
 
 def test_help_reads_each_class_once(help_of, monkeypatch):
     """Reading all of them for every flag took five seconds."""
-    read, real = [], cli.inspect.getsource
-    monkeypatch.setattr(cli.inspect, "getsource", lambda kind: read.append(kind) or real(kind))
-    cli._docstrings.cache_clear()
+    read, real = [], help.inspect.getsource
+    monkeypatch.setattr(help.inspect, "getsource", lambda kind: read.append(kind) or real(kind))
+    help._docstrings.cache_clear()
     help_of(distill_defaults)
     assert 0 < len(read) <= sum(len(kind.__mro__) - 1 for kind in set(read))  # with the bases of each
 
