@@ -5,7 +5,9 @@ A failed upload is one printed line: it never stops a training.
 
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from kd.compress import plain_weights
@@ -27,6 +29,8 @@ FILES = (
     "metrics.jsonl",
 )
 
+GOES_ON = "; the training goes on"
+
 _uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
 _running: dict[str, Future] = {}  # by repository: the newest upload
 
@@ -44,13 +48,15 @@ def push_epoch(trainer: Trainer, epoch: int) -> None:
     if name in _running and not _running[name].done():
         print(f"--push-to {name}: epoch {epoch + 1} is left out, the last upload still runs", flush=True)
         return
-    folder = Path(tempfile.mkdtemp(prefix="kd-push-"))
-    write_weights(folder / "model.safetensors", plain_weights(trainer.distiller.deployed))
-    write_json(folder / "model.json", model_info(trainer))
-    for file in ("config.json", "metrics.jsonl"):
-        shutil.copy(run.path / file, folder)
-    (folder / "README.md").write_text(_card(name, job, f"Epoch {epoch + 1} of {job.fit.epochs}: training goes on."))
-    _running[name] = _uploads.submit(_upload_and_remove, folder, name, f"epoch {epoch + 1}")
+    what = f"epoch {epoch + 1}"
+    with _said(name, what, GOES_ON):
+        folder = _gather(
+            run.path,
+            ("config.json", "metrics.jsonl"),
+            _card(name, job, f"Epoch {epoch + 1} of {job.fit.epochs}."),
+            trainer,
+        )
+        _running[name] = _uploads.submit(_upload, folder, name, what, GOES_ON)
 
 
 def push_run(job: Job, run: RunFolder) -> None:
@@ -62,20 +68,42 @@ def push_run(job: Job, run: RunFolder) -> None:
         _running.pop(name).result()
     summary = read_json(run.path / "summary.json")
     result = f"Test top-1 {summary['test_top1']:.2f}%." if summary.get("test_top1") is not None else ""
-    folder = Path(tempfile.mkdtemp(prefix="kd-push-"))
-    for file in FILES:
-        if (run.path / file).exists():
-            shutil.copy(run.path / file, folder)
-    (folder / "README.md").write_text(_card(name, job, result))
-    _upload_and_remove(folder, name, "the finished run", "; the same command tries again")
+    what, remedy = "the finished run", "; the same command tries again"
+    with _said(name, what, remedy):
+        _upload(_gather(run.path, FILES, _card(name, job, result)), name, what, remedy)
 
 
-def _upload_and_remove(folder: Path, name: str, what: str, remedy: str = "; the training goes on") -> None:
+@contextmanager
+def _said(name: str, what: str, remedy: str) -> Iterator[None]:
+    """Print in one line what fails inside: the HTTP client's own errors differ between versions of the library."""
     try:
-        url = upload(folder, name, f"kd: {what}")
-        print(f"pushed {what}: {url}", flush=True)
-    except Exception as error:  # the HTTP client's own errors differ between versions of the library
+        yield
+    except Exception as error:
         print(f"--push-to {name}: {what} was not uploaded ({one_line(error)}){remedy}", flush=True)
+
+
+def _gather(source: Path, files: Sequence[str], card: str, trainer: Trainer | None = None) -> Path:
+    """A new folder with the files that `source` has, the card, and with a trainer its weights as they are now."""
+    folder = Path(tempfile.mkdtemp(prefix="kd-push-"))
+    try:
+        for file in files:
+            if (source / file).exists():
+                shutil.copy(source / file, folder)
+        if trainer is not None:
+            write_weights(folder / "model.safetensors", plain_weights(trainer.distiller.deployed))
+            write_json(folder / "model.json", model_info(trainer))
+        (folder / "README.md").write_text(card)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _upload(folder: Path, name: str, what: str, remedy: str) -> None:
+    """Upload the folder and remove it."""
+    try:
+        with _said(name, what, remedy):
+            print(f"pushed {what}: {upload(folder, name, f'kd: {what}')}", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

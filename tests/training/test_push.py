@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_a_failed_upload_is_one_line_and_the_same_command_tries_again(monkeypatc
     monkeypatch.setattr(push, "upload", works)
     teach("--out", "run", "--push-to", "me/net", "--push-every", "1")
     assert list(uploads) == ["kd: the finished run"]
+
+
+def test_a_full_disk_stops_no_training(monkeypatch, uploads, capsys, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(push, "write_weights", full)
+    teach("--out", "run", "--push-to", "me/net", "--push-every", "1")
+    assert "epoch 1 was not uploaded" in capsys.readouterr().out
+    assert list(uploads) == ["kd: the finished run"]
+    assert not list(tmp_path.glob("kd-push-*"))
 
 
 def test_only_the_network_that_was_asked_for_is_pushed():
