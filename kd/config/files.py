@@ -54,13 +54,21 @@ def as_arguments(flags: dict[str, Any], known: dict[str, Any], path: Path) -> li
         require(name in known, f"--config {path}: there is no flag {name}: {nearest(name, known)}")
         if not known[name].takes_value:
             require(isinstance(value, bool), f"--config {path}: {name} is {value!r}; give true or false")
-            arguments.append(f"--{name}" if value else f"--no-{name}")
-            continue
-        require(not isinstance(value, bool), f"--config {path}: {name} is {value!r}; a word such as no needs quotes")
+        else:
+            quoted = "a word such as no needs quotes"
+            require(not isinstance(value, bool), f"--config {path}: {name} is {value!r}; {quoted}")
         require(not isinstance(value, dict), f"--config {path}: {name} holds flags of its own; write each by itself")
-        values = value if isinstance(value, list | tuple) else [value]
-        arguments += [f"--{name}", *map(str, values)]
+        arguments += as_words(name, value)
     return arguments
+
+
+def as_words(flag: str, value: object) -> list[str]:
+    """A flag as on the command line: on or off for a bool, several values for a list."""
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, list | tuple):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}={value}"]
 
 
 def as_yaml(flags: dict[str, Any]) -> str:

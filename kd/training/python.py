@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from kd.config import METHODS, DistillConfig, TrainConfig
 from kd.config.cli import flag_names, parse
+from kd.config.files import as_words
 from kd.config.presets import distill_defaults, train_defaults
 from kd.errors import Preempted, UserError, nearest, remedy_for, require
 from kd.utils.console import clip
@@ -65,7 +66,7 @@ def read_flags(defaults: Callable, flags: dict):
         require(name in names, f"{name}: {_elsewhere(name, method) or f'no such flag; {nearest(name, names)}'}")
         empty = isinstance(value, list | tuple) and not value
         require(not empty, f"{name}: has no value; give one or more, or None to leave it out")
-    words = [word for name, value in given.items() for word in _words(name.replace("_", "-"), value)]
+    words = [word for name, value in given.items() for word in as_words(name.replace("_", "-"), value)]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -79,15 +80,6 @@ def _elsewhere(name: str, method: list[str]) -> str:
     """Which other methods have this flag; empty if none has."""
     owners = [owner for owner, kind in METHODS.items() if name in kind.__dataclass_fields__]
     return f"is no flag of {method[0]}, but of {', '.join(owners)}" if owners and method else ""
-
-
-def _words(flag: str, value: object) -> list[str]:
-    """A flag as on the command line."""
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    several = isinstance(value, list | tuple)
-    words = [str(part) for part in value] if several else [str(value)]
-    return [f"--{flag}", *words] if several and words else [f"--{flag}={word}" for word in words]
 
 
 def import_script(name: str) -> ModuleType:
