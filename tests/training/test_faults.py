@@ -389,5 +389,6 @@ def test_the_crash_test_sees_what_a_checkpoint_forgets():
     forgetful += "checkpoint.restore = restore; sys.exit(crash.main(['--seed', '5', '--minutes', '2']))"
     done = subprocess.run([sys.executable, "-c", forgetful], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
-    assert "differs in model.safetensors" in done.stderr
+    # A kill after the last step leaves the weights right, and only the momentum itself differs.
+    assert re.search(r"differs in (model|optimizer)\.safetensors", done.stderr)
     assert "again: python -m tests.crash --seed 5 --only" in done.stderr
