@@ -48,7 +48,7 @@ STEPS = {
     "pld": 90,
     "skd": 120,
     "ctkd": 109,
-    "mlkd": 392,
+    "mlkd": 378,
     "crld": 178,
     "fitnet": 80,
     "at": 119,

@@ -43,6 +43,7 @@ def mlkd_loss(
         check_shapes(student_logits, logits)
     probabilities = teacher_logits.softmax(dim=1)
     unsure, rare = _lower_half(probabilities.amax(dim=1)), _lower_half(probabilities.sum(dim=0))
+    shares = [mask.to(student_logits.dtype).mean() for mask in (unsure, unsure, rare)]
     weak = student_logits, teacher_logits
     views = [weak, (student_strong, teacher_strong)]
     if standardized:
@@ -54,7 +55,7 @@ def mlkd_loss(
             parts = masked_kd_loss(*views[0], unsure, t), _relation(*weak, t, 0, unsure), _relation(*weak, t, 1, rare)
         else:
             losses = kd_loss(*views[0], t), batch_relation_loss(*weak, t), class_relation_loss(*weak, t)
-            parts = [_share(mask, loss) * loss for mask, loss in zip((unsure, unsure, rare), losses)]
+            parts = [share * loss for share, loss in zip(shares, losses, strict=True)]
         parts = parts[0] + kd_loss(*second, t), *parts[1:]
         terms = {name: terms[name] + part for name, part in zip(terms, parts, strict=True)}
     return terms
@@ -87,10 +88,6 @@ def _relation(student: Tensor, teacher: Tensor, temperature: float, dim: int, ma
         grams.append(rows @ rows.T)
     squares = (grams[0] - grams[1]).square()
     return (squares if mask is None else squares * mask).sum() / len(squares)
-
-
-def _share(mask: Tensor, like: Tensor) -> Float[Tensor, ""]:
-    return mask.to(like.dtype).mean()
 
 
 def _lower_half(values: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:
