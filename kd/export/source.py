@@ -1,25 +1,20 @@
 """Read the run to export, and copy it without local paths."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from kd.config import DataConfig
 from kd.data import Data, load_data
-from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed
-from kd.models import LIBRARIES
-from kd.models.weights import SUFFIXES
 from kd.report.groups import ALONE, group_runs
 from kd.runs.load import load_network
+from kd.runs.public import without_paths
 from kd.runs.results import (
     WEIGHTS,
     checked_summary,
     collect_runs,
-    named_paths,
     read_config,
     summary_of,
     weights_file,
@@ -85,40 +80,10 @@ def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:
     """
     shutil.copyfile(weights_file(source.folder, source.weights), folder / WEIGHTS["last"])
     shutil.copyfile(source.folder / "model.json", folder / "model.json")
-    summary, config = json.loads(json.dumps([source.summary, source.config]))
-    flags = config["flags"]
-    flags.setdefault("run", {})["out"] = None
-    names = [(summary, "teacher"), (summary, "control"), (summary, "init"), *named_paths(flags)]
-    names += [(member, "folder") for member in summary.get("teachers", [])]
-    for part, key in names:
-        if part.get(key):
-            part[key] = public_name(part[key])
-    if _trained_on_folder(config):
-        flags["data"]["source"] = Path(flags["data"]["source"]).name
+    summary, config = without_paths(source.summary, source.config)
     write_json(folder / "summary.json", summary)
     write_json(folder / "config.json", config)
     return summary, config
-
-
-def _trained_on_folder(config: dict) -> bool:
-    """Whether the run's data was a local folder."""
-    recorded, source = config.get("data", {}).get("folder"), config["flags"]["data"]["source"]
-    # Older runs did not record it; losing a Hub id is better than publishing a path.
-    return recorded if isinstance(recorded, bool) else source not in (*BUILT_IN, *HUB_SETS)
-
-
-def public_name(name: str | list) -> str | list:
-    """A network's name without local paths: only the last component of a path is kept, library and Hub names whole.
-
-    A Hub id is recognised by the Hub client's cache folder, models--USER--NAME/snapshots/REVISION.
-    """
-    if isinstance(name, list):
-        return [public_name(member) for member in name]
-    library, _, model = name.partition("/")
-    if library in LIBRARIES and model and Path(name).suffix not in SUFFIXES:
-        return name
-    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$", name)
-    return "{}/{}@{}".format(*cached.groups()) if cached else Path(name).name
 
 
 def control_summary(source: ExportedRun) -> dict | None:

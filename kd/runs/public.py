@@ -1,0 +1,46 @@
+"""Summaries and configurations of runs without the paths of the machine that trained them."""
+
+import json
+import re
+from pathlib import Path
+
+from kd.data.sources import BUILT_IN, HUB_SETS
+from kd.models import LIBRARIES
+from kd.models.weights import SUFFIXES
+from kd.runs.results import named_paths
+
+
+def without_paths(summary: dict, config: dict) -> tuple[dict, dict]:
+    """Copies of summary.json and config.json that keep only the last component of every path."""
+    summary, config = json.loads(json.dumps([summary, config]))
+    flags = config["flags"]
+    flags.setdefault("run", {})["out"] = None
+    names = [(summary, "teacher"), (summary, "control"), (summary, "init"), (config, "teacher"), *named_paths(flags)]
+    names += [(member, "folder") for member in summary.get("teachers", [])]
+    for part, key in names:
+        if part.get(key):
+            part[key] = public_name(part[key])
+    if _trained_on_folder(config):
+        flags["data"]["source"] = Path(flags["data"]["source"]).name
+    return summary, config
+
+
+def _trained_on_folder(config: dict) -> bool:
+    """Whether the run's data was a local folder."""
+    recorded, source = config.get("data", {}).get("folder"), config["flags"]["data"]["source"]
+    # Older runs did not record it; losing a Hub id is better than publishing a path.
+    return recorded if isinstance(recorded, bool) else source not in (*BUILT_IN, *HUB_SETS)
+
+
+def public_name(name: str | list) -> str | list:
+    """A network's name without local paths: only the last component of a path is kept, library and Hub names whole.
+
+    A Hub id is recognised by the Hub client's cache folder, models--USER--NAME/snapshots/REVISION.
+    """
+    if isinstance(name, list):
+        return [public_name(member) for member in name]
+    library, _, model = name.partition("/")
+    if library in LIBRARIES and model and Path(name).suffix not in SUFFIXES:
+        return name
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$", name)
+    return "{}/{}@{}".format(*cached.groups()) if cached else Path(name).name
