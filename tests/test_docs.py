@@ -189,9 +189,10 @@ def test_the_readmes_table_has_the_columns_that_the_program_prints():
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
-    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    """The anchors of a page: those that GitHub gives to its headings, and its own."""
+    text = page.read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return set(re.findall(r'<a id="([^"]+)"', text)) | {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", [*PAGES, "tests/README.md"])

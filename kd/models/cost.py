@@ -59,10 +59,13 @@ def time_rounds(
 
 def describe_machine(threads: int = THREADS) -> str:
     """What a latency was measured on: CPU, threads and torch version."""
+    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
-        pass
-    return f"{name}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+        return name
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)

@@ -71,13 +71,13 @@ def how_it_was_made(runs: list[Run], command: str, machine: str) -> Facts:
             configs.append(read_config(run.path))
         except UserError:
             configs.append({})  # changed since it was collected
-    facts["trained on"] = _counted(map(_trained_on, configs))
+    facts["trained on"] = _counted(map(trained_on, configs))
     facts["versions of the runs"] = _counted(map(_versions, configs))
     facts["code of the runs"] = _counted(f"commit {config.get('git_commit') or 'not recorded'}" for config in configs)
     return Facts({name: value for name, value in facts.items() if value})
 
 
-def _trained_on(config: dict) -> str:
+def trained_on(config: dict) -> str:
     device, processes, threads = (config.get(key) for key in ("device", "processes", "threads"))
     if device is None:
         return "not recorded"

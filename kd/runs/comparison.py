@@ -12,7 +12,7 @@ from scipy.special import ndtri, stdtrit  # quantiles of the normal and Student'
 from torch import Tensor
 
 from kd.errors import UserError, require
-from kd.runs.results import read_test_logits
+from kd.runs.results import read_correct
 
 ERROR = 0.05  # of a verdict; an interval covers 1 - ERROR
 
@@ -105,7 +105,7 @@ class Answers:
     def __init__(self):
         self.notes: list[str] = []
         self._correct: dict[Path, Tensor | None] = {}
-        self._labels: Tensor | None = None
+        self._labels = ""  # their sha256
 
     def correct(self, result: Result) -> Bool[Tensor, "n"] | None:
         """None if the run's logits are missing, malformed, or of other images than those read before."""
@@ -118,11 +118,11 @@ class Answers:
         return self._correct[result.path]
 
     def _read(self, result: Result) -> Bool[Tensor, "n"]:
-        logits, labels = read_test_logits(result.path, result.summary)
-        known = labels if self._labels is None else self._labels
-        require(torch.equal(known, labels), f"{result.path}: its test labels are not those of the other runs")
+        correct, labels = read_correct(result.path, result.summary)
+        known = self._labels or labels
+        require(known == labels, f"{result.path}: its test labels are not those of the other runs")
         self._labels = known
-        return logits.argmax(dim=1) == labels
+        return correct
 
 
 def compare(method: Iterable[Result], control: Iterable[Result], answers: Answers) -> Difference | None:

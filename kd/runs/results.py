@@ -4,18 +4,21 @@ A file may come from a stranger or be damaged, so each reader checks that it hol
 """
 
 import glob
+import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kd.errors import UserError, nearest, require
 from kd.metrics import top_k
 from kd.runs import checkpoint
-from kd.utils.files import is_number, read_json, read_json_lines, read_weights, sha256_file
+from kd.utils.files import is_number, read_json, read_json_lines, read_weights, sha256_file, write_json
 
 RUN_FILES = ("config.json", "summary.json", "model.json", "checkpoint")  # a folder with any of them is a run's
 
@@ -375,6 +378,33 @@ def read_test_logits(folder: Path, summary: dict) -> tuple[torch.Tensor, torch.T
     same = abs(top_k(logits, labels, 1) - summary["test_top1"]) <= 1e-6
     require(same, f"{path} does not give the accuracy in the summary")
     return logits, labels
+
+
+def read_correct(folder: Path, summary: dict) -> tuple[torch.Tensor, str]:
+    """Which test images the run classified correctly (bool n), and the sha256 of their labels.
+
+    From its saved logits, or from what `write_correct` wrote in their place. Raises UserError as read_test_logits does.
+    """
+    path = folder / "test_correct.json"
+    if not path.exists():
+        logits, labels = read_test_logits(folder, summary)
+        return logits.argmax(dim=1) == labels, hashlib.sha256(labels.long().numpy().tobytes()).hexdigest()
+    kept, images = read_json(path), summary["test_images"]
+    bits, labels = kept.get("correct"), kept.get("labels_sha256")
+    valid = isinstance(bits, str) and re.fullmatch("([0-9a-f]{2})+", bits) and len(bits) // 2 == -(-images // 8)
+    require(bool(valid) and isinstance(labels, str), f"{path} is not what a kept run has; keep the run again")
+    correct = torch.from_numpy(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=images)).bool()
+    same = abs(100 * correct.double().mean().item() - summary["test_top1"]) <= 1e-6
+    require(same, f"{path} does not give the accuracy in the summary")
+    return correct, labels
+
+
+def write_correct(folder: Path, summary: dict, target: Path) -> None:
+    """Write test_correct.json into `target`, a bit for each test image: the smallest file that an interval needs."""
+    correct, labels = read_correct(folder, summary)
+    write_json(
+        target / "test_correct.json", {"correct": np.packbits(correct.numpy()).tobytes().hex(), "labels_sha256": labels}
+    )
 
 
 def class_names(run: Run, count: int) -> list[str]:
