@@ -23,7 +23,7 @@ from kd.utils.system import Lock
 
 T = TypeVar("T")
 
-LONGEST = 24 * 3600.0  # seconds of one process's work that the others wait for
+LONGEST = 7 * 24 * 3600.0  # seconds of one process's work, such as waiting for another run, that the others wait for
 SHORTEST_POLL, LONGEST_POLL = 0.001, 0.2  # seconds between two looks at the store; waits that last are polled less
 LEAVING = 60.0  # seconds for which the main process, which may serve the store, stays for the others to look at it
 FAILING = 5.0  # the same after an error

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import distributed
 
 import kd.data.cache
+import kd.data.dataset
 import kd.data.sources
 import kd.data.storage
 from kd.config import DataConfig, FitConfig, RunConfig
@@ -114,29 +116,33 @@ def test_the_first_process_of_a_machine_works_before_the_other(tmp_path):
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def counted_load(rank: int) -> dict[str, int]:
-    """How often this process hashes, counts, and asks the Hub when it loads data."""
-    counts = dict.fromkeys(("hash_arrays", "count_levels", "_newest_revision"), 0)
+def counted_load(rank: int) -> dict:
+    """How often this process hashes and counts when it loads data, and which commit of a Hub set it then reads."""
+    counts, commits = dict.fromkeys(("hash_arrays", "count_levels"), 0), []
 
     def count(module, name):
         real = getattr(module, name)
 
         def counting(*args):
             counts[name] += 1
-            return real(*args) if name != "_newest_revision" else None
+            return real(*args)
 
         setattr(module, name, counting)
 
     count(kd.data.cache, "hash_arrays")
     count(kd.data.storage, "count_levels")
-    count(kd.data.sources, "_newest_revision")
     Accelerator(cpu=True)
-    data = load_data(DataConfig("synthetic"))
-    try:
+    mean = load_data(DataConfig("synthetic")).mean
+    kd.data.sources._newest_revision = lambda name, branch: f"the answer to process {rank}"
+
+    def opened(config, commit):
+        commits.append(commit)
+        raise UserError("the Hub is not asked in this test")
+
+    kd.data.dataset.find_source = opened
+    with suppress(UserError):
         load_data(DataConfig("someone/set"))
-    except UserError:
-        counts["refused"] = 1
-    return counts | {"mean": data.mean}
+    return counts | {"mean": mean, "commits": commits}
 
 
 def test_one_process_of_a_machine_hashes_and_counts_and_one_of_all_asks_the_hub():
@@ -145,11 +151,12 @@ def test_one_process_of_a_machine_hashes_and_counts_and_one_of_all_asks_the_hub(
     assert (first["count_levels"], second["count_levels"]) == (1, 0)
     assert first["hash_arrays"] > 0
     assert second["hash_arrays"] == 0
-    assert (first["_newest_revision"], second["_newest_revision"]) == (1, 0)
+    assert first["commits"] == ["the answer to process 0"]
     again = [end.answer for end in two_nodes(counted_load, local=True)]
     assert [counts["count_levels"] for counts in again] == [0, 0], "kept beside the decoded images"
     apart = [end.answer for end in two_nodes(counted_load)]
     assert [counts["count_levels"] for counts in apart] == [1, 1], "each machine keeps its own"
+    assert [counts["commits"] for counts in apart] == [["the answer to process 0"]] * 2
 
 
 def test_machines_with_different_data_are_refused():
