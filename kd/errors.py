@@ -40,6 +40,14 @@ class UsersOwnError(UserError):
         self.shown = shown
 
 
+class OtherProcessError(UserError):
+    """An error of another process of the run. `shown`: here too, because that process is on another machine."""
+
+    def __init__(self, message: str, shown: bool = False):
+        super().__init__(message)
+        self.shown = shown
+
+
 USERS_FILES: set[str] = set()
 """The files of the user's own code that was imported; kd.utils.users_own adds them."""
 
@@ -134,6 +142,8 @@ def exit_code(
         work()
     except UsersOwnError as error:
         return _print_users_own(error)
+    except OtherProcessError as error:
+        return _print_error(f"error: {error}", 2) if error.shown else 2
     except UserError as error:
         return _print_error(f"error: {error}", 2)
     except Preempted as stop:

@@ -4,18 +4,21 @@ kd/data/sources.py finds the data and kd/data/storage.py chooses how it is store
 the training split, by class; the test split is the data's own and is read once, at the end of a run.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays
+from kd.data.cache import Arrays, trusting
 from kd.data.rows import Rows
-from kd.data.sources import BUILT_IN, find_source, with_set_defaults
+from kd.data.sources import BUILT_IN, find_revision, find_source, with_set_defaults
 from kd.data.splits import hold_out, long_tail, select
 from kd.data.storage import SPLITS
 from kd.errors import require
 from kd.utils.console import print_once
+from kd.utils.processes import all_do, from_main, node, node_first
 
 TEST_SEED = 0  # of a test split that is held out: the same images for every --split-seed
 
@@ -35,13 +38,45 @@ class Data:
 
 
 def load_data(config: DataConfig) -> Data:
-    """Load the three splits of `config.source`.
+    """Load the three splits of `config.source`; all processes of a run call this together.
 
-    Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range.
+    One process on each machine decodes, counts and hashes what is kept on its disk. Raises: UserError for a source that
+    does not exist or cannot be reached, a broken row, a label out of range, or data that differ between machines.
     """
     config = with_set_defaults(config)
     config.check_sizes()
-    source = find_source(config)
+    revision = from_main(lambda: find_revision(config))  # asked once: two answers might differ
+
+    def load(first: bool) -> Data:
+        with trusting(not first):
+            return _load(config, revision)
+
+    data = node_first(load)
+    digest = _digest(data, config)
+    alike = digest == from_main(lambda: digest)
+    all_do(lambda: require(alike, f"--data {config.source}: {node()} has other data than the main process; copy it"))
+    return data
+
+
+def _digest(data: Data, config: DataConfig) -> str:
+    """Of all that must be the same on every machine. Of a stream the files' times are left out."""
+    content = [
+        data.classes,
+        data.mean,
+        data.std,
+        data.size,
+        data.test_split,
+        None if config.stream else data.fingerprint,
+    ]
+    digest = hashlib.sha256(json.dumps(content).encode())
+    for split in (data.train, data.val, data.test):
+        if split is not None:
+            digest.update(split.labels.numpy())
+    return digest.hexdigest()
+
+
+def _load(config: DataConfig, revision: str | None) -> Data:
+    source = find_source(config, revision)
     for note in source.notes:
         print_once(f"data: {note}")
     splits, classes = source.splits, source.classes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,11 @@ class MappedRows(Rows):
             yield gather(self.stored, self.rows[index.cpu()], device)
 
     def on(self, device: torch.device) -> Rows:
-        return self if device.type == "cpu" else Split(self.images, self.labels).on(device)
+        """The map itself if its rows do not fit; else they are copied in parts, without a copy in the host's memory."""
+        size = len(self.rows) * math.prod(self.stored.shape[1:])
+        if device.type == "cpu" or not fits(size, device):
+            return self
+        return Split(copy_rows(self.stored, self.rows, device), self.labels.to(device))
 
 
 def iter_centre_crops(
@@ -133,11 +138,24 @@ def iter_centre_crops(
         yield centre_crop(images, size)
 
 
+def fits(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes fit in the device's memory, beside the networks."""
+    return device.type != "cuda" or size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def copy_rows(
+    stored: UInt8[Tensor, "m c h w"], rows: Int[Tensor, "n"], device: torch.device
+) -> UInt8[Tensor, "n c h w"]:
+    """These rows on the device, copied there in parts of few bytes."""
+    images = torch.empty(len(rows), *stored.shape[1:], dtype=stored.dtype, device=device)
+    for part, numbers in zip(images.split(BLOCK), rows.split(BLOCK)):
+        part.copy_(stored[numbers])
+    return images
+
+
 def place_on(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device if it fits there, else where it is."""
-    if device.type == "cuda" and tensor.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return tensor
-    return tensor.to(device)
+    return tensor.to(device) if fits(tensor.nbytes, device) else tensor
 
 
 def gather(tensor: Tensor, index: Int[Tensor, "b"], device: torch.device) -> Tensor:

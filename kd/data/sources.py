@@ -101,8 +101,17 @@ def with_set_defaults(config: DataConfig) -> DataConfig:
     )
 
 
-def find_source(config: DataConfig) -> DataSource:
-    """Open the data of `config.source`, stored as the flags say or as it fits."""
+def find_revision(config: DataConfig) -> str | None:
+    """The commit of a Hub set that is to be read; None for other data, or if the Hub cannot be reached."""
+    source = config.source
+    if source in BUILT_IN or _expand(source).is_dir() or is_users_own(source) or not _looks_like_id(source):
+        return None
+    known = _hub_set(source)
+    return known.revision if _is_commit(known.revision) else _newest_revision(known.address, known.revision)
+
+
+def find_source(config: DataConfig, revision: str | None) -> DataSource:
+    """Open the data of `config.source`, stored as the flags say or as it fits; `revision` is that of find_revision."""
     source, path = config.source, _expand(config.source)
     if path.is_dir() and source in BUILT_IN:
         print_once(f"data: the built-in set {source}, not the folder, which ./{source} names")
@@ -115,13 +124,16 @@ def find_source(config: DataConfig) -> DataSource:
     if is_users_own(source):
         return load_own(config)
     require(not path.is_file(), f"--data {source}: is a file; name the folder that has it, or unpack it")
-    looks_like_id = source in HUB_SETS or ("/" in source and not source.startswith((".", "/", "~")))
     require(
-        looks_like_id,
+        _looks_like_id(source),
         f"--data {source}: no such folder, named set, Hub id (user/name) or module:function;"
         f" {nearest(source, [*BUILT_IN, *HUB_SETS])}",
     )
-    return _find_hub_set(config)
+    return _find_hub_set(config, revision)
+
+
+def _looks_like_id(source: str) -> bool:
+    return source in HUB_SETS or ("/" in source and not source.startswith((".", "/", "~")))
 
 
 def _find_built_in(config: DataConfig) -> DataSource:
@@ -149,10 +161,9 @@ def _find_folder(config: DataConfig, path: Path) -> DataSource:
     return _open_source(config, key, content, lambda **options: load_folder(tables, **options))
 
 
-def _find_hub_set(config: DataConfig) -> DataSource:
+def _find_hub_set(config: DataConfig, revision: str | None) -> DataSource:
     source = config.source
     known = _hub_set(source)
-    revision = known.revision if _is_commit(known.revision) else _newest_revision(known.address, known.revision)
     place = known.address if known.folder is None else f"{known.address}/{known.folder}"
     key = _cache_key(config, place, revision)
     return _open_source(config, key, key, lambda **options: _load_hub_set(known, revision, source, **options))

@@ -24,6 +24,18 @@ class ChannelHistogram:
     def __init__(self) -> None:
         self.counts = np.zeros((3, 256), np.int64)
 
+    @classmethod
+    def of(cls, counts: list[list[int]], pixels: int) -> "ChannelHistogram":
+        """Of kept counts of this many pixels. Raises ValueError if they are not such."""
+        histogram = cls()
+        kept = np.array(counts)
+        if kept.shape != histogram.counts.shape or kept.dtype != np.int64 or kept.min() < 0:
+            raise ValueError("no counts of levels")
+        if (kept.sum(axis=1) != pixels).any():
+            raise ValueError(f"counts of other than {pixels} pixels")
+        histogram.counts = kept
+        return histogram
+
     def add(self, images: np.ndarray) -> None:
         """Count uint8 images b x 3 x h x w."""
         for channel, counts in enumerate(self.counts):
@@ -47,12 +59,16 @@ def iter_blocks(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
     return (images[rows[start : start + step]] for start in range(0, len(rows), step))
 
 
-def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel as shares of 255, from exact integer counts."""
+def count_levels(blocks: Iterable[np.ndarray]) -> ChannelHistogram:
     histogram = ChannelHistogram()
     for images in blocks:
         histogram.add(images)
-    return histogram.mean_and_deviation()
+    return histogram
+
+
+def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel as shares of 255, from exact integer counts."""
+    return count_levels(blocks).mean_and_deviation()
 
 
 class DatasetHash:

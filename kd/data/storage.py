@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Int, UInt8
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, Decoded, Facts, cache_root, cached, decode_split, open_undecoded
+from kd.data.cache import Arrays, Decoded, Facts, cache_root, cached, decode_split, kept_levels, open_undecoded
 from kd.data.columns import Columns, check_columns, encode_labels, find_columns
 from kd.data.metadata import Loaded
 from kd.data.rows import LazyImages, MappedRows, Rows, Split
-from kd.data.statistics import Statistics, channel_statistics, iter_blocks
+from kd.data.statistics import Statistics, count_levels, iter_blocks
 from kd.data.workers import EncodedImages, WorkerRows, find_broken, scan
 from kd.errors import require
 from kd.utils.images import BrokenImage, broken_images, decode
@@ -174,9 +174,14 @@ class InMemory(DataSource):
         stored = decoded.splits.items()
         self.splits = {name: Arrays(MappedImages.all_of(images), labels) for name, (images, labels) in stored}
         self.classes, self.notes, self.fingerprint = decoded.facts.classes, decoded.facts.notes, decoded.sha256
+        self.folder = decoded.folder
 
     def statistics(self, train: Arrays) -> Statistics:
-        return Statistics(*channel_statistics(iter_blocks(train.images.stored, train.images.rows)), self.fingerprint)
+        stored, rows = train.images.stored, train.images.rows
+        pixels = stored.shape[2] * stored.shape[3]
+        count = lambda: count_levels(iter_blocks(stored, rows))  # noqa: E731
+        levels = count() if self.folder is None else kept_levels(self.folder, rows, pixels, count)
+        return Statistics(*levels.mean_and_deviation(), self.fingerprint)
 
     def rows(self, split: Arrays) -> Rows:
         images, labels = torch.from_numpy(split.images.stored), torch.from_numpy(split.labels)

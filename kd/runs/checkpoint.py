@@ -2,14 +2,18 @@
 
 A checkpoint is a folder step-N of safetensors and JSON. It is written under another name, its manifest of sha256s last;
 then it is renamed, and only then are older ones removed. A bit that flips later is noticed before it is used.
+The main process alone writes and reads them: a Writer, in a thread, from a copy in memory.
 """
 
 import json
 import math
 import os
+import threading
 import warnings
+import weakref
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,8 @@ from torch.optim import Optimizer
 
 from kd.errors import UserError
 from kd.utils.files import (
+    HostCopies,
+    host_copies,
     is_number,
     read_json,
     read_weights,
@@ -26,6 +32,7 @@ from kd.utils.files import (
     write_json,
     write_weights,
 )
+from kd.utils.processes import from_main
 
 Weights = dict[str, dict[str, Tensor]]
 
@@ -94,24 +101,91 @@ def check_position(state: State, steps_an_epoch: int, total: int) -> None:
         )
 
 
-def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, others: Weights) -> None:
-    """Write checkpoint `folder`/step-N. Raises UserError if the disk is full; older checkpoints stay intact.
+class Snapshot(NamedTuple):
+    """A checkpoint in memory: copies that a training which goes on does not change."""
 
-    `others`: the deployed network's weights other than the present ones, each by the name of its file.
+    step: int
+    content: dict  # of state.json
+    weights: dict[str, HostCopies]  # by the name of their file
+
+
+def snapshot(state: State, module: nn.Module, optimizer: Optimizer, others: Weights) -> Snapshot:
+    """`others`: the deployed network's weights other than the present ones, each by the name of its file."""
+    tensors, rest = _split_optimizer(optimizer.state_dict())
+    weights = {"model": module.state_dict(), "optimizer": tensors, "best": {}} | others
+    copies = {name: host_copies(part) for name, part in weights.items()}
+    return Snapshot(state.step, {"state": asdict(state), "optimizer": rest}, copies)
+
+
+class Writer:
+    """Writes one run's checkpoints in a thread, one after another, while the training goes on.
+
+    A failure is raised by the next call, or at the end of the `with` block unless another error ends that.
     """
-    partial = folder / f".partial-{state.step}"
-    target = folder / f"step-{state.step}"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        _writers.add(self)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *exception) -> None:
+        self.join()
+        if kind is None:
+            self.wait()
+
+    def start(self, taken: Snapshot) -> None:
+        """Write a snapshot, once the one before is written."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(taken,), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, taken: Snapshot) -> None:
+        try:
+            save(self.folder, taken)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Return once the last snapshot is written. Raises what its writing raised, UserError for a full disk."""
+        self.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+_writers: "weakref.WeakSet[Writer]" = weakref.WeakSet()
+
+
+def _join_writers() -> None:
+    """A process that is forked in mid-write would inherit whatever locks the thread holds."""
+    for writer in list(_writers):
+        writer.join()
+
+
+os.register_at_fork(before=_join_writers)
+
+
+def save(folder: Path, taken: Snapshot) -> None:
+    """Write checkpoint `folder`/step-N. Raises UserError if the disk is full; older checkpoints stay intact."""
+    partial = folder / f".partial-{taken.step}"
+    target = folder / f"step-{taken.step}"
     try:
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(".partial-*"):  # of a process killed while it saved
             remove_tree(leftover)
         partial.mkdir()
-        write_weights(partial / "model.safetensors", module.state_dict())
-        tensors, rest = _split_optimizer(optimizer.state_dict())
-        write_weights(partial / "optimizer.safetensors", tensors)
-        for name, weights in ({"best": {}} | others).items():
+        for name, weights in taken.weights.items():
             write_weights(partial / f"{name}.safetensors", weights)
-        write_json(partial / "state.json", {"state": asdict(state), "optimizer": rest})
+        write_json(partial / "state.json", taken.content)
         write_json(partial / "manifest.json", {path.name: sha256_file(path) for path in sorted(partial.iterdir())})
         sync_folder(partial)
         remove_tree(target)  # an earlier process's, at the same step
@@ -123,7 +197,7 @@ def save(folder: Path, state: State, module: nn.Module, optimizer: Optimizer, ot
             f"could not save to {folder} ({error}); free some space, then continue with --resume"
         ) from error
     # Newer ones were skipped as damaged when this process resumed: they must not count as kept.
-    newer = [step for step in steps(folder) if step > state.step]
+    newer = [step for step in steps(folder) if step > taken.step]
     for old in [*newer, *steps(folder)[len(newer) :][KEEP:]]:
         remove_tree(folder / f"step-{old}")
 
@@ -164,17 +238,31 @@ def _fault(checkpoint: Path) -> str | None:
     return f"{', '.join(wrong)} changed since it was saved" if wrong else None
 
 
+class Saved(NamedTuple):
+    """A checkpoint as it is read."""
+
+    content: dict  # of state.json
+    weights: Weights  # by the name of their file
+
+
+def read(checkpoint: Path) -> Saved:
+    """Raises UserError naming the file that cannot be read."""
+    optional = [path for path in (checkpoint / "best.safetensors", checkpoint / AVERAGE) if path.exists()]
+    files = [checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors", *optional]
+    return Saved(read_json(checkpoint / "state.json"), {path.stem: read_weights(path) for path in files})
+
+
 def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[State, Weights]:
-    """Load weights and optimizer in place; returns the position, and the other weights that were saved."""
-    content = read_json(checkpoint / "state.json")
+    """Load weights and optimizer in place; returns the position, and the other weights that were saved.
+
+    All processes call it together; the main one reads.
+    """
+    content, weights = from_main(lambda: read(checkpoint))
     try:
         state = _checked(State(**content["state"]))
-        module.load_state_dict(read_weights(checkpoint / "model.safetensors"))
-        tensors = read_weights(checkpoint / "optimizer.safetensors")
-        optimizer.load_state_dict(_join_optimizer(tensors, content["optimizer"], optimizer))
+        module.load_state_dict(weights.pop("model"))
+        optimizer.load_state_dict(_join_optimizer(weights.pop("optimizer"), content["optimizer"], optimizer))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{checkpoint} cannot be resumed by this version ({error!r:.200}); to start again, remove the run folder"
         ) from error
@@ -183,8 +271,7 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 # Saved contiguously; fused optimizers need the memory layout of the parameter.
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    files = [checkpoint / "best.safetensors", checkpoint / AVERAGE]
-    return state, {path.stem: read_weights(path) for path in files if path.exists()}
+    return state, weights
 
 
 def _split_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,10 @@ from kd.data.sources import BUILT_IN
 from kd.errors import UserError, require
 from kd.runs import checkpoint
 from kd.runs.handover import announce
+from kd.runs.nodes import share_run
 from kd.runs.results import finished_summary, read_config, weights_sha256
 from kd.utils.files import write_json
-from kd.utils.hub import local_folder
-from kd.utils.processes import wait_for
+from kd.utils.processes import all_do, from_main, node, wait_for
 from kd.utils.system import Lock
 
 # Flags added after the first runs. At these values they change nothing, so older runs keep their identity and folder.
@@ -133,49 +133,65 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
 
 
 def _init_sha256(job: Job) -> str:
-    return job.origin.sha256 if job.origin else weights_sha256(local_folder(job.compress.init))
+    return job.origin.sha256 if job.origin else weights_sha256(share_run(job.compress.init)[1])
 
 
 def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs = NO_INPUTS) -> RunFolder:
-    """Claim the job's folder: new, to be resumed, or finished. Only the main process inspects and writes it.
+    """Claim the job's folder: new, to be resumed, or finished. The main process alone reads and writes it, ever; the
+    others learn from it what is there, and may be on machines without that disk.
 
-    Raises: UserError if the folder has something else, is in use by another process, or cannot be written.
+    Raises: UserError if the folder has something else, is in use by another process, or cannot be written, or if the
+    processes were not started with the same flags and data.
     """
     identity = run_identity(job, data, accelerator, inputs)
+    _check_alike(identity)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
     run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
-    main = accelerator.is_main_process
+    new_config = lambda wandb_id: run_config(job, run.identity, wandb_id, data, accelerator)  # noqa: E731
+
+    def claim() -> tuple:
+        _claim(run, job, new_config, inputs)
+        return run.identity, run.summary, run.resuming
+
+    run.identity, run.summary, run.resuming = from_main(claim)
+    return run
+
+
+def _check_alike(identity: dict) -> None:
+    """Raises UserError if a process, on another machine, was started as another run than the main process."""
+    main = from_main(lambda: identity)
+    differ = [key for key in sorted({*main, *identity}) if main.get(key) != identity.get(key)]
+    shown = "; ".join(f"{key.replace('_', '-')} {main.get(key)} there, {identity.get(key)} here" for key in differ)
+    message = (
+        f"{node()}: this is another run than the main process's ({shown}); start every machine with the same"
+        " command, on a copy of the same data"
+    )
+    all_do(lambda: require(not differ, message))
+
+
+def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: RunInputs) -> None:
+    """Lock the folder and find out what is in it; a new run's config.json is written."""
     try:
-        if main:
-            announce(job.role, run.path)
-            require(
-                run.path.exists() or not job.run.resume,
-                f"--resume: {run.path} has no checkpoint; leave the flag out to start",
-            )
-            run.lock = _make_folder(run.path)
+        announce(job.role, run.path)
+        require(
+            run.path.exists() or not job.run.resume,
+            f"--resume: {run.path} has no checkpoint; leave the flag out to start",
+        )
+        run.lock = _make_folder(run.path)
         if job.run.auto_resume:  # another student may be training this very teacher or control: wait and share it
-            wait_for(run.lock, f"waiting for another process to finish {run.path}", accelerator)
-        elif main:
+            wait_for(run.lock, f"waiting for another process to finish {run.path}")
+        else:
             require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
-        if main:
-            _read_state(run, job)
-            if run.summary is None and not run.resuming:
-                run.wandb_id = uuid.uuid4().hex[:8]
-                config = run_config(job, run.identity, run.wandb_id, data, accelerator)
-                write_json(run.path / "config.json", config | {"teacher": list(inputs.teachers)})
+        _read_state(run, job)
+        if run.summary is None and not run.resuming:
+            run.wandb_id = uuid.uuid4().hex[:8]
+            write_json(run.path / "config.json", new_config(run.wandb_id) | {"teacher": list(inputs.teachers)})
     except BaseException as error:
         run.release()
         if isinstance(error, OSError):
             raise UserError(f"cannot write to {run.path} ({error}); choose another --out") from error
         raise
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        run.identity = read_config(run.path)["identity"]  # which may have been extended
-        run.summary = _finished(run, job.run.test)
-        run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
-    accelerator.wait_for_everyone()  # nobody trains before all have read the folder's state
-    return run
 
 
 def _make_folder(path: Path) -> Lock:

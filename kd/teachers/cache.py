@@ -10,9 +10,12 @@ student: Beyer et al., arXiv:2106.05237.
 import hashlib
 import json
 import math
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,12 +35,14 @@ from kd.teachers.load import TeacherNetwork
 from kd.types import Batch, Outputs
 from kd.utils.console import console
 from kd.utils.files import create_map, read_array, read_json, sync_file, write_json
-from kd.utils.processes import wait_for
+from kd.utils.processes import all_do, anyone, from_main, is_alone, is_first_on_node, is_main, node, nothing, wait_for
 from kd.utils.system import Lock, StopRequests
 
 ROOT = Path("runs/cache")
 MIN_BATCH = 16  # fewest rows of a batch: with 12 or more a CPU gives the same bits whatever the batch
+TOKEN = ".main-"  # before the name of a file by which processes see that they share the main one's disk
 STRONG = "strong_"  # before the names of the strong views' files
+PART_BYTES = 2**26  # that are sent to another machine at once
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; float16 has 11 bits
 
 
@@ -98,6 +103,31 @@ class LogitStore:
             f"{self.folder} has other logits ({'; '.join(differences)}); remove it to build it anew",
         )
         return blocks
+
+    def create(self) -> None:
+        """Make the files, with room for all views."""
+        for name, shape in self.shapes.items():
+            create_map(self.path(name), self.dtype(name), shape).flush()
+
+    def parts(self, name: str) -> Iterator[slice]:
+        """The rows of a file, in parts of few bytes."""
+        step = max(PART_BYTES // (self.shapes[name][2] * self.dtype(name).itemsize), 1)
+        return (slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step))
+
+    def part(self, name: str, view: int, rows: slice) -> np.ndarray:
+        return np.array(self.open(name, "r")[view, rows])
+
+    def put(self, name: str, view: int, rows: slice, part: np.ndarray) -> None:
+        """Store rows of a file that another machine has."""
+        if not self.path(name).exists():
+            self.create()
+        self.open(name, "r+")[view, rows] = part
+
+    def finish(self, view: int) -> None:
+        """Seal a view whose rows are all written."""
+        for name in self.shapes:
+            sync_file(self.path(name))
+        self.seal([*self.sealed(), self.block(view)])
 
     def seal(self, blocks: list[dict[str, str]]) -> None:
         write_json(self.folder / "manifest.json", {"identity": self.identity, "blocks": blocks})
@@ -190,21 +220,21 @@ def cached_logits(
 
     Raises: UserError if the cache on disk is another one, damaged, not finite, or differs from the teacher's logits.
     """
-    identity = cache_identity(teacher, data, job, accelerator)
+    identity = from_main(lambda: cache_identity(teacher, data, job, accelerator))  # which reads all training rows
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     store = LogitStore(root / f"{teacher.folder.name}-{digest}", identity)
     images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, two_views=job.method.two_views)
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
-    lock = _claim(store.folder, accelerator)
+    lock = _claim(store.folder)
     try:
         share = max(job.fit.batch_size // accelerator.num_processes, MIN_BATCH)
-        _build(store, images, query, accelerator, share)
-        store.check()
-        _compare(store, images, query, accelerator, share)
+        done = _send_views(store, keeps=lock is not None)
+        _build(store, images, query, accelerator, Work(share, done, lock is not None))
+        _check(store, keeps=lock is not None)
+        all_do(lambda: _compare(store, images, query, accelerator, share))
     finally:
         if lock is not None:
             lock.close()
-    accelerator.wait_for_everyone()
     return store.teacher(accelerator.device)
 
 
@@ -223,57 +253,140 @@ def cache_identity(teacher: TeacherNetwork, data: Data, job: Job, accelerator: A
     return json.loads(json.dumps(spec))
 
 
-def _claim(folder: Path, accelerator: Accelerator) -> Lock | None:
-    """Lock the cache, on the main process; a second run waits here and then reuses what the first has built."""
-    lock = None
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error})") from error
-        lock = Lock(folder / "lock")
+def _claim(folder: Path) -> Lock | None:
+    """Lock the cache; a second run waits here and then reuses what the first has built.
+
+    Of all processes the main one keeps a cache, and the first one on each machine that has a disk of its own; they get
+    the lock and the others None.
+    """
+    lock = Lock(folder / "lock")
+
+    def begin() -> Path:
+        _acquire(folder, lock)
+        token = folder / f"{TOKEN}{uuid.uuid4().hex}"  # a new name, which no network file system remembers as missing
+        token.touch()
+        return token
+
+    token = from_main(begin)
+    elsewhere = is_first_on_node() and not token.exists()
     try:
-        wait_for(lock, f"waiting for another process to finish {folder}", accelerator)
+        all_do(lambda: _acquire(folder, lock) if elsewhere else None)
+    finally:
+        if is_main():
+            token.unlink(missing_ok=True)
+    return lock if is_main() or elsewhere else None
+
+
+def _acquire(folder: Path, lock: Lock) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{TOKEN}*"):  # of a process killed in _claim
+            leftover.unlink(missing_ok=True)
+        wait_for(lock, f"waiting for another process to finish {folder}")
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error}); remove it, or work where you may write") from error
-    return lock
 
 
-def _build(
-    store: LogitStore, images: TrainingImages, query: TeacherLogits, accelerator: Accelerator, share: int
-) -> None:
-    """Compute the views that are not sealed yet, each process its share of the rows."""
-    blocks = store.sealed()
-    main = accelerator.is_main_process
-    if main and not blocks:
+def _send_views(store: LogitStore, keeps: bool) -> list[int]:
+    """Send the main process's finished views to the machines that keep a cache of their own and lack them.
+
+    Returns how many are finished: on the main process, and here.
+    """
+    theirs = len(from_main(store.sealed))
+    mine = all_do(lambda: len(store.sealed()) if keeps else theirs)
+    for view in range(theirs):
+        if anyone(view >= mine):
+            _send_view(store, view, wanted=view >= mine)
+    return [theirs, max(mine, theirs)]
+
+
+def _send_view(store: LogitStore, view: int, wanted: bool) -> None:
+    for name in store.shapes:
+        for rows in store.parts(name):
+            part = from_main(partial(store.part, name, view, rows))
+            all_do(partial(store.put, name, view, rows, part) if wanted else nothing)
+    all_do(partial(store.finish, view) if wanted else nothing)
+
+
+class Work(NamedTuple):
+    """What a process does for a cache."""
+
+    share: int  # rows of a batch
+    done: list[int]  # views that are finished: on the main process, and here
+    keeps: bool  # whether this process keeps the cache, of its machine
+
+
+def _build(store: LogitStore, images: TrainingImages, query: TeacherLogits, accelerator: Accelerator, work: Work):
+    """Compute the views that are not finished yet, each process its share of the rows; the keepers get all rows."""
+    main, processes, (first, mine) = accelerator.is_main_process, accelerator.num_processes, work.done
+    if main and not first:
         views = f"{store.views} views" + ", weak and strong," * (len(store.prefixes) > 1)
         print(f"{store.folder}: {store.bytes / 1e6:.3g} MB for {views} of {store.rows} images", flush=True)
-        for name, shape in store.shapes.items():
-            create_map(store.path(name), store.dtype(name), shape).flush()
-    accelerator.wait_for_everyone()
-    chunks = range(accelerator.process_index * share, store.rows, accelerator.num_processes * share)
+    all_do(lambda: store.create() if work.keeps and not mine else None)
+    rounds = range(0, store.rows, processes * work.share)
+    starts = [start + accelerator.process_index * work.share for start in rounds]
     with StopRequests() as requests:
-        for view in range(len(blocks), store.views):
+        for view in range(first, store.views):
             title = f"teacher's logits, view {view + 1} of {store.views}"
             hidden = not (main and console.is_terminal)
             # The last batch is padded: a small one would be summed in another order and differ in its last bits.
-            indices = [torch.arange(start, start + share).clamp(max=store.rows - 1) for start in chunks]
+            indices = [torch.arange(start, start + work.share).clamp(max=store.rows - 1) for start in starts]
             outputs = _query(query, images, indices, view)
-            for start, output in zip(track(chunks, title, console=console, disable=hidden, transient=True), outputs):
-                if requests.number and accelerator.num_processes == 1:
+            keeper = Keeper(store, view, work.keeps and view >= mine)
+            for start, output in zip(track(rounds, title, console=console, disable=hidden, transient=True), outputs):
+                if requests.number and processes == 1:
                     _stop(requests.number, store, view)
-                rows = slice(start, min(start + share, store.rows))
-                store.write(view, rows, output)
-            stop = _stop_requested(requests, accelerator)  # also waits until all have written their rows
+                keeper.write(start, _gathered(output, accelerator))
+            stop = _stop_requested(requests, accelerator)
+            all_do(keeper.finish)
             if main:
-                for name in store.shapes:
-                    sync_file(store.path(name))
-                blocks = [*blocks, store.block(view)]
-                store.seal(blocks)
                 print(f"{store.folder}: view {view + 1} of {store.views} stored", flush=True)
             if stop := stop or _stop_requested(requests, accelerator):
                 _stop(stop, store, view + 1)
-    accelerator.wait_for_everyone()
+
+
+class Keeper:
+    """Writes one view, on the processes that keep a cache."""
+
+    def __init__(self, store: LogitStore, view: int, keeps: bool):
+        self.store, self.view, self.keeps = store, view, keeps
+        self._error: Exception | None = None
+
+    def write(self, start: int, outputs: Outputs) -> None:
+        """Store the rows from `start` on. With several processes, the others are in mid-view: an error waits for
+        `finish`."""
+        rows = slice(start, min(start + len(outputs.logits), self.store.rows))
+        if not self.keeps or self._error is not None:
+            return
+        try:
+            self.store.write(self.view, rows, outputs)
+        except (UserError, OSError) as error:
+            if is_alone():
+                raise
+            self._error = error
+
+    def finish(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self.keeps:
+            self.store.finish(self.view)
+
+
+def _gathered(outputs: Outputs, accelerator: Accelerator) -> Outputs:
+    """The rows of all processes, in order."""
+    if is_alone():
+        return outputs
+    strong = None if outputs.strong is None else accelerator.gather(outputs.strong.contiguous())
+    return Outputs(accelerator.gather(outputs.logits.contiguous()), strong=strong)
+
+
+def _check(store: LogitStore, keeps: bool) -> None:
+    """Raises UserError if a machine's cache is damaged, or is not the main process's."""
+    all_do(lambda: store.check() if keeps else None)
+    theirs = from_main(store.sealed)
+    same = not keeps or store.sealed() == theirs
+    message = f"{node()}: {store.folder} has other logits than the main process's; remove it there to build it anew"
+    all_do(lambda: require(same, message))
 
 
 def _stop_requested(requests: StopRequests, accelerator: Accelerator) -> int:

@@ -28,9 +28,11 @@ from kd.models.pretrained import (
     load_pretrained,
 )
 from kd.runs.load import load_network
+from kd.runs.nodes import is_elsewhere, share_run
 from kd.runs.results import read_model
 from kd.utils.console import print_once
 from kd.utils.hub import local_folder
+from kd.utils.processes import all_do, from_main
 
 
 class TeacherNetwork(NamedTuple):
@@ -81,6 +83,8 @@ def check_teachers(config: DistillConfig) -> None:
         named = " ".join(config.teachers)
         print_once(f"--teacher-model {config.teacher_model} changes nothing: {named} says itself what it is")
     for name in config.teachers:
+        if not is_of_library(name) and is_elsewhere(expand_user(name)):
+            continue  # the main process checks it
         if is_pretrained(name):
             arguments = config.teacher_model_args
             check_pretrained(name, config.teacher_model, config.fine_tune_teacher, model_args=arguments)
@@ -107,11 +111,13 @@ def load_teachers(
 
     Raises UserError as load_teacher and kd.models.pretrained do.
     """
+    pretrained = from_main(lambda: [is_pretrained(str(name)) for name in names])
+    load = lambda name: all_do(lambda: load_pretrained(name, model, model_args=model_args))  # noqa: E731
     members = tuple(
-        _load_pretrained_teacher(load_pretrained(str(name), model, model_args=model_args), str(name), data, device)
-        if is_pretrained(str(name))
-        else load_teacher(local_folder(name), data, device, trust_code)
-        for name in names
+        _load_pretrained_teacher(load(str(name)), str(name), data, device)
+        if is_network
+        else load_teacher(name, data, device, trust_code)
+        for name, is_network in zip(names, pretrained, strict=True)
     )
     if len(members) == 1:
         return members[0]
@@ -122,13 +128,14 @@ def load_teachers(
     return TeacherNetwork(network, name, sha256, {"model": model}, len(data.classes), members)
 
 
-def load_teacher(folder: Path, data: Data, device: torch.device, trust_code: bool) -> TeacherNetwork:
-    """A finished run as teacher for students on `data`.
+def load_teacher(name: str | Path, data: Data, device: torch.device, trust_code: bool) -> TeacherNetwork:
+    """A finished run, by its folder or Hub id, as teacher for students on `data`.
 
     It sees images with its own normalisation and size; its classes are matched by name. Raises: UserError if it lacks a
     class of `data`, or its network is a `module:function` and not trusted.
     """
-    network, info, sha256, summary = load_network(folder, trust_code)
+    folder, here = share_run(name)
+    network, info, sha256, summary = load_network(here, trust_code)
     match_to_data(network, info, data, device, f"teacher {folder}", "train one on this data")
     # Its logits depend on its normalisation and classes as well.
     identity = hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()

@@ -16,7 +16,7 @@ from kd.runs.checkpoint import Weights
 from kd.runs.results import AVERAGED_SCORES
 from kd.teachers.load import TeacherNetwork
 from kd.training.average import weights_in
-from kd.utils.processes import broadcast_buffers
+from kd.utils.processes import all_do, broadcast_buffers, nothing
 
 
 @torch.no_grad()
@@ -41,6 +41,7 @@ def predict_logits(
         with accelerator.autocast():
             logits[start : start + share] = network(images).float()
     network.train(training)
+    all_do(nothing)  # another process may read its images for minutes longer
     total = accelerator.reduce(logits, "sum")
     return total.cpu() if total.device.type == "mps" else total  # MPS has no float64, which scoring uses
 

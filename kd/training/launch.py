@@ -1,5 +1,6 @@
 """Starting a process: Accelerate, threads and precision; refuses a launch that would train something else."""
 
+import inspect
 import os
 import time
 from collections.abc import Sequence
@@ -7,7 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, TorchDynamoPlugin
+from torch.nn.parallel import DistributedDataParallel
 
 from kd.config import FitConfig, Job, RunConfig
 from kd.config.presets import default_preset
@@ -70,6 +72,7 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         "--mixed-precision fp16: a CPU would silently compute in fp32; use bf16, or no",
     )
     accelerator = Accelerator(mixed_precision=fit.mixed_precision, dynamo_plugin=_dynamo_plugin(fit, on_cpu))
+    accelerator.ddp_handler = DataParallel()
     _check_processes(accelerator)
     if run.threads is None and accelerator.device.type == "cpu":
         warn_of_slow_threads()
@@ -78,6 +81,19 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         "--sync-batchnorm: works on GPUs only; leave it out",
     )
     return accelerator
+
+
+class DataParallel(DistributedDataParallelKwargs):
+    """DDP without a broadcast of rank 0's buffers in every forward pass; they are sent once, when it is made.
+
+    In training nothing reads them: BatchNorm's running statistics are broadcast before scoring and saving, and crd
+    keeps its banks (51 MB for CIFAR-100) equal itself.
+    """
+
+    def to_kwargs(self) -> dict:
+        name = "forward_sync_buffers"  # since torch 2.13, which warns of the older name
+        known = name in inspect.signature(DistributedDataParallel).parameters
+        return super().to_kwargs() | {name if known else "broadcast_buffers": False}
 
 
 def check_environment() -> None:

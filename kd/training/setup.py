@@ -31,7 +31,10 @@ from kd.training.optimizers import check_network
 from kd.training.start import freeze, held_at_first, load_start
 from kd.types import Pair, Stages
 from kd.utils.console import print_once
+from kd.utils.processes import from_main
 from kd.utils.rng import seed_everything
+
+FEW_IMAGES = 32  # of a process; with fewer BatchNorm's error rises (Wu and He, arXiv:1803.08494, figure 1)
 
 ScriptConfig = TypeVar("ScriptConfig", TrainConfig, DistillConfig)
 
@@ -126,7 +129,7 @@ def head_job(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, 
 
     None without --fine-tune-teacher, or for a run, whose last layer is trained already.
     """
-    if not (config.fine_tune_teacher and is_pretrained(str(name))):
+    if not (config.fine_tune_teacher and from_main(lambda: is_pretrained(str(name)))):
         return None
     pretrained = load_pretrained(str(name), config.teacher_model, model_args=config.teacher_model_args)
     job = config.head_job(pretrained.model, origin_of(pretrained, str(name)))
@@ -202,10 +205,26 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",
     )
     check_network(network.module, job.fit, job.model)
+    if line := few_for_batchnorm(network.module, job.fit, accelerator.num_processes):
+        print_once(line)
     layers, _ = loss.layers(job.method, stages(job.model, network.module, len(data.classes)), None)
     probe(network.module, data.size, "student", layers)
     if job.run.out:
-        check_writable(Path(job.run.out))
+        from_main(lambda: check_writable(Path(job.run.out)))
+
+
+def few_for_batchnorm(network: nn.Module, fit: FitConfig, processes: int) -> str | None:
+    """A warning if each process normalises over few images, as BatchNorm sees a batch's share alone."""
+    share = fit.batch_size // processes // fit.accumulate
+    alone = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if processes == 1 or share >= FEW_IMAGES or not alone or fit.sync_batchnorm:
+        return None
+    parts = f"{processes} processes" + (f" and --accumulate {fit.accumulate}" if fit.accumulate > 1 else "")
+    return (
+        f"warning: batch {fit.batch_size} over {parts} is {share} images each, and BatchNorm's statistics are of those"
+        f" {share}, not of the batch: give a larger --batch-size (and --lr), fewer processes, or --sync-batchnorm (on"
+        " GPUs)"
+    )
 
 
 def check_writable(out: Path) -> None:

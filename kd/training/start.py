@@ -31,11 +31,12 @@ from kd.models.pretrained import (
     load_pretrained,
 )
 from kd.models.weights import Weights, rows_of_head
+from kd.runs.nodes import is_elsewhere, share_run
 from kd.runs.results import checked_weights_sha256, read_model
 from kd.teachers.load import match_classes
 from kd.utils.console import print_once
 from kd.utils.files import read_weights
-from kd.utils.hub import local_folder
+from kd.utils.processes import all_do, from_main
 
 PUBLISHED = "pretrained"  # as --init: the weights that the library publishes for the job's own network
 
@@ -70,6 +71,8 @@ def check_start(job: Job, flags: Flags | None = None) -> None:
     if name is None:
         return
     name = _named(job, flags)
+    if not is_of_library(name) and is_elsewhere(expand_user(name, flags.weights)):
+        return  # the main process checks it
     if not is_pretrained(name):
         _read_run(name, job, flags)
         return
@@ -115,9 +118,9 @@ def start_from(job: Job, data: Data, flags: Flags | None = None) -> tuple[Job, D
 def open_start(job: Job, flags: Flags) -> Start:
     """The weights that the job's --init names, read or fetched."""
     name = _named(job, flags)
-    if not is_pretrained(name):
+    if not from_main(lambda: is_pretrained(name)):
         return _read_run(name, job, flags)
-    weights = load_pretrained(name, job.model, flags, job.start.model_args)
+    weights = all_do(lambda: load_pretrained(name, job.model, flags, job.start.model_args))
     return Start(weights._replace(model=job.model), weights.sha256)
 
 
@@ -138,7 +141,7 @@ def _named(job: Job, flags: Flags) -> str:
 
 def _read_run(name: str, job: Job, flags: Flags) -> Start:
     """A finished run's weights. Raises UserError if there is no such run, or it is of another network."""
-    folder, asked = local_folder(expand_user(name, flags.weights)), f"{flags.weights} {name}"
+    asked, (_, folder) = f"{flags.weights} {name}", share_run(expand_user(name, flags.weights))
     require(folder.is_dir(), f"{asked}: no such run folder; name where that run lies now")
     info, summary = read_model(folder)
     model = info["model"]

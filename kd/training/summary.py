@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from torch import Tensor
+
 from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.errors import require
@@ -14,6 +16,7 @@ from kd.teachers.load import TeacherNetwork
 from kd.training.evaluate import score_test_split
 from kd.training.trainer import LOWER_LR_ADVICE, Trainer
 from kd.utils.files import sha256_file, write_atomically, write_json, write_weights
+from kd.utils.processes import all_do
 
 # The summary's test keys of a run with --no-test.
 UNTESTED = dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best"))
@@ -43,22 +46,26 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
         summary |= scores
-    if accelerator.is_main_process:
-        if test_logits:
-            write_weights(run.path / "test_logits.safetensors", test_logits)
-        write_weights(run.path / "model.safetensors", plain_weights(network))
-        if trainer.best:
-            write_weights(run.path / "best.safetensors", plain_weights(network, trainer.best))
-        summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
-        if trainer.average:
-            write_weights(run.path / "ema.safetensors", plain_weights(network, trainer.average.weights))
-            summary["ema_sha256"] = sha256_file(run.path / "ema.safetensors")
-        write_json(run.path / "model.json", model_info(trainer))
-        draw_curves(trainer.state.history, f"{job.role} {job.model}", run.path / "curves.png")
-        write_json(run.path / "summary.json", summary)
-    accelerator.wait_for_everyone()
+    all_do(lambda: _write(trainer, summary, test_logits) if accelerator.is_main_process else None)
     trainer.tracker.finish(summary)
     return summary
+
+
+def _write(trainer: Trainer, summary: dict, test_logits: dict[str, Tensor]) -> None:
+    """Write the results, after all weights the summary with their hashes."""
+    job, run, network = trainer.job, trainer.run, trainer.distiller.deployed
+    if test_logits:
+        write_weights(run.path / "test_logits.safetensors", test_logits)
+    write_weights(run.path / "model.safetensors", plain_weights(network))
+    if trainer.best:
+        write_weights(run.path / "best.safetensors", plain_weights(network, trainer.best))
+    summary["weights_sha256"] = sha256_file(run.path / "model.safetensors")
+    if trainer.average:
+        write_weights(run.path / "ema.safetensors", plain_weights(network, trainer.average.weights))
+        summary["ema_sha256"] = sha256_file(run.path / "ema.safetensors")
+    write_json(run.path / "model.json", model_info(trainer))
+    draw_curves(trainer.state.history, f"{job.role} {job.model}", run.path / "curves.png")
+    write_json(run.path / "summary.json", summary)
 
 
 def _teacher_summary(teacher: TeacherNetwork | None) -> dict:

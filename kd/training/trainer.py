@@ -74,6 +74,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}  # the deployed weights of the best epoch on validation
         self.saved_step: int | None = None  # the step that this process last saved or resumed from
         self.meter = Meter(accelerator.device)
+        self._writer = checkpoint.Writer(run.path / "checkpoint")
         if run.resuming:
             self._restore(optimizer)
         check_position(self.state, self._batches.steps, self._total)
@@ -92,13 +93,14 @@ class Trainer:
             self.tracker.rewrite(self.state.history)
             contexts.enter_context(self._requests)
             contexts.enter_context(self._display)
+            contexts.enter_context(self._writer)
             if not self.run.resuming:
                 self.save()
             self._contexts = contexts.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._contexts.close()
+        self._contexts.__exit__(*exception)
 
     def epochs(self) -> range:
         """The epochs that are left to train, from 0."""
@@ -237,7 +239,11 @@ class Trainer:
         return line
 
     def save(self) -> None:
-        """Write a checkpoint. Raises UserError, and writes nothing, if the weights are not finite."""
+        """Copy the state; the main process writes it in a thread, while the training goes on.
+
+        Raises UserError if the weights are not finite, which are not saved, or if the last checkpoint was not written.
+        """
+        processes.all_do(self._writer.wait)
         self.read_means()
         self.clock.pause()
         processes.broadcast_buffers(self.distiller)
@@ -249,14 +255,14 @@ class Trainer:
         scaler = self.accelerator.scaler
         self.state.scaler = scaler.state_dict() if scaler is not None else {}
         if self.accelerator.is_main_process:
-            folder = self.run.path / "checkpoint"
             others = {"best": self.best} | ({} if self.average is None else {"ema": self.average.weights})
-            checkpoint.save(folder, self.state, self.distiller, self.optimizer, others)
+            self._writer.start(checkpoint.snapshot(self.state, self.distiller, self.optimizer, others))
         self.saved_step = self.state.step
-        self.accelerator.wait_for_everyone()
+        if self.state.step in (0, self._total):  # there is always something to resume, and the last is whole
+            processes.all_do(self._writer.wait)
 
     def _restore(self, optimizer: Optimizer) -> None:
-        folder = checkpoint.newest(self.run.path / "checkpoint")
+        folder = processes.from_main(lambda: checkpoint.newest(self.run.path / "checkpoint"))
         self.state, others = checkpoint.restore(folder, self.distiller, optimizer)
         self.best = others["best"]
         if self.average is not None:
@@ -303,11 +309,13 @@ class Trainer:
 
     def fail_not_finite(self, what: str) -> None:
         """Raises UserError. Non-finite weights are never saved; resuming would fail at the same step."""
+        self._writer.wait()
         kept = "nothing was saved" if self.saved_step is None else f"the last good checkpoint is step {self.saved_step}"
         raise UserError(f"{what}; {kept} in {self.run.path}: {LOWER_LR_ADVICE}")
 
     def raise_preempted(self, signal_number: int) -> None:
-        """Raises Preempted; everything is saved."""
+        """Raises Preempted once everything is saved."""
+        processes.all_do(self._writer.wait)
         raise Preempted(signal_number, f"step {self.state.step} in {self.run.path}; continue with --resume")
 
 

@@ -113,9 +113,19 @@ def is_number(value: object) -> bool:
         return False
 
 
+class HostCopies(dict[str, Tensor]):
+    """Contiguous copies of tensors in the host's memory, as `write_weights` needs them."""
+
+
+def host_copies(weights: Mapping[str, Tensor]) -> HostCopies:
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    shared = {name for name, copy in copies.items() if copy.data_ptr() == weights[name].data_ptr()}
+    return HostCopies({name: copy.clone() if name in shared else copy for name, copy in copies.items()})
+
+
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     # Copies, because safetensors refuses tensors that share memory (tied weights) or are not contiguous.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    copies = weights if isinstance(weights, HostCopies) else host_copies(weights)
 
     def save(partial: Path) -> None:
         try:

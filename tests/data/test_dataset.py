@@ -16,6 +16,7 @@ from kd.config import DataConfig
 from kd.data import Split, load_data
 from kd.data.cache import cache_root
 from kd.data.folder import COMMON
+from kd.data.rows import MappedRows, copy_rows
 from kd.data.statistics import iter_blocks
 from kd.data.storage import fits_memory
 from kd.errors import UserError
@@ -389,3 +390,39 @@ def test_the_real_cifar100():
     assert (torch.bincount(data.val.labels) == 50).all()
     np.testing.assert_allclose(data.mean, (0.5071, 0.4867, 0.4408), atol=1e-3)
     np.testing.assert_allclose(data.std, (0.2675, 0.2565, 0.2761), atol=1e-3)
+
+
+@pytest.mark.parametrize("content", ['{"counts": [[1, 2], [3, 4]]}', '{"counts": [[1]', '{"other": 1}', "digit"])
+def test_levels_are_counted_once_and_again_if_what_was_kept_is_damaged(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    first = load_data(DataConfig("synthetic"))
+    (path,) = cache_root().glob("data/*/levels-*.json")
+    kept = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.data.storage.count_levels", None)
+        again = load_data(DataConfig("synthetic"))
+    assert (again.mean, again.std) == (first.mean, first.std)
+    digit = next(place for place, letter in enumerate(kept) if letter in "12345678")
+    path.write_text(kept[:digit] + "9" + kept[digit + 1 :] if content == "digit" else content)
+    again = load_data(DataConfig("synthetic"))
+    assert (again.mean, again.std) == (first.mean, first.std)
+    assert path.read_text() == kept
+    load_data(DataConfig("synthetic", split_seed=1))
+    assert len(list(cache_root().glob("data/*/levels-*.json"))) == 2, "other rows have their own"
+
+
+def test_mapped_rows_that_do_not_fit_a_gpu_are_not_copied(monkeypatch):
+    rows = MappedRows(torch.zeros(50, 3, 4, 4, dtype=torch.uint8), torch.arange(40), torch.zeros(40, dtype=torch.long))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 2**36))
+    monkeypatch.setattr(MappedRows, "images", property(lambda self: pytest.fail("copied in the host's memory")))
+    placed = rows.on(torch.device("cuda"))
+    assert placed.stored.data_ptr() == rows.stored.data_ptr()
+
+
+def test_mapped_rows_that_fit_a_device_are_copied_in_parts(monkeypatch):
+    monkeypatch.setattr("kd.data.rows.BLOCK", 7)
+    stored = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(copy_rows(stored, torch.arange(0, 40, 2), torch.device("cpu")), stored[0:40:2])
+    rows = MappedRows(stored, torch.arange(40), torch.zeros(40, dtype=torch.long))
+    monkeypatch.setattr(MappedRows, "images", property(lambda self: pytest.fail("copied at once")))
+    assert rows.on(torch.device("meta")).images.shape == (40, 3, 4, 4)

@@ -12,8 +12,10 @@ import torch
 
 from kd.config import FitConfig, RunConfig
 from kd.errors import UserError
+from kd.models import build_model
 from kd.study.runner import LAUNCHER, _last_words
 from kd.training.launch import start, warn_of_slow_threads
+from kd.training.setup import few_for_batchnorm
 from kd.utils.system import StopRequests
 from tests.run_scripts import script
 
@@ -41,6 +43,22 @@ def test_what_would_change_the_arithmetic_is_refused_with_its_remedy(monkeypatch
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}={value}.*{remedy}"):
         start(FitConfig(), RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "named"),
+    [
+        ({"batch_size": 64}, 8, "batch 64 over 8 processes is 8 images each"),
+        ({"batch_size": 64, "accumulate": 2}, 2, "over 2 processes and --accumulate 2 is 16 images each"),
+        ({"batch_size": 64}, 2, None),
+        ({"batch_size": 16}, 1, None),
+        ({"batch_size": 64, "sync_batchnorm": True}, 8, None),
+    ],
+)
+def test_few_images_a_process_are_named_where_batchnorm_sees_no_others(flags, processes, named):
+    line = few_for_batchnorm(build_model("resnet8", 10, (16, 16)), FitConfig(**flags), processes)
+    assert (line is None) if named is None else (named in line)
+    assert few_for_batchnorm(build_model("tests.networks:plain", 10, (16, 16)), FitConfig(**flags), processes) is None
 
 
 def test_what_the_real_launcher_always_sets_is_harmless(tmp_path):
