@@ -48,6 +48,8 @@ class BenchConfig:
     """Measure this one alone; default: fp32 and bf16, in turns."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
+    cpu_time: bool = False
+    """Count processor time, which other jobs hardly change; waiting for the disk is not in it. Needs --threads 1."""
     starts: bool = True
     """Also measure the first step from a cold and a warm start, in new processes (decodes the data again)."""
     json: Path | None = None
@@ -71,6 +73,9 @@ class BenchConfig:
 def main(config: BenchConfig) -> None:
     for name in ("steps", "rounds"):
         require(getattr(config, name) >= 1, f"--{name} {getattr(config, name)}: give 1 or more")
+    require(
+        not config.cpu_time or config.threads == 1, "--cpu-time: adds up all threads' time; give --threads 1 with it"
+    )
     from kd.data import load_data
 
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +101,9 @@ def measure(config: BenchConfig, data, folder: Path) -> dict:
         accelerator = start_in(precision, config)
         workloads = Workloads(config.job(precision), config.teacher_model, config.steps, data, accelerator)
         sides[precision] = accelerator, workloads.all(folder / precision)
-    times = time_in_turns(sides, config.rounds)
+    on_cpu = accelerator.device.type == "cpu"
+    require(on_cpu or not config.cpu_time, "--cpu-time: a GPU works while the processor does not; leave it out")
+    times = time_in_turns(sides, config.rounds, config.cpu_time)
     shape = shape_of(workloads)
     measured = {NAMES[precision]: summarise(times[precision], shape) for precision in sides}
     numbers = describe(config, data.size, accelerator) | {"precisions": measured}
@@ -169,6 +176,7 @@ def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
         "batch_size": config.batch_size,
         "steps": config.steps,
         "rounds": config.rounds,
+        "cpu_time": config.cpu_time,
         "image_size": list(size),
         "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if on_gpu else describe_machine(threads),
         "threads": threads,
@@ -215,6 +223,7 @@ def show(numbers: dict) -> None:
 
     measured = numbers["precisions"]
     title = "{model} taught by {teacher_model}, batch {batch_size}, {device}".format(**numbers)
+    title += ", processor time" * numbers["cpu_time"]
     rates = Table("images per second", *measured, title=title, title_justify="left")
     for name in RATES:
         rates.add_row(name, *(f"{side[f'{name}_images_per_second']:,.0f}" for side in measured.values()))

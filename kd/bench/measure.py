@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 import numpy as np
@@ -240,11 +240,15 @@ class Workloads:
 Times = dict[str, list[float]]  # seconds of each workload, one a round
 
 
-def time_in_turns(sides: Mapping[str, tuple[Accelerator, Mapping[str, Workload]]], rounds: int) -> dict[str, Times]:
+def time_in_turns(
+    sides: Mapping[str, tuple[Accelerator, Mapping[str, Workload]]], rounds: int, cpu_time: bool = False
+) -> dict[str, Times]:
     """The times of each precision's workloads, all of which take turns; the first round warms up and is not counted.
 
     Every other round has the order reversed: a machine that grows steadily slower or faster then favours none.
+    `cpu_time`: the processor time of this process, not the time that passed.
     """
+    now = process_time if cpu_time else perf_counter
     turns = [(side, name) for side, (_, workloads) in sides.items() for name in workloads]
     times = {side: {name: [] for name in workloads} for side, (_, workloads) in sides.items()}
     for round_ in range(rounds + 1):
@@ -253,11 +257,11 @@ def time_in_turns(sides: Mapping[str, tuple[Accelerator, Mapping[str, Workload]]
             accelerator.state._mixed_precision = side  # all Accelerators of a process share their state
             workloads[name].prepare()
             wait(accelerator.device)
-            before = perf_counter()
+            before = now()
             workloads[name].work()
             wait(accelerator.device)
             if round_ > 0:
-                times[side][name].append(perf_counter() - before)
+                times[side][name].append(now() - before)
     return times
 
 
