@@ -19,14 +19,14 @@ def main(flags: dict) -> dict[str, float]:
     from kd.training.launch import start
 
     config = BenchConfig(**flags)
-    job = config.job()
+    job = config.job(config.mixed_precision or "no")
     accelerator = start(job.fit, job.run)
     data = load_data(job.data)
-    Workloads(job, config.teacher_model, 1, data, accelerator).bare()()
+    Workloads(job, config.teacher_model, 1, data, accelerator).bare().run()
     first = time.perf_counter()
     workloads = Workloads(job, config.teacher_model, 30, data, accelerator)
-    workloads.bare()()
-    workloads.evaluation()()
+    workloads.bare().run()
+    workloads.evaluation().run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"import_seconds": imported - begin, "first_step_seconds": first - imported, "peak_gib": peak}
 

@@ -15,6 +15,7 @@ from kd.config import FitConfig, Job, RunConfig
 from kd.config.presets import default_preset
 from kd.errors import require
 from kd.training.optimizers import check_optimizer
+from kd.training.precision import advise_precision
 from kd.utils.console import print_once
 from kd.utils.system import share_of_cores
 
@@ -76,6 +77,8 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
     _check_processes(accelerator)
     if run.threads is None and accelerator.device.type == "cpu":
         warn_of_slow_threads()
+    if accelerator.device.type == "cpu" and accelerator.is_main_process:
+        advise_precision(accelerator.mixed_precision)
     require(
         not fit.sync_batchnorm or accelerator.device.type == "cuda",
         "--sync-batchnorm: works on GPUs only; leave it out",
