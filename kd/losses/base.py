@@ -204,14 +204,19 @@ def _float(outputs: Outputs) -> Outputs:
     return Outputs(outputs.logits.float(), features, None if outputs.strong is None else outputs.strong.float())
 
 
-@torch.compiler.disable  # the compiler would rewrite the collectives; left alone they cost one graph break
 def global_batch(share: Tensor) -> Tensor:
     """The whole batch, in order, from the processes' equal shares; gradients reach every share.
 
-    For losses that compare samples with one another. With one process, `share` itself.
+    For losses that compare samples with one another. With one process, `share` itself, and nothing that would break a
+    compiled step's graph.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return share
+    return _gathered(share)
+
+
+@torch.compiler.disable  # the compiler would rewrite the collectives; left alone they cost one graph break
+def _gathered(share: Tensor) -> Tensor:
     return _Gather.apply(share.contiguous())
 
 
