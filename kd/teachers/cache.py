@@ -290,8 +290,8 @@ def _stop(signal_number: int, store: LogitStore, views: int) -> None:
 def _query(query: TeacherLogits, images: TrainingImages, indices: list[Tensor], view: int) -> Iterator[Outputs]:
     """The teacher's outputs for each of `indices` (b) in one view."""
     numbers = [torch.full((), number, device=images.device) for number in (view, view, 0)]
-    for index, (image, label, mixed, strong) in zip(indices, images.augmented(indices, view)):
-        yield query(Batch(image, label, index.to(images.device), *numbers, mixed, strong))
+    for image, label, mixed, strong, index in images.augmented(indices, view):
+        yield query(Batch(image, label, index, *numbers, mixed, strong))
 
 
 def _compare(
