@@ -335,7 +335,7 @@ class Draws(NamedTuple):
     seed: int
     two_views: bool
 
-    def of_batches(self, batches: Sequence[Int[Tensor, "b"]], number: int, mixes: bool) -> Iterator[BatchDraws]:
+    def of_batches(self, batches: Sequence[Int[Tensor, "..."]], number: int, mixes: bool) -> Iterator[BatchDraws]:
         """Those of each batch's samples in view `number`. `mixes`: a batch's second half are its partners."""
         for block in _blocks(batches):
             sizes = [len(batch) for batch in block]
@@ -343,7 +343,7 @@ class Draws(NamedTuple):
             samples = torch.cat([batch[:size] for batch, size in zip(block, own)])
             drawn = self._draw(torch.cat(block) if mixes else samples, samples, number, mixes)
             parts = (_split(part, by) for part, by in zip(drawn, (sizes, own, own), strict=True))
-            for batch in zip(*parts):
+            for _, *batch in zip(block, *parts):
                 yield BatchDraws(*batch)
 
     def _draw(self, read: Int[Tensor, "m"], samples: Int[Tensor, "n"], number: int, mixes: bool) -> BatchDraws:
@@ -358,7 +358,7 @@ class Draws(NamedTuple):
         return BatchDraws(views, mixing, erased)
 
 
-def _blocks(batches: Sequence[Int[Tensor, "b"]]) -> Iterator[list[Int[Tensor, "b"]]]:
+def _blocks(batches: Sequence[Int[Tensor, "..."]]) -> Iterator[list[Int[Tensor, "..."]]]:
     """Consecutive batches, together of BLOCK samples or a few more."""
     block, count = [], 0
     for batch in batches:
@@ -372,7 +372,7 @@ def _blocks(batches: Sequence[Int[Tensor, "b"]]) -> Iterator[list[Int[Tensor, "b
 
 
 def _split(drawn: Tensor | tuple | None, sizes: list[int]) -> Iterator:
-    """Parts of `sizes` rows of a tensor, or of each tensor in tuples in tuples."""
+    """Parts of `sizes` rows of a tensor, or of each tensor in tuples in tuples; without end if there is none."""
     if isinstance(drawn, Tensor):
         return iter(drawn.split(sizes))
     if not drawn:  # None, or a policy of no operations

@@ -49,6 +49,10 @@ class Rows(ABC):
         """The rows, moved to the device if they fit there. Indexing is fastest from the device of `labels`."""
         return self
 
+    def close(self) -> None:
+        """End what is kept between epochs, such as worker processes; `batches` starts it again."""
+        return
+
 
 class LazyImages:
     """Images of a split that are read when they are needed; a mask selects from them as from an array.

@@ -99,6 +99,8 @@ class Trainer:
 
     def __exit__(self, *exception) -> None:
         self._contexts.close()
+        for split in filter(None, (self.data.train, self.data.val)):
+            split.close()
 
     def epochs(self) -> range:
         """The epochs that are left to train, from 0."""
