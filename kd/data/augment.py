@@ -7,8 +7,6 @@ On a GPU the number of kernels counts, not their size: what is the same for ever
 differs by image alone is drawn for many batches at once.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
@@ -17,6 +15,7 @@ from torch import Tensor
 from kd.config import ViewConfig
 from kd.data.draws import Boxes, CropFlip, Drawn, Edges, Factors, Mixing
 from kd.data.policies import GREY, apply_policy, change_drawn, grey
+from kd.utils.tables import kept
 
 CUTOUT_COLOUR = (125, 123, 114)  # a grey, as in FixMatch's code and that of the methods with two views
 
@@ -65,7 +64,7 @@ def cut_out(images: UInt8[Tensor, "b 3 h w"], squares: Edges) -> UInt8[Tensor, "
     return torch.where(covered(squares, images.shape[2:])[:, None], _cutout_colour(images.device), images)
 
 
-@cache
+@kept
 def _cutout_colour(device: torch.device) -> UInt8[Tensor, "3 1 1"]:
     return torch.tensor(CUTOUT_COLOUR, dtype=torch.uint8, device=device)[:, None, None]
 
@@ -92,12 +91,12 @@ def _places(first: Int[Tensor, "b"], mirrored: Bool[Tensor, "b"] | None, length:
     return first[:, None] + torch.where(mirrored[:, None], _count_down(length, first.device), along)
 
 
-@cache
+@kept
 def _count(length: int, device: torch.device) -> Int[Tensor, "n"]:
     return torch.arange(length, device=device)
 
 
-@cache
+@kept
 def _count_down(length: int, device: torch.device) -> Int[Tensor, "n"]:
     return torch.arange(length, device=device).flip(0)
 
@@ -118,7 +117,7 @@ def resized_crop(images: UInt8[Tensor, "b c m n"], boxes: Boxes, size: tuple[int
     return resized.round().to(torch.uint8)
 
 
-@cache
+@kept
 def _centres(pixels: int, device: torch.device) -> Float[Tensor, "n"]:
     """Where the pixels of an axis are, as shares of it."""
     return (torch.arange(pixels, device=device) + 0.5) / pixels
@@ -144,7 +143,7 @@ def _grey(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
     return red + green + blue
 
 
-@cache
+@kept
 def _grey_shares(device: torch.device) -> Float[Tensor, "3 1 1"]:
     return torch.tensor([weight / 10_000 for weight in GREY], dtype=torch.float32, device=device)[:, None, None]
 
@@ -167,7 +166,7 @@ def turn_hue(images: UInt8[Tensor, "b 3 h w"], share: Float[Tensor, "b"]) -> UIn
     return (brightest[:, None] - spread[:, None] * nearness).round().to(torch.uint8)
 
 
-@cache
+@kept
 def _hue_offsets(device: torch.device) -> Int[Tensor, "3 1 1"]:
     return torch.tensor([5, 3, 1], device=device)[:, None, None]  # of red, green, blue
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kd.config import FitConfig, Job, ViewConfig
 from kd.data import augment, draws, rows
 from kd.data.dataset import Data
-from kd.data.draws import BatchDraws, Draws, Sizes
+from kd.data.draws import BatchDraws, Drawn, Draws, Sizes
 from kd.data.rows import Rows, gather
 from kd.errors import require
 from kd.types import Batch, Mix
@@ -47,7 +47,7 @@ class Batches:
         self.steps = job.fit.steps_an_epoch(self.rows)
         self.seed, self.views, self.epochs = job.fit.seed, job.views, job.fit.epochs
         self.balance = job.fit.balance
-        views = job.fit.epochs, job.method.two_views
+        views = job.fit.epochs, job.method.two_views, compiles_views(job.fit, accelerator.device)
         self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, *views)
 
     def epoch(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
@@ -74,6 +74,11 @@ def numbers(first: int, count: int, device: torch.device) -> Sequence[Int[Tensor
     16 bytes apart: a compiled step copies an input whose address is not a multiple of that.
     """
     return torch.arange(first, first + count, device=device).repeat_interleave(2)[::2].unbind()
+
+
+def compiles_views(fit: FitConfig, device: torch.device) -> bool:
+    """Whether views are compiled: on a CPU it would cost seconds and gain nothing."""
+    return fit.compile and device.type == "cuda"
 
 
 class Pixels:
@@ -108,7 +113,11 @@ class Augmented(NamedTuple):
 
 
 class TrainingImages(Pixels):
-    """Rows of the training split, augmented; with `two_views`, once weakly and once strongly."""
+    """Rows of the training split, augmented; with `two_views`, once weakly and once strongly.
+
+    `compiled`: weak views of crops and flips alone are compiled, from stored to normalised image. Others are not: a
+    compiler's rounding would move a policy's pixels.
+    """
 
     def __init__(
         self,
@@ -118,10 +127,13 @@ class TrainingImages(Pixels):
         device: torch.device,
         epochs: int = 1,
         two_views: bool = False,
+        compiled: bool = False,
     ):
         super().__init__(data.train, data, device)
         self.config, self.seed, self.epochs = config, draws.view_seed(config, seed), epochs
         self.rows, self.two_views = len(data.train.labels), two_views
+        if compiled and config.moves_only:
+            self._weak = torch.compile(self._weak, fullgraph=True, dynamic=False)
         self.draws = Draws(config, Sizes(data.train.size, data.size), self.seed, two_views)
 
     def augmented(self, indices: Sequence[Tensor], number: int) -> Iterator[Augmented]:
@@ -153,8 +165,8 @@ class TrainingImages(Pixels):
         self, images: UInt8[Tensor, "m c p q"], index: Int[Tensor, "m"], labels: Int[Tensor, "m"], drawn: BatchDraws
     ) -> Augmented:
         """A batch of stored images, and of their partners if they are mixed."""
-        kinds, mixed = (augment.augment, augment.augment_strongly), None
-        views = [self.normalize(view(self.config, images, of, self.size)) for view, of in zip(kinds, drawn.views)]
+        kinds, mixed = (self._weak, self._strong), None
+        views = [view(images, of) for view, of in zip(kinds, drawn.views)]
         if drawn.mixing is not None:  # both views alike, for they have one label
             views = [augment.mix(*view.chunk(2), drawn.mixing) for view in views]
             (index, _), (labels, others) = index.chunk(2), labels.chunk(2)
@@ -162,6 +174,12 @@ class TrainingImages(Pixels):
         if drawn.erased is not None:
             views = [augment.erase(*pair) for pair in zip(views, drawn.erased)]
         return Augmented(views[0], labels, mixed, views[1] if self.two_views else None, index)
+
+    def _weak(self, images: UInt8[Tensor, "m c p q"], drawn: Drawn) -> Float[Tensor, "m c h w"]:
+        return self.normalize(augment.augment(self.config, images, drawn, self.size))
+
+    def _strong(self, images: UInt8[Tensor, "m c p q"], drawn: Drawn) -> Float[Tensor, "m c h w"]:
+        return self.normalize(augment.augment_strongly(self.config, images, drawn, self.size))
 
 
 def epoch_order(balance: str, seed: int, epoch: int, split: Rows) -> Int[Tensor, "n"]:

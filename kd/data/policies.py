@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kd.utils.operators import define_operators
 from kd.utils.rng import random_below, random_uniform
+from kd.utils.tables import kept
 
 PolicyName = Literal["none", "trivial", "rand", "augmix", "fixmatch"]
 
@@ -261,7 +262,7 @@ def move(
     return moved.round().to(torch.uint8)
 
 
-@cache
+@kept
 def _from_centre(length: int, device: torch.device) -> Float[Tensor, "n"]:
     return torch.arange(length, device=device) - (length - 1) / 2
 
@@ -275,7 +276,7 @@ def grey(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
     return ((red + green + blue + 0.5) / 10_000).floor()
 
 
-@cache
+@kept
 def _grey_weights(device: torch.device) -> Float[Tensor, "3 1 1"]:
     return torch.tensor(GREY, dtype=torch.float32, device=device)[:, None, None]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kd.config import Job, ViewConfig
 from kd.data import Data
-from kd.data.loader import TrainingImages
+from kd.data.loader import TrainingImages, compiles_views
 from kd.data.rows import place_on
 from kd.errors import Preempted, UserError, require
 from kd.metrics import ranked
@@ -193,7 +193,14 @@ def cached_logits(
     identity = cache_identity(teacher, data, job, accelerator)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     store = LogitStore(root / f"{teacher.folder.name}-{digest}", identity)
-    images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, two_views=job.method.two_views)
+    images = TrainingImages(
+        data,
+        job.views,
+        job.fit.seed,
+        accelerator.device,
+        two_views=job.method.two_views,
+        compiled=compiles_views(job.fit, accelerator.device),
+    )
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder, accelerator)
     try:

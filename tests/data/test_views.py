@@ -1,5 +1,8 @@
 """Flags of the views beside crop and random flip: colours, blur, flips, crops, mixing switched off at the end."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,6 +17,7 @@ from kd.errors import UserError
 from kd.runs.folder import without_newer_defaults
 from kd.teachers.cache import LogitStore
 from kd.utils.operators import define_operators
+from tests.conftest import ROOT
 from tests.data.test_policies import pictures
 
 define_operators()  # before torchvision is imported
@@ -129,6 +133,34 @@ def test_on_a_gpu_the_host_waits_for_nothing(policy, monkeypatch):
         drawn_view(config, images, INDEX[:8], 1)
     assert not calls.names & {"nonzero", "_local_scalar_dense", "index_put_", "lift_fresh", "masked_select"}
     assert "grid_sampler_2d" in calls.names
+
+
+COMPILED = """
+import functools, sys, warnings
+import torch, torch._dynamo.testing
+from kd.config import DataConfig, ViewConfig
+from kd.data import load_data
+from kd.data.loader import TrainingImages
+warnings.simplefilter("error")
+data, cpu = load_data(DataConfig(source="synthetic")), torch.device("cpu")
+real, index = torch.compile, [torch.arange(start, start + 10) for start in range(0, 100, 10)]
+for flags, graphs in (({}, 1), ({"vertical_flip": True, "mixup": 0.2, "erase": 0.3}, 1), ({"colour_jitter": 0.3}, 0)):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch.compile = functools.partial(real, backend=counter)
+    compiled, eager = (TrainingImages(data, ViewConfig(**flags), 0, cpu, 3, compiled=how) for how in (True, False))
+    for number in range(3):
+        for one, other in zip(compiled.augmented(index, number), eager.augmented(index, number), strict=True):
+            assert torch.equal(one.image, other.image)
+    assert counter.frame_count == graphs, (flags, counter.frame_count)
+    torch._dynamo.reset()
+"""
+
+
+@pytest.mark.slow
+def test_compiled_views_are_one_graph_for_all_epochs_with_the_same_bits():
+    """In a process of its own: torch.compile cannot trace the shape checks of the tests."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_policies_come_after_crop_and_flip_and_before_colours(monkeypatch):
