@@ -236,7 +236,7 @@ class Setting:
 
     @property
     def job(self) -> Job:
-        fit = FitConfig(**{"batch_size": 64, "lr": 0.1} | self.fit)
+        fit = FitConfig(**{"batch_size": 64, "lr": 0.1, "compile": False} | self.fit)  # kernels are counted one by one
         parts = self.views, fit, RunConfig(wandb="disabled", diagnose_every=0), self.cached or CacheConfig()
         for part in (self.method, *parts[:2]):
             part.check()

@@ -214,6 +214,12 @@ class ViewConfig:
         return 0 if self.resized_crop else self.crop_padding
 
     @property
+    def moves_only(self) -> bool:
+        """Whether an image's pixels are moved alone: by whole pixels, and no level changes."""
+        changes = self.resized_crop, self.colour_jitter, self.hue, self.grey, self.blur
+        return self.policy == "none" and not any(changes)
+
+    @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 

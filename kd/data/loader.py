@@ -10,9 +10,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from kd.config import FitConfig, Job, ViewConfig
-from kd.data import augment, rows
-from kd.data.augment import Drawn
+from kd.data import augment, draws, rows
 from kd.data.dataset import Data
+from kd.data.draws import BatchDraws, Drawn, Draws, Sizes
 from kd.data.rows import Rows, gather
 from kd.errors import require
 from kd.types import Batch, Mix
@@ -47,28 +47,38 @@ class Batches:
         self.steps = job.fit.steps_an_epoch(self.rows)
         self.seed, self.views, self.epochs = job.fit.seed, job.views, job.fit.epochs
         self.balance = job.fit.balance
-        views = job.fit.epochs, job.method.two_views
+        views = job.fit.epochs, job.method.two_views, compiles_views(job.fit, accelerator.device)
         self.images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, *views)
 
     def epoch(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch, from its step `first` on and before its step `last`, if that is given."""
-        # The whole order is moved to the images' device at once: slicing it there costs no copy in the step.
-        order = epoch_order(self.balance, self.seed, epoch, self.images.split).to(self.images.split.labels.device)
-        device = self.images.device
+        order, device = epoch_order(self.balance, self.seed, epoch, self.images.split), self.images.device
         number = self.views.number(epoch, self.epochs)
         end = self.steps if last is None else min(last, self.steps)
         indices = [self._share(order[: self.used], step) for step in range(first, end)]
         view, counted = (torch.full((), count, device=device) for count in (number, epoch))
-        for step, (images, labels, mixed, strong) in enumerate(self.images.augmented(indices, number), first):
-            index = indices[step - first].to(device, non_blocking=True)
-            now = torch.full((), epoch * self.steps + step, device=device)
-            yield Batch(images, labels, index, view, counted, now, mixed, strong)
+        steps = numbers(epoch * self.steps + first, len(indices), device)
+        for step, (images, labels, mixed, strong, index) in zip(steps, self.images.augmented(indices, number)):
+            yield Batch(images, labels, index, view, counted, step, mixed, strong)
 
     def _share(self, order: Int[Tensor, "n"], step: int) -> Int[Tensor, "b"]:
         """What this process gets of a step's batch: the same number of samples as every other process."""
         batch = order[step * self.size : (step + 1) * self.size]
         share = len(batch) // self.processes
         return batch[self.process * share : (self.process + 1) * share]
+
+
+def numbers(first: int, count: int, device: torch.device) -> Sequence[Int[Tensor, ""]]:
+    """`count` consecutive numbers as 0-dim tensors, made at once.
+
+    16 bytes apart: a compiled step copies an input whose address is not a multiple of that.
+    """
+    return torch.arange(first, first + count, device=device).repeat_interleave(2)[::2].unbind()
+
+
+def compiles_views(fit: FitConfig, device: torch.device) -> bool:
+    """Whether views are compiled: on a CPU it would cost seconds and gain nothing."""
+    return fit.compile and device.type == "cuda"
 
 
 class Pixels:
@@ -99,10 +109,15 @@ class Augmented(NamedTuple):
     label: Int[Tensor, "b"]
     mix: Mix | None
     strong: Float[Tensor, "b 3 h w"] | None  # the second view; of two views
+    index: Int[Tensor, "b"]
 
 
 class TrainingImages(Pixels):
-    """Rows of the training split, augmented; with `two_views`, once weakly and once strongly."""
+    """Rows of the training split, augmented; with `two_views`, once weakly and once strongly.
+
+    `compiled`: weak views of crops and flips alone are compiled, from stored to normalised image. Others are not: a
+    compiler's rounding would move a policy's pixels.
+    """
 
     def __init__(
         self,
@@ -112,47 +127,59 @@ class TrainingImages(Pixels):
         device: torch.device,
         epochs: int = 1,
         two_views: bool = False,
+        compiled: bool = False,
     ):
         super().__init__(data.train, data, device)
-        self.config, self.seed, self.epochs = config, augment.view_seed(config, seed), epochs
+        self.config, self.seed, self.epochs = config, draws.view_seed(config, seed), epochs
         self.rows, self.two_views = len(data.train.labels), two_views
+        if compiled and config.moves_only:
+            self._weak = torch.compile(self._weak, fullgraph=True, dynamic=False)
+        self.draws = Draws(config, Sizes(data.train.size, data.size), self.seed, two_views)
 
     def augmented(self, indices: Sequence[Tensor], number: int) -> Iterator[Augmented]:
-        """View `number` of the images of each index in `indices`."""
-        seed, mixes = self.seed, self.config.mixes_in(number, self.epochs)
-        wanted = list(indices)
-        if mixes:  # each batch's mixing partners are read right after it
-            partners = (augment.draw_partners(self.rows, index, seed, number) for index in indices)
-            wanted = [rows for pair in zip(indices, partners) for rows in pair]
-        stored, drawn = self.split.batches(wanted, self.device), self._draw(seed, number)
-        for index in indices:
-            labels, on_device, mixed = self.labels(index), index.to(self.device, non_blocking=True), None
-            views = self._views(next(stored), on_device, number, drawn)
-            if mixes:  # both views alike, for they have one label
-                mixing = augment.draw_mixing(self.config, seed, number, on_device, self.rows, self.size)
-                partners = self._views(next(stored), mixing.partner, number, drawn)
-                views = [augment.mix(*pair, mixing) for pair in zip(views, partners)]
-                mixed = Mix(self.labels(mixing.partner), mixing.weight)
-            if self.config.erase:
-                seeds = (seed, augment.strong_seed(seed))
-                views = [augment.erase(view, self.config.erase, s, number, on_device) for view, s in zip(views, seeds)]
-            yield Augmented(views[0], labels, mixed, views[1] if self.two_views else None)
+        """View `number` of the images of each index in `indices`.
 
-    def _draw(self, seed: int, number: int) -> list[Drawn]:
-        """What is drawn for view `number` of every row: of the weak view, and with two views of the strong one."""
-        every, seeds = torch.arange(self.rows, device=self.device), [seed, augment.strong_seed(seed)]
-        seeds = seeds[: 1 + self.two_views]
-        return [augment.draw(self.config, self.split.size, every, s, number, self.size) for s in seeds]
+        Row numbers and labels of all batches, and the draws of many, are made and copied to the device at once: a batch
+        takes its part of them, which launches nothing.
+        """
+        if not len(indices):
+            return
+        mixes = self.config.mixes_in(number, self.epochs)
+        wanted = self._with_partners(indices, number) if mixes else indices
+        read = torch.cat(list(wanted)).to(self.split.labels.device)
+        stored = self.split.batches(read.split([len(part) for part in wanted]), self.device)
+        sizes = [len(index) * (1 + mixes) for index in indices]
+        batches, labels = rows.to_device(read, self.device).split(sizes), self.labels(read).split(sizes)
+        for batch, label, drawn in zip(batches, labels, self.draws.of_batches(batches, number, mixes)):
+            images = torch.cat([next(stored), next(stored)]) if mixes else next(stored)
+            yield self._augment(images, batch, label, drawn)
 
-    def _views(
-        self, images: UInt8[Tensor, "b c m n"], index: Tensor, number: int, drawn: list[Drawn]
-    ) -> list[Float[Tensor, "b c h w"]]:
-        """The weak view of stored images, normalised, and after it with two views the strong one."""
-        kinds = augment.augment, augment.augment_strongly
-        return [
-            self.normalize(view(self.config, images, index, self.seed, number, self.size, draws.of(index)))
-            for view, draws in zip(kinds, drawn)
-        ]
+    def _with_partners(self, indices: Sequence[Tensor], number: int) -> list[Tensor]:
+        """Each index, and after it the rows with which its images are mixed."""
+        every = torch.cat(list(indices)).to(self.split.labels.device)
+        partners = draws.draw_partners(self.rows, every, self.seed, number)
+        sizes = [len(index) for index in indices]
+        return [part for pair in zip(every.split(sizes), partners.split(sizes)) for part in pair]
+
+    def _augment(
+        self, images: UInt8[Tensor, "m c p q"], index: Int[Tensor, "m"], labels: Int[Tensor, "m"], drawn: BatchDraws
+    ) -> Augmented:
+        """A batch of stored images, and of their partners if they are mixed."""
+        kinds, mixed = (self._weak, self._strong), None
+        views = [view(images, of) for view, of in zip(kinds, drawn.views)]
+        if drawn.mixing is not None:  # both views alike, for they have one label
+            views = [augment.mix(*view.chunk(2), drawn.mixing) for view in views]
+            (index, _), (labels, others) = index.chunk(2), labels.chunk(2)
+            mixed = Mix(others, drawn.mixing.weight)
+        if drawn.erased is not None:
+            views = [augment.erase(*pair) for pair in zip(views, drawn.erased)]
+        return Augmented(views[0], labels, mixed, views[1] if self.two_views else None, index)
+
+    def _weak(self, images: UInt8[Tensor, "m c p q"], drawn: Drawn) -> Float[Tensor, "m c h w"]:
+        return self.normalize(augment.augment(self.config, images, drawn, self.size))
+
+    def _strong(self, images: UInt8[Tensor, "m c p q"], drawn: Drawn) -> Float[Tensor, "m c h w"]:
+        return self.normalize(augment.augment_strongly(self.config, images, drawn, self.size))
 
 
 def epoch_order(balance: str, seed: int, epoch: int, split: Rows) -> Int[Tensor, "n"]:

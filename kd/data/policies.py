@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kd.utils.operators import define_operators
 from kd.utils.rng import random_below, random_uniform
+from kd.utils.tables import kept
 
 PolicyName = Literal["none", "trivial", "rand", "augmix", "fixmatch"]
 
@@ -69,47 +70,77 @@ RANGES = {
 }
 
 
-def apply_policy(
-    policy: Policy, images: UInt8[Tensor, "b 3 h w"], index: Int[Tensor, "b"], seed: int, number: int
-) -> UInt8[Tensor, "b 3 h w"]:
-    """View `number` of the samples `index` under `policy`.
+class Change(NamedTuple):
+    """An operation for each of some images."""
+
+    drawn: Bool[Tensor, "n k"]  # by which of KERNELS
+    values: Float[Tensor, "n 6"]  # a magnitude and five zeros; see Table
+
+
+class Mean(NamedTuple):
+    """The shares of an image and of its chains in their mean, of augmix."""
+
+    own: Float[Tensor, "n"]
+    chains: Float[Tensor, "n m"]
+
+
+class PolicyDraws(NamedTuple):
+    """What a policy draws for each image."""
+
+    changes: tuple[Change, ...]  # one after another; of augmix for each of the images' CHAINS chains
+    mean: Mean | None  # of augmix
+
+
+def draw_policy(policy: Policy, size: tuple[int, int], index: Int[Tensor, "n"], seed: int, number: int) -> PolicyDraws:
+    """What `policy` draws for view `number` of the samples `index`, of `size` (height, width).
 
     trivial: one operation of any strength (arXiv:2103.10158, the wide space). rand: `ops` operations of one strength
     (arXiv:1909.13719). augmix: a random mean of the image and three chains of one to three operations
     (arXiv:1912.02781, without its consistency loss). fixmatch: `ops` operations, each of any strength
     (arXiv:2001.07685, without its grey square: kd.data.augment.cut_out).
-
-    On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and its result is selected: about
-    170 launches an operation, as many as on some rows, and the host never waits to learn which rows drew what.
     """
-    if policy.name == "none":
-        return images
-    table = _table(policy, tuple(images.shape[2:]), images.device)
+    table = _table(policy, size, index.device)
     if policy.name == "augmix":
-        return _augmix(table, images, index, seed, number)
-    for step in range(policy.ops if policy.name in ("rand", "fixmatch") else 1):
-        images = _change(images, _draw(table, index, seed, "policy", step, number), table, "nearest")
-    return images
+        return _draw_augmix(table, index, seed, number)
+    steps = policy.ops if policy.name in ("rand", "fixmatch") else 1
+    drawn = (_draw(table, index, seed, "policy", step, number) for step in range(steps))
+    return PolicyDraws(tuple(table.change(operation) for operation in drawn), None)
 
 
-def _augmix(
-    table: "Table", images: UInt8[Tensor, "b 3 h w"], index: Int[Tensor, "b"], seed: int, number: int
-) -> UInt8[Tensor, "b 3 h w"]:
-    """Differs from torchvision: rounds the mean, so that the mean of equal images is that image."""
-    chain = torch.arange(CHAINS, device=index.device)
-    draws = (index * CHAINS + chain[:, None]).flatten()
+def _draw_augmix(table: "Table", index: Int[Tensor, "n"], seed: int, number: int) -> PolicyDraws:
+    draws = index[:, None] * CHAINS + torch.arange(CHAINS, device=index.device)
     depth = 1 + random_below(DEPTH, draws, seed, "augmix depth", number)
-    changed = images.repeat(CHAINS, 1, 1, 1)
-    for step in range(DEPTH):
-        drawn = _draw(table, draws, seed, "augmix", step, number)
-        changed = _change(changed, torch.where(step < depth, drawn, table.identity), table, "bilinear")
+    drawn = (_draw(table, draws, seed, "augmix", step, number) for step in range(DEPTH))
+    changes = tuple(table.change(torch.where(step < depth, each, table.identity)) for step, each in enumerate(drawn))
     own = random_uniform(index, seed, "augmix own", number)  # Beta(1, 1) is uniform
     # The gaps between two sorted uniform numbers have a Dirichlet(1, 1, 1) distribution.
     cuts = [random_uniform(index, seed, "augmix cut", cut, number) for cut in range(CHAINS - 1)]
     low, high = torch.minimum(*cuts), torch.maximum(*cuts)
-    mean = images * own[:, None, None, None]
-    for share, branch in zip((low, high - low, 1 - high), changed.chunk(CHAINS)):
-        mean = mean + branch * (share * (1 - own))[:, None, None, None]
+    return PolicyDraws(changes, Mean(own, torch.stack([low, high - low, 1 - high], dim=1) * (1 - own)[:, None]))
+
+
+def apply_policy(images: UInt8[Tensor, "b 3 h w"], drawn: PolicyDraws) -> UInt8[Tensor, "b 3 h w"]:
+    """The images after what a policy drew for them.
+
+    On a CPU each kernel runs on the rows that drew it. On a GPU each runs on all rows and its result is selected: about
+    80 launches an operation, as many as on some rows, and the host never waits to learn which rows drew what.
+    """
+    if drawn.mean is not None:
+        return _augmix(images, drawn)
+    for change in drawn.changes:
+        images = _change(images, change, "nearest")
+    return images
+
+
+def _augmix(images: UInt8[Tensor, "b 3 h w"], drawn: PolicyDraws) -> UInt8[Tensor, "b 3 h w"]:
+    """Differs from torchvision: rounds the mean, so that the mean of equal images is that image."""
+    changed = images.repeat_interleave(CHAINS, dim=0)
+    for change in drawn.changes:
+        changed = _change(changed, Change(*(part.flatten(0, 1) for part in change)), "bilinear")
+    mean = images * drawn.mean.own[:, None, None, None]
+    weighted = changed.unflatten(0, (-1, CHAINS)) * drawn.mean.chains[:, :, None, None, None]
+    for chain in weighted.unbind(1):
+        mean = mean + chain
     return mean.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -138,15 +169,20 @@ class Table(NamedTuple):
     """A policy's operations on the device, the last of which leaves the image alone and is never drawn."""
 
     kernel: Int[Tensor, "e"]  # place in KERNELS
-    values: Float[Tensor, "e 6"]  # the inverse affine matrix, or a magnitude and five zeros
+    values: Float[Tensor, "e 6"]  # the inverse affine matrix as `move` takes it, or a magnitude and what goes with it
 
     @property
     def identity(self) -> int:
         return len(self.kernel) - 1
 
+    def change(self, drawn: Int[Tensor, "*n"]) -> Change:
+        """The operations in the rows that were drawn."""
+        places = torch.arange(len(KERNELS), device=drawn.device)
+        return Change(self.kernel[drawn][..., None] == places, self.values[drawn])
 
-def _draw(table: Table, index: Int[Tensor, "b"], *words: int | str) -> Int[Tensor, "b"]:
-    """An operation for each sample."""
+
+def _draw(table: Table, index: Int[Tensor, "*n"], *words: int | str) -> Int[Tensor, "*n"]:
+    """An operation for each sample, a row of the table."""
     return random_below(table.identity, index, *words)
 
 
@@ -155,7 +191,11 @@ def _table(policy: Policy, size: tuple[int, int], device: torch.device) -> Table
     """Copied to the device once: a copy in every step would make the host wait."""
     rows = [_row(name, magnitude, size) for name, magnitude in [*operations(policy, size), ("Identity", 0.0)]]
     kernel = torch.tensor([list(KERNELS).index(name) for name, _ in rows], device=device)
-    return Table(kernel, torch.tensor([values for _, values in rows], dtype=torch.float32, device=device))
+    values = torch.tensor([values for _, values in rows], dtype=torch.float32, device=device)
+    height, width = size
+    # In half widths and half heights; divided here, on the device, so that each GPU rounds as it always did.
+    moves = torch.cat([values[:, :3] / (0.5 * width), values[:, 3:] / (0.5 * height)], dim=1)
+    return Table(kernel, torch.where((kernel == list(KERNELS).index("Move"))[:, None], moves, values))
 
 
 def _row(name: str, magnitude: float, size: tuple[int, int]) -> tuple[str, list[float]]:
@@ -171,20 +211,19 @@ def _row(name: str, magnitude: float, size: tuple[int, int]) -> tuple[str, list[
     }
     if name in moves:
         return "Move", [float(entry) for entry in moves[name]]
+    if name in BLENDS:
+        return "Blend", [1 + magnitude, *BLENDS[name], *[0.0] * 3]
     value = {"Posterize": 256 - 2 ** (8 - int(magnitude)), "Solarize": 255 * magnitude}.get(name, 1 + magnitude)
     return name, [float(value), *[0.0] * 5]
 
 
-def _change(
-    images: UInt8[Tensor, "b 3 h w"], drawn: Int[Tensor, "b"], table: Table, interpolation: str
-) -> UInt8[Tensor, "b 3 h w"]:
-    """Each image after the operation that it drew, a row of `table`."""
-    kernels, values = table.kernel[drawn], table.values[drawn]
+def _change(images: UInt8[Tensor, "b 3 h w"], change: Change, interpolation: str) -> UInt8[Tensor, "b 3 h w"]:
+    """Each image after the operation that it drew."""
     for place, (name, kernel) in enumerate(KERNELS.items()):
         if kernel is None:
             continue
         run = partial(kernel, interpolation=interpolation) if name == "Move" else kernel
-        images = change_drawn(images, kernels == place, run, values)
+        images = change_drawn(images, change.drawn[:, place], run, change.values)
     return images
 
 
@@ -208,22 +247,24 @@ def _by_rows(images: Tensor) -> bool:
 
 
 def move(
-    images: UInt8[Tensor, "b 3 h w"], matrix: Float[Tensor, "b 6"], interpolation: str
+    images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"], interpolation: str
 ) -> UInt8[Tensor, "b 3 h w"]:
-    """Fill each pixel from the position that the affine `matrix` gives, in pixels from the centre; black outside.
+    """Fill each pixel from the position that an affine matrix gives, from the centre; black outside.
 
-    Multiplied by element: a matrix product may run in TF32, which is off by pixels.
+    `values`: the matrix, its first row divided by half of the width, its second by half of the height. Multiplied by
+    element: a matrix product may run in TF32, which is off by pixels.
     """
     height, width = images.shape[2:]
-    x = torch.arange(width, device=images.device) - (width - 1) / 2
-    y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
-    a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
-    half_width, half_height = 0.5 * width, 0.5 * height
-    columns = (a / half_width) * x + (b / half_width) * y + c / half_width
-    rows = (d / half_height) * x + (e / half_height) * y + f / half_height
-    grid = torch.stack([columns, rows], dim=3)
+    x, y = _from_centre(width, images.device), _from_centre(height, images.device)[:, None]
+    by_x, by_y, shift = values.unflatten(1, (2, 3))[..., None, None].unbind(2)
+    grid = (by_x * x + by_y * y + shift).permute(0, 2, 3, 1)
     moved = F.grid_sample(images.float(), grid, mode=interpolation, padding_mode="zeros", align_corners=False)
     return moved.round().to(torch.uint8)
+
+
+@kept
+def _from_centre(length: int, device: torch.device) -> Float[Tensor, "n"]:
+    return torch.arange(length, device=device) - (length - 1) / 2
 
 
 def grey(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
@@ -231,31 +272,27 @@ def grey(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
 
     Summed exactly in 1/10,000 of a level; the half keeps whole levels whole when they are divided.
     """
-    red, green, blue = images.float().split(1, dim=1)
-    return ((GREY[0] * red + GREY[1] * green + GREY[2] * blue + 0.5) / 10_000).floor()
+    red, green, blue = (images * _grey_weights(images.device)).split(1, dim=1)
+    return ((red + green + blue + 0.5) / 10_000).floor()
 
 
-def _blend(images: Tensor, others: Tensor | float, values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
-    ratio = _column(values)
+@kept
+def _grey_weights(device: torch.device) -> Float[Tensor, "3 1 1"]:
+    return torch.tensor(GREY, dtype=torch.float32, device=device)[:, None, None]
+
+
+def blend(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Towards, or away from, black, each pixel's grey or the image's mean grey: brightness, colour and contrast."""
+    ratio, by_pixel, by_image = values[:, :3, None, None, None].unbind(1)
+    greys = grey(images)
+    levels = greys.long()  # integers: the rounding of a float sum depends on how threads split it
+    mean = levels.sum(dim=(1, 2, 3), keepdim=True).float() / levels[0].numel()
+    others = greys * by_pixel + mean * by_image  # one of the factors is 1 at most, the others are 0
     return (images * ratio + others * (1 - ratio)).clamp(0, 255).to(torch.uint8)
 
 
 def _column(values: Float[Tensor, "b 6"]) -> Float[Tensor, "b 1 1 1"]:
     return values[:, 0, None, None, None]
-
-
-def brightness(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
-    return _blend(images, 0.0, values)
-
-
-def colour(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
-    return _blend(images, grey(images), values)
-
-
-def contrast(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
-    levels = grey(images).long()  # integers: the rounding of a float sum depends on how threads split it
-    mean = levels.sum(dim=(1, 2, 3), keepdim=True).float() / levels[0].numel()
-    return _blend(images, mean, values)
 
 
 def sharpness(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> UInt8[Tensor, "b 3 h w"]:
@@ -293,13 +330,14 @@ def equalize(images: UInt8[Tensor, "b 3 h w"], values: Float[Tensor, "b 6"]) -> 
     return equalize(images)
 
 
-# By the name of the operation, except that one kernel does all moves. None leaves an image alone.
+# Whether each pixel is blended with its grey, and whether with the image's mean grey; with black if with neither.
+BLENDS = {"Brightness": (0.0, 0.0), "Color": (1.0, 0.0), "Contrast": (0.0, 1.0)}
+
+# By the name of the operation, except that one does all moves, and one all of BLENDS. None leaves an image alone.
 KERNELS: dict[str, Callable | None] = {
     "Identity": None,
     "Move": move,
-    "Brightness": brightness,
-    "Color": colour,
-    "Contrast": contrast,
+    "Blend": blend,
     "Sharpness": sharpness,
     "Posterize": posterize,
     "Solarize": solarize,

@@ -50,6 +50,10 @@ class Rows(ABC):
         """The rows, moved to the device if they fit there. Indexing is fastest from the device of `labels`."""
         return self
 
+    def close(self) -> None:
+        """End what is kept between epochs, such as worker processes; `batches` starts it again."""
+        return
+
 
 class LazyImages:
     """Images of a split that are read when they are needed; a mask selects from them as from an array.
@@ -160,10 +164,14 @@ def place_on(tensor: Tensor, device: torch.device) -> Tensor:
 
 def gather(tensor: Tensor, index: Int[Tensor, "b"], device: torch.device) -> Tensor:
     """Rows of a tensor on any device, copied to `device`."""
-    rows = tensor[index.to(tensor.device)]
-    if rows.device.type != device.type:  # from pinned memory the copy overlaps with computation
-        rows = rows.pin_memory()
-    return rows.to(device, non_blocking=True)
+    return to_device(tensor[index.to(tensor.device)], device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of this batch or epoch on the device; the host does not wait for the copy."""
+    if tensor.device.type != device.type:  # from pinned memory the copy overlaps with computation
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def centre_crop(images: UInt8[Tensor, "b c m n"], size: tuple[int, int]) -> UInt8[Tensor, "b c h w"]:
@@ -189,4 +197,4 @@ def scale_and_shift(
 def scaled(
     images: UInt8[Tensor, "b c h w"], scale: Float[Tensor, "c 1 1"], shift: Float[Tensor, "c 1 1"]
 ) -> Float[Tensor, "b c h w"]:
-    return images.float() * scale - shift
+    return (images * scale).sub_(shift)

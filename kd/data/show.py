@@ -105,7 +105,7 @@ def columns(config: ShowConfig, data: Data, index: Tensor) -> list[Column]:
     found = [Column("as scored", pixels_of(next(images.centre_crops([index])), images), ("",) * len(index))]
     for epoch in range(config.epochs):
         number = config.views.number(epoch, config.epochs)
-        image, _, mixed, _ = next(images.augmented([index], number))
+        image, _, mixed, *_ = next(images.augmented([index], number))
         title = f"epoch {epoch}" + (f", view {number}" if config.views.count else "")
         found.append(Column(title, pixels_of(image, images), notes_of(mixed, len(index), data.classes)))
     return found

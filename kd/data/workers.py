@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,12 @@ class EncodedImages(LazyImages, Dataset):
     workers: int
     rows: Int[np.ndarray, "n"]  # numbers of these images in `stored`
 
-    def batches(self, indices: Sequence[Tensor], pinned: bool = False) -> Iterator[Tensor]:
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images (uint8 b x 3 x h x w) of each index (b) in `indices`.
 
         Raises UserError naming the row that cannot be read.
         """
-        for images in self._load(_Decoder(self), indices, pinned):
-            if isinstance(images, str):
-                raise UserError(images)
-            yield images
+        return _readable(self._load(_Decoder(self), indices))
 
     def find_broken(self) -> dict[int, str]:
         """Place and message of each image that cannot be read."""
@@ -78,13 +76,24 @@ class EncodedImages(LazyImages, Dataset):
     def _image_bytes(self) -> int:
         return 3 * self.image_size[0] * self.image_size[1]
 
-    def _load(self, decoder: Dataset, indices: Sequence[Tensor], pinned: bool = False) -> Iterator:
+    def _load(self, decoder: Dataset, indices: Sequence[Tensor]) -> Iterator:
         """What `decoder` makes of each index, in worker processes."""
+        return _receive(self.loader(decoder, self.rows_in_memory(indices)))
+
+    def rows_in_memory(self, indices: Sequence[Tensor]) -> list[Int[np.ndarray, "..."]]:
+        """The numbers in `stored` of each index. Raises UserError if batches of that size do not fit the memory that
+        workers share."""
         if self.workers:
             check_shared_memory(self.workers, max(map(len, indices), default=0) * self._image_bytes)
-        loader = DataLoader(
+        return [self.rows[index.numpy()] for index in indices]
+
+    def loader(
+        self, decoder: Dataset, rows: list[Int[np.ndarray, "..."]], pinned: bool = False, kept: bool = False
+    ) -> DataLoader:
+        """Makes `decoder`'s of each batch of `rows`. If it is `kept`, its workers live as long as it does."""
+        return DataLoader(
             decoder,
-            sampler=[self.rows[index.numpy()] for index in indices],
+            sampler=rows,
             batch_size=None,  # each item of the sampler is a whole batch
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
@@ -92,8 +101,8 @@ class EncodedImages(LazyImages, Dataset):
             pin_memory=pinned,
             generator=torch.Generator(),  # the loader draws a seed for its workers, not to be taken from torch's own
             collate_fn=_unchanged,
+            persistent_workers=kept and self.workers > 0,
         )
-        return _receive(loader)
 
     def iter_blocks(self) -> Iterator[np.ndarray]:
         """All images in order (b x 3 x h x w), a block at a time, with a progress bar on a terminal."""
@@ -174,8 +183,46 @@ def _receive(loader: DataLoader) -> Iterator[Tensor | str | dict]:
         ) from error
 
 
+def _readable(batches: Iterator[Tensor | str]) -> Iterator[Tensor]:
+    """The batches, or UserError with the message of a row that cannot be read."""
+    for images in batches:
+        if isinstance(images, str):
+            raise UserError(images)
+        yield images
+
+
 def _unchanged(batch: Tensor | str | dict) -> Tensor | str | dict:
     return batch
+
+
+class KeptWorkers:
+    """Worker processes that decode one epoch after another: they start with the first, and end by `close`."""
+
+    def __init__(self, images: EncodedImages):
+        self.images, self.busy = images, False
+        self.loader: DataLoader | None = None
+
+    def batches(self, indices: Sequence[Tensor], pinned: bool) -> Iterator[Tensor]:
+        """As EncodedImages.batches; `pinned`: in memory from which a GPU copies while it computes."""
+        if self.busy:  # in the middle of other batches of this split, which the same workers cannot leave
+            yield from self.images.batches(indices)
+            return
+        rows = self.images.rows_in_memory(indices)
+        if self.loader is None or self.loader.pin_memory != pinned:
+            self.loader = self.images.loader(_Decoder(self.images), [], pinned, kept=True)
+        self.loader.sampler[:] = rows
+        self.busy = True
+        try:
+            yield from _readable(_receive(self.loader))
+        except Exception:
+            self.close()
+            raise
+        finally:
+            self.busy = False
+
+    def close(self) -> None:
+        """End the processes; the next batches start new ones."""
+        self.loader = None  # they end with it
 
 
 @dataclass(frozen=True)
@@ -197,8 +244,15 @@ class WorkerRows(Rows):
         return self.known_sha256
 
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        for images in self.images.batches(indices, pinned=device.type == "cuda"):
+        for images in self._workers.batches(indices, pinned=device.type == "cuda"):
             yield images.to(device, non_blocking=True)
+
+    def close(self) -> None:
+        self._workers.close()
+
+    @cached_property
+    def _workers(self) -> KeptWorkers:
+        return KeptWorkers(self.images)
 
 
 def find_broken(key: str, splits: dict[str, EncodedImages]) -> dict[str, dict[int, str]]:

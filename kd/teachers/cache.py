@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kd.config import Job, ViewConfig
 from kd.data import Data
-from kd.data.loader import TrainingImages
+from kd.data.loader import TrainingImages, compiles_views
 from kd.data.rows import place_on
 from kd.errors import Preempted, UserError, require
 from kd.metrics import ranked
@@ -223,7 +223,14 @@ def cached_logits(
     identity = from_main(lambda: cache_identity(teacher, data, job, accelerator))  # which reads all training rows
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     store = LogitStore(root / f"{teacher.folder.name}-{digest}", identity)
-    images = TrainingImages(data, job.views, job.fit.seed, accelerator.device, two_views=job.method.two_views)
+    images = TrainingImages(
+        data,
+        job.views,
+        job.fit.seed,
+        accelerator.device,
+        two_views=job.method.two_views,
+        compiled=compiles_views(job.fit, accelerator.device),
+    )
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder)
     try:
@@ -403,8 +410,8 @@ def _stop(signal_number: int, store: LogitStore, views: int) -> None:
 def _query(query: TeacherLogits, images: TrainingImages, indices: list[Tensor], view: int) -> Iterator[Outputs]:
     """The teacher's outputs for each of `indices` (b) in one view."""
     numbers = [torch.full((), number, device=images.device) for number in (view, view, 0)]
-    for index, (image, label, mixed, strong) in zip(indices, images.augmented(indices, view)):
-        yield query(Batch(image, label, index.to(images.device), *numbers, mixed, strong))
+    for image, label, mixed, strong, index in images.augmented(indices, view):
+        yield query(Batch(image, label, index, *numbers, mixed, strong))
 
 
 def _compare(

@@ -110,6 +110,8 @@ class Trainer:
         return self
 
     def __exit__(self, *exception) -> None:
+        for split in filter(None, (self.data.train, self.data.val)):
+            split.close()
         self._contexts.__exit__(*exception)
 
     def epochs(self) -> range:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from kd.config import DataConfig, ViewConfig
-from kd.data import augment, load_data, rows
+from kd.data import augment, draws, load_data, rows
 from kd.data.loader import TrainingImages
 from kd.errors import UserError
 from kd.models import build_model
@@ -174,7 +174,7 @@ def random_images(count: int, high: int, wide: int) -> torch.Tensor:
 @pytest.mark.parametrize(("size", "seen"), [((20, 20), (20, 20)), ((24, 24), (20, 20)), ((18, 26), (18, 26))])
 def test_resized_crops_are_torchvisions(size, seen):
     pixels = random_images(50, *size)
-    box = augment.draw_boxes(ViewConfig(resized_crop=0.08), size, torch.arange(50), 3, 7)
+    box = draws.draw_boxes(ViewConfig(resized_crop=0.08), size, torch.arange(50), 3, 7)
     crops = augment.resized_crop(pixels, box, seen)
     for image, top, left, high, wide, result in zip(pixels, *(part.tolist() for part in box), crops):
         wanted = v2.functional.resized_crop(image.float(), top, left, high, wide, list(seen), antialias=False)
@@ -184,7 +184,7 @@ def test_resized_crops_are_torchvisions(size, seen):
 def test_boxes_are_spread_as_torchvisions():
     """Compares mean and deviation of 20,000 boxes' places and sizes with RandomResizedCrop's."""
     size, count = (40, 40), 20_000
-    box = augment.draw_boxes(ViewConfig(resized_crop=0.08), size, torch.arange(count), 0, 0)
+    box = draws.draw_boxes(ViewConfig(resized_crop=0.08), size, torch.arange(count), 0, 0)
     assert (box.top >= 0).all()
     assert (box.left >= 0).all()
     assert (box.top + box.height <= 40).all()
@@ -201,13 +201,13 @@ def test_boxes_are_spread_as_torchvisions():
 
 
 def test_an_image_too_long_for_any_box_gives_its_middle():
-    box = augment.draw_boxes(ViewConfig(resized_crop=1.0), (10, 100), torch.arange(4), 0, 0)
+    box = draws.draw_boxes(ViewConfig(resized_crop=1.0), (10, 100), torch.arange(4), 0, 0)
     assert [part.tolist() for part in box] == [[0] * 4, [43] * 4, [10] * 4, [13] * 4]
 
 
 def test_jitter_is_torchvisions_brightness_contrast_and_saturation():
     pixels = random_images(20, 9, 7)
-    factors = augment.draw_factors(0.6, torch.arange(20), 1, 2)
+    factors = draws.draw_factors(0.6, torch.arange(20), 1, 2)
     assert all(((part >= 0.4) & (part <= 1.6)).all() for part in factors)
     for image, brightness, contrast, saturation, result in zip(pixels, *factors, augment.jitter(pixels, factors)):
         wanted = v2.functional.adjust_brightness(image / 255, brightness.item())
@@ -219,13 +219,13 @@ def test_jitter_is_torchvisions_brightness_contrast_and_saturation():
 def test_jitter_depends_on_neither_batch_nor_threads():
     """A float sum would round differently with another batch or other threads."""
     pixels = random_images(24, 224, 224)
-    factors = augment.draw_factors(0.4, torch.arange(24), 1, 2)
+    factors = draws.draw_factors(0.4, torch.arange(24), 1, 2)
     threads = torch.get_num_threads()
     try:
         together = augment.jitter(pixels, factors)
         torch.set_num_threads(2)
         alone = [
-            augment.jitter(pixels[row : row + 1], augment.Factors(*(p[row : row + 1] for p in factors)))
+            augment.jitter(pixels[row : row + 1], draws.Factors(*(p[row : row + 1] for p in factors)))
             for row in range(24)
         ]
     finally:

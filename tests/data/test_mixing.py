@@ -9,7 +9,7 @@ from scipy.stats import beta
 from kd.config import METHODS, DataConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.presets import train_defaults
-from kd.data import augment, load_data
+from kd.data import augment, draws, load_data
 from kd.data.loader import Batches
 from kd.losses.cross_entropy import cross_entropy
 from kd.types import Mix
@@ -25,7 +25,7 @@ def test_shares_follow_the_beta_distribution(alpha):
 
     Below one half only, where float32 has digits to spare; 2% of a Beta(0.2, 0.2) round to 1.
     """
-    drawn = augment.random_beta(alpha, INDEX, 0, "mixup", 0).double().sort().values
+    drawn = draws.random_beta(alpha, INDEX, 0, "mixup", 0).double().sort().values
     below = (torch.arange(len(INDEX)) + 0.5) / len(INDEX)
     gap = abs(torch.from_numpy(beta(alpha, alpha).cdf(drawn.numpy())) - below)
     assert gap[drawn < 0.5].max() < 0.015
@@ -35,20 +35,20 @@ def test_shares_follow_the_beta_distribution(alpha):
 
 def test_mixup_blends_and_cutmix_pastes():
     image, other = torch.zeros(200, 3, 16, 16), torch.ones(200, 3, 16, 16)
-    up = augment.draw_mixing(ViewConfig(mixup=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    up = draws.draw_mixing(ViewConfig(mixup=1.0), (16, 16), INDEX[:200], 0, 0)
     mixed = augment.mix(image, other, up)
     torch.testing.assert_close(mixed, (1 - up.weight)[:, None, None, None].expand_as(mixed))
-    cut = augment.draw_mixing(ViewConfig(cutmix=1.0), 0, 0, INDEX[:200], 1000, (16, 16))
+    cut = draws.draw_mixing(ViewConfig(cutmix=1.0), (16, 16), INDEX[:200], 0, 0)
     pasted = augment.mix(image, other, cut)
     assert set(pasted.unique().tolist()) <= {0.0, 1.0}
     torch.testing.assert_close(1 - pasted.mean((1, 2, 3)), cut.weight)
-    both = augment.draw_mixing(ViewConfig(mixup=1.0, cutmix=1.0), 0, 0, INDEX, 1000, (16, 16))
+    both = draws.draw_mixing(ViewConfig(mixup=1.0, cutmix=1.0), (16, 16), INDEX, 0, 0)
     assert abs(both.paste.float().mean() - 0.5) < 0.02
 
 
 def test_erasing_takes_its_share_of_images_and_area():
     image = torch.ones(2000, 1, 32, 32)
-    erased = 1 - augment.erase(image, 0.25, 0, 0, INDEX[:2000]).mean((1, 2, 3))
+    erased = 1 - augment.erase(image, draws.draw_erased(0.25, (32, 32), INDEX[:2000], 0, 0)).mean((1, 2, 3))
     assert abs((erased > 0).float().mean() - 0.25) < 0.03
     assert erased.max() < 0.36
     assert erased[erased > 0].mean() == pytest.approx(0.17, abs=0.03)

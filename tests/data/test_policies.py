@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kd.data import policies
-from kd.data.policies import CHAINS, Policy, apply_policy, operations
+from kd.data.policies import CHAINS, Policy, apply_policy, draw_policy, operations
 from kd.utils.operators import define_operators
 from kd.utils.rng import random_below, random_uniform
 
@@ -31,6 +31,10 @@ def pictures(number: int, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
     images += torch.from_numpy(draw.normal(0, 5, images.shape)).float()
     images[-1] = 77
     return images.clamp(0, 255).to(torch.uint8)
+
+
+def applied(policy: Policy, images: torch.Tensor, index: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+    return apply_policy(images, draw_policy(policy, tuple(images.shape[2:]), index, seed, number))
 
 
 def transform_of(policy: Policy):
@@ -60,7 +64,7 @@ def test_every_operation_is_torchvisions_to_one_level(policy, size):
     changed_at_all = 0
     for place, (name, magnitude) in enumerate(operations(policy, size)):
         drawn = torch.full((len(images),), place)
-        ours = policies._change(images, drawn, table, interpolation).int()
+        ours = policies._change(images, table.change(drawn), interpolation).int()
         reference = transform._apply_image_or_video_transform(images, name, magnitude, transform.interpolation, {})
         gap = (ours - reference.int()).abs()
         if name in MOVES and interpolation == "nearest":
@@ -91,26 +95,26 @@ def test_operations_and_magnitudes_are_torchvisions(policy):
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_sample_alone_is_what_it_is_in_a_batch(policy):
     images, index = pictures(64), torch.arange(1000, 1064)
-    together = apply_policy(policy, images, index, 3, 5)
+    together = applied(policy, images, index, 3, 5)
     order = torch.randperm(64)
-    assert torch.equal(apply_policy(policy, images[order], index[order], 3, 5), together[order])
+    assert torch.equal(applied(policy, images[order], index[order], 3, 5), together[order])
     for row in range(64):
-        assert torch.equal(apply_policy(policy, images[row : row + 1], index[row : row + 1], 3, 5)[0], together[row])
+        assert torch.equal(applied(policy, images[row : row + 1], index[row : row + 1], 3, 5)[0], together[row])
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_another_seed_number_or_sample_gives_another_view(policy):
     images, index = pictures(1).expand(64, -1, -1, -1) + torch.arange(32, dtype=torch.uint8), torch.arange(64)
-    view = apply_policy(policy, images, index, 0, 0)
+    view = applied(policy, images, index, 0, 0)
     for other in ((index, 1, 0), (index, 0, 1), (index + 64, 0, 0)):
-        same = (apply_policy(policy, images, *other) == view).flatten(1).all(dim=1)
+        same = (applied(policy, images, *other) == view).flatten(1).all(dim=1)
         assert same.float().mean() < 0.5
-    assert torch.equal(apply_policy(policy, images, index, 0, 0), view)
+    assert torch.equal(applied(policy, images, index, 0, 0), view)
 
 
-def test_none_leaves_images_alone():
+def test_no_operations_leave_images_alone():
     images = pictures(4)
-    assert torch.equal(apply_policy(Policy(), images, torch.arange(4), 0, 0), images)
+    assert torch.equal(applied(Policy("rand", ops=0), images, torch.arange(4), 0, 0), images)
 
 
 def test_all_operations_are_drawn_equally_often():
@@ -128,7 +132,7 @@ def test_augmix_is_the_mean_of_chains_made_one_by_one():
     policy, size, images = Policy("augmix"), (32, 32), pictures(48)
     transform, space = transform_of(policy), operations(policy, size)
     index = torch.arange(48)
-    ours = apply_policy(policy, images, index, 1, 2)
+    ours = applied(policy, images, index, 1, 2)
     for row, image in enumerate(images):
         own = random_uniform(index[row], 1, "augmix own", 2).item()
         low, high = sorted(random_uniform(index[row], 1, "augmix cut", cut, 2).item() for cut in range(2))
@@ -151,7 +155,7 @@ def test_on_a_gpu_all_rows_are_computed_and_the_drawn_ones_selected(monkeypatch)
     for policy in POLICIES:
         table = policies._table(policy, (32, 32), images.device)
         drawn = policies._draw(table, index, 0, "policy", 0, 0)
-        by_rows = policies._change(images, drawn, table, "nearest")
+        by_rows = policies._change(images, table.change(drawn), "nearest")
         with monkeypatch.context() as patch:
             patch.setattr(policies, "_by_rows", lambda images: False)
-            assert torch.equal(policies._change(images, drawn, table, "nearest"), by_rows)
+            assert torch.equal(policies._change(images, table.change(drawn), "nearest"), by_rows)

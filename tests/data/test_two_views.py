@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from kd.config import METHODS, DataConfig, FitConfig, Job, NoneConfig, RunConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults
-from kd.data import augment, load_data
+from kd.data import augment, draws, load_data
 from kd.data.loader import Batches
 from kd.data.policies import Policy, operations
 from kd.errors import UserError
@@ -73,9 +73,14 @@ def test_the_weak_view_is_that_of_a_method_with_one_view_and_the_strong_one_is_a
 def test_crop_and_flip_are_drawn_apart_and_without_operations_nothing_else_differs(data):
     plain = ViewConfig(strong_ops=0, strong_cutout=0.0)
     index, stored = torch.arange(80), data.train.images[:80]
-    strong = augment.augment_strongly(plain, stored, index, 3, 1, (16, 16))
-    assert torch.equal(strong, augment.augment(plain, stored, index, augment.strong_seed(3), 1, (16, 16)))
-    assert not torch.equal(strong, augment.augment(plain, stored, index, 3, 1, (16, 16)))
+    sizes = draws.Sizes((16, 16), (16, 16))
+    strong = augment.augment_strongly(plain, stored, draws.draw_strongly(plain, sizes, index, 3, 1), (16, 16))
+    apart, weak = (
+        augment.augment(plain, stored, draws.draw(plain, sizes, index, seed, 1), (16, 16))
+        for seed in (draws.strong_seed(3), 3)
+    )
+    assert torch.equal(strong, apart)
+    assert not torch.equal(strong, weak)
 
 
 def test_mixup_mixes_both_views_with_the_same_partner_by_the_same_weight(data):
@@ -83,7 +88,7 @@ def test_mixup_mixes_both_views_with_the_same_partner_by_the_same_weight(data):
     views = ViewConfig(mixup=1.0)
     strong = by_sample(batches_of(data, ViewConfig()))
     for batch in batches_of(data, views):
-        partner = augment.draw_partners(len(data.train.labels), batch.index, 0, 1)
+        partner = draws.draw_partners(len(data.train.labels), batch.index, 0, 1)
         for image, own, other, weight in zip(batch.strong, batch.index, partner, batch.mix.weight):
             if int(own) in strong and int(other) in strong:
                 expected = torch.lerp(strong[int(other)], strong[int(own)], weight)
@@ -117,7 +122,7 @@ def test_methods_with_one_view_make_no_second_one(data, monkeypatch, method):
 
 def test_the_grey_square_has_any_side_up_to_the_largest_and_lies_anywhere():
     images = torch.zeros(4000, 3, 32, 32, dtype=torch.uint8)
-    painted = augment.cut_out(images, 0.5, torch.arange(4000), 0, 0)
+    painted = augment.cut_out(images, draws.draw_cut_out(0.5, (32, 32), torch.arange(4000), 0, 0))
     grey = painted[:, 0] == augment.CUTOUT_COLOUR[0]
     assert set(painted.unique().tolist()) == {0, *augment.CUTOUT_COLOUR}
     sides = grey.any(dim=2).sum(dim=1), grey.any(dim=1).sum(dim=1)

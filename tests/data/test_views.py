@@ -1,5 +1,8 @@
 """Flags of the views beside crop and random flip: colours, blur, flips, crops, mixing switched off at the end."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd.config import DataConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
-from kd.data import augment, load_data, policies
+from kd.data import augment, draws, load_data, policies
 from kd.data.loader import Batches
 from kd.errors import UserError
 from kd.runs.folder import without_newer_defaults
 from kd.teachers.cache import LogitStore
 from kd.utils.operators import define_operators
+from tests.conftest import ROOT
 from tests.data.test_policies import pictures
 
 define_operators()  # before torchvision is imported
@@ -23,10 +27,15 @@ INDEX = torch.arange(64)
 STILL = {"crop_padding": 0, "flip": False}
 
 
+def drawn_view(config: ViewConfig, images: torch.Tensor, index: torch.Tensor, number: int = 0) -> torch.Tensor:
+    size = tuple(images.shape[2:])
+    return augment.augment(config, images, draws.draw(config, draws.Sizes(size, size), index, 0, number), size)
+
+
 def view(images: torch.Tensor, number: int = 0, **flags) -> torch.Tensor:
     config = ViewConfig(**(STILL | flags))
     config.check()
-    return augment.augment(config, images, INDEX[: len(images)], 0, number, tuple(images.shape[2:]))
+    return drawn_view(config, images, INDEX[: len(images)], number)
 
 
 @pytest.mark.parametrize("share", [-0.5, -0.31, 0.0, 0.07, 0.25, 0.5])
@@ -41,13 +50,14 @@ def test_a_turned_hue_is_torchvisions(share):
 @pytest.mark.parametrize(("side", "kernel"), [(32, 3), (64, 7), (100, 11)])
 def test_a_blur_is_torchvisions_over_a_tenth_of_the_side(side, kernel):
     images, sigmas = pictures(5, (side, side)), torch.tensor([0.1, 0.4, 1.0, 1.5, 2.0])
-    blurred = augment.blur(images, sigmas)
+    blurred = augment.blur(images, *[draws.blur_weights(sigmas, side)] * 2)
     for image, sigma, result in zip(images, sigmas.tolist(), blurred):
         wanted = functional.gaussian_blur(image, [kernel, kernel], [sigma, sigma])
         assert (result.int() - wanted.int()).abs().max() <= 1
     wide = pictures(5, (20, 60))
     wanted = functional.gaussian_blur(wide[3], [7, 3], [1.5, 1.5])  # width first
-    assert (augment.blur(wide, sigmas)[3].int() - wanted.int()).abs().max() <= 1
+    blurred = augment.blur(wide, *(draws.blur_weights(sigmas, length) for length in (60, 20)))
+    assert (blurred[3].int() - wanted.int()).abs().max() <= 1
 
 
 def test_grey_takes_its_share_and_torchvisions_levels():
@@ -70,16 +80,16 @@ def test_a_vertical_flip_turns_half_of_the_images():
 
 def test_consecutive_epochs_of_an_alternating_flip_show_each_image_both_ways():
     config = ViewConfig(alternating_flip=True)
-    first, second, third = (augment.draw_crop_flip(config, 0, number, torch.arange(1000)).flip for number in range(3))
+    first, second, third = (draws.draw_crop_flip(config, 0, number, torch.arange(1000)).flip for number in range(3))
     assert torch.equal(first, ~second)
     assert torch.equal(first, third)
     assert 400 < first.sum() < 600
-    assert not torch.equal(first, augment.draw_crop_flip(config, 1, 0, torch.arange(1000)).flip)
+    assert not torch.equal(first, draws.draw_crop_flip(config, 1, 0, torch.arange(1000)).flip)
 
 
 def test_boxes_keep_to_the_ratios_and_shares_asked_for():
     config = ViewConfig(resized_crop=0.2, resized_crop_max=0.4, crop_ratio=(0.5, 0.8))
-    box = augment.draw_boxes(config, (200, 200), torch.arange(2000), 0, 0)
+    box = draws.draw_boxes(config, (200, 200), torch.arange(2000), 0, 0)
     share, ratio = box.height * box.width / 200**2, box.width / box.height
     assert 0.195 < share.min() < 0.21
     assert 0.39 < share.max() < 0.41
@@ -93,11 +103,11 @@ ALL = {"policy": "rand", "hue": 0.1, "grey": 0.3, "blur": 0.5, "vertical_flip": 
 def test_a_sample_alone_is_what_it_is_in_a_batch():
     images = pictures(40)
     config = ViewConfig(resized_crop=0.3, **ALL)
-    together = augment.augment(config, images, INDEX[:40], 0, 3, (32, 32))
-    assert not torch.equal(together, augment.augment(config, images, INDEX[:40], 0, 4, (32, 32)))
+    together = drawn_view(config, images, INDEX[:40], 3)
+    assert not torch.equal(together, drawn_view(config, images, INDEX[:40], 4))
     for row in range(40):
         part = slice(row, row + 1)
-        alone = augment.augment(config, images[part], INDEX[part], 0, 3, (32, 32))
+        alone = drawn_view(config, images[part], INDEX[part], 3)
         assert torch.equal(alone[0], together[row])
 
 
@@ -118,11 +128,39 @@ def test_on_a_gpu_the_host_waits_for_nothing(policy, monkeypatch):
     """The operators of a GPU's way through the views, none of which needs a value on the host."""
     config, images = ViewConfig(resized_crop=0.3, **(ALL | {"policy": policy})), pictures(8)
     monkeypatch.setattr(policies, "_by_rows", lambda images: False)
-    augment.augment(config, images, INDEX[:8], 0, 0, (32, 32))  # tables are copied to the device once
+    drawn_view(config, images, INDEX[:8])  # tables are copied to the device once
     with Calls() as calls:
-        augment.augment(config, images, INDEX[:8], 0, 1, (32, 32))
+        drawn_view(config, images, INDEX[:8], 1)
     assert not calls.names & {"nonzero", "_local_scalar_dense", "index_put_", "lift_fresh", "masked_select"}
     assert "grid_sampler_2d" in calls.names
+
+
+COMPILED = """
+import functools, sys, warnings
+import torch, torch._dynamo.testing
+from kd.config import DataConfig, ViewConfig
+from kd.data import load_data
+from kd.data.loader import TrainingImages
+warnings.simplefilter("error")
+data, cpu = load_data(DataConfig(source="synthetic")), torch.device("cpu")
+real, index = torch.compile, [torch.arange(start, start + 10) for start in range(0, 100, 10)]
+for flags, graphs in (({}, 1), ({"vertical_flip": True, "mixup": 0.2, "erase": 0.3}, 1), ({"colour_jitter": 0.3}, 0)):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch.compile = functools.partial(real, backend=counter)
+    compiled, eager = (TrainingImages(data, ViewConfig(**flags), 0, cpu, 3, compiled=how) for how in (True, False))
+    for number in range(3):
+        for one, other in zip(compiled.augmented(index, number), eager.augmented(index, number), strict=True):
+            assert torch.equal(one.image, other.image)
+    assert counter.frame_count == graphs, (flags, counter.frame_count)
+    torch._dynamo.reset()
+"""
+
+
+@pytest.mark.slow
+def test_compiled_views_are_one_graph_for_all_epochs_with_the_same_bits():
+    """In a process of its own: torch.compile cannot trace the shape checks of the tests."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_policies_come_after_crop_and_flip_and_before_colours(monkeypatch):
@@ -167,7 +205,7 @@ def test_flags_out_of_range_or_without_effect_are_refused(flags, words):
 def test_flags_parse():
     flags = ["--policy", "rand", "--policy-ops", "3", "--policy-magnitude", "12", "--resized-crop", "0.1"]
     views = parse(train_defaults, "", [*flags, "--crop-ratio", "0.5", "2", "--resized-crop-max", "0.9"]).views
-    assert augment.policy_of(views) == ("rand", 3, 12)
+    assert draws.policy_of(views) == ("rand", 3, 12)
     assert (views.crop_ratio, views.resized_crop_max) == ((0.5, 2.0), 0.9)
 
 

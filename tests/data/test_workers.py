@@ -1,6 +1,7 @@
 """Images decoded by workers: the same batches, statistics and weights as in memory; broken rows named; no hangs."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from kd.data.cache import locked
 from kd.data.loader import Batches
 from kd.errors import UserError, exit_code
 from kd.export.__main__ import main
+from kd.training.trainer import Trainer
 from tests.conftest import ROOT
 from tests.run_scripts import differences, distil, script, teach
 
@@ -217,6 +219,68 @@ def test_batches_that_do_not_fit_the_shared_memory_are_refused_at_the_start(fold
         all_batches(data, ViewConfig())
     monkeypatch.setattr("kd.data.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=6 * batch))
     assert len(all_batches(data, ViewConfig())) == 3
+
+
+def decoders() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+def test_workers_stay_for_the_next_epoch_and_end_when_they_are_closed(folder):
+    """Also after an epoch that was left in the middle, of whose batches some are decoded already."""
+    before, split = decoders(), load_data(config(folder, "workers")).train
+    parts, cpu = list(torch.arange(36).split(6)), torch.device("cpu")
+    whole = list(split.batches(parts, cpu))
+    first = decoders() - before
+    assert len(first) == 2
+    left = split.batches(parts[::-1], cpu)
+    assert torch.equal(next(left), whole[-1])
+    left.close()
+    for one, other in zip(whole[1:], split.batches(parts[1:], cpu), strict=True):
+        assert torch.equal(one, other)
+    assert decoders() - before == first
+    split.close()
+    assert decoders() == before
+    assert torch.equal(next(split.batches(parts, cpu)), whole[0])
+    split.close()
+
+
+def test_two_passes_at_once_over_one_split_do_not_take_each_others_batches(folder):
+    split, parts, cpu = load_data(config(folder, "workers")).train, list(torch.arange(36).split(6)), torch.device("cpu")
+    for one, other in zip(split.batches(parts, cpu), split.batches(parts[::-1], cpu), strict=True):
+        assert one.shape == other.shape
+    pairs = zip(split.batches(parts, cpu), split.batches(parts[::-1], cpu), split.batches(parts, cpu), strict=True)
+    ones, others, thirds = zip(*pairs)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(ones, others[::-1], thirds))
+    split.close()
+
+
+def test_training_keeps_its_workers_over_epochs_and_leaves_none(folder, monkeypatch):
+    seen, ended, before = [], [], decoders()
+    for name, found in (("end_epoch", seen), ("__exit__", ended)):
+        real = getattr(Trainer, name)
+
+        def noted(self, *args, real=real, found=found):
+            real(self, *args)
+            found.append(decoders())
+
+        monkeypatch.setattr(Trainer, name, noted)
+    flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--decode", "workers", "--workers", "1"]
+    teach(*flags, "--epochs", "3", "--val-fraction", "0.2", "--out", "run")
+    assert len(seen) == 3
+    assert len(seen[0] - before) == 2, "one for training, one for validation"
+    assert seen[0] == seen[1] == seen[2]
+    assert ended == [before]
+
+
+def test_a_broken_row_ends_the_workers(folder, monkeypatch):
+    split, before = load_data(config(folder, "workers")).train, decoders()
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.data.workers._Decoder.__getitem__", lambda self, rows: "row 3: broken")
+        with pytest.raises(UserError, match="row 3: broken"):
+            list(split.batches([torch.arange(4)], torch.device("cpu")))
+    assert decoders() == before
+    assert next(split.batches([torch.arange(4)], torch.device("cpu"))).shape == (4, 3, 16, 16)
+    split.close()
 
 
 def test_a_scan_takes_little_shared_memory(tmp_path, monkeypatch):
