@@ -24,7 +24,7 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     kd.teachers.load.TeacherNetwork; `control` the run of the student alone, for the summary.
     """
     from kd.runs.folder import RunInputs, open_run
-    from kd.teachers.cache import teacher_logits
+    from kd.teachers.cache import teacher_logits, validation_teacher
     from kd.training.push import push_epoch, push_run
     from kd.training.setup import build_distiller
     from kd.training.summary import write_results
@@ -37,8 +37,10 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     with run, same_threads():
         if run.summary is None:
             distiller = distiller or build_distiller(job, data)
-            logits = teacher and teacher_logits(teacher, data, job, accelerator, distiller.loss.teacher_layers)
-            with Trainer(job, data, accelerator, run, distiller, logits) as trainer:
+            layers = distiller.loss.teacher_layers
+            logits = teacher and teacher_logits(teacher, data, job, accelerator, layers)
+            live = teacher and validation_teacher(teacher, logits, data, job, accelerator, layers)
+            with Trainer(job, data, accelerator, run, distiller, logits, live) as trainer:
                 for epoch in trainer.epochs():
                     for batch in trainer.batches(epoch):
                         trainer.step(batch)
@@ -56,9 +58,10 @@ def main(config: TrainConfig) -> Path:
     from kd.models import check_name
     from kd.runs.table import show_results
     from kd.training.launch import print_plan, start
-    from kd.training.setup import build_distiller, build_network, check_job, settle_by_data
+    from kd.training.setup import build_distiller, build_network, check_job, settle_by_data, settle_unlabelled
     from kd.training.start import check_start, start_from
 
+    config = settle_unlabelled(config) if config.data.no_labels else config
     check_name(config.model)
     check_start(config.job())
     print_plan(config.job())

@@ -42,6 +42,10 @@ def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
         not (data.stream and fit.balance == "sampler"),
         "--stream: leave --balance sampler out, which needs rows in any order; give weights or logit-adjust",
     )
+    require(
+        not data.no_labels or fit.balance == "none",
+        f"--balance {fit.balance}: is about classes, and the images have no labels; leave it out",
+    )
     off = views.mix_off_epochs
     require(
         off == 0 or fit.epochs is None or off < fit.epochs,

@@ -40,6 +40,8 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "image": None,
     "test_fraction": 0.2,
     "skip_broken": False,
+    "no_labels": False,
+    "label_weight": 1.0,
     "label_smoothing": 0.0,
     "policy": "none",
     "policy_ops": None,
@@ -115,6 +117,7 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
         del parts["data"][name]
     if not job.method.two_views:
         parts["views"] = {name: value for name, value in parts["views"].items() if name not in job.views.strong}
+    parts["data"]["no_labels"] = not data.labelled  # also if none were found
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     del parts["fit"]["lr_per_256"]  # `lr` holds what it comes to
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
@@ -152,7 +155,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs =
     new_config = lambda wandb_id: run_config(job, run.identity, wandb_id, data, accelerator)  # noqa: E731
 
     def claim() -> tuple:
-        _claim(run, job, new_config, inputs)
+        _claim(run, job, new_config, inputs, data.labelled)
         return run.identity, run.summary, run.resuming
 
     run.identity, run.summary, run.resuming = from_main(claim)
@@ -171,7 +174,7 @@ def _check_alike(identity: dict) -> None:
     all_do(lambda: require(not differ, message))
 
 
-def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: RunInputs) -> None:
+def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: RunInputs, labelled: bool) -> None:
     """Lock the folder and find out what is in it; a new run's config.json is written."""
     try:
         announce(job.role, run.path)
@@ -184,7 +187,7 @@ def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: 
             wait_for(run.lock, f"waiting for another process to finish {run.path}")
         else:
             require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
-        _read_state(run, job)
+        _read_state(run, job, labelled)
         if run.summary is None and not run.resuming:
             run.wandb_id = uuid.uuid4().hex[:8]
             write_json(run.path / "config.json", new_config(run.wandb_id) | {"teacher": list(inputs.teachers)})
@@ -207,8 +210,11 @@ def _make_folder(path: Path) -> Lock:
     return Lock(path / "lock")
 
 
-def _read_state(run: RunFolder, job: Job) -> None:
-    """Set whether the folder's run is new, to be resumed, or finished. Raises UserError if it is another run."""
+def _read_state(run: RunFolder, job: Job, labelled: bool) -> None:
+    """Set whether the folder's run is new, to be resumed, or finished. Raises UserError if it is another run.
+
+    One on data that is not `labelled` has no test split to read.
+    """
     path = run.path
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
     if (path / "config.json").exists():
@@ -219,7 +225,7 @@ def _read_state(run: RunFolder, job: Job) -> None:
             _extend(run, config, job)
         else:
             _check_same(path, config["identity"], run.identity)
-    run.summary = _finished(run, job.run.test)
+    run.summary = _finished(run, job.run.test and labelled)
     if run.summary is None and _finished(run) is not None:  # trained, and only the test split is unread
         require(
             run.resuming,
@@ -313,7 +319,7 @@ def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator:
             "std": data.std,
             "classes": len(data.classes),
             "held": data.storage,
-            "images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist(),
+            "images_per_class": _images_per_class(data),
             # A name alone does not tell a folder from a Hub id once the file is read on another machine.
             "folder": source not in BUILT_IN and Path(source).expanduser().is_dir(),
         },
@@ -324,6 +330,11 @@ def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator:
         "device": str(accelerator.device),
         "wandb_id": wandb_id,
     }
+
+
+def _images_per_class(data: Data) -> list[int]:
+    """Of the training split, by class; empty without labels."""
+    return torch.bincount(data.train.labels, minlength=len(data.classes)).tolist() if data.labelled else []
 
 
 def _git_commit() -> str | None:

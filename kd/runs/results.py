@@ -41,12 +41,14 @@ KEYS = {
     **dict.fromkeys(("test_top1_best", "agreement", "teacher_test_top1"), (NUMBER, True)),
     # Only if the training classes differ in size (kd.metrics.rare_class_scores).
     **dict.fromkeys(SHOT_KEYS, (NUMBER, True)),
+    # Only of a run on data without labels: the loss of distillation, and agreement with the teacher in percent.
+    **dict.fromkeys(("val_loss_last", "val_loss_best", "val_agreement"), (NUMBER, True)),
 }
 AVERAGED_SCORES = ("test_top1", "test_top5", "test_nll", "test_ece")
 """Scores that a run with --ema has of its averaged weights too, each as KEY_ema."""
 
 KEYS |= dict.fromkeys(("val_top1_ema", *(f"{key}_ema" for key in AVERAGED_SCORES)), (NUMBER, True))
-PERCENT = [key for key in KEYS if "top" in key or "ece" in key or key == "agreement"]
+PERCENT = [key for key in KEYS if "top" in key or "ece" in key or "agreement" in key]
 TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them or none
 
 FLAG_PARTS = ("data", "views", "fit", "method", "compress", "start")  # of config.json's flags: what shapes the result
@@ -80,6 +82,11 @@ def checked_summary(path: Path) -> dict:
     return summary
 
 
+def is_labelled(summary: dict) -> bool:
+    """Whether the run's images had labels; without them no accuracy is known."""
+    return summary.get("labelled", True)
+
+
 def teachers_of(summary: dict, key: str = "teacher") -> list[str]:
     """The run folders or names of a summary's teachers, [] if it has none; with `key` "teacher_model" their models.
 
@@ -102,6 +109,7 @@ def _check_summary(summary: dict) -> None:
     teachers = summary.get("teachers", [])
     require(isinstance(teachers, list) and all(map(_is_member, teachers)), f"summary.json has teachers {teachers!r}")
     present = [key for key in TESTED if summary.get(key) is not None]
+    require(isinstance(summary.get("labelled", True), bool), f"summary.json has labelled {summary.get('labelled')!r}")
     complete = not present or (len(present) == len(TESTED) and summary["test_images"] >= 1)
     require(complete, f"summary.json has only {', '.join(present)} of a test result")
 
@@ -352,8 +360,10 @@ def read_history(run: Run) -> list[dict]:
     """The epochs' lines of metrics.jsonl. Raises UserError if they cannot be read."""
     path = run.path / "metrics.jsonl"
     lines = read_json_lines(path)
-    needed = [line.get(key) for line in lines for key in ("epoch", "train/loss", "train/top1")]
-    optional = [line[key] for line in lines for key in ("val/loss", "val/top1") if line.get(key) is not None]
+    needed = [line.get(key) for line in lines for key in ("epoch", "train/loss")]
+    optional = [
+        line[key] for line in lines for key in ("train/top1", "val/loss", "val/top1") if line.get(key) is not None
+    ]
     require(
         bool(lines) and all(map(is_number, needed + optional)), f"{path} has no epochs, or values that are not numbers"
     )

@@ -6,25 +6,30 @@ from functools import cached_property
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kd import metrics
-from kd.config import Job
+from kd.config import FitConfig, Job
 from kd.data import Data
 from kd.data.loader import Pixels
 from kd.data.rows import Rows
 from kd.data.splits import is_imbalanced
+from kd.losses.base import Distiller, each_alone
 from kd.metrics import rare_class_scores
 from kd.runs.checkpoint import Weights
 from kd.runs.results import AVERAGED_SCORES
+from kd.teachers.live import TeacherLogits
 from kd.teachers.load import TeacherNetwork
 from kd.training.average import weights_in
+from kd.types import Batch
 from kd.utils.compiling import compiled
 from kd.utils.processes import all_do, broadcast_buffers, nothing
 
 AT_ONCE = 256  # images of 224 x 224 that a GPU scores in one batch, which is more than it trains on; larger ones fewer
 PAYS = 10_000  # batches in a run from which compiling to score pays: half a minute for 2 to 3 ms each (an estimate)
+SCORED = 256  # images of which the distillation loss is computed at once
 
 
 class Scorer:
@@ -96,6 +101,9 @@ class Scorer:
         return self._compiled[1]
 
 
+SCORED = 256  # images of which the distillation loss is computed at once
+
+
 def predict_logits(
     network: nn.Module, split: Rows, data: Data, accelerator: Accelerator, batch_size: int
 ) -> Float[Tensor, "n k"]:
@@ -107,6 +115,55 @@ def validation(data: Data, job: Job, accelerator: Accelerator) -> Scorer | None:
     """The validation split, for all epochs of a training; None if there is none."""
     times = job.fit.epochs * (1 if job.fit.ema is None else 2)
     return data.val and Scorer(data.val, data, accelerator, job.fit.batch_size, times)
+
+
+@torch.no_grad()
+def distillation_loss(
+    distiller: Distiller, teacher: TeacherLogits, data: Data, accelerator: Accelerator, fit: FitConfig
+) -> dict[str, float]:
+    """The method's loss on the validation split of data without labels, and its measures; empty without that split.
+
+    Means over all images, in eval mode, of centre crops, which also stand for the strong view; weights that change with
+    the epoch are those of the last. The images come in parts of nearly equal size, at most SCORED, each of which one
+    process scores whole: the numbers are the same for any number of processes, also of losses that compare the images
+    of a batch.
+    """
+    if data.val is None:
+        return {}
+    rows, training, device = len(data.val.labels), distiller.training, accelerator.device
+    broadcast_buffers(distiller)
+    distiller.eval()
+    pixels = Pixels(data.val, data, device)
+    every = torch.arange(rows, device=pixels.split.labels.device)
+    parts = every.tensor_split(math.ceil(rows / min(fit.batch_size, SCORED)))
+    parts = parts[accelerator.process_index :: accelerator.num_processes]
+    view, epoch = (torch.full((), number, device=device) for number in (0, fit.epochs - 1))
+    found: list[dict[str, Tensor]] = []
+    with each_alone():
+        for index, image in zip(parts, pixels.centre_crops(parts)):
+            strong = image if distiller.loss.config.two_views else None
+            batch = Batch(image, pixels.labels(index), index.to(device), view, epoch, epoch, strong=strong)
+            with accelerator.autocast():
+                result = distiller(batch, teacher(batch))
+            found.append({"val/loss": sum(result.terms.values()), **_named(result.measures)})
+    distiller.train(training)
+    sums = [{name: value.item() * len(index) for name, value in part.items()} for part, index in zip(found, parts)]
+    all_do(nothing)  # another process may read its images for minutes longer
+    every_sum = gather_object(sums)
+    return {name: math.fsum(part[name] for part in every_sum) / rows for name in every_sum[0]}
+
+
+def _named(measures: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"val/{name}": value for name, value in measures.items()}
+
+
+def best_epoch(history: list[dict]) -> dict | None:
+    """The epoch with the highest accuracy on validation, without labels the lowest loss; the first of equals.
+
+    None if no epoch was validated.
+    """
+    validated = [line for line in history if "val/loss" in line]
+    return max(validated, key=lambda line: line.get("val/top1", -line["val/loss"]), default=None)
 
 
 def validate(network: nn.Module, scorer: Scorer | None) -> dict[str, float]:

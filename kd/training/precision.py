@@ -1,6 +1,7 @@
 """Whether bf16 pays on this CPU: said once at the start, if the run's own precision is the slower one.
 
-Some CPUs multiply bf16 in hardware (Intel's AMX and AVX-512 BF16, AMD's since Zen 4, ARM's BF16); all others emulate it.
+Some CPUs multiply bf16 in hardware (Intel's AMX and AVX-512 BF16, AMD's since Zen 4, ARM's BF16); all others emulate
+it.
 """
 
 import time
@@ -25,7 +26,9 @@ def bf16_instructions(cpuinfo: Path | None = None) -> str | None:
     except OSError:
         return None
     lines = (line.partition(":") for line in text.splitlines())
-    flags = {flag for name, _, value in lines if name.strip().lower() in ("flags", "features") for flag in value.split()}
+    flags = {
+        flag for name, _, value in lines if name.strip().lower() in ("flags", "features") for flag in value.split()
+    }
     return next((flag for flag in HARDWARE if flag in flags), None)
 
 
@@ -56,8 +59,8 @@ def advise_precision(precision: str) -> None:
     flag = bf16_instructions()
     if precision == "no" and flag is not None and bf16_speed() >= PAYS:
         print_once(
-            f"this CPU multiplies bf16 in hardware ({flag}): --mixed-precision bf16 is about {bf16_speed():.1f} times as"
-            " fast; python -m kd.bench measures your networks"
+            f"this CPU multiplies bf16 in hardware ({flag}): --mixed-precision bf16 is about {bf16_speed():.1f} times"
+            " as fast; python -m kd.bench measures your networks"
         )
     if precision == "bf16" and bf16_speed() <= 1 / PAYS:
         why = "multiplies no bf16 in hardware" if flag is None else f"has {flag}, and is slower in bf16 all the same"
