@@ -22,7 +22,6 @@ from tests.fake_cuda import (
     CLASSES,
     COPY,
     DEVICE,
-    ROWS,
     HostWaits,
     Setting,
     batches,
