@@ -76,3 +76,4 @@ class Pair(NamedTuple):
     head: nn.Module | None = None  # the teacher's classifier; never trained
     balance: str = "none"  # how cross-entropy treats classes of different sizes (--balance)
     partner: nn.Module | None = None  # a fresh network, for a method that trains one beside the student
+    rows: int = 0  # training images

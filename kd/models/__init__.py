@@ -95,8 +95,9 @@ def _two_heads(classifiers: Sequence[str]) -> tuple[str, ...]:
 
 def head_layers(name: str, network: nn.Module, num_classes: int) -> tuple[str, ...]:
     """The layers that output the classes; several in a network of timm that has a distillation token."""
-    if name.startswith("timm/"):
-        found = network.get_classifier()
+    get_classifier = getattr(network, "get_classifier", None)  # a method may have put a network of timm inside another
+    if name.startswith("timm/") and get_classifier is not None:
+        found = get_classifier()
         parts = found if isinstance(found, tuple) else (found,)
         named = [(key, module) for key, module in network.named_modules() if any(module is part for part in parts)]
         if names := tuple(key for key, module in named if next(module.parameters(), None) is not None):

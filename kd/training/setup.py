@@ -159,15 +159,15 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     partner = _build_partner(name, job, data) if name else None
     if teacher is None:
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
-        return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner)
-    teacher_stages = stages(teacher.summary["model"], teacher.network, teacher.classes)
+        return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner, rows=len(labels))
+    teacher_stages = stages(teacher.summary["model"], teacher.network, 0 if job.method.embeds else teacher.classes)
     if teacher.members:  # the flags must name the teacher as well: networks.0.layer3
         teacher_stages = Stages(modules=teacher_stages.modules)
     names = layers(job.method, student_stages, teacher_stages)
     outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
     classifier = teacher_stages.classifier
     head = teacher.network.get_submodule(classifier) if classifier else None
-    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner)
+    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner, rows=len(labels))
 
 
 def _build_partner(name: str, job: Job, data: Data) -> nn.Module:
