@@ -63,6 +63,7 @@ STEPS = {
     "simkd": 89,
     "deit": 84,
     "ofa": 182,
+    "embed": 100,
     "tfkd": 66,
     "apprentice": 102,
     "kd+at": 141,

@@ -598,10 +598,9 @@ class EmbedConfig(MethodFlags):
     temperature: float = 0.07
     """Divides the similarities (for queue)."""
     queue: int | None = None
-    """Teacher embeddings in the queue. If left out, by the number of images: a quarter to a half of them, 128 to
-    8,192."""
+    """Its length; if left out 128 to 8,192, by the number of images."""
     patches: float = 0.0
-    """Weight of the same for the last maps, place by place (cosine); needs a live teacher. 0: none."""
+    """Weight of the cosine loss of the last maps, place by place; 0: none."""
     student_layers: tuple[str, ...] = ()
     """The student's module that outputs the map for --patches; the last stage of its model if left out."""
     teacher_layers: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ from pathlib import Path
 from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.errors import require
+from kd.models import probe
 from kd.models.cost import count_params
 from kd.report import plots
 from kd.runs.checkpoint import State
@@ -109,6 +110,8 @@ def model_info(trainer: Trainer) -> dict:
         "resized": job.resized,  # what a network from elsewhere takes them at, inside
         "deployed": trainer.distiller.recipe,
     }
+    if job.method.embeds:  # it has no classes, and returns so many numbers
+        info["embedding"] = probe(trainer.distiller.deployed, data.size, job.model).logits.shape[1]
     return info | ({"compression": compression} if compression else {})
 
 
