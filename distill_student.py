@@ -42,10 +42,10 @@ def main(config: DistillConfig) -> Path:
     from kd.runs.table import show_results
     from kd.teachers.load import check_teachers
     from kd.training.launch import print_plan, start
-    from kd.training.setup import build_distiller, build_network, check_job, settle_by_data
+    from kd.training.setup import build_distiller, build_network, check_job, name_classes, settle_by_data
     from kd.training.start import TEACHER_START, check_start, start_from
 
-    needs_teacher = config.method.needs_teacher
+    config, needs_teacher = config.for_method(), config.method.needs_teacher
     check_name(config.student)
     check_start(config.job())
     if needs_teacher and config.teachers:
@@ -55,8 +55,9 @@ def main(config: DistillConfig) -> Path:
         check_start(config.teacher_job(), TEACHER_START)
     print_plan(config.job(), (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
-    data = load_data(config.data)
+    data = load_data(config.data, config.method.uses_labels)
     config = settle_by_data(config, data, accelerator)
+    data = name_classes(config, data)
     job, seen = start_from(config.job(), data)
     network = build_network(job, seen)
     check_job(job, network, seen, accelerator)

@@ -24,7 +24,7 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     kd.teachers.load.TeacherNetwork; `control` the run of the student alone, for the summary.
     """
     from kd.runs.folder import RunInputs, open_run
-    from kd.teachers.cache import teacher_logits
+    from kd.teachers.cache import teacher_logits, validation_teacher
     from kd.training.push import push_epoch, push_run
     from kd.training.setup import build_distiller
     from kd.training.summary import write_results
@@ -37,8 +37,10 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     with run, same_threads():
         if run.summary is None:
             distiller = distiller or build_distiller(job, data)
-            logits = teacher and teacher_logits(teacher, data, job, accelerator, distiller.loss.teacher_layers)
-            with Trainer(job, data, accelerator, run, distiller, logits) as trainer:
+            layers = distiller.loss.teacher_layers
+            logits = teacher and teacher_logits(teacher, data, job, accelerator, layers)
+            live = teacher and validation_teacher(teacher, logits, data, job, accelerator, layers)
+            with Trainer(job, data, accelerator, run, distiller, logits, live) as trainer:
                 for epoch in trainer.epochs():
                     for batch in trainer.batches(epoch):
                         trainer.step(batch)

@@ -32,6 +32,14 @@ class UserError(ValueError):
     """An error that the user can mend, in one line with the value and the remedy."""
 
 
+class NoLabels(UserError):
+    """Data in which no labels are found: a method that needs none can train on it."""
+
+    def __init__(self, found: str):
+        super().__init__(f"{found}, or give --no-labels, for a method that needs none (kd --alpha 1)")
+        self.found = found
+
+
 class UsersOwnError(UserError):
     """An exception in code of the user's own; `shown` is its traceback without our frames."""
 

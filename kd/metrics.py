@@ -65,22 +65,23 @@ def agreement(logits: Float[Tensor, "n k"], others: Float[Tensor, "n k"]) -> flo
 def closeness(
     student_logits: Float[Tensor, "b k"],
     teacher_logits: Float[Tensor, "b k"],
-    labels: Int[Tensor, "b"],
+    labels: Int[Tensor, "b"] | None,
     soft_labels: Float[Tensor, "b k"] | None,
 ) -> dict[str, Tensor]:
-    """How close student and teacher are on one training batch: means over the batch, left on the device.
+    """How close student and teacher are on one batch: means over the batch, left on the device.
 
-    agreement and teacher_top1 in percent (of mixed images: by the hard label), kl = KL(teacher || student) and
-    teacher_entropy in nats at temperature 1, soft_entropy of the labels as the method softens them.
+    agreement and, with labels, teacher_top1 in percent (of mixed images: by the hard label), kl = KL(teacher ||
+    student) and teacher_entropy in nats at temperature 1, soft_entropy of the labels as the method softens them.
     """
     log_student, log_teacher = student_logits.log_softmax(dim=1), teacher_logits.log_softmax(dim=1)
     teacher_predicted = predicted(teacher_logits)
     measures = {
         "agreement": 100 * (predicted(student_logits) == teacher_predicted).float().mean(),
         "kl": F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True),
-        "teacher_top1": 100 * (teacher_predicted == labels).float().mean(),
-        "teacher_entropy": _entropy(log_teacher),
     }
+    if labels is not None:
+        measures["teacher_top1"] = 100 * (teacher_predicted == labels).float().mean()
+    measures["teacher_entropy"] = _entropy(log_teacher)
     if soft_labels is not None:
         measures["soft_entropy"] = _entropy(soft_labels.log_softmax(dim=1))
     return measures

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     """One step's samples of one process, on its device."""
 
     image: Float[Tensor, "b 3 h w"]  # augmented and normalised
-    label: Int[Tensor, "b"]
+    label: Int[Tensor, "b"]  # -1 for each image of data without labels
     index: Int[Tensor, "b"]  # rows of the training split
     view: Int[Tensor, ""]  # which augmented view of each image; the epoch, unless --views repeats a fixed number
     epoch: Int[Tensor, ""]  # view, epoch and step are 0-dim tensors: a compiled step would recompile for each int
@@ -70,10 +70,11 @@ class Pair(NamedTuple):
 
     student: Outputs  # for two probe images, with the features of the method's layers
     teacher: Outputs | None
-    labels: Int[Tensor, "n"] | None = None  # of the training split, in the order of Batch.index
+    labels: Int[Tensor, "n"] | None = None  # of the training split, in the order of Batch.index; None without labels
     student_stages: Stages = Stages()
     teacher_stages: Stages = Stages()
     head: nn.Module | None = None  # the teacher's classifier; never trained
     balance: str = "none"  # how cross-entropy treats classes of different sizes (--balance)
     partner: nn.Module | None = None  # a fresh network, for a method that trains one beside the student
+    labelled: bool = True  # False: data without labels, on which the terms that need them are left out
     rows: int = 0  # training images

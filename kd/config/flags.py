@@ -73,6 +73,8 @@ class DataConfig:
     """Share of each class held out as test split, if there is none."""
     skip_broken: bool = False
     """Leave out images that cannot be read, and say how many."""
+    no_labels: bool = False
+    """Read the images alone, in any nesting of folders, for methods that need no labels (kd --alpha 1)."""
 
     def check_sizes(self) -> None:
         """Check the two sizes, after a named set's own --image-size is filled in."""
@@ -93,9 +95,21 @@ class DataConfig:
             f"--stream: leave --decode {self.decode} out; a stream is decoded as it is read",
         )
         require(self.split_seed >= 0, f"--split-seed {self.split_seed}: give 0 or more")
+        if self.no_labels:
+            self._check_without_labels()
         for name in ("val_fraction", "test_fraction"):
             value = getattr(self, name)
             require(0 <= value < 1, f"--{name.replace('_', '-')} {value}: give a share from 0 up to 1")
+
+    def _check_without_labels(self) -> None:
+        """Raise UserError for a flag about labels, or about the test split that needs them."""
+        default = type(self)()
+        for name in ("label", "classes", "imbalance", "test_fraction"):
+            value = getattr(self, name)
+            require(
+                value == getattr(default, name),
+                f"--{name.replace('_', '-')} {value}: is about labels, and the images have none; leave it out",
+            )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Group(NamedTuple):
 GROUPS = {
     "data": Group(
         "data classes image-size val-fraction stream",
-        "label image test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance",
+        "label image test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance no-labels",
     ),
     "model": Group("student model init", "model-args freeze freeze-epochs"),
     "teacher": Group(

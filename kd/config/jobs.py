@@ -44,6 +44,10 @@ def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
         not (data.stream and fit.balance == "sampler"),
         "--stream: leave --balance sampler out, which needs rows in any order; give weights or logit-adjust",
     )
+    require(
+        not data.no_labels or fit.balance == "none",
+        f"--balance {fit.balance}: is about classes, and the images have no labels; leave it out",
+    )
     off = views.mix_off_epochs
     require(
         off == 0 or fit.epochs is None or off < fit.epochs,
@@ -137,6 +141,22 @@ class DistillConfig(_Common):
         fit, method = fit_for(self.preset, self.fit, self.student), self.method.settled(self.student)
         parts = (self.data, self.views, fit, self.run, self.cache, self.compress)
         return Job(method_name(method), self.preset, self.student, method, *parts, start=self.start)
+
+    def for_method(self) -> "DistillConfig":
+        """The configuration with --no-labels if the method trains on embeddings: it reads no labels that are there.
+
+        Raises UserError for flags about labels then, or if no teacher is named.
+        """
+        if not self.method.embeds:
+            return self
+        name = method_name(self.method)
+        require(
+            bool(self.teachers),
+            f"{name}: needs --teacher, any network with an embedding to give: a run, timm/NAME, torchvision/NAME, a file",
+        )
+        data = dataclasses.replace(self.data, no_labels=True)
+        data.check()
+        return dataclasses.replace(self, data=data)
 
     @property
     def teachers(self) -> tuple[str, ...]:

@@ -48,12 +48,21 @@ class MethodFlags:
     needs_teacher: ClassVar[bool] = True
     two_views: ClassVar[bool] = False  # True: both networks also see a strong view of each image
     embeds: ClassVar[bool] = False  # True: both networks answer with embeddings, and are built without classifiers
+    labels_in_ce_only: ClassVar[bool] = (
+        False  # True: no term but "ce" needs labels; of several methods the first has it
+    )
+    without_labels: ClassVar[str | None] = None  # the flags with which it needs no labels; None if it always does
     label_smoothing: float = 0.0
     """Share of cross-entropy's target that is spread over all classes (arXiv:1512.00567)."""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
         require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: give 0 or more, below 1")
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether it needs the images' labels; if not, it can train on images that have none."""
+        return True
 
     def settled(self, student: str) -> "MethodFlags":
         """These flags with numbers for what follows from the student's name."""
@@ -72,6 +81,7 @@ class LogitFlags(MethodFlags):
 class FeatureFlags(MethodFlags):
     """Flags of every method that compares features."""
 
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 1.0
     """Weight of the method's loss."""
     student_layers: tuple[str, ...] = ()
@@ -102,6 +112,8 @@ class KDConfig(LogitFlags):
     """Hinton et al. 2015: match the teacher's softened predictions."""
 
     loss: ClassVar[str] = "kd.losses.kd:KD"
+    labels_in_ce_only: ClassVar[bool] = True
+    without_labels: ClassVar[str] = "--alpha 1"
     temperature: float = 5.0
     """Softens both distributions; larger shows more of the wrong classes."""
     alpha: float = 0.7
@@ -116,18 +128,30 @@ class KDConfig(LogitFlags):
         positive(self, "temperature", "boost")
         share(self, "alpha")
 
+    @property
+    def uses_labels(self) -> bool:
+        return self.alpha < 1
+
 
 @dataclass(frozen=True)
 class MimicConfig(LogitFlags):
     """Ba & Caruana 2014: match the teacher's logits themselves."""
 
     loss: ClassVar[str] = "kd.losses.mimic:Mimic"
+    labels_in_ce_only: ClassVar[bool] = True
+    without_labels: ClassVar[str] = "--label-weight 0"
     weight: float = 0.1
     """Weight of the mean squared difference of the logits."""
+    label_weight: float = 1.0
+    """Weight of cross-entropy with the labels."""
 
     def check(self) -> None:
         super().check()
-        not_negative(self, "weight")
+        not_negative(self, "weight", "label_weight")
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.label_weight > 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +180,7 @@ class DISTConfig(LogitFlags):
     """Huang et al. 2022: correlate with the teacher, per sample and per class."""
 
     loss: ClassVar[str] = "kd.losses.dist:DIST"
+    labels_in_ce_only: ClassVar[bool] = True
     temperature: float = 4.0
     """Softens both distributions."""
     weight: float = 2.0
@@ -253,6 +278,8 @@ class SKDConfig(LogitFlags):
     """SKD 2026: kd, and which images of a batch have logits of like direction."""
 
     loss: ClassVar[str] = "kd.losses.skd:SKD"
+    labels_in_ce_only: ClassVar[bool] = True
+    without_labels: ClassVar[str] = "--ce-weight 0"
     temperature: float = 4.0
     """Softens both distributions of the divergence."""
     ce_weight: float = 1.0
@@ -269,12 +296,18 @@ class SKDConfig(LogitFlags):
         positive(self, "temperature", "ridge")
         not_negative(self, "ce_weight", "kd_weight", "direction_weight")
 
+    @property
+    def uses_labels(self) -> bool:
+        return self.ce_weight > 0
+
 
 @dataclass(frozen=True)
 class CTKDConfig(LogitFlags):
     """Li et al. 2023: kd at a temperature that learns to make the task harder."""
 
     loss: ClassVar[str] = "kd.losses.ctkd:CTKD"
+    labels_in_ce_only: ClassVar[bool] = True
+    without_labels: ClassVar[str] = "--alpha 1"
     alpha: float = 0.9
     """Weight of the distillation loss; cross-entropy has 1 - alpha."""
     lowest_temperature: float = 1.0
@@ -283,6 +316,10 @@ class CTKDConfig(LogitFlags):
     """Upper bound of the learned temperature, which starts at 73% of the way."""
     decay_epochs: float = 10.0
     """Epochs over which the temperature's reversed gradient rises to its full strength: 10 for all pairs."""
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.alpha < 1
 
     def check(self) -> None:
         super().check()
@@ -301,6 +338,8 @@ class MLKDConfig(LogitFlags):
     """Jin et al. 2023: two views, five temperatures, relations of images and classes."""
 
     loss: ClassVar[str] = "kd.losses.mlkd:MLKD"
+    labels_in_ce_only: ClassVar[bool] = True
+    without_labels: ClassVar[str] = "--ce-weight 0"
     two_views: ClassVar[bool] = True
     temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)
     """Each softens both distributions; their losses are added. They need a lower --lr: the authors have 0.025 with 240
@@ -311,6 +350,10 @@ class MLKDConfig(LogitFlags):
     """Weight of cross-entropy on each view."""
     as_in_paper: bool = False
     """Mask and compare as the paper says, not as its code, which made its numbers (docs/methods.md)."""
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.ce_weight > 0
 
     def check(self) -> None:
         super().check()
@@ -325,6 +368,8 @@ class CRLDConfig(MethodFlags):
     """Zhang et al. 2024: two views; match the teacher's of both where it is sure."""
 
     loss: ClassVar[str] = "kd.losses.crld:CRLD"
+    labels_in_ce_only: ClassVar[bool] = True
+    without_labels: ClassVar[str] = "--ce-weight 0"
     two_views: ClassVar[bool] = True
     temperature: float = 4.0
     """Softens both distributions: 4 on CIFAR-100, 1 on ImageNet."""
@@ -338,6 +383,10 @@ class CRLDConfig(MethodFlags):
     """Across the views, only images count whose strong view gives the teacher this confidence."""
     ce_weight: float = 1.0
     """Weight of cross-entropy on each view: 1 on CIFAR-100, 2 on ImageNet."""
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.ce_weight > 0
 
     def check(self) -> None:
         super().check()
@@ -488,6 +537,7 @@ class CRDConfig(FeatureFlags):
     """Tian et al. 2020: tell the same sample from others, across the two networks."""
 
     loss: ClassVar[str] = "kd.losses.crd:CRD"
+    labels_in_ce_only: ClassVar[bool] = False  # it contrasts with samples of other classes
     weight: float = 0.8
     """Weight of both contrastive terms together."""
     width: int = 128
@@ -543,6 +593,12 @@ class SimKDConfig(FeatureFlags):
     """Chen et al. 2022: reuse the teacher's classifier; no cross-entropy."""
 
     loss: ClassVar[str] = "kd.losses.simkd:SimKD"
+    labels_in_ce_only: ClassVar[bool] = False  # it has no such term
+    without_labels: ClassVar[str] = ""
+
+    @property
+    def uses_labels(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -593,6 +649,7 @@ class EmbedConfig(MethodFlags):
 
     loss: ClassVar[str] = "kd.losses.embed:Embed"
     embeds: ClassVar[bool] = True
+    without_labels: ClassVar[str] = ""
     form: Literal["queue", "cosine", "mse"] = "queue"
     """queue: similarities to a queue of teacher embeddings; cosine, mse: the two embeddings themselves."""
     temperature: float = 0.07
@@ -662,6 +719,12 @@ METHODS = {
 
 # tyro makes a subcommand of each member of a union, with its class's docstring.
 Method = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in METHODS.items())]  # noqa: UP007
+
+
+def methods_without_labels() -> str:
+    """The methods that train on images without labels, with the flags that this takes."""
+    named = ((name, kind.without_labels) for name, kind in METHODS.items() if kind.without_labels is not None)
+    return ", ".join(f"{name} {flags}".strip() for name, flags in named)
 
 
 def method_name(method: object) -> str:

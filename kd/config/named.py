@@ -142,6 +142,13 @@ class CombinedFlags(MethodFlags):
             for prefix, kind in self.kinds.items()
         }
 
+    @property
+    def uses_labels(self) -> bool:
+        """Of the terms that need labels in cross-entropy only, just the first method's is used (kd.losses.combined)."""
+        parts = list(self.parts().values())
+        first = next((part for part in parts if part.labels_in_ce_only), None)
+        return any(part.uses_labels and (part is first or not part.labels_in_ce_only) for part in parts)
+
     def settled(self, student: str) -> "CombinedFlags":
         values = {
             f"{prefix}_{name}": getattr(flags.settled(student), name)

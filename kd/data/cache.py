@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from kd.data.columns import Columns, encode_labels
+from kd.data.columns import Columns, read_labels
 from kd.data.metadata import Loaded
 from kd.data.statistics import DatasetHash
 from kd.errors import UserError, require
@@ -147,7 +147,7 @@ def decode_split(
     Leaves out images that cannot be read and returns what is wrong with each. Raises UserError naming the split and row
     of an image of another size, or of a label that is no class.
     """
-    labels = encode_labels(dataset[columns.label], columns, split)
+    labels = read_labels(dataset, columns, split)
     stored, path = open_undecoded(dataset, columns.image), folder / f"{split}.images.npy"
     images = create_map(path, np.uint8, (len(dataset), 3, *image_size))
     broken: dict[int, str] = {}

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kd.config import DataConfig
-from kd.errors import require
+from kd.errors import NoLabels, require
+
+UNLABELLED = -1  # the label of every image of data without labels
 
 LARGEST_LABEL = 99_999  # a larger number is no class; a column of ids would fill the memory
 
@@ -21,19 +23,20 @@ SHOWN = 5  # values in a line
 
 class Columns(NamedTuple):
     image: str
-    label: str
+    label: str  # "" without labels
     classes: tuple[str, ...]
     numbers: dict[int | str, int]  # class number of each value of the label column
     note: str = ""  # what is to be said about the labels
 
     def __str__(self) -> str:
-        return f"columns {self.image} and {self.label}"
+        return f"columns {self.image} and {self.label}" if self.label else f"column {self.image}, no labels read"
 
 
 def find_columns(features, unique: Callable[[str], list], config: DataConfig) -> Columns:
     """Image column, label column and classes, from `datasets` features; `unique` gives a column's values.
 
-    One clear choice by name or by type is taken. Raises UserError listing the columns for none or several.
+    One clear choice by name or by type is taken. With --no-labels the image column alone.
+    Raises UserError listing the columns for none or several, of which NoLabels if there is no label column.
     """
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
@@ -45,6 +48,8 @@ def find_columns(features, unique: Callable[[str], list], config: DataConfig) ->
     image = config.image or _only(images, IMAGE_NAMES)
     require(image is not None, f"--data {source}: several image columns ({', '.join(images)}); choose one with --image")
     require(image in images, f"--image {image}: no such image column in {source}; it has {listed}")
+    if config.no_labels:
+        return Columns(image, "", (), {})
     label = _find_label(features, config, listed)
     if isinstance(features[label], ClassLabel):
         classes = tuple(features[label].names)
@@ -64,7 +69,8 @@ def _find_label(features, config: DataConfig, listed: str) -> str:
     typed = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     named = [name for name in LABEL_NAMES if name in features]
     candidates = list(dict.fromkeys(typed + named))
-    require(bool(label or candidates), f"--data {source}: no label column; it has {listed}; name one with --label")
+    if not (label or candidates):
+        raise NoLabels(f"--data {source}: no label column; it has {listed}; name one with --label")
     label = label or _only([name for name in named if name in typed], ()) or _only(candidates, ())
     require(
         label is not None, f"--data {source}: several label columns ({', '.join(candidates)}); choose one with --label"
@@ -139,6 +145,13 @@ def _code_points(name: str) -> str:
     return " ".join(f"U+{ord(character):04X}" for character in name)
 
 
+def read_labels(rows, columns: Columns, split: str) -> np.ndarray:
+    """The labels of a `datasets` split as int64; UNLABELLED for each row, and nothing is read, without labels."""
+    if not columns.label:
+        return np.full(len(rows), UNLABELLED, np.int64)
+    return encode_labels(rows[columns.label], columns, split)
+
+
 def encode_labels(labels: Sequence, columns: Columns, split: str) -> np.ndarray:
     """Labels (names or numbers) as int64. Raises UserError naming the split and row of one that is no class."""
     numbers = np.empty(len(labels), np.int64)
@@ -155,5 +168,5 @@ def encode_labels(labels: Sequence, columns: Columns, split: str) -> np.ndarray:
 
 def check_columns(columns: Columns, present: Collection[str], split: str, source: str) -> None:
     """Raises UserError if a split lacks the image or the label column."""
-    missing = {columns.image, columns.label} - set(present)
+    missing = {columns.image, columns.label} - {"", *present}
     require(not missing, f"--data {source}: its {split} split has no column {', '.join(sorted(missing))}")

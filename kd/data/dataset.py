@@ -2,8 +2,10 @@
 
 kd/data/sources.py finds the data and kd/data/storage.py chooses how it is stored. The validation split is held out of
 the training split, by class; the test split is the data's own and is read once, at the end of a run.
+Data without labels (--no-labels) has no test split; its validation split is held out of all images alike.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +15,8 @@ from kd.data.cache import Arrays
 from kd.data.rows import Rows
 from kd.data.sources import BUILT_IN, find_source, with_set_defaults
 from kd.data.splits import hold_out, long_tail, select
-from kd.data.storage import SPLITS
-from kd.errors import require
+from kd.data.storage import SPLITS, DataSource
+from kd.errors import NoLabels, require
 from kd.utils.console import print_once
 
 TEST_SEED = 0  # of a test split that is held out: the same images for every --split-seed
@@ -24,26 +26,43 @@ TEST_SEED = 0  # of a test split that is held out: the same images for every --s
 class Data:
     train: Rows
     val: Rows | None
-    test: Rows
-    classes: tuple[str, ...]
+    test: Rows | None  # None without labels
+    classes: tuple[str, ...]  # without labels empty, until the teacher's are known
     mean: tuple[float, ...]  # of the training split, per channel, as shares of 255
     std: tuple[float, ...]
     fingerprint: str  # sha256 of all rows and class names; of a stream, of its files' names, sizes and times
     size: tuple[int, int]  # height and width of every image as networks see it
     storage: str = "in memory"  # in words: how the images are stored, and why
     test_split: str = "test"  # "validation" if the data has no test split but that
+    labelled: bool = True  # False: every label is -1, and nothing may depend on it
 
 
-def load_data(config: DataConfig) -> Data:
-    """Load the three splits of `config.source`.
+def load_data(config: DataConfig, needs_labels: bool = True) -> Data:
+    """Load the three splits of `config.source`, or its images alone with --no-labels.
 
-    Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range.
+    Not `needs_labels`: as with --no-labels if no labels are found; prints that.
+    Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range, of
+    which NoLabels if no labels are found.
     """
+    try:
+        return _load(config)
+    except NoLabels as error:
+        if needs_labels:
+            raise
+        print_once(f"data: without labels, as {error.found.removeprefix(f'--data {config.source}: ')}")
+    without = dataclasses.replace(config, no_labels=True)
+    without.check()
+    return _load(without)
+
+
+def _load(config: DataConfig) -> Data:
     config = with_set_defaults(config)
     config.check_sizes()
     source = find_source(config)
     for note in source.notes:
         print_once(f"data: {note}")
+    if config.no_labels:
+        return _load_unlabelled(config, source)
     splits, classes = source.splits, source.classes
     if config.classes is not None:
         require(config.classes <= len(classes), f"--classes {config.classes}: {config.source} has {len(classes)}")
@@ -58,8 +77,27 @@ def load_data(config: DataConfig) -> Data:
     source.check_images([split for split in (test, val) if split is not None])
     statistics = source.statistics(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
-    size = (config.image_size,) * 2 if config.image_size else train.size
-    return Data(train, val, test, classes, *statistics, size, source.storage, test_split)
+    return Data(train, val, test, classes, *statistics, _size(config, train), source.storage, test_split)
+
+
+def _size(config: DataConfig, train: Rows) -> tuple[int, int]:
+    """Height and width of every image as networks see it."""
+    return (config.image_size,) * 2 if config.image_size else train.size
+
+
+def _load_unlabelled(config: DataConfig, source: DataSource) -> Data:
+    """Training and validation split of images without labels; the validation split is the data's own if it has one."""
+    train, val = (source.splits.get(name) for name in SPLITS[:2])
+    if val is None:
+        train, val = hold_out(train, config.val_fraction, config.split_seed)
+    parts = {"training": train, "validation": val}
+    _check_parts(parts, config)
+    sizes = " and ".join(f"{len(split.labels)} {name}" for name, split in parts.items() if split is not None)
+    print_once(f"data: {source.storage}; {sizes} images without labels")
+    source.check_images([val] if val is not None else [])
+    statistics = source.statistics(train)
+    train, val = (split and source.rows(split) for split in (train, val))
+    return Data(train, val, None, (), *statistics, _size(config, train), source.storage, labelled=False)
 
 
 def _three_splits(splits: dict[str, Arrays], config: DataConfig) -> tuple[Arrays, Arrays | None, Arrays, str]:
@@ -90,10 +128,9 @@ def _three_splits(splits: dict[str, Arrays], config: DataConfig) -> tuple[Arrays
 
 def _check_parts(parts: dict[str, Arrays | None], config: DataConfig) -> None:
     """Raise UserError for a split without images."""
-    single = config.val_fraction > 0 and np.bincount(parts["training"].labels).max(initial=0) == 1
     remedies = {
         "validation": "every class has one training image: give --val-fraction 0 to train without validation"
-        if single
+        if config.val_fraction > 0 and not config.no_labels and _one_each(parts["training"].labels)
         else "give a larger --val-fraction, or 0 to train without validation",
         "test": "each class needs two images to hold one out",
     }
@@ -102,6 +139,11 @@ def _check_parts(parts: dict[str, Arrays | None], config: DataConfig) -> None:
             split is None or len(split.labels) > 0,
             f"--data {config.source}: the {name} split is empty; {remedies.get(name, 'add images')}",
         )
+
+
+def _one_each(labels: np.ndarray) -> bool:
+    """Whether no class has a second image."""
+    return bool(np.bincount(labels).max(initial=0) == 1)
 
 
 def _print_summary(config: DataConfig, storage: str, parts: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:

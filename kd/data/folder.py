@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from kd.errors import UserError, require
+from kd.errors import NoLabels, UserError, require
 
 COMMON = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # images to every version of `datasets`
 
@@ -38,6 +38,7 @@ KEYWORDS = {
 }
 BETWEEN = "[-._ 0-9]"
 FOLDER_FORMS = ("{}", f"{{}}{BETWEEN}.*", f".*{BETWEEN}{{}}", f".*{BETWEEN}{{}}{BETWEEN}.*")
+EXACT_FORMS = FOLDER_FORMS[:1]
 FILE_FORMS = (FOLDER_FORMS[1], FOLDER_FORMS[3])
 
 SHOWN = 3  # examples in a line
@@ -129,9 +130,9 @@ class Place(NamedTuple):
 
 
 @functools.lru_cache(1)  # files come folder by folder
-def find_place(folder: str) -> Place:
+def find_place(folder: str, forms: tuple[str, ...] = FOLDER_FORMS) -> Place:
     parts = Path(folder).parts
-    numbers = [number for number, part in enumerate(parts) if find_splits(part)]
+    numbers = [number for number, part in enumerate(parts) if find_splits(part, forms)]
     if not numbers:
         return Place("", 0, "", parts, ())
     named = tuple(parts[number] for number in numbers)
@@ -149,11 +150,11 @@ class Group(NamedTuple):
     hidden: list[str]  # images that are left out
 
 
-def group_files(files: list[str]) -> list[Group]:
-    """The files by folder: a set has a million files, and a thousand folders."""
+def group_files(files: list[str], forms: tuple[str, ...] = FOLDER_FORMS) -> list[Group]:
+    """The files by folder: a set has a million files, and a thousand folders. `forms` name the splits' folders."""
     groups = []
     for folder, paths in itertools.groupby(files, os.path.dirname):
-        group = Group(find_place(folder), [], [], [])
+        group = Group(find_place(folder, forms), [], [], [])
         hidden = is_hidden(folder)
         for path in paths:
             image = is_image(ending_of(path))
@@ -165,17 +166,31 @@ def group_files(files: list[str]) -> list[Group]:
     return groups
 
 
+def _group_unlabelled(files: list[str]) -> list[Group]:
+    """The files by folder, of which only those exactly called as splits are splits, and only beside one for training.
+
+    Without classes nothing else tells a split from a folder of anybody's photographs.
+    """
+    groups = group_files(files, EXACT_FORMS)
+    if any(group.images and group.place.split == "train" for group in groups):
+        return groups
+    return group_files(files, ())
+
+
 class ImageFolder:
     """The images of a folder by split, with their classes by folder, or with the metadata files that label them.
 
-    Raises UserError for a file that would get another class or split than its folder's name says.
+    Not `labelled`: the images alone, in any nesting. They are one split unless a folder called train, and maybe others
+    called validation and test (or as KEYWORDS has it), name splits; "train trip" or "test" alone names none.
+    Raises UserError for a file that would get another class or split than its folder's name says, of which NoLabels for
+    one in no class folder.
     """
 
-    def __init__(self, root: Path, listing: Listing, source: str):
-        self.root, self.source, self.notes = root, source, []
+    def __init__(self, root: Path, listing: Listing, source: str, labelled: bool = True):
+        self.root, self.source, self.labelled, self.notes = root, source, labelled, []
         self.splits: dict[str, list[str]] = {}  # paths of each split's images, in the order of rows
         self.metadata: dict[str, list[str]] = {}  # metadata files of each split; empty: folders' names are the labels
-        self._groups = group_files(listing.files)
+        self._groups = group_files(listing.files) if labelled else _group_unlabelled(listing.files)
         self._others = [path for group in self._groups for path in group.others]
         self._in_splits = any(group.images for group in self._groups if group.place.split)
         self._used = [group for group in self._groups if bool(group.place.split) == self._in_splits]
@@ -189,7 +204,9 @@ class ImageFolder:
             return
         self._find_splits()
         self._find_metadata()
-        if self.metadata:
+        if not labelled:
+            self._leave_labels_out()
+        elif self.metadata:
             self._check_metadata()
         else:
             self._check_classes(listing.empty)
@@ -252,7 +269,7 @@ class ImageFolder:
 
     def _take_as_one(self) -> None:
         tops = dict.fromkeys(group.place.below[0] for group in self._used if group.images and group.place.below)
-        like = [name for name in tops if name != name.lower() and find_splits(name.lower())]
+        like = [name for name in tops if self.labelled and name != name.lower() and find_splits(name.lower())]
         self._require(
             not like, f"the folder {', '.join(like)} is no split's: write {', '.join(like).lower()} in lower case"
         )
@@ -268,6 +285,15 @@ class ImageFolder:
     def _below(self, place: Place) -> tuple[str, ...]:
         """The folders below a split's, or below the folder of all classes."""
         return place.below if place.split else place.below[self._prefix :]
+
+    def _leave_labels_out(self) -> None:
+        """Say which files with labels are not read."""
+        if self.metadata:
+            listed = _some([path for paths in self.metadata.values() for path in paths])
+            self.notes.append(f"labels are not read ({listed})")
+            self.metadata = {}
+        found = Counter(ending_of(path) for group in self._used for path in (*group.images, *group.others))
+        self._note_skipped({("", ""): found})
 
     def _check_classes(self, empty: list[str]) -> None:
         endings: dict[tuple[str, str], Counter] = defaultdict(Counter)  # of the files of each (split, class)
@@ -285,7 +311,7 @@ class ImageFolder:
         if len(labels) < 2:
             first = next(group for group in self._used if group.images)
             hint = self._labels_elsewhere(first.images[0], first.place)
-            self._require(False, f"only one class folder ({', '.join(labels)}); two or more are needed{hint}")
+            self._refuse(f"only one class folder ({', '.join(labels)}); two or more are needed{hint}")
         self._note_skipped(endings)
         places = {path: find_place(path) for path in empty}
         hollow = [path for path, place in places.items() if len(self._below(place)) == 1]
@@ -300,9 +326,10 @@ class ImageFolder:
             f"{path} is in several splits by its folders' names ({', '.join(place.named)}); rename one of them",
         )
         if not below:
-            self._require(False, f"{path} is in no class folder{self._labels_elsewhere(path, place)}")
+            self._refuse(f"{path} is in no class folder{self._labels_elsewhere(path, place)}")
         form = "SPLIT/CLASS/FILE" if place.split else "CLASS/FILE"
-        self._require(len(below) == 1, f"{path} is deeper than {form}, so its class would be {below[-1]}; move it up")
+        if len(below) > 1:
+            self._refuse(f"{path} is deeper than {form}, so its class would be {below[-1]}; move it up")
 
     def _labels_elsewhere(self, path: str, place: Place) -> str:
         """What to do with an image in no class folder: a list of labels may lie beside it, as Kaggle gives it."""
@@ -343,6 +370,9 @@ class ImageFolder:
             self.notes.append(
                 f"left out {_count(hidden, 'image')} whose own or folder's name marks them as hidden ({_some(hidden)})"
             )
+
+    def _refuse(self, message: str) -> None:
+        raise NoLabels(f"--data {self.source}: {message}")
 
     def _require(self, condition: bool, message: str) -> None:
         require(condition, f"--data {self.source}: {message}")

@@ -27,7 +27,12 @@ def read_folder(folder: ImageFolder, streaming: bool = False) -> Loaded:
     """The rows of every split. Raises UserError for a metadata file that cannot be read or names missing files."""
     paths = [path for paths in folder.splits.values() for path in paths]
     check_names(folder.root, paths, folder.source)
-    if folder.metadata:
+    if not folder.labelled:
+        splits = {
+            split: _dataset({"image": _absolute(folder, files)}, ("image",)) for split, files in folder.splits.items()
+        }
+        notes = ()
+    elif folder.metadata:
         splits, notes = _read_described(folder)
     else:
         names = sorted({folder.label_of(path) for path in paths})

@@ -1,6 +1,7 @@
 """Data of the user's own: a module:function that returns {"train": dataset, "test": dataset}.
 
-Each is map-style: it has a length and gives (image, class number) pairs, as torchvision's data sets do.
+Each is map-style: it has a length and gives (image, class number) pairs, as torchvision's data sets do; with
+--no-labels images alone, or pairs whose second part is not looked at.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from PIL import Image
 
 from kd.config import DataConfig
 from kd.data.cache import Arrays, Decoded, Facts, hash_arrays
-from kd.data.columns import check_class_names
-from kd.data.storage import SHARE, SPLITS, InMemory, handle_broken, rename_splits, unused_splits
-from kd.errors import require
+from kd.data.columns import UNLABELLED, check_class_names
+from kd.data.storage import SHARE, InMemory, handle_broken, rename_splits, unused_splits, used_splits
+from kd.errors import NoLabels, require
 from kd.utils.images import crop_and_resize, to_array, to_rgb
 from kd.utils.system import memory_limit
 from kd.utils.users_own import call_function, import_function
@@ -40,7 +41,7 @@ def load_own(config: DataConfig) -> InMemory:
         f"--data {source}: returned {type(returned).__name__}; it must return {FORM}",
     )
     every = rename_splits(returned, source)
-    datasets = {name: every[name] for name in SPLITS if name in every}
+    datasets = {name: every[name] for name in used_splits(config) if name in every}
     for name, rows in datasets.items():
         require(
             hasattr(rows, "__len__") and hasattr(rows, "__getitem__"),
@@ -50,8 +51,8 @@ def load_own(config: DataConfig) -> InMemory:
         require(len(rows) > 0, f"--data {source}: the {name} split is empty")
     broken: dict[str, list[str]] = {}
     splits = {name: _read_split(rows, name, config, broken.setdefault(name, [])) for name, rows in datasets.items()}
-    classes = _class_names(datasets["train"], splits, source)
-    notes = (*unused_splits(every), *handle_broken(broken, config.skip_broken))
+    classes = () if config.no_labels else _class_names(datasets["train"], splits, source)
+    notes = (*unused_splits(every, config), *handle_broken(broken, config.skip_broken))
     data = InMemory(Decoded(splits, Facts(classes, notes=notes), hash_arrays(splits, classes)))
     data.storage = f"in memory, read from {source}"
     return data
@@ -61,7 +62,7 @@ def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arra
     """All images and labels of a split; what is wrong with those that cannot be read goes to `broken`."""
     size, source = config.stored_size or config.image_size, config.source
     images, labels = None, []
-    for row, (pixels, label) in _pairs(rows, split, size, source, broken):
+    for row, (pixels, label) in _pairs(rows, split, size, config, broken):
         if images is None:
             size_in_memory, limit = len(rows) * pixels.nbytes, memory_limit()
             require(
@@ -83,29 +84,40 @@ def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arra
 
 
 def _pairs(
-    rows, split: str, size: int | None, source: str, broken: list[str]
+    rows, split: str, size: int | None, config: DataConfig, broken: list[str]
 ) -> Iterator[tuple[int, tuple[UInt8[np.ndarray, "3 h w"], int]]]:
     for row in range(len(rows)):
-        where = f"--data {source}: {split} row {row}"
+        where = f"--data {config.source}: {split} row {row}"
         try:
             pair = rows[row]
         except OSError as error:  # of Pillow and the file system
             broken.append(f"{split} row {row}: not a readable image ({error})")
             continue
-        require(isinstance(pair, tuple | list) and len(pair) == 2, f"{where}: is no pair; it must return {FORM}")
-        pixels, label = _pixels(pair[0], size, where), pair[1]
-        number = label.item() if isinstance(label, torch.Tensor | np.generic) and np.ndim(label) == 0 else label
-        require(
-            isinstance(number, int) and number >= 0,
-            f"{where}: label {label!r} is no class number; give whole numbers from 0",
-        )
+        image, number = _image_and_label(pair, where, config.no_labels)
+        pixels = _pixels(image, size, where)
         if row == 0:
-            again = _pixels(rows[row][0], size, where)
+            again = _pixels(_image_and_label(rows[row], where, config.no_labels)[0], size, where)
             require(
                 np.array_equal(pixels, again),
                 f"{where}: differs when it is read again; leave random transforms out, kd augments images itself",
             )
-        yield row, (pixels, int(number))
+        yield row, (pixels, number)
+
+
+def _image_and_label(pair, where: str, no_labels: bool) -> tuple[object, int]:
+    """The parts of what a row gives."""
+    if no_labels:
+        return (pair[0] if isinstance(pair, tuple | list) and pair else pair), UNLABELLED
+    if isinstance(pair, Image.Image | torch.Tensor):
+        raise NoLabels(f"{where}: is an image without a label; it must return {FORM}")
+    require(isinstance(pair, tuple | list) and len(pair) == 2, f"{where}: is no pair; it must return {FORM}")
+    label = pair[1]
+    number = label.item() if isinstance(label, torch.Tensor | np.generic) and np.ndim(label) == 0 else label
+    require(
+        isinstance(number, int) and number >= 0,
+        f"{where}: label {label!r} is no class number; give whole numbers from 0",
+    )
+    return pair[0], int(number)
 
 
 def _pixels(image, size: int | None, where: str) -> UInt8[np.ndarray, "3 h w"]:

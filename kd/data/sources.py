@@ -19,7 +19,7 @@ from kd.data.folder import ImageFolder, check_archives, check_names, describe_fi
 from kd.data.metadata import Loaded, read_folder
 from kd.data.own import load_own
 from kd.data.splits import hold_out
-from kd.data.storage import DataSource, InMemory, choose_storage
+from kd.data.storage import DataSource, InMemory, WithoutLabels, choose_storage
 from kd.data.stream import Streaming
 from kd.data.tables import TableFolder, compare_hub_files, load_folder
 from kd.errors import UserError, nearest, require
@@ -89,16 +89,15 @@ BUILT_IN = {"digits": _digits, "synthetic": _synthetic}
 
 
 def with_set_defaults(config: DataConfig) -> DataConfig:
-    """Fill in a named set's label column and image size if the flags are left out.
+    """Fill in a named set's label column (unless with --no-labels) and image size if the flags are left out.
 
     A folder of the same name takes precedence and gets no defaults.
     """
     known = HUB_SETS.get(config.source)
     if known is None or Path(config.source).is_dir():
         return config
-    return dataclasses.replace(
-        config, label=config.label or known.label, image_size=config.image_size or known.image_size
-    )
+    label = None if config.no_labels else config.label or known.label
+    return dataclasses.replace(config, label=label, image_size=config.image_size or known.image_size)
 
 
 def find_source(config: DataConfig) -> DataSource:
@@ -131,14 +130,15 @@ def _find_built_in(config: DataConfig) -> DataSource:
         require(given is None, f"--{flag.replace('_', '-')} {given}: leave it out for the built-in set {source}")
     in_memory = config.decode != "workers" and not config.stream
     require(in_memory, f"--data {source}: the built-in set is in memory; leave --decode workers and --stream out")
-    return InMemory(cached(f"{source}-v1", lambda folder: Facts(BUILT_IN[source](folder))))
+    kind = WithoutLabels if config.no_labels else InMemory
+    return kind(cached(f"{source}-v1", lambda folder: Facts(BUILT_IN[source](folder))))
 
 
 def _find_folder(config: DataConfig, path: Path) -> DataSource:
     check_names(path.resolve(), [], config.source)
     listing = scan_folder(path)
     require(listing.sha256 is not None, f"--data {config.source}: the folder is empty")
-    images = ImageFolder(path, listing, config.source)
+    images = ImageFolder(path, listing, config.source, labelled=not config.no_labels)
     for note in images.notes:
         print_once(f"data: {note}")
     key, content = _cache_key(config, str(path.resolve()), listing.sha256), _cache_key(config, listing.sha256)
@@ -170,7 +170,8 @@ def _open_source(config: DataConfig, key: str, content: str, load: Callable, lis
 
 
 def _cache_key(config: DataConfig, *identity: str | None) -> str:
-    text = json.dumps([*identity, config.label, config.stored_size or config.image_size, VERSION])
+    parts = [*identity, config.label, config.stored_size or config.image_size, VERSION]
+    text = json.dumps([*parts, "no labels"] if config.no_labels else parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

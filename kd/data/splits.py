@@ -3,20 +3,25 @@
 import numpy as np
 
 from kd.data.cache import Arrays
+from kd.data.columns import UNLABELLED
 from kd.errors import require
 
 IMBALANCED = 1.5  # from this ratio of largest to smallest class on, a set counts as imbalanced
 
 
 def hold_out(train: Arrays, fraction: float, seed: int) -> tuple[Arrays, Arrays | None]:
-    """Split `fraction` of every class off for validation, at least one image of a class with two or more."""
+    """Split `fraction` of every class off for validation, at least one image of a class with two or more.
+
+    Images without labels are one class.
+    """
     if fraction == 0:
         return train, None
     held_out = np.zeros(len(train.labels), bool)
     for label in np.unique(train.labels):
         rows = np.flatnonzero(train.labels == label)
         count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
-        held_out[np.random.default_rng([seed, int(label)]).permutation(rows)[:count]] = True
+        key = [seed] if label == UNLABELLED else [seed, int(label)]
+        held_out[np.random.default_rng(key).permutation(rows)[:count]] = True
     return select(train, ~held_out), select(train, held_out)
 
 

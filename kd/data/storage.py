@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int, UInt8
 
 from kd.config import DataConfig
-from kd.data.cache import Arrays, Decoded, Facts, cache_root, cached, decode_split, open_undecoded
-from kd.data.columns import Columns, check_columns, encode_labels, find_columns
+from kd.data.cache import Arrays, Decoded, Facts, cache_root, cached, decode_split, hash_arrays, open_undecoded
+from kd.data.columns import UNLABELLED, Columns, check_columns, find_columns, read_labels
 from kd.data.metadata import Loaded
 from kd.data.rows import LazyImages, MappedRows, Rows, Split
 from kd.data.statistics import Statistics, channel_statistics, iter_blocks
@@ -29,7 +29,14 @@ SHARE = 0.5  # of memory and of the disk's free space that decoded images may ta
 
 SPLITS = ("train", "validation", "test")  # those that are used
 
+UNLABELLED_SPLITS = SPLITS[:2]  # of data without labels: there is nothing to score on its test split
+
 SPLIT_NAMES = {"val": "validation", "valid": "validation"}  # other names of our splits
+
+
+def used_splits(config: DataConfig) -> tuple[str, ...]:
+    """The splits that are read, by our names."""
+    return UNLABELLED_SPLITS if config.no_labels else SPLITS
 
 
 class DataSource(ABC):
@@ -98,11 +105,11 @@ class OpenedDataset:
         every = rename_splits(loaded.splits, config.source)
         train, self.skip_broken = every["train"], config.skip_broken
         self.columns: Columns = find_columns(train.features, train.unique, config)
-        self.splits = {name: every[name] for name in SPLITS if name in every}
+        self.splits = {name: every[name] for name in used_splits(config) if name in every}
         for name, rows in self.splits.items():
             check_columns(self.columns, rows.column_names, name, config.source)
             require(len(rows) > 0, f"--data {config.source}: the {name} split is empty")
-        self.notes = (*loaded.notes, *unused_splits(every), *filter(None, (self.columns.note,)))
+        self.notes = (*loaded.notes, *unused_splits(every, config), *filter(None, (self.columns.note,)))
         self.resize_to = config.stored_size or config.image_size
         self.image_size = (self.resize_to,) * 2 if self.resize_to else self._first_size(train)  # height and width
 
@@ -137,8 +144,8 @@ def rename_splits(splits: dict, source: str) -> dict:
     return renamed
 
 
-def unused_splits(splits: dict) -> tuple[str, ...]:
-    others = [str(name) for name in splits if name not in SPLITS]
+def unused_splits(splits: dict, config: DataConfig) -> tuple[str, ...]:
+    others = [str(name) for name in splits if name not in used_splits(config)]
     return (f"splits that are not used: {', '.join(others)}",) if others else ()
 
 
@@ -185,6 +192,19 @@ class InMemory(DataSource):
         return MappedRows(images, torch.from_numpy(split.images.rows), labels)
 
 
+class WithoutLabels(InMemory):
+    """Decoded images whose labels are left out (--no-labels)."""
+
+    def __init__(self, decoded: Decoded):
+        splits = {
+            name: Arrays(split.images, np.full(len(split.labels), UNLABELLED, np.int64))
+            for name, split in decoded.splits.items()
+            if name in UNLABELLED_SPLITS
+        }
+        facts = decoded.facts._replace(classes=())
+        super().__init__(Decoded(splits, facts, hash_arrays(splits, ())))
+
+
 def without_rows(split: Arrays, broken: dict[int, str]) -> Arrays:
     """The split without these rows of it."""
     whole = ~np.isin(np.arange(len(split.labels)), list(broken))
@@ -200,7 +220,7 @@ class ByWorkers(DataSource):
         column = opened.columns.image
         self.splits, self.notes = {}, opened.notes
         for name, rows in opened.splits.items():
-            labels = encode_labels(rows[opened.columns.label], opened.columns, name)
+            labels = read_labels(rows, opened.columns, name)
             numbers = np.arange(len(rows))
             cells = open_undecoded(rows, column).select_columns(column)
             images = EncodedImages(cells, column, name, opened.resize_to, opened.image_size, workers, numbers)

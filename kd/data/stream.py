@@ -23,10 +23,18 @@ from torch import Tensor
 
 from kd.config import DataConfig
 from kd.data.cache import Arrays, locked, open_undecoded
-from kd.data.columns import check_columns, encode_labels, find_columns
+from kd.data.columns import UNLABELLED, Columns, check_columns, encode_labels, find_columns
 from kd.data.rows import LazyImages, Rows
 from kd.data.statistics import Statistics, channel_statistics
-from kd.data.storage import SPLIT_NAMES, SPLITS, DataSource, handle_broken, rename_splits, unused_splits, without_rows
+from kd.data.storage import (
+    SPLIT_NAMES,
+    DataSource,
+    handle_broken,
+    rename_splits,
+    unused_splits,
+    used_splits,
+    without_rows,
+)
 from kd.errors import UserError, require
 from kd.utils import rng
 from kd.utils.console import console, one_line, print_once
@@ -57,7 +65,7 @@ class Streaming(DataSource):
             index = _index(self.folder, streams, config, load)
         self.classes, column = tuple(index["classes"]), index["image"]
         self.storage = f"streamed, {config.shuffle_rows} rows at a time (as --stream says), {index['columns']}"
-        self.notes = (*loaded.notes, *unused_splits(streams), *index["notes"])
+        self.notes = (*loaded.notes, *unused_splits(streams, config), *index["notes"])
         size = config.stored_size or config.image_size
         threads = max(share_of_cores() if config.workers is None else config.workers, 1)
         self.splits = {}
@@ -102,7 +110,7 @@ class Streaming(DataSource):
         """Mean and deviation of the first rows of an epoch's order, or of all rows if they are few."""
         images = train.images
         order = images.order(0, 0)
-        if advice := sorted_stream_advice(train.labels[order], images.window):
+        if self.classes and (advice := sorted_stream_advice(train.labels[order], images.window)):
             print_once(f"data: {advice}")
         sample = order[:SAMPLE_ROWS] if len(images.rows) > SAMPLE_ROWS else np.arange(len(images.rows))
         path = self.folder / f"{hashlib.sha256(images.rows[sample].tobytes()).hexdigest()[:16]}.json"
@@ -145,21 +153,31 @@ def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> d
 
     def labels_of(split: str, column: str) -> tuple[list, list[int]]:
         if split not in read:
-            read[split] = _read_labels(_select_labels(streams, column, load)[split], column, split)
+            selected = _select_labels(streams, column, load)[split]
+            read[split] = _read_labels(selected, column, split, counted=config.no_labels)
         return read[split]
 
     unique = lambda column: list(set(labels_of("train", column)[0]))  # noqa: E731
     columns = find_columns(features, unique, config)
-    starts = {}
-    for name in SPLITS:
+    starts, read_column = {}, columns.label or _cheapest(features, columns)
+    for name in used_splits(config):
         if name in streams:
             check_columns(columns, streams[name].features, name, config.source)
-            labels, starts[name] = labels_of(name, columns.label)
+            labels, starts[name] = labels_of(name, read_column)
             require(len(labels) > 0, f"--data {config.source}: the {name} split is empty")
-            np.save(folder / f"{name}.npy", encode_labels(labels, columns, name))
+            numbers = encode_labels(labels, columns, name) if columns.label else np.full(len(labels), UNLABELLED)
+            np.save(folder / f"{name}.npy", numbers)
     facts = {"classes": columns.classes, "image": columns.image, "columns": str(columns)}
     write_json(path, facts | {"notes": [columns.note] if columns.note else [], "starts": starts})
     return read_json(path)
+
+
+def _cheapest(features, columns: Columns) -> str:
+    """The column by which rows are counted without labels: one of plain values if there is one, else the images."""
+    from datasets import ClassLabel, Value
+
+    plain = [name for name, kind in features.items() if isinstance(kind, ClassLabel | Value)]
+    return plain[0] if plain else columns.image
 
 
 def _select_labels(streams: dict, column: str, load: Callable) -> dict:
@@ -170,14 +188,18 @@ def _select_labels(streams: dict, column: str, load: Callable) -> dict:
         return {name: stream.select_columns([column]) for name, stream in streams.items()}
 
 
-def _read_labels(stream, column: str, split: str) -> tuple[list, list[int]]:
-    """All labels of a split, and the first row of each shard, with the number of rows at the end."""
+def _read_labels(stream, column: str, split: str, counted: bool = False) -> tuple[list, list[int]]:
+    """All labels of a split, and the first row of each shard, with the number of rows at the end.
+
+    `counted`: the rows are only counted, by a column of any kind, and each has the label None.
+    """
     labels, starts = [], [0]
     shards = min(stream.num_shards, MAX_SHARDS)
-    for shard in _progress(range(shards), f"labels of {split}"):
-        with stream_errors(f"the labels of {split}, row {len(labels)}"):
+    what = "rows" if counted else "labels"
+    for shard in _progress(range(shards), f"{what} of {split}"):
+        with stream_errors(f"the {what} of {split}, row {len(labels)}"):
             for table in stream.shard(num_shards=shards, index=shard).with_format("arrow").iter(10_000):
-                labels += table[column].to_pylist()
+                labels += [None] * len(table) if counted else table[column].to_pylist()
         starts.append(len(labels))
     return labels, starts
 

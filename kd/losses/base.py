@@ -14,6 +14,8 @@ import copy
 import importlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as distributed
@@ -42,6 +44,7 @@ class DistillationLoss(nn.Module, ABC):
     def __init__(self, config, pair: Pair):
         super().__init__()
         self.config = config
+        self.labelled = pair.labelled
         self.student_layers = tuple(pair.student.features)  # keys of student.features in forward
         self.teacher_layers = tuple(pair.teacher.features) if pair.teacher else ()
         self.cross_entropy = BalancedCrossEntropy(
@@ -77,9 +80,23 @@ class DistillationLoss(nn.Module, ABC):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Scalar terms, each averaged over this process's share of the batch; float32, with autocast off."""
 
+    def hard_labels_term(self, batch: Batch, *logits: Float[Tensor, "b k"], weight: float = 1) -> dict[str, Tensor]:
+        """{"ce": weight * cross-entropy}, summed over views if there are several `logits`; empty on data without
+        labels."""
+        if not self.labelled:
+            return {}
+        first, *others = (self.cross_entropy(view, batch) for view in logits)
+        term = sum(others, first)
+        return {"ce": term if weight == 1 else weight * term}
+
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"] | None:
         """Logits whose softmax the student should match; None if the method matches no distribution."""
         return None
+
+    def measures(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """How close the two networks are on a batch, for the log: means over the batch, left on the device."""
+        labels = batch.label if self.labelled else None
+        return closeness(student.logits, teacher.logits, labels, self.soft_labels(teacher))
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """The network to train, score, save and export; called once."""
@@ -165,8 +182,7 @@ class Distiller(nn.Module):
             terms = self.loss(student, teacher, batch)
             if teacher is None:
                 return Step(student.logits, terms)
-            soft_labels = self.loss.soft_labels(teacher)
-            return Step(student.logits, terms, closeness(student.logits, teacher.logits, batch.label, soft_labels))
+            return Step(student.logits, terms, self.loss.measures(student, teacher, batch))
 
 
 def _check_built(loss: DistillationLoss) -> None:
@@ -210,9 +226,23 @@ def global_batch(share: Tensor) -> Tensor:
 
     For losses that compare samples with one another. With one process, `share` itself.
     """
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if _alone or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return share
     return _Gather.apply(share.contiguous())
+
+
+_alone = False  # whether each process computes a loss of images of its own
+
+
+@contextmanager
+def each_alone() -> Iterator[None]:
+    """Inside the block `global_batch` is what a process has: each scores batches of its own."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 class _Gather(torch.autograd.Function):

@@ -51,9 +51,8 @@ class CRLD(DistillationLoss):
         config = self.config
         views = (student.logits, student.strong, teacher.logits, teacher.strong)
         terms = crld_loss(*views, config.temperature, config.weak_threshold, config.strong_threshold)
-        ce = self.cross_entropy(student.logits, batch) + self.cross_entropy(student.strong, batch)
         return {
-            "ce": config.ce_weight * ce,
+            **self.hard_labels_term(batch, student.logits, student.strong, weight=config.ce_weight),
             "within": config.within_weight * terms["within"],
             "across": config.across_weight * terms["across"],
         }

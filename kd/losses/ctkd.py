@@ -60,7 +60,7 @@ class CTKD(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         alpha, logits = self.config.alpha, logits_of(self.config, student, teacher)
         return {
-            "ce": (1 - alpha) * self.cross_entropy(student.logits, batch),
+            **self.hard_labels_term(batch, student.logits, weight=1 - alpha),
             "ctkd": alpha * kd_loss(*logits, self.temperature(batch.epoch)),
         }
 

@@ -42,7 +42,7 @@ class DIST(DistillationLoss):
         config = self.config
         logits = (global_batch(share) for share in logits_of(config, student, teacher))
         return {
-            "ce": self.cross_entropy(student.logits, batch),
+            **self.hard_labels_term(batch, student.logits),
             "dist": config.weight * dist_loss(*logits, config.beta, config.gamma, config.temperature),
         }
 

@@ -65,7 +65,7 @@ class FeatureLoss(DistillationLoss):
 
     def common_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy, and kd_loss with --kd-weight."""
-        terms, config = {"ce": self.cross_entropy(student.logits, batch)}, self.config
+        terms, config = self.hard_labels_term(batch, student.logits), self.config
         if config.kd_weight:
             terms["kd"] = config.kd_weight * kd_loss(student.logits, teacher.logits, config.kd_temperature)
         return terms

@@ -68,7 +68,7 @@ class KD(DistillationLoss):
         if self.config.direction == "reverse":
             logits = logits[::-1]
         return {
-            "ce": (1 - alpha) * self.cross_entropy(student.logits, batch),
+            **self.hard_labels_term(batch, student.logits, weight=1 - alpha),
             "kd": alpha * self.config.boost * kd_loss(*logits, temperature),
         }
 

@@ -23,12 +23,12 @@ def mimic_loss(student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tenso
 
 
 class Mimic(DistillationLoss):
-    """Cross-entropy + weight * mimic_loss."""
+    """label_weight * cross-entropy + weight * mimic_loss."""
 
     config: MimicConfig
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {
-            "ce": self.cross_entropy(student.logits, batch),
+            **self.hard_labels_term(batch, student.logits, weight=self.config.label_weight),
             "mimic": self.config.weight * mimic_loss(*logits_of(self.config, student, teacher)),
         }

@@ -105,8 +105,8 @@ class MLKD(DistillationLoss):
         views = torch.cat([student.logits, student.strong, teacher.logits, teacher.strong], dim=1)
         whole = global_batch(views).chunk(4, dim=1)  # relations and medians are the global batch's; gathered at once
         terms = mlkd_loss(*whole, config.temperatures, config.as_in_paper, config.standardize)
-        ce = self.cross_entropy(student.logits, batch) + self.cross_entropy(student.strong, batch)
-        return {"ce": config.ce_weight * ce} | {name: config.weight * term for name, term in terms.items()}
+        hard = self.hard_labels_term(batch, student.logits, student.strong, weight=config.ce_weight)
+        return hard | {name: config.weight * term for name, term in terms.items()}
 
     def soft_labels(self, teacher: Outputs) -> Float[Tensor, "b k"]:
         """At the middle one of the temperatures."""

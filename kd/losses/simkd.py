@@ -94,7 +94,7 @@ class SimKD(FeatureLoss):
         ((student_map, teacher_map),) = pair_layers(student, teacher)
         term = hint_loss(student_map, pool_to(teacher_map, student_map.shape[2:]))
         terms = self.common_terms(student, teacher, batch) | {"simkd": self.config.weight * term}
-        del terms["ce"]
+        terms.pop("ce", None)
         return terms
 
     def deployed(self, student: nn.Module) -> nn.Module:

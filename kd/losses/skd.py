@@ -40,7 +40,7 @@ class SKD(DistillationLoss):
         config, logits = self.config, logits_of(self.config, student, teacher)
         direction = skd_loss(*(global_batch(share) for share in logits), config.ridge)
         return {
-            "ce": config.ce_weight * self.cross_entropy(student.logits, batch),
+            **self.hard_labels_term(batch, student.logits, weight=config.ce_weight),
             "kd": config.kd_weight * kd_loss(*logits, config.temperature) / config.temperature**2,
             "skd": config.direction_weight * direction,
         }

@@ -76,7 +76,7 @@ def _checked(state: State) -> State:
 
 def _is_line(line: object, epoch: int, step: int) -> bool:
     """Whether it is an epoch's line of metrics.jsonl, of this epoch and at most this step."""
-    if not isinstance(line, dict) or not {"epoch", "step", "lr", "train/loss", "train/top1"} <= line.keys():
+    if not isinstance(line, dict) or not {"epoch", "step", "lr", "train/loss"} <= line.keys():
         return False
     numbers = all(value is None or is_number(value) for value in line.values())
     return numbers and line["epoch"] == epoch and line["step"] <= step

@@ -40,6 +40,8 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "image": None,
     "test_fraction": 0.2,
     "skip_broken": False,
+    "no_labels": False,
+    "label_weight": 1.0,
     "label_smoothing": 0.0,
     "policy": "none",
     "policy_ops": None,
@@ -114,6 +116,7 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
         del parts["data"][name]
     if not job.method.two_views:
         parts["views"] = {name: value for name, value in parts["views"].items() if name not in job.views.strong}
+    parts["data"]["no_labels"] = not data.labelled  # also if none were found
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     del parts["fit"]["lr_per_256"]  # `lr` holds what it comes to
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
@@ -159,7 +162,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs =
         elif main:
             require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
         if main:
-            _read_state(run, job)
+            _read_state(run, job, data.labelled)
             if run.summary is None and not run.resuming:
                 run.wandb_id = uuid.uuid4().hex[:8]
                 config = run_config(job, run.identity, run.wandb_id, data, accelerator)
@@ -172,7 +175,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs =
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         run.identity = read_config(run.path)["identity"]  # which may have been extended
-        run.summary = _finished(run, job.run.test)
+        run.summary = _finished(run, job.run.test and data.labelled)
         run.resuming = bool(checkpoint.steps(run.path / "checkpoint"))
     accelerator.wait_for_everyone()  # nobody trains before all have read the folder's state
     return run
@@ -190,8 +193,11 @@ def _make_folder(path: Path) -> Lock:
     return Lock(path / "lock")
 
 
-def _read_state(run: RunFolder, job: Job) -> None:
-    """Set whether the folder's run is new, to be resumed, or finished. Raises UserError if it is another run."""
+def _read_state(run: RunFolder, job: Job, labelled: bool) -> None:
+    """Set whether the folder's run is new, to be resumed, or finished. Raises UserError if it is another run.
+
+    One on data that is not `labelled` has no test split to read.
+    """
     path = run.path
     run.resuming = bool(checkpoint.steps(path / "checkpoint"))
     if (path / "config.json").exists():
@@ -202,7 +208,7 @@ def _read_state(run: RunFolder, job: Job) -> None:
             _extend(run, config, job)
         else:
             _check_same(path, config["identity"], run.identity)
-    run.summary = _finished(run, job.run.test)
+    run.summary = _finished(run, job.run.test and labelled)
     if run.summary is None and _finished(run) is not None:  # trained, and only the test split is unread
         require(
             run.resuming,
@@ -296,7 +302,7 @@ def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator:
             "std": data.std,
             "classes": len(data.classes),
             "held": data.storage,
-            "images_per_class": torch.bincount(data.train.labels, minlength=len(data.classes)).tolist(),
+            "images_per_class": _images_per_class(data),
             # A name alone does not tell a folder from a Hub id once the file is read on another machine.
             "folder": source not in BUILT_IN and Path(source).expanduser().is_dir(),
         },
@@ -307,6 +313,11 @@ def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator:
         "device": str(accelerator.device),
         "wandb_id": wandb_id,
     }
+
+
+def _images_per_class(data: Data) -> list[int]:
+    """Of the training split, by class; empty without labels."""
+    return torch.bincount(data.train.labels, minlength=len(data.classes)).tolist() if data.labelled else []
 
 
 def _git_commit() -> str | None:

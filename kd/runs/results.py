@@ -356,8 +356,10 @@ def read_history(run: Run) -> list[dict]:
     """The epochs' lines of metrics.jsonl. Raises UserError if they cannot be read."""
     path = run.path / "metrics.jsonl"
     lines = read_json_lines(path)
-    needed = [line.get(key) for line in lines for key in ("epoch", "train/loss", "train/top1")]
-    optional = [line[key] for line in lines for key in ("val/loss", "val/top1") if line.get(key) is not None]
+    needed = [line.get(key) for line in lines for key in ("epoch", "train/loss")]
+    optional = [
+        line[key] for line in lines for key in ("train/top1", "val/loss", "val/top1") if line.get(key) is not None
+    ]
     require(
         bool(lines) and all(map(is_number, needed + optional)), f"{path} has no epochs, or values that are not numbers"
     )

@@ -185,6 +185,23 @@ def teacher_logits(
     return live_logits(teacher.network, accelerator, layers, job.fit.channels_last)
 
 
+def validation_teacher(
+    teacher: TeacherNetwork,
+    logits: TeacherLogits,
+    data: Data,
+    job: Job,
+    accelerator: Accelerator,
+    layers: tuple[str, ...] = (),
+) -> TeacherLogits | None:
+    """The live teacher of validation images without labels; None with labels, by which they are scored.
+
+    `logits`: what `teacher_logits` gave, which is live unless it is cached."""
+    if data.labelled:
+        return None
+    cached = job.cache.cache_teacher and not layers
+    return live_logits(teacher.network, accelerator, layers, job.fit.channels_last) if cached else logits
+
+
 def cached_logits(
     teacher: TeacherNetwork, data: Data, job: Job, accelerator: Accelerator, root: Path = ROOT
 ) -> TeacherLogits:

@@ -1,22 +1,30 @@
 """Scoring a network on the validation split and, once, on the test split."""
 
+import math
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd import metrics
-from kd.config import Job
+from kd.config import FitConfig, Job
 from kd.data import Data
 from kd.data.loader import Pixels
 from kd.data.rows import Rows
 from kd.data.splits import is_imbalanced
+from kd.losses.base import Distiller, each_alone
 from kd.metrics import rare_class_scores
 from kd.runs.checkpoint import Weights
 from kd.runs.results import AVERAGED_SCORES
+from kd.teachers.live import TeacherLogits
 from kd.teachers.load import TeacherNetwork
 from kd.training.average import weights_in
+from kd.types import Batch
 from kd.utils.processes import broadcast_buffers
+
+SCORED = 256  # images of which the distillation loss is computed at once
 
 
 @torch.no_grad()
@@ -43,6 +51,54 @@ def predict_logits(
     network.train(training)
     total = accelerator.reduce(logits, "sum")
     return total.cpu() if total.device.type == "mps" else total  # MPS has no float64, which scoring uses
+
+
+@torch.no_grad()
+def distillation_loss(
+    distiller: Distiller, teacher: TeacherLogits, data: Data, accelerator: Accelerator, fit: FitConfig
+) -> dict[str, float]:
+    """The method's loss on the validation split of data without labels, and its measures; empty without that split.
+
+    Means over all images, in eval mode, of centre crops, which also stand for the strong view; weights that change with
+    the epoch are those of the last. The images come in parts of nearly equal size, at most SCORED, each of which one
+    process scores whole: the numbers are the same for any number of processes, also of losses that compare the images
+    of a batch.
+    """
+    if data.val is None:
+        return {}
+    rows, training, device = len(data.val.labels), distiller.training, accelerator.device
+    broadcast_buffers(distiller)
+    distiller.eval()
+    pixels = Pixels(data.val, data, device)
+    every = torch.arange(rows, device=pixels.split.labels.device)
+    parts = every.tensor_split(math.ceil(rows / min(fit.batch_size, SCORED)))
+    parts = parts[accelerator.process_index :: accelerator.num_processes]
+    view, epoch = (torch.full((), number, device=device) for number in (0, fit.epochs - 1))
+    found: list[dict[str, Tensor]] = []
+    with each_alone():
+        for index, image in zip(parts, pixels.centre_crops(parts)):
+            strong = image if distiller.loss.config.two_views else None
+            batch = Batch(image, pixels.labels(index), index.to(device), view, epoch, epoch, strong=strong)
+            with accelerator.autocast():
+                result = distiller(batch, teacher(batch))
+            found.append({"val/loss": sum(result.terms.values()), **_named(result.measures)})
+    distiller.train(training)
+    sums = [{name: value.item() * len(index) for name, value in part.items()} for part, index in zip(found, parts)]
+    every_sum = gather_object(sums)
+    return {name: math.fsum(part[name] for part in every_sum) / rows for name in every_sum[0]}
+
+
+def _named(measures: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"val/{name}": value for name, value in measures.items()}
+
+
+def best_epoch(history: list[dict]) -> dict | None:
+    """The epoch with the highest accuracy on validation, without labels the lowest loss; the first of equals.
+
+    None if no epoch was validated.
+    """
+    validated = [line for line in history if "val/loss" in line]
+    return max(validated, key=lambda line: line.get("val/top1", -line["val/loss"]), default=None)
 
 
 def validate(network: nn.Module, data: Data, accelerator: Accelerator, batch_size: int) -> dict[str, float]:

@@ -27,8 +27,9 @@ class Meter:
     is added up on the host, in order and in double precision, by `read` and `save`.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, labelled: bool = True):
+        """`labelled`: whether there are labels by which predictions are correct or not."""
+        self.device, self.labelled = device, labelled
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.terms: list[str] = []  # known from the first step on, as are the measures
         self.measures: list[str] = []
@@ -60,7 +61,10 @@ class Meter:
             self._blocks.append(torch.empty(BLOCK, len(values) + 2, dtype=self.dtype, device=self.device))
         row = self._blocks[-1][place]
         row[:-2].copy_(torch.stack(values))
-        row[-2].copy_((predicted(result.logits.detach()) == labels).sum())
+        if self.labelled:
+            row[-2].copy_((predicted(result.logits.detach()) == labels).sum())
+        else:
+            row[-2].zero_()
         row[-1].copy_(step)
         self._samples.append(len(labels))
 
@@ -108,7 +112,9 @@ class Meter:
         names = (f"train/{name}" for name in (*self.terms, *self.measures))
         means = {name: value / samples for name, value in zip(names, sums, strict=True)}
         loss = sum(list(means.values())[: len(self.terms)], 0.0)
-        means = {"train/loss": loss, **means, "train/top1": 100 * correct / samples}
+        means = {"train/loss": loss, **means}
+        if self.labelled:
+            means["train/top1"] = 100 * correct / samples
         if cross_entropy:
             means["train/gradient_ratio"] = distillation / cross_entropy
         return means, min(bad, default=None), int(rows[:, -1].max())

@@ -10,6 +10,7 @@ from kd.utils.console import console, shorten
 
 NUMBERS_WIDTH = 60  # columns of the run's bar, beside its name
 MIN_NAME_WIDTH = 12
+TRAINING = (("train/loss", "loss", ".3f"), ("train/top1", "top1", ".1f"))  # beside the epoch's bar
 NOTEBOOK_SECONDS = 0.5  # between two updates in a notebook, which keeps every one of them in its messages
 
 
@@ -66,7 +67,7 @@ class ProgressDisplay:
         length = min(self.steps, self.total - (step - done))
         self._progress.update(self._run, completed=step)
         name = f"epoch {(step - 1) // self.steps + 1}/{self.epochs}"
-        short = f"loss {numbers['train/loss']:.3f}  top1 {numbers['train/top1']:.1f}"
+        short = "  ".join(f"{name} {numbers[key]:{style}}" for key, name, style in TRAINING if key in numbers)
         if (speed := numbers.get("images_per_second")) is not None:
             short += f"  {speed:.0f} images/s"
         self._progress.update(self._epoch, description=name, total=length, completed=done, numbers=short)
@@ -75,7 +76,8 @@ class ProgressDisplay:
     def epoch(self, line: dict) -> None:
         """Show an epoch's numbers, validation included."""
         if "val/loss" in line:
-            self._progress.update(self._run, numbers=f"val loss {line['val/loss']:.3f}  top1 {line['val/top1']:.1f}")
+            top1 = f"  top1 {line['val/top1']:.1f}" if "val/top1" in line else ""
+            self._progress.update(self._run, numbers=f"val loss {line['val/loss']:.3f}{top1}")
         if self.bars:
             numbers = f"epoch {line['epoch']}/{self.epochs}  {_format_short(line)}"
             name = shorten(self.title, max(console.width - len(numbers) - 2, MIN_NAME_WIDTH))

@@ -12,6 +12,7 @@ from kd.compress import compress, sizes
 from kd.config import CacheConfig, DistillConfig, FitConfig, Job, TrainConfig, ViewConfig
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK, check_together
+from kd.config.methods import MethodFlags, methods_without_labels
 from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
@@ -21,16 +22,19 @@ from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.libraries import checkpoint_gradients
 from kd.models.pretrained import (
+    expand_user,
     is_pretrained,
     load_into,
     load_pretrained,
     origin_of,
 )
+from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
 from kd.training.optimizers import check_network
 from kd.training.start import freeze, held_at_first, load_start
 from kd.types import Pair, Stages
 from kd.utils.console import print_once
+from kd.utils.hub import local_folder
 from kd.utils.rng import seed_everything
 
 ScriptConfig = TypeVar("ScriptConfig", TrainConfig, DistillConfig)
@@ -41,6 +45,8 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
 
     Prints them, and how many images each epoch leaves out. Raises UserError if the batch does not fit the data.
     """
+    if not data.labelled:
+        config = _settle_unlabelled(config)
     images, processes = len(data.train.labels), accelerator.num_processes
     fit = settle(config.fit, images, processes)
     if config.preset in LR_BY_NETWORK and fit.lr_per_256 is None:  # not by the data
@@ -60,6 +66,53 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
             " incomplete; --no-drop-last takes it in"
         )
     return dataclasses.replace(config, fit=fit)
+
+
+def _settle_unlabelled(config: ScriptConfig) -> ScriptConfig:
+    """The configuration for data without labels, without the student alone. Raises UserError if it needs labels."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, no_labels=True))
+    check_labels(config.method, config.job().role, labelled=False)
+    if isinstance(config, TrainConfig):
+        return config
+    require(
+        bool(config.teachers) or not config.method.needs_teacher,
+        f"--data {config.data.source}: no labels to train a teacher by; name a trained one with --teacher",
+    )
+    require(
+        not config.fine_tune_teacher,
+        f"--fine-tune-teacher: trains a new last layer by labels, and {config.data.source} has none; leave it out",
+    )
+    if config.control:
+        print_once("no labels: the student alone, which would be trained by them, is left out")
+    return dataclasses.replace(config, control=False)
+
+
+def check_labels(method: MethodFlags, role: str, labelled: bool) -> None:
+    """Raise UserError if the data has no labels and the method needs them."""
+    name = "a network alone" if role in ("teacher", "none") else role
+    require(
+        labelled or not method.uses_labels,
+        f"{name} is trained by labels, and the data has none: distil a teacher by a method that needs none"
+        f" ({methods_without_labels()})",
+    )
+
+
+def name_classes(config: DistillConfig, data: Data) -> Data:
+    """The data with class names: its own, or without labels those of the (first) teacher, whose columns the student
+    learns.
+
+    Raises UserError if the teacher has none.
+    """
+    if data.labelled or not config.teachers or config.method.embeds:
+        return data
+    name = str(config.teachers[0])
+    if is_pretrained(name):
+        classes = load_pretrained(name, config.teacher_model, model_args=config.teacher_model_args).classes
+    else:
+        classes = read_model(local_folder(expand_user(name)))[0]["classes"]
+    require(bool(classes), f"--teacher {name}: has no classes for a student to learn; name a teacher that has")
+    print_once(f"classes: the {len(classes)} of --teacher {name}, as the images have no labels")
+    return dataclasses.replace(data, classes=tuple(classes))
 
 
 def _print_length(fit: FitConfig, images: int) -> None:
@@ -153,13 +206,15 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
 
     Neither network is changed. Raises: UserError for layers that do not exist or do not pair up.
     """
-    layers, classes, labels = loss_class(job.method).layers, len(data.classes), data.train.labels
+    layers, classes = loss_class(job.method).layers, len(data.classes)
+    rows, labels = len(data.train.labels), data.train.labels if data.labelled else None
     student_stages = stages(job.model, student, classes)
     name = loss_class(job.method).partner(job.method, job.model)
     partner = _build_partner(name, job, data) if name else None
     if teacher is None:
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
-        return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner, rows=len(labels))
+        kept = {"balance": job.fit.balance, "partner": partner, "labelled": data.labelled, "rows": rows}
+        return Pair(outputs, None, labels, student_stages, **kept)
     teacher_stages = stages(teacher.summary["model"], teacher.network, 0 if job.method.embeds else teacher.classes)
     if teacher.members:  # the flags must name the teacher as well: networks.0.layer3
         teacher_stages = Stages(modules=teacher_stages.modules)
@@ -167,7 +222,7 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
     classifier = teacher_stages.classifier
     head = teacher.network.get_submodule(classifier) if classifier else None
-    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner, rows=len(labels))
+    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner, data.labelled, rows)
 
 
 def _build_partner(name: str, job: Job, data: Data) -> nn.Module:
@@ -183,6 +238,7 @@ def _build_partner(name: str, job: Job, data: Data) -> nn.Module:
 def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:
     """Raises UserError if `network` cannot be trained as `job` says: labels, layers, output folder."""
     loss = loss_class(job.method)
+    check_labels(job.method, job.role, data.labelled)
     require(
         not (job.views.mixes and loss.needs_hard_labels),
         f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
@@ -194,8 +250,9 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     if job.views.strong != ViewConfig().strong and not job.method.two_views:
         print_once(f"{job.role} sees one view of each image: the flags of the strong view change nothing")
     require(
-        loss.has_cross_entropy or job.method.label_smoothing == 0,
-        f"--label-smoothing {job.method.label_smoothing}: changes cross-entropy, and {job.role} has none; leave it out",
+        (loss.has_cross_entropy and data.labelled) or job.method.label_smoothing == 0,
+        f"--label-smoothing {job.method.label_smoothing}: changes cross-entropy, and {job.role}"
+        f"{' without labels' * (not data.labelled)} has none; give 0",
     )
     require(
         loss.has_cross_entropy or job.fit.balance in ("none", "sampler"),

@@ -12,7 +12,7 @@ from kd.report import plots
 from kd.runs.checkpoint import State
 from kd.runs.results import AVERAGED_SCORES
 from kd.teachers.load import TeacherNetwork
-from kd.training.evaluate import score_test_split
+from kd.training.evaluate import best_epoch, score_test_split
 from kd.training.trainer import LOWER_LR_ADVICE, Trainer
 from kd.utils.files import sha256_file, write_atomically, write_json, write_weights
 
@@ -30,6 +30,8 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     network, compression = trainer.distiller.deployed, trainer.distiller.compression
     summary = _training_summary(trainer.state, job, count_params(network)) | UNTESTED
     summary["test_split"] = data.test_split
+    if not data.labelled:
+        summary |= _unlabelled_summary(trainer.state.history)
     if trainer.average:
         summary |= dict.fromkeys(f"{name}_ema" for name in AVERAGED_SCORES)
         summary["val_top1_ema"] = trainer.state.history[-1].get("val/top1_ema")
@@ -38,7 +40,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         summary |= _teacher_summary(teacher) | {"control": control and str(control)}
         summary |= {"teacher_test_top1": None, "agreement": None}
     test_logits = {}
-    if job.run.test:
+    if job.run.test and data.labelled:
         others = {"best": trainer.best} | ({"ema": trainer.average.weights} if trainer.average else {})
         scores, test_logits = score_test_split(network, others, data, job, accelerator, teacher)
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -74,8 +76,7 @@ def _one_or_list(names: list[str]) -> str | list[str] | None:
 
 
 def _training_summary(state: State, job: Job, params: int) -> dict:
-    validated = [line for line in state.history if "val/top1" in line]
-    best = max(validated, key=lambda line: line["val/top1"], default=None)  # the first of equals, as was kept
+    last, best = state.history[-1], best_epoch(state.history) or {}
     timing = state.timing
     return {
         "status": "finished",
@@ -89,10 +90,17 @@ def _training_summary(state: State, job: Job, params: int) -> dict:
         "processes": [*state.processes_before, state.processes],  # more than one entry: not bit-exact
         "seconds": state.seconds,
         "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None,
-        "val_top1_last": validated[-1]["val/top1"] if validated else None,
-        "val_top1_best": best["val/top1"] if best else None,
-        "best_epoch": best["epoch"] if best else None,
+        "val_top1_last": last.get("val/top1"),
+        "val_top1_best": best.get("val/top1"),
+        "best_epoch": best.get("epoch"),
     }
+
+
+def _unlabelled_summary(history: list[dict]) -> dict:
+    """What a run on data without labels has in place of accuracies: the validation loss, that of distillation."""
+    best = best_epoch(history) or {}
+    losses = {"val_loss_last": history[-1].get("val/loss"), "val_loss_best": best.get("val/loss")}
+    return {"labelled": False, "test_split": None} | losses
 
 
 def model_info(trainer: Trainer) -> dict:

@@ -25,7 +25,7 @@ from kd.runs.folder import RunFolder
 from kd.teachers.live import TeacherLogits
 from kd.training.average import Average, too_long, weights_in
 from kd.training.diagnostics import gradient_norms, warnings
-from kd.training.evaluate import validate
+from kd.training.evaluate import best_epoch, distillation_loss, validate
 from kd.training.meter import Clock, Meter, check_terms
 from kd.training.optimizers import describe, make_optimizer
 from kd.training.progress import ProgressDisplay
@@ -61,9 +61,11 @@ class Trainer:
         run: RunFolder,
         distiller: Distiller,
         teacher: TeacherLogits | None = None,
+        live: TeacherLogits | None = None,
     ):
+        """`live`: the teacher, not cached, for the validation images of data without labels."""
         self.job, self.data, self.accelerator, self.run = job, data, accelerator, run
-        self.distiller, self.teacher = distiller, teacher
+        self.distiller, self.teacher, self.live = distiller, teacher, live
         self._batches = Batches(data, job, accelerator)
         self._total = job.fit.total_steps(self._batches.steps)
         optimizer = prepare_distiller(distiller, job, accelerator)
@@ -73,7 +75,7 @@ class Trainer:
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}  # the deployed weights of the best epoch on validation
         self.saved_step: int | None = None  # the step that this process last saved or resumed from
-        self.meter = Meter(accelerator.device)
+        self.meter = Meter(accelerator.device, data.labelled)
         if run.resuming:
             self._restore(optimizer)
         check_position(self.state, self._batches.steps, self._total)
@@ -211,13 +213,19 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """The scores on the validation split, of the weights and of their average."""
-        network, size = self.distiller.deployed, self.job.fit.batch_size
-        scores = validate(network, self.data, self.accelerator, size)
+        scores = self._score()
         if self.average is None:
             return scores
-        with weights_in(network, self.average.weights):
-            averaged = validate(network, self.data, self.accelerator, size)
+        with weights_in(self.distiller.deployed, self.average.weights):
+            averaged = self._score()
         return scores | {f"{name}_ema": value for name, value in averaged.items()}
+
+    def _score(self) -> dict[str, float]:
+        """Loss and accuracy on the validation split, without labels the loss of distillation."""
+        data, fit = self.data, self.job.fit
+        if data.labelled:
+            return validate(self.distiller.deployed, data, self.accelerator, fit.batch_size)
+        return distillation_loss(self.distiller, self.live, data, self.accelerator, fit)
 
     def _add_to_history(self, epoch: int, numbers: dict[str, float], scores: dict[str, float]) -> dict:
         """The epoch's line for metrics.jsonl. Raises UserError if a score is not finite."""
@@ -228,10 +236,9 @@ class Trainer:
         lr = lr_at(self.state.step - 1, self._batches.steps, self.job.fit)
         line = {"epoch": epoch + 1, "step": self.state.step, "lr": lr, **numbers, **scores}
         line |= {"images_per_second": speed}
-        earlier = [entry["val/top1"] for entry in self.state.history if "val/top1" in entry]
-        if scores and scores["val/top1"] > max(earlier, default=-1):
-            self.best = {name: value.clone() for name, value in self.distiller.deployed.state_dict().items()}
         self.state.history.append(line)
+        if best_epoch(self.state.history) is line:
+            self.best = {name: value.clone() for name, value in self.distiller.deployed.state_dict().items()}
         self.meter.reset()
         self._epoch_timing = dict(self.state.timing)
         return line
