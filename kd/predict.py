@@ -226,6 +226,7 @@ def open_predictor(name: str, trust_code: bool = False) -> Predictor:
         require(Path(name).is_file(), f"{name}: no such file; python -m kd.export RUN --formats onnx makes one")
         classify = OnnxFile(Path(name))
         expects = classify.preprocessing
+        require(bool(expects["classes"]), f"{name}: is an embedder and predicts no classes")
     else:
         from kd.export.deployed import Deployed
         from kd.export.measure import torch_classifier

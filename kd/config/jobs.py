@@ -152,7 +152,7 @@ class DistillConfig(_Common):
         name = method_name(self.method)
         require(
             bool(self.teachers),
-            f"{name}: needs --teacher, any network with an embedding to give: a run, timm/NAME, torchvision/NAME, a file",
+            f"{name}: needs --teacher, a network whose embedding to learn: a run, timm/NAME, torchvision/NAME, a file",
         )
         data = dataclasses.replace(self.data, no_labels=True)
         data.check()

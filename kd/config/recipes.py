@@ -121,7 +121,7 @@ PRESETS: dict[str, dict] = {
             lr=5e-4,
             weight_decay=0.05,
             decay_norm_and_bias=False,
-            warmup_epochs=5.0,
+            warmup_epochs=None,
             clip_norm=1.0,
         ),
         "method": EmbedConfig(),

@@ -35,6 +35,8 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     if trainer.average:
         summary |= dict.fromkeys(f"{name}_ema" for name in AVERAGED_SCORES)
         summary["val_top1_ema"] = trainer.state.history[-1].get("val/top1_ema")
+    if job.method.embeds:
+        summary["embedding"] = probe(network, data.size, job.model).logits.shape[1]
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         summary |= _teacher_summary(teacher) | {"control": control and str(control)}
