@@ -113,7 +113,7 @@ class DistillConfig(_Common):
     teacher_init: Annotated[str | None, arg(metavar="RUN")] = None
     """As --init, for the recipe's own teacher."""
     teacher_model_args: Annotated[str | None, arg(metavar="KEY=VALUE,...")] = None
-    """As --model-args, for --teacher-model."""
+    """As --model-args, for --teacher-model; with embed also for a library's --teacher (img_size=224)."""
 
     def check(self) -> None:
         for part in (self.data, self.views, self.fit, self.run, self.compress, self.start, self.method):

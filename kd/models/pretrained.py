@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import Origin
-from kd.config.model_args import parse_model_args
+from kd.config.model_args import asked_size, parse_model_args
 from kd.errors import UserError, require
 from kd.models import (
     LIBRARIES,
@@ -173,16 +173,26 @@ def build_pretrained(pretrained: Pretrained, name: str) -> nn.Module:
 
 
 def build_embedder(pretrained: Pretrained, name: str) -> nn.Module:
-    """The network with its weights, without its classifier; the weights may have none, or one over any classes."""
-    network, arguments = _build(pretrained, 0), parse_model_args(pretrained.model_args)
+    """The network with its weights, without its classifier; the weights may have none, or one over any classes.
+
+    Weights of timm's are resampled for the image size that `model_args` ask for.
+    """
+    arguments = parse_model_args(pretrained.model_args)
+    network = _build(pretrained, 0)
     heads = classifier_layers(pretrained.model, pretrained.image_size, arguments)
     rows = len(pretrained.classes) or rows_of_head(_weights(pretrained))
-    if rows is None or fits(network, pretrained, heads):
-        load_into(network, pretrained, name, heads)
+    if rows is None or is_of_library(name) or fits(network, pretrained, heads):
+        load_into(network, pretrained, name, heads, resample=True)
         return network
     whole = _build(pretrained, rows)  # weights under other names fit as a whole only
     load_into(whole, pretrained, name)
     return without_classifier(whole, pretrained.model, rows)
+
+
+def at_size(pretrained: Pretrained, model_args: str | None) -> Pretrained:
+    """A library's network built with these arguments of its constructor, for images of the size among them."""
+    size = asked_size(pretrained.model, parse_model_args(model_args))
+    return pretrained._replace(model_args=model_args, image_size=size or pretrained.image_size)
 
 
 def _build(pretrained: Pretrained, classes: int, quiet: bool = False) -> nn.Module:

@@ -25,6 +25,7 @@ from kd.models.adapt import Renormalize, resize_input
 from kd.models.pretrained import (
     NEW_HEAD_ADVICE,
     Pretrained,
+    at_size,
     build_embedder,
     build_pretrained,
     check_embedder,
@@ -95,8 +96,9 @@ def check_teachers(config: DistillConfig) -> None:
         " flag out, or name a pretrained network or a file of weights",
     )
     files = [name for name in config.teachers if is_pretrained(name) and not is_of_library(name)]
+    built = [name for name in config.teachers if embeds and is_of_library(name)]  # at a size of one's own
     require(
-        config.teacher_model_args is None or bool(files),
+        config.teacher_model_args is None or bool(files or built),
         f"--teacher-model-args {config.teacher_model_args}: is for a file of weights or the recipe's own teacher;"
         f" {' '.join(config.teachers)} says itself how it is built",
     )
@@ -168,10 +170,13 @@ def load_embedders(
 def _load_embedder(
     name: str, data: Data, device: torch.device, trust_code: bool, of_file: tuple[str, str | None]
 ) -> TeacherNetwork:
-    """One teacher of embeddings; `of_file`: the network of a file of weights, and its constructor's arguments."""
+    """One teacher of embeddings; `of_file`: the network of a file of weights, and the arguments of its constructor or
+    of a library's network's."""
     folder = Path(name)
     if is_pretrained(name):
         pretrained = load_pretrained(name, of_file[0], model_args=of_file[1])
+        if is_of_library(name):
+            pretrained = at_size(pretrained, of_file[1])
         network, info = build_embedder(pretrained, name), pretrained._asdict()
         sha256, summary = pretrained.sha256, {"model": pretrained.model}
     elif is_users_own(name):
@@ -184,7 +189,7 @@ def _load_embedder(
     adapt_input(network, info, data, device)
     with torch.no_grad():
         width = network(torch.zeros(2, 3, *data.size, device=device)).shape[1]
-    expected = json.dumps([info[key] for key in ("image_size", "mean", "std")])
+    expected = json.dumps([info.get(key) for key in ("image_size", "mean", "std", "model_args")])
     identity = hashlib.sha256(f"embedding {sha256} {expected}".encode()).hexdigest()
     return TeacherNetwork(network, folder, identity, summary, width)
 

@@ -220,3 +220,35 @@ def test_answers_are_one_batch_as_any_teachers(run, data):
     teacher = load_embedders([run], data, CPU, trust_code=False)
     batch = Batch(torch.randn(4, 3, *data.size), *[torch.zeros(4, dtype=torch.long)] * 2, *[torch.tensor(0)] * 3)
     assert live_logits(teacher.network, Accelerator(cpu=True))(batch).logits.shape == (4, 64)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """timm's answer for a small transformer that was published without a classifier, for 56 x 56 pixels."""
+    timm = pytest.importorskip("timm")
+    real, name = timm.create_model, "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    network = real(name, num_classes=0, img_size=64)
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, 64, 64), "num_classes": 0, "mean": (0.4,) * 3}
+    create = lambda name, pretrained=False, **how: network if pretrained else real(name, **how)  # noqa: E731
+    monkeypatch.setattr(timm, "create_model", create)
+    return f"timm/{name}", network.eval()
+
+
+def test_timms_networks_without_classifier_teach_at_their_own_size_and_normalisation(published, data):
+    name, network = published
+    teacher = load_embedders([name], data, CPU, trust_code=False)
+    assert teacher.classes == 192
+    ours, _ = raw_of(data)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (data.mean, data.std))
+    theirs = (F.interpolate(ours, (64, 64), mode="bilinear", antialias=True) * std + mean - 0.4) / 0.5
+    torch.testing.assert_close(teacher.network(ours), network(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_timms_networks_teach_at_a_size_that_is_asked_for(published, data):
+    name, network = published
+    smaller = load_embedders([name], data, CPU, trust_code=False, model_args="img_size=32")
+    own = load_embedders([name], data, CPU, trust_code=False)
+    assert smaller.network.pos_embed.shape == (1, 1 + 4, 192)
+    assert smaller.sha256 != own.sha256
+    assert torch.equal(smaller.network.blocks[0].mlp.fc1.weight, network.blocks[0].mlp.fc1.weight)
