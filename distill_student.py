@@ -41,11 +41,12 @@ def main(config: DistillConfig) -> Path:
     from kd.models import check_name
     from kd.runs.table import show_results
     from kd.teachers.load import check_teachers
+    from kd.training import setup
     from kd.training.launch import print_plan, start
-    from kd.training.setup import build_distiller, build_network, check_job, name_classes, settle_by_data
     from kd.training.start import TEACHER_START, check_start, start_from
 
     config, needs_teacher = config.for_method(), config.method.needs_teacher
+    config = setup.settle_unlabelled(config) if config.data.no_labels else config
     check_name(config.student)
     check_start(config.job())
     if needs_teacher and config.teachers:
@@ -56,13 +57,13 @@ def main(config: DistillConfig) -> Path:
     print_plan(config.job(), (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
     data = load_data(config.data, config.method.uses_labels)
-    config = settle_by_data(config, data, accelerator)
-    data = name_classes(config, data)
+    config = setup.settle_by_data(config, data, accelerator)
+    data = setup.name_classes(config, data)
     job, seen = start_from(config.job(), data)
-    network = build_network(job, seen)
-    check_job(job, network, seen, accelerator)
+    network = setup.build_network(job, seen)
+    setup.check_job(job, network, seen, accelerator)
     teacher = find_teacher(config, data, seen, accelerator) if needs_teacher else None
-    distiller = build_distiller(job, seen, teacher, network)
+    distiller = setup.build_distiller(job, seen, teacher, network)
     alone = dataclasses.replace(config.control_job(), origin=job.origin)
     control = train(alone, seen, accelerator) if config.control and job.method_name != "none" else None
     folder = train(job, seen, accelerator, distiller, teacher, control)

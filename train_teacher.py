@@ -58,9 +58,10 @@ def main(config: TrainConfig) -> Path:
     from kd.models import check_name
     from kd.runs.table import show_results
     from kd.training.launch import print_plan, start
-    from kd.training.setup import build_distiller, build_network, check_job, settle_by_data
+    from kd.training.setup import build_distiller, build_network, check_job, settle_by_data, settle_unlabelled
     from kd.training.start import check_start, start_from
 
+    config = settle_unlabelled(config) if config.data.no_labels else config
     check_name(config.model)
     check_start(config.job())
     print_plan(config.job())

@@ -14,7 +14,7 @@ from kd.errors import require
 
 def check_used(config: TrainConfig | DistillConfig, typed: Iterable[str]) -> None:
     """Raise UserError for a typed flag, by its name on the command line, that another flag makes void."""
-    reasons = _of_training(_fits(config)) | _of_views(config) | _of_teacher(config)
+    reasons = _of_training(_fits(config)) | _of_views(config) | _of_teacher(config) | _of_labels(config)
     for name in typed:
         require(name not in reasons, f"--{name}: {reasons.get(name)}")
 
@@ -43,6 +43,18 @@ def _of_views(config: TrainConfig | DistillConfig) -> dict[str, str]:
         found["view-seed"] = "needs --views; without it --seed draws the views"
     if views.resized_crop > 0 and views.crop_padding > 0:
         found["crop-padding"] = f"--resized-crop {views.resized_crop:g} crops in its place; leave one of them out"
+    return found
+
+
+def _of_labels(config: TrainConfig | DistillConfig) -> dict[str, str]:
+    """By flag, why it needs the labels that --no-labels leaves out."""
+    if not config.data.no_labels or not isinstance(config, DistillConfig):
+        return {}
+    found = {}
+    if config.control:
+        found["control"] = "a student alone is trained by labels, and --no-labels leaves them out; leave it out"
+    if config.fine_tune_teacher:
+        found["fine-tune-teacher"] = "a new last layer is trained by labels, and --no-labels leaves them out"
     return found
 
 

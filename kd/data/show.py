@@ -27,6 +27,7 @@ from kd.config import DataConfig, FitConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.jobs import PresetName, check_together
 from kd.config.recipes import PRESETS
+from kd.data.columns import UNLABELLED
 from kd.data.dataset import Data, load_data
 from kd.data.loader import Pixels, TrainingImages
 from kd.errors import UserError, exit_code, require
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     require(config.images <= rows, f"--images {config.images}: the training split has {rows}; give fewer")
     index = data.train.sample(config.images)
     words = [word for word in argv if word != str(config.picture)]
-    names = [data.classes[label] for label in data.train.labels[index].tolist()]
+    names = [name_of(label, data.classes) for label in data.train.labels[index].tolist()]
     png = draw(columns(config, data, index), names, shlex.join(words) or f"--preset {config.preset}")
     try:
         config.picture.write_bytes(png)
@@ -122,7 +123,12 @@ def notes_of(mixed: Mix | None, count: int, classes: tuple[str, ...]) -> tuple[s
     if mixed is None:
         return ("",) * count
     shares = (1 - mixed.weight).tolist()
-    return tuple(f"{share:.0%} {named(classes[label])}" for label, share in zip(mixed.label.tolist(), shares))
+    return tuple(f"{share:.0%} {named(name_of(label, classes))}" for label, share in zip(mixed.label.tolist(), shares))
+
+
+def name_of(label: int, classes: tuple[str, ...]) -> str:
+    """The name of a class; of an image without a label that it is one."""
+    return "another image" if label == UNLABELLED else classes[label]
 
 
 def named(text: str) -> str:

@@ -103,6 +103,7 @@ def export(args: argparse.Namespace) -> Path:
     """Write RUN/export as the flags say and return its path. Raises UserError."""
     from kd.export.build import calibration_images, write_export
     from kd.export.source import read_data, read_source
+    from kd.runs.results import is_labelled
     from kd.utils.files import write_folder
 
     for module in dict.fromkeys(module for name in args.formats for module in EXTRA_MODULES.get(name, ())):
@@ -113,6 +114,10 @@ def export(args: argparse.Namespace) -> Path:
     if not source.info["classes"]:
         _without_table(args)
     tested = source.summary["test_top1"] is not None
+    require(
+        not args.table or is_labelled(source.summary),
+        f"{args.run}: was distilled on images without labels, and the table would show accuracies; add --no-table",
+    )
     require(
         not args.table or tested,
         f"{args.run}: trained with --no-test, and the table would read the test set; train it without that flag"

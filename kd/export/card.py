@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
-from kd.runs.results import FLAG_PARTS
+from kd.runs.results import FLAG_PARTS, is_labelled
 from kd.runs.table import METRICS
 from kd.utils.files import write_atomically
 
@@ -127,7 +127,8 @@ def _origin(summary: dict, config: dict) -> str:
 
 def _scores(summary: dict, control: dict | None) -> Table:
     if summary["test_top1"] is None:
-        return Table(("network",), [("this network",)], "The test set was not read.")
+        why = "The test set was not read." if is_labelled(summary) else _without_labels(summary)
+        return Table(("network",), [("this network",)], why)
     rows = [("this network", *_cells(summary))]
     if control is not None and control.get("test_top1") is not None:
         rows.append(("the same, trained alone", *_cells(control | {"agreement": None})))
@@ -138,6 +139,13 @@ def _scores(summary: dict, control: dict | None) -> Table:
     weights = "Averaged weights (--ema)" if summary.get("weights") == "ema" else "Weights of the last epoch"
     note += f" depends on them. {weights}, one seed ({summary['seed']})."
     return Table(("network", *(metric.card for metric in SCORES)), rows, note)
+
+
+def _without_labels(summary: dict) -> str:
+    words = "It was distilled on images without labels, so no accuracy is known; its classes are its teacher's."
+    agreement = summary.get("val_agreement")
+    agrees = f" It predicts as its teacher does on {agreement or 0:.2f}% of held-out images."
+    return words + agrees * (agreement is not None)
 
 
 def _cells(summary: dict) -> list[str]:

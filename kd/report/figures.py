@@ -128,6 +128,9 @@ class Gallery:
         curves = {label: histories for label, histories in curves.items() if histories}
         if curves:
             caption = "Mean over seeds. The training loss is the method's own sum of terms, on augmented images."
+            if not any(group.labelled for group in groups):
+                title = title.replace("accuracy", "agreement")
+                caption += " Without labels so is the validation loss, on centre crops."
             self._add(name, title, caption, plots.CURVES[1], plots.draw_curves(curves))
 
     def _pareto(self) -> None:

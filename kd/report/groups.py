@@ -9,10 +9,12 @@ from kd.config import ViewConfig
 from kd.report.statistics import cell, mean_and_deviation
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
-from kd.runs.results import Run, teachers_of
-from kd.runs.table import Metric
+from kd.runs.results import Run, is_labelled, teachers_of
+from kd.runs.table import COLUMNS, NO_LABELS, Metric
 
 NOT_READ = "not read"  # in place of a test score, after --no-test
+
+SCORED = tuple(metric.key for metric in COLUMNS)  # what images without labels cannot give
 
 LONGEST = 60  # letters of a setting in a label
 
@@ -45,6 +47,10 @@ class Group:
     @property
     def tested(self) -> list[Run]:
         return [run for run in self.runs if run.tested]
+
+    @property
+    def labelled(self) -> bool:
+        return any(is_labelled(run.summary) for run in self.runs)
 
     @property
     def label(self) -> str:
@@ -130,6 +136,8 @@ def compare_groups(groups: list[Group], answers: Answers) -> list[Comparison]:
 
 def missing_cell(key: str, runs: list[Run]) -> str:
     """What a table shows in place of a score that none of these runs has."""
+    if key in SCORED and runs and not any(is_labelled(run.summary) for run in runs):
+        return NO_LABELS
     needs_test = key.startswith("test") or (key == "agreement" and any(teachers_of(run.summary) for run in runs))
     return NOT_READ if needs_test and not any(run.tested for run in runs) else ""
 
@@ -143,6 +151,7 @@ def by_data(runs: list[Run]) -> dict[str, list[Group]]:
     named = {}
     for (fingerprint, classes), members in tasks.items():
         name = f"{members[0].source}, {classes} classes" if classes else members[0].source
+        name += "" if is_labelled(members[0].summary) else f", {NO_LABELS}"
         named[name if name not in named else f"{name} ({str(fingerprint)[:6]})"] = group_runs(members, by_path)
     return named
 

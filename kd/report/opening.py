@@ -22,11 +22,15 @@ def what_was_compared(groups: list[Group]) -> str:
     students, seeds = {group.model for group in methods}, {seed for group in methods for seed in group.seeds}
     against = f" against {_named([control.label for control in controls])}" if controls else ", with no control"
     images = {run.summary["test_images"] for group in methods for run in group.tested}
+    if not any(group.labelled for group in methods):
+        tested = "no labels, so no test images"
+    else:
+        tested = f"test images: {', '.join(f'{count:,}' for count in sorted(images)) or 'not read'}"
     facts = [
         f"Students: {_named(sorted(students))}",
         f"teacher: {_named(_teachers(groups))}",
         f"seeds: {_named([str(seed) for seed in sorted(seeds)], ' ')}",
-        f"test images: {', '.join(f'{count:,}' for count in sorted(images)) or 'not read'}",
+        tested,
     ]
     return f"Compared: {_named([group.label for group in methods])}{against}. {'; '.join(facts)}."
 

@@ -144,13 +144,20 @@ def draw_gains(gains: list[tuple[str, str, float, float | None]]) -> Draw:
 
 
 def draw_curves(curves: dict[str, list[list[dict]]]) -> Draw:
-    """Loss and accuracy in training and validation, mean over seeds; `curves`: name -> one history for each seed."""
+    """Loss and accuracy in training and validation, mean over seeds; `curves`: name -> one history for each seed.
+
+    If no run has an accuracy, for want of labels, the agreement with the teacher is in its place.
+    """
+    keys = {key for histories in curves.values() for history in histories for line in history for key in line}
+    second = ("top1", "top-1 accuracy (%)")
+    if "train/top1" not in keys and "train/agreement" in keys:
+        second = ("agreement", "agreement with the teacher (%)")
 
     def draw(figure) -> None:
         from matplotlib.ticker import MaxNLocator
 
         lines = {}
-        for place, (key, name) in enumerate((("loss", "loss"), ("top1", "top-1 accuracy (%)")), start=1):
+        for place, (key, name) in enumerate((("loss", "loss"), second), start=1):
             axes = figure.add_subplot(2, 1, place, xlabel="epoch" if place == 2 else "", ylabel=name)
             for colour, (title, histories) in zip(COLOURS, curves.items()):
                 for part, words, style in (("train", "training", ":"), ("val", "validation", "-")):

@@ -9,7 +9,7 @@ from kd.report.opening import headline, what_was_compared
 from kd.report.statistics import cell
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
-from kd.runs.table import COLUMNS, METRICS, Metric, averaged
+from kd.runs.table import COLUMNS, METRICS, WITHOUT_LABELS, Metric, averaged
 
 SCORES = [METRICS[key] for key in ("val_top1_last", "val_top1_best", "test_top1", "test_top1_best", "test_top5")]
 CALIBRATION = [METRICS[key] for key in ("test_nll", "test_ece", "agreement")]
@@ -35,6 +35,17 @@ def accuracy_table(groups: list[Group]) -> Table:
     titles = [metric.report for metric in SCORES] + [metric.title for metric in averages]
     rows = [(*row, *[""] * (3 + len(titles) - len(row))) for row in rows]  # an external teacher has no average
     return Table(("network", "model", "seeds", *titles), rows, note, words=2)
+
+
+def loss_table(groups: list[Group]) -> Table:
+    """What runs on images without labels have in place of accuracies."""
+    rows = [(group.label, group.model, group.count, *map(group.cell, WITHOUT_LABELS)) for group in groups]
+    note = (
+        "No labels: loss is each method's own, so that those of other methods, temperatures or weights do not compare; "
+    )
+    note += "agreement: percent of the validation images on which network and teacher predict the same class. Mean ± "
+    note += "standard deviation over seeds."
+    return Table(("network", "model", "seeds", *(metric.report for metric in WITHOUT_LABELS)), rows, note, words=2)
 
 
 def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:
@@ -97,6 +108,8 @@ def gain_table(comparisons: list[Comparison]) -> Table | None:
 def format_verdicts(groups: list[Group], comparisons: list[Comparison]) -> Lines:
     """One line for each method and control: what was gained, and whether that exceeds the noise."""
     lines, methods = [], [group for group in groups if group.distilled and group.tested]
+    if not any(group.labelled for group in groups):
+        return Lines(("No labels: no accuracy, and no gain over a student alone, which would need them.",))
     for group in methods:
         lines += [_verdict_line(comparison) for comparison in comparisons if comparison.group is group]
         if not any(control.kind == ALONE for control in group.controls):
@@ -145,7 +158,10 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     if verdict := headline(comparisons):
         blocks.append(Paragraph(verdict, lead=True))
     blocks += [*gallery.draw_gains(comparisons), format_verdicts(groups, comparisons)]
-    blocks += [Heading(3, "Accuracy"), accuracy_table(groups)]
+    if any(group.labelled for group in groups):
+        blocks += [Heading(3, "Accuracy"), accuracy_table(groups)]
+    if unlabelled := [group for group in groups if not group.labelled]:
+        blocks += [Heading(3, "Validation without labels"), loss_table(unlabelled)]
     rare = rare_table(groups)
     if rare:
         blocks += [Heading(3, "Common and rare classes"), rare]

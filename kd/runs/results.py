@@ -38,12 +38,14 @@ KEYS = {
     **dict.fromkeys(("test_top1_best", "agreement", "teacher_test_top1"), (NUMBER, True)),
     # Only if the training classes differ in size (kd.metrics.rare_class_scores).
     **dict.fromkeys(SHOT_KEYS, (NUMBER, True)),
+    # Only of a run on data without labels: the loss of distillation, and agreement with the teacher in percent.
+    **dict.fromkeys(("val_loss_last", "val_loss_best", "val_agreement"), (NUMBER, True)),
 }
 AVERAGED_SCORES = ("test_top1", "test_top5", "test_nll", "test_ece")
 """Scores that a run with --ema has of its averaged weights too, each as KEY_ema."""
 
 KEYS |= dict.fromkeys(("val_top1_ema", *(f"{key}_ema" for key in AVERAGED_SCORES)), (NUMBER, True))
-PERCENT = [key for key in KEYS if "top" in key or "ece" in key or key == "agreement"]
+PERCENT = [key for key in KEYS if "top" in key or "ece" in key or "agreement" in key]
 TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them or none
 
 FLAG_PARTS = ("data", "views", "fit", "method", "compress", "start")  # of config.json's flags: what shapes the result
@@ -77,6 +79,11 @@ def checked_summary(path: Path) -> dict:
     return summary
 
 
+def is_labelled(summary: dict) -> bool:
+    """Whether the run's images had labels; without them no accuracy is known."""
+    return summary.get("labelled", True)
+
+
 def teachers_of(summary: dict, key: str = "teacher") -> list[str]:
     """The run folders or names of a summary's teachers, [] if it has none; with `key` "teacher_model" their models.
 
@@ -99,6 +106,7 @@ def _check_summary(summary: dict) -> None:
     teachers = summary.get("teachers", [])
     require(isinstance(teachers, list) and all(map(_is_member, teachers)), f"summary.json has teachers {teachers!r}")
     present = [key for key in TESTED if summary.get(key) is not None]
+    require(isinstance(summary.get("labelled", True), bool), f"summary.json has labelled {summary.get('labelled')!r}")
     complete = not present or (len(present) == len(TESTED) and summary["test_images"] >= 1)
     require(complete, f"summary.json has only {', '.join(present)} of a test result")
 

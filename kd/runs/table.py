@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.runs.comparison import ERROR, Answers, Result, compare
-from kd.runs.results import checked_summary, teachers_of
+from kd.runs.results import checked_summary, is_labelled, teachers_of
 from kd.utils.console import console
 
 
@@ -40,12 +40,18 @@ METRICS = {
         Metric("test_top1_many", ".2f", "many-shot"),
         Metric("test_top1_medium", ".2f", "medium-shot"),
         Metric("test_top1_few", ".2f", "few-shot"),
+        # Only without labels; the loss is the method's, agreement is on validation images.
+        Metric("val_loss_last", ".4f", "val loss", "val loss, last"),
+        Metric("val_loss_best", ".4f", "best val loss", "val loss, best"),
+        Metric("val_agreement", ".2f", "val agreement", "val agreement"),
         # Only with --ema.
         Metric("test_top1_ema", ".2f", "test@ema"),
     )
 }
-COLUMNS = tuple(metric for metric in METRICS.values() if metric.report)
+WITHOUT_LABELS = tuple(METRICS[key] for key in ("val_loss_last", "val_loss_best", "val_agreement"))
+COLUMNS = tuple(metric for metric in METRICS.values() if metric.report and metric not in WITHOUT_LABELS)
 AVERAGED = (METRICS["test_top1_ema"],)  # shown if a run has it
+NO_LABELS = "no labels"  # in place of a score that needs them
 NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a terminal of 80 columns
 
 
@@ -65,9 +71,13 @@ def show_results(student: Path, control: Path | None = None) -> None:
         left_out = "test_top5" if wide.width >= 110 else "agreement"
         columns = [column for column in columns if column.key != left_out]
     wide.print(_table(rows, [*columns, *averages]))
+    if not is_labelled(summary):
+        wide.print(Text(_unlabelled_result(summary)))
     if summary.get("test_split") == "validation":
         wide.print(Text("test: the data's validation split, as it has no test split"))
-    if any(run["test_top1"] is None for run in (summary, control) if run):
+    if not is_labelled(summary):
+        pass  # no test split, and no student alone
+    elif any(run["test_top1"] is None for run in (summary, control) if run):
         wide.print(Text("the test split was not read (--no-test)"))
     elif control is None and summary["method"] != "none":
         wide.print(Text("student alone: not measured; the same command with --control measures it"))
@@ -87,6 +97,11 @@ def averaged(summaries: list[dict]) -> list[Metric]:
     return [metric for metric in AVERAGED if any(summary.get(metric.key) is not None for summary in summaries)]
 
 
+def unlabelled(summary: dict) -> tuple[Metric, ...]:
+    """What a run on images without labels has in place of accuracies."""
+    return () if is_labelled(summary) else WITHOUT_LABELS
+
+
 def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
     """Each network of the result: its name in the table, and its summary or None if it was not measured."""
     teachers = [_read(folder) for folder in teachers_of(summary)]
@@ -98,15 +113,30 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
         teachers = [_external_teacher(summary)]
     rows = [("teacher", teacher) for teacher in teachers]
     alone = summary.get("control") or control
-    if summary["method"] != "none":
+    if summary["method"] != "none" and is_labelled(summary):
         rows.append(("student alone", _read(str(alone)) if alone else None))
     return [*rows, (_name(summary), summary)]
+
+
+def _unlabelled_result(summary: dict) -> str:
+    """What is known of a student that was distilled on images without labels, in a sentence."""
+    if summary["val_loss_last"] is None:
+        return "no labels, and no validation images: nothing was measured"
+    best = f"{summary['val_loss_best']:.4f} at epoch {summary['best_epoch']}"
+    agreement = summary.get("val_agreement")
+    agrees = "" if agreement is None else f"; it agrees with the teacher on {agreement:.2f}% of the validation images"
+    return f"no labels: validation loss of distillation {summary['val_loss_last']:.4f}, best {best}{agrees}"
+
+
+def missing(summary: dict, metric: Metric) -> str:
+    """What a table shows in place of a number that a run does not have."""
+    return "" if is_labelled(summary) or metric in WITHOUT_LABELS else NO_LABELS
 
 
 def plain_table(summary: dict) -> tuple[list[str], list[list]]:
     """The same table as titles and rows of unrounded values, for W&B."""
     networks = [(name, network) for name, network in _rows(summary) if network is not None]
-    columns = [*COLUMNS, *averaged([network for _, network in networks])]
+    columns = [*COLUMNS, *unlabelled(summary), *averaged([network for _, network in networks])]
     keys = ("model", "params", *(column.key for column in columns))
     rows = [[name, *(network.get(key) for key in keys)] for name, network in networks]
     return ["network", *keys], rows
@@ -149,7 +179,7 @@ def _table(rows: list[tuple[str, dict | None]], columns: list[Metric]) -> Table:
         if summary is None:
             table.add_row(name, "not measured", *[""] * (len(columns) + 1))
             continue
-        cells = [_cell(summary.get(column.key), column.style) for column in columns]
+        cells = [_cell(summary.get(column.key), column.style) or missing(summary, column) for column in columns]
         table.add_row(Text(name), Text(summary["model"]), _count(summary["params"]), *cells)
     return table
 

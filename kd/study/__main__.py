@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kd.config import DistillConfig, RunConfig, named_method
 from kd.config.cli import parse
+from kd.config.methods import methods_without_labels
 from kd.config.presets import distill_defaults
 from kd.errors import UserError, exit_code, require
 from kd.report.document import Block, Figure, Heading, Table
@@ -82,6 +83,26 @@ def run_study(study: Study) -> list[Task]:
         return runner.done
 
 
+def check_unlabelled(study: Study, config: DistillConfig) -> None:
+    """Raise UserError for what a study of images without labels cannot do; it has no controls, which need them."""
+    require(
+        not any(len(study.settings(method)) > 1 for method in study.methods),
+        "--grid: picks by accuracy on validation, and --no-labels leaves none; give one value of each flag",
+    )
+    for method in study.methods:
+        task = study.students(method, study.settings(method)[0])[0]
+        flags = parse(distill_defaults, "", task.args).method
+        require(
+            not flags.uses_labels,
+            f"--methods {method}: is trained by labels, and --no-labels leaves them out; methods that need none:"
+            f" {methods_without_labels()}; flags of a method are given by --grid (--grid alpha=1)",
+        )
+    require(
+        bool(config.teachers),
+        "--no-labels: there are no labels to train a teacher by; name a trained one with --teacher",
+    )
+
+
 def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
     """Check that student and teachers exist and can be built, before any time goes into the controls.
 
@@ -133,6 +154,8 @@ def main(args: list[str] | None = None) -> list[Task]:
         config.data.val_fraction > 0 or not any(len(study.settings(method)) > 1 for method in study.methods),
         "--grid: picks on validation, which --val-fraction 0 leaves without images; give a larger fraction",
     )
+    if config.data.no_labels:
+        check_unlabelled(study, config)
     check_networks(config, study.methods)
     from kd.models.pretrained import is_pretrained  # imports torch, which --help need not wait for
     from kd.report.build import command_line, show, write_report

@@ -55,7 +55,9 @@ class Study:
         return [self.student(method, seed, *flags) for seed in self.seeds]
 
     def controls(self) -> list[Task]:
-        """The student alone, without and with label smoothing."""
+        """The student alone, without and with label smoothing; none without labels, which both are trained by."""
+        if "--no-labels" in self.rest:
+            return []
         return [*self.students("none", ()), *self.students("none", ("--label-smoothing", SMOOTHING))]
 
     def lacks(self, method: str) -> list[str]:

@@ -87,10 +87,6 @@ def check_teachers(config: DistillConfig) -> None:
     """Raises UserError for a teacher that is missing or does not fit its flags, before any data is read."""
     embeds = config.method.embeds
     require(
-        not (config.fine_tune_teacher and embeds),
-        "--fine-tune-teacher: trains a last layer, and embed takes the teacher without one; leave the flag out",
-    )
-    require(
         not config.fine_tune_teacher or any(map(is_pretrained, config.teachers)),
         f"--fine-tune-teacher: {', '.join(config.teachers)} is a run, whose last layer is trained already; leave the"
         " flag out, or name a pretrained network or a file of weights",

@@ -46,7 +46,7 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
     Prints them, and how many images each epoch leaves out. Raises UserError if the batch does not fit the data.
     """
     if not data.labelled:
-        config = _settle_unlabelled(config)
+        config = settle_unlabelled(config)
     images, processes = len(data.train.labels), accelerator.num_processes
     fit = settle(config.fit, images, processes)
     if config.preset in LR_BY_NETWORK and fit.lr_per_256 is None:  # not by the data
@@ -68,8 +68,11 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
     return dataclasses.replace(config, fit=fit)
 
 
-def _settle_unlabelled(config: ScriptConfig) -> ScriptConfig:
-    """The configuration for data without labels, without the student alone. Raises UserError if it needs labels."""
+def settle_unlabelled(config: ScriptConfig) -> ScriptConfig:
+    """The configuration for data without labels, without the student alone. Raises UserError if it needs labels.
+
+    Called before the data is read if --no-labels is given, and after it if no labels were found.
+    """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, no_labels=True))
     check_labels(config.method, config.job().role, labelled=False)
     if isinstance(config, TrainConfig):

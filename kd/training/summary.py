@@ -102,7 +102,7 @@ def _unlabelled_summary(history: list[dict]) -> dict:
     """What a run on data without labels has in place of accuracies: the validation loss, that of distillation."""
     best = best_epoch(history) or {}
     losses = {"val_loss_last": history[-1].get("val/loss"), "val_loss_best": best.get("val/loss")}
-    return {"labelled": False, "test_split": None} | losses
+    return {"labelled": False, "test_split": None} | losses | {"val_agreement": history[-1].get("val/agreement")}
 
 
 def model_info(trainer: Trainer) -> dict:

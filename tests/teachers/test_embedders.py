@@ -18,7 +18,7 @@ from kd.models import build_model
 from kd.runs.load import load_network
 from kd.teachers.cache import ROOT, cached_logits
 from kd.teachers.live import live_logits
-from kd.teachers.load import check_teachers, load_embedders, load_teachers
+from kd.teachers.load import load_embedders, load_teachers
 from kd.types import Batch
 from tests import networks
 from tests.run_scripts import STUDENT, teach
@@ -182,19 +182,11 @@ def test_a_cache_of_logits_is_never_taken_for_one_of_embeddings(run, data):
         opened(run, data)
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (
-            ["--cache-top-k", "5"],
-            "^--cache-top-k 5: keeps the largest of a teacher's logits, and embeddings are needed",
-        ),
-        (["--fine-tune-teacher"], "^--fine-tune-teacher: trains a last layer, and embed takes the teacher without one"),
-    ],
-)
-def test_flags_of_logits_are_refused(run, args, message):
-    with pytest.raises(UserError, match=message):
-        check_teachers(parse(distill_defaults, "", ["--data", "x", "--teacher", run, "--views", "1", *args, "embed"]))
+def test_only_the_largest_of_an_embedding_cannot_be_kept(run):
+    with pytest.raises(
+        UserError, match=r"^--cache-top-k 5: keeps the largest of a teacher's logits, and embeddings are"
+    ):
+        parse(distill_defaults, "", ["--data", "x", "--teacher", run, "--views", "1", "--cache-top-k", "5", "embed"])
 
 
 def test_without_a_teacher_it_says_what_can_teach():
