@@ -45,7 +45,7 @@ class Classifier:
 
     def __init__(self, network, info: dict):
         """`network` is the torch module, `info` its model.json."""
-        self.network, self.classes, self._model = network, tuple(info["classes"]), info["model"]
+        self.network, self.classes, self._model = network, tuple(info["classes"]), info.get("model", "")
         self._size, self._stored_size = tuple(info["image_size"]), info.get("stored_size")
         self._mean, self._std = info["mean"], info["std"]
 

@@ -52,8 +52,12 @@ class OnnxFile:
         )
 
     def __call__(self, images: UInt8[np.ndarray, "b 3 h w"]) -> Float[np.ndarray, "b k"]:
-        (answers,) = self._session.run([self.preprocessing["output"]], {"images": images})
+        (answers,) = self._session.run([_output(self.preprocessing)], {"images": images})
         return answers
+
+
+def _output(expects: dict) -> str:
+    return expects.get("output", "logits")
 
 
 def _fits_network(expects: dict, shapes: dict[str, list]) -> bool:
@@ -63,7 +67,7 @@ def _fits_network(expects: dict, shapes: dict[str, list]) -> bool:
     """
     (height, width), classes, stored = expects["image_size"], expects["classes"], expects.get("stored_size")
     integers = all(type(side) is int for side in (height, width, height if stored is None else stored))
-    (_, count), names = shapes[expects["output"]], all(isinstance(name, str) for name in classes)
+    (_, count), names = shapes[_output(expects)], all(isinstance(name, str) for name in classes)
     same_count = not isinstance(count, int) or count == expects.get(
         "embedding", len(classes)
     )  # symbolic in some graphs
