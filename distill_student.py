@@ -22,7 +22,7 @@ from train_teacher import train
 def find_teacher(config: DistillConfig, data, seen, accelerator):
     """The teacher's network: --teacher, with a new last layer if asked for; else what a pruned student was before;
     else the recipe's own teacher, trained here unless it is already. `seen` is `data` as the student sees it."""
-    from kd.teachers.load import load_teachers
+    from kd.teachers.load import load_embedders, load_teachers
     from kd.training.setup import head_job
     from kd.training.start import TEACHER_START, start_from
 
@@ -32,7 +32,8 @@ def find_teacher(config: DistillConfig, data, seen, accelerator):
     names = [train(*job, accelerator) if job else name for name, job in zip(names, jobs, strict=True)]
     trusted = config.trust_code or not config.teacher or all(jobs)  # what was trained here runs the user's own code
     model, arguments = config.teacher_model, config.teacher_model_args
-    return load_teachers(names, seen, accelerator.device, trusted, model, arguments)
+    load = load_embedders if config.method.embeds else load_teachers
+    return load(names, seen, accelerator.device, trusted, model, arguments)
 
 
 def main(config: DistillConfig) -> Path:
@@ -44,7 +45,7 @@ def main(config: DistillConfig) -> Path:
     from kd.training.launch import print_plan, start
     from kd.training.start import TEACHER_START, check_start, start_from
 
-    needs_teacher = config.method.needs_teacher
+    config, needs_teacher = config.for_method(), config.method.needs_teacher
     config = setup.settle_unlabelled(config) if config.data.no_labels else config
     check_name(config.student)
     check_start(config.job())

@@ -10,7 +10,8 @@ def load(folder: str | Path, trust_code: bool = False, weights: str = "last"):
     """Load the trained network of a run, in eval mode on the CPU; it takes normalised images, b x 3 x h x w.
 
     It is the plain torch module, and has besides: `.predict(images, top=1)`, the likeliest classes of image files, PIL
-    images or pixels; `.transform`, from a PIL image to its input; `.classes`, their names; `.folder`, the run.
+    images or pixels; `.embedding(images)`, what enters its last layer (an embedder's output); `.transform`, from a PIL
+    image to its input; `.classes`, their names; `.folder`, the run.
 
     `folder` is a run folder, also one copied from another machine, or a Hub id (user/name, user/name@revision) that
     `kd.export --push` wrote. Only safetensors and JSON are read. A network of the user's own (`module:function`) is

@@ -27,6 +27,10 @@ from kd.utils.console import print_once
 from kd.utils.images import preprocess
 
 BATCH = 64
+NO_CLASSES = (
+    "is an embedder and predicts no classes; kd.load(RUN).embedding(images) gives its embeddings, and"
+    " train_teacher.py --init RUN trains a classifier from it"
+)
 
 
 class Predictor(NamedTuple):
@@ -41,7 +45,7 @@ class Classifier:
 
     def __init__(self, network, info: dict):
         """`network` is the torch module, `info` its model.json."""
-        self.network, self.classes = network, tuple(info["classes"])
+        self.network, self.classes, self._model = network, tuple(info["classes"]), info.get("model", "")
         self._size, self._stored_size = tuple(info["image_size"]), info.get("stored_size")
         self._mean, self._std = info["mean"], info["std"]
 
@@ -51,11 +55,40 @@ class Classifier:
         `images` is a file's path, a PIL image, or pixels as uint8 (an array h x w x 3, a tensor 3 x h x w); for a list
         of these, or an array or tensor with one dimension more, the answer is a list with one such list for each.
 
-        Raises: kd.errors.UserError for what is no image.
+        Raises: kd.errors.UserError for what is no image, and from an embedder, which knows no classes.
         """
+        require(top >= 1, f"top {top}: give 1 or more")
+        require(bool(self.classes), f"{self._model}: {NO_CLASSES}")
+        found, alone = self._outputs(images, self.network)
+        rows = found.numpy()
+        best = [[(self.classes[index], share) for index, share in most_likely(row, top)] for row in rows]
+        return best[0] if alone else best
+
+    def embedding(self, images):
+        """The images' embeddings, a float tensor n x width on the CPU; for one image alone of `width` numbers.
+
+        An embedder's output; of a classifier what enters its last layer. `images` as for `predict`. Not normalised.
+        Raises: kd.errors.UserError for what is no image, or a network whose embedding is unknown.
+        """
+        from kd.models import stages
+        from kd.models.features import Tap
+
+        if not self.classes:
+            found, alone = self._outputs(images, self.network)
+            return found[0] if alone else found
+        layers = stages(self._model, self.network, len(self.classes)).embedding
+        require(bool(layers), f"{self._model}: ends in no linear layer, so that its embedding is unknown")
+        tap = Tap(self.network, layers)
+        try:
+            found, alone = self._outputs(images, lambda batch: next(iter(tap(batch).features.values())).flatten(1))
+        finally:
+            tap.remove()
+        return found[0] if alone else found
+
+    def _outputs(self, images, run):
+        """`run`'s outputs for the images, in eval mode, as a float tensor on the CPU; and whether it was one alone."""
         import torch
 
-        require(top >= 1, f"top {top}: give 1 or more")
         (pictures, alone), found = _as_list(images), []
         modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()
@@ -63,12 +96,11 @@ class Classifier:
             for start in range(0, len(pictures), BATCH):
                 batch = torch.stack([self.transform(picture) for picture in pictures[start : start + BATCH]])
                 with torch.no_grad():
-                    found += list(self.network(self._moved(batch)).float().cpu().numpy())
+                    found.append(run(self._moved(batch)).float().cpu())
         finally:
             for module, training in modes:
                 module.training = training
-        best = [[(self.classes[index], share) for index, share in most_likely(row, top)] for row in found]
-        return best[0] if alone else best
+        return torch.cat(found) if found else torch.empty(0, 0), alone
 
     def transform(self, image):
         """One image, as for `predict`, to the network's input: a float tensor 3 x h x w, normalised."""
@@ -92,7 +124,7 @@ class Classifier:
 def with_classes(network, info: dict, folder: Path):
     """`network` with what a Classifier gives it; a name that it has itself stays its own, and a line says so."""
     classifier = Classifier(network, info)
-    given = {"predict": classifier.predict, "transform": classifier.transform, "classes": classifier.classes}
+    given = {name: getattr(classifier, name) for name in ("predict", "embedding", "transform", "classes")}
     taken = sorted((given.keys() | {"folder"}) & set(dir(network)))
     for name, value in (given | {"folder": folder}).items():
         if name not in taken:
@@ -194,6 +226,7 @@ def open_predictor(name: str, trust_code: bool = False) -> Predictor:
         require(Path(name).is_file(), f"{name}: no such file; python -m kd.export RUN --formats onnx makes one")
         classify = OnnxFile(Path(name))
         expects = classify.preprocessing
+        require(bool(expects["classes"]), f"{name}: is an embedder and predicts no classes")
     else:
         from kd.export.deployed import Deployed
         from kd.export.measure import torch_classifier
@@ -201,6 +234,7 @@ def open_predictor(name: str, trust_code: bool = False) -> Predictor:
         from kd.utils.hub import local_folder
 
         trained = load_network(local_folder(name), trust_code)
+        require(bool(trained.info["classes"]), f"{name}: {NO_CLASSES}")
         classify = torch_classifier(Deployed(trained.network, trained.info))(0)
         expects = describe(trained.info)
     return Predictor(classify, tuple(expects["image_size"]), expects.get("stored_size"), expects["classes"])

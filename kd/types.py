@@ -77,3 +77,4 @@ class Pair(NamedTuple):
     balance: str = "none"  # how cross-entropy treats classes of different sizes (--balance)
     partner: nn.Module | None = None  # a fresh network, for a method that trains one beside the student
     labelled: bool = True  # False: data without labels, on which the terms that need them are left out
+    rows: int = 0  # training images

@@ -207,3 +207,14 @@ def mlkd(
                 gap = sum(row[c] * row[d] for row in p) - sum(row[c] * row[d] for row in q)
                 total["class"] += rare[d] * gap**2 / k
     return total
+
+
+def embedding_queue(student: Tensor, teacher: Tensor, queue: Tensor, temperature: float) -> float:
+    total = 0.0
+    for s, t in zip(student, teacher):
+        shares = []
+        for one in (s, t):
+            powers = [math.exp(F.cosine_similarity(one, other, 0).item() / temperature) for other in queue]
+            shares.append([power / sum(powers) for power in powers])
+        total += sum(b * math.log(b / a) for a, b in zip(*shares))
+    return total / len(student)

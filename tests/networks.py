@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from torch import nn
 
 
@@ -192,3 +193,34 @@ def dropped(num_classes: int, rate: float = 0.5, width: int = 8) -> nn.Module:
         nn.Dropout(rate),
         nn.Linear(4 * width, num_classes),
     )
+
+
+def refuses_none(num_classes: int) -> nn.Module:
+    """Has no form without classes, and says so."""
+    if num_classes < 2:
+        raise ValueError("two classes at least")
+    return plain(num_classes)
+
+
+def own_embedder(num_classes: int) -> nn.Module:
+    """Its author's own form without classifier."""
+    network = plain(num_classes or 2)
+    if not num_classes:
+        network[4] = nn.Linear(128, 6)
+    return network
+
+
+def pooled_product(num_classes: int) -> nn.Module:
+    """Its classes come from a parameter, not from a layer."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if not num_classes:
+                raise ValueError("no classes")
+            self.weight = nn.Parameter(torch.randn(3, num_classes))
+
+        def forward(self, image):
+            return image.mean(dim=(2, 3)) @ self.weight
+
+    return Product()

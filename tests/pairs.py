@@ -19,6 +19,7 @@ SMALL = {
     "dkd": {"ramp_epochs": 2.0},
     "rld": {"ramp_epochs": 2.0},
     "cc": {"width": 8},
+    "embed": {"queue": 24},
 }
 LABELS = torch.arange(SAMPLES) % CLASSES
 
@@ -47,7 +48,9 @@ def build(
     names = kind.layers(config, STAGES, STAGES)
     outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
     partner = copy.deepcopy(teacher).requires_grad_()
-    loss = kind(config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner, labels is not None))
+    loss = kind(
+        config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner, labels is not None, rows=SAMPLES)
+    )
     return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
 
 

@@ -32,7 +32,7 @@ from tests.conftest import ROOT
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 MARK = "<!-- runnable -->\n\n"
-RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 5}
+RUN = {"README.md": 7, "docs/data.md": 1, "docs/extend.md": 5, "docs/foundation.md": 4}
 """Page -> its marked commands, so that none goes missing unseen."""
 EXAMPLES = {"my_networks.py", "own_loop.py", "my_data.py", "my_method.py", "from_python.py"}
 
@@ -165,6 +165,14 @@ def test_the_extend_pages_commands_run_as_written(user_folder):
     config = json.loads(Path("runs/mine/config.json").read_text())
     assert config["identity"]["role"] == "my_method:Absolute"
     assert config["flags"]["method"] == {"label_smoothing": 0.0, "weight": 2.0}
+
+
+@pytest.mark.slow
+def test_the_foundation_pages_commands_run_as_written(user_folder):
+    run_page("docs/foundation.md", user_folder)
+    assert json.loads(Path("runs/embedder/model.json").read_text())["embedding"] == 64
+    assert json.loads(Path("runs/classifier/model.json").read_text())["classes"] == sorted(CLASSES)
+    assert Path("runs/embedder/export/model.onnx").exists()
 
 
 @pytest.mark.parametrize(("program", "args"), parsable_commands())

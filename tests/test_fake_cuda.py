@@ -75,6 +75,7 @@ STEPS = {
     "simkd": 89,
     "deit": 84,
     "ofa": 182,
+    "embed": 92,
     "tfkd": 66,
     "apprentice": 102,
     "kd+at": 141,

@@ -29,13 +29,15 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     """The checked configuration of `args` (the command line if None).
 
     `defaults` maps a preset's name to its configuration, which gives every flag its default: hence the first pass,
-    which reads --preset, or --data, from which it follows. The flags in the file of --config become defaults too.
+    which reads --preset, or --data and the method, from which it follows. The flags in the file of --config become
+    defaults too.
     Raises kd.errors.UserError for values out of range; tyro itself exits with 2 and a short message on flags that do
     not parse.
     """
     given, args = _first_pass(sys.argv[1:] if args is None else args)
     file = read_flags(Path(given.config)) if given.config else {}
-    preset = given.preset or file.get("preset") or default_preset(given.data or file.get("data"))
+    preset = given.preset or file.get("preset")
+    preset = preset or default_preset(given.data or file.get("data"), _method_of(defaults("report"), args, file))
     default = defaults(preset if preset in PRESETS else "report")  # tyro reports an unknown one
     if file:
         default = _with_file(default, file | {"preset": preset}, Path(given.config), args)
@@ -50,6 +52,13 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     if given.print_config:
         _print_and_exit(as_yaml(flag_values(config)).rstrip())
     return config
+
+
+def _method_of(default, args: list[str], file: dict[str, Any]) -> str | None:
+    """The method's name among the arguments, else in the file; None if it is left out."""
+    if not isinstance(default, DistillConfig):
+        return None
+    return first_word(args, list_flags(default), is_method) or file.get("method")
 
 
 def typed_flags(args: list[str]) -> list[str]:

@@ -311,7 +311,7 @@ class FitConfig:
     layer_decay: float | None = None
     """Multiply the learning rate by this for each layer below the last one (fine-tuning transformers: 0.65 to 0.8)."""
     ema: float | None = None
-    """Also keep a running mean of the weights, over about 1/(1 - X) steps; it is scored and saved beside the last."""
+    """Also score and save a mean of the weights over about 1/(1 - X) steps."""
     accumulate: int = 1
     """Compute each step's gradient in N parts of the batch, which takes less memory; methods that compare the images of
     a batch see one part."""
@@ -496,8 +496,8 @@ class CompressConfig:
     """Low precision and pruning of the trained network."""
 
     init: Annotated[str | None, arg(metavar="RUN")] = None
-    """Start from these weights: `pretrained` (the network's published ones), or what --teacher takes (torchvision/NAME,
-    timm/NAME, run, Hub id, file). Pruning needs a run."""
+    """Start from weights: `pretrained` (published ones), or what --teacher takes (run, Hub id, file, torchvision/NAME,
+    timm/NAME). Pruning needs a run."""
     weight_bits: Literal[32, 8, 4, 2] = 32
     """Bits per weight, in every conv and linear layer except the first and last (2 = ternary: -s, 0, s)."""
     activation_bits: Literal[32, 8, 4] = 32

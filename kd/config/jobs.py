@@ -15,7 +15,9 @@ from kd.config.model_args import asked_size, parse_model_args
 from kd.config.recipes import PRESETS, for_teacher, usual_teacher
 from kd.errors import require
 
-PresetName = Literal["report", "quick", "strong", "modern", "crd", "patient", "own", "vit", "imagenet", "digits"]
+PresetName = Literal[
+    "report", "quick", "strong", "modern", "crd", "patient", "own", "vit", "imagenet", "digits", "embed"
+]
 
 
 # Peak learning rates that a preset has for some networks, and for all others (""); a preset not named has one for all.
@@ -60,7 +62,7 @@ class _Common:
     preset: PresetName = "report"
     """Sets all defaults. report: the report's; quick: its ten epochs, used well; own (for data other than CIFAR-100):
     by its number of images; strong: 200 plain epochs; modern: 300, all we know; crd, imagenet: the literature's; vit:
-    transformers; patient: 1,200 epochs; digits: a demo."""
+    transformers; patient: 1,200 epochs; digits: a demo; embed: for that method."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     fit: FitConfig = field(default_factory=FitConfig)
@@ -111,7 +113,7 @@ class DistillConfig(_Common):
     teacher_init: Annotated[str | None, arg(metavar="RUN")] = None
     """As --init, for the recipe's own teacher."""
     teacher_model_args: Annotated[str | None, arg(metavar="KEY=VALUE,...")] = None
-    """As --model-args, for --teacher-model."""
+    """As --model-args, for --teacher-model; with embed also for a library's --teacher (img_size=224)."""
 
     def check(self) -> None:
         for part in (self.data, self.views, self.fit, self.run, self.compress, self.start, self.method):
@@ -128,11 +130,33 @@ class DistillConfig(_Common):
         )
         parse_model_args(self.teacher_model_args, "--teacher-model-args")
         check_together(self.data, self.views, self.fit)
+        top_k = self.cache.cache_top_k
+        require(
+            top_k is None or not self.method.embeds,
+            f"--cache-top-k {top_k}: keeps the largest of a teacher's logits, and embeddings are needed whole; leave it"
+            " out",
+        )
 
     def job(self) -> "Job":
         fit, method = fit_for(self.preset, self.fit, self.student), self.method.settled(self.student)
         parts = (self.data, self.views, fit, self.run, self.cache, self.compress)
         return Job(method_name(method), self.preset, self.student, method, *parts, start=self.start)
+
+    def for_method(self) -> "DistillConfig":
+        """The configuration with --no-labels if the method trains on embeddings: it reads no labels that are there.
+
+        Raises UserError for flags about labels then, or if no teacher is named.
+        """
+        if not self.method.embeds:
+            return self
+        name = method_name(self.method)
+        require(
+            bool(self.teachers),
+            f"{name}: needs --teacher, a network whose embedding to learn: a run, timm/NAME, torchvision/NAME, a file",
+        )
+        data = dataclasses.replace(self.data, no_labels=True)
+        data.check()
+        return dataclasses.replace(self, data=data)
 
     @property
     def teachers(self) -> tuple[str, ...]:

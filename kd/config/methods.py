@@ -47,6 +47,7 @@ class MethodFlags:
     name: ClassVar[str] = ""  # of a method that is not in METHODS (kd.config.named)
     needs_teacher: ClassVar[bool] = True
     two_views: ClassVar[bool] = False  # True: both networks also see a strong view of each image
+    embeds: ClassVar[bool] = False  # True: both networks answer with embeddings, and are built without classifiers
     labels_in_ce_only: ClassVar[bool] = (
         False  # True: no term but "ce" needs labels; of several methods the first has it
     )
@@ -642,6 +643,48 @@ class OFAConfig(MethodFlags):
         positive(self, "exponent", "temperature")
 
 
+@dataclass(frozen=True)
+class EmbedConfig(MethodFlags):
+    """Fang et al. 2021 (SEED): match the teacher's embedding; no labels, no classifier."""
+
+    loss: ClassVar[str] = "kd.losses.embed:Embed"
+    embeds: ClassVar[bool] = True
+    without_labels: ClassVar[str] = ""
+    form: Literal["queue", "cosine", "mse"] = "queue"
+    """queue: similarities to a queue of teacher embeddings; cosine, mse: the two embeddings themselves."""
+    temperature: float = 0.07
+    """Divides the similarities (for queue)."""
+    queue: int | None = None
+    """Its length; if left out 128 to 8,192, by the number of images."""
+    patches: float = 0.0
+    """Weight of the cosine loss of the last maps, place by place; 0: none."""
+    student_layers: tuple[str, ...] = ()
+    """The student's module that outputs the map for --patches; the last stage of its model if left out."""
+    teacher_layers: tuple[str, ...] = ()
+    """The teacher's."""
+
+    @property
+    def uses_labels(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "temperature")
+        not_negative(self, "patches")
+        require(self.queue is None or self.queue >= 1, f"--queue {self.queue}: give 1 or more")
+        usual = EmbedConfig.temperature, None
+        require(
+            self.form == "queue" or (self.temperature, self.queue) == usual,
+            f"--form {self.form}: has no queue; leave --queue and --temperature out",
+        )
+        for name in ("student_layers", "teacher_layers"):
+            layers = getattr(self, name)
+            require(
+                self.patches > 0 or not layers,
+                f"{_flag(name)} {' '.join(layers)}: names the map of --patches; give that a weight too",
+            )
+
+
 METHODS = {
     "none": NoneConfig,
     "kd": KDConfig,
@@ -669,6 +712,7 @@ METHODS = {
     "simkd": SimKDConfig,
     "deit": DeiTConfig,
     "ofa": OFAConfig,
+    "embed": EmbedConfig,
     "tfkd": TFKDConfig,
     "apprentice": ApprenticeConfig,
 }

@@ -200,6 +200,8 @@ def _combination(name: str) -> type[CombinedFlags]:
         kind, prefix = named_method(part), _prefix(part)
         require(prefix not in kinds, f"{name}: two methods would have the flags --{dashed(prefix)}-...; rename a class")
         kinds[prefix] = kind
+    alone = next((part for part in names if named_method(part).embeds), None)
+    require(alone is None, f"{name}: {alone} trains on embeddings, the others on classes; give it alone")
     fields = []
     for prefix, kind in kinds.items():
         hints, defaults = get_type_hints(kind, include_extras=True), kind()

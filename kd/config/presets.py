@@ -5,6 +5,7 @@ import math
 
 from kd.config.flags import DataConfig, FitConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
+from kd.config.methods import METHODS
 from kd.config.recipes import PRESETS, for_teacher, usual_teacher
 
 
@@ -30,8 +31,10 @@ def distill_defaults(preset: str) -> DistillConfig:
 REPORT_DATA = ("cifar100", "uoft-cs/cifar100", "digits", "synthetic")
 
 
-def default_preset(source: str | None) -> str:
-    """The preset for --data `source` (None: left out), if none is given."""
+def default_preset(source: str | None, method: str | None = None) -> str:
+    """The preset for --data `source` and the method's name (None: left out), if none is given."""
+    if method in METHODS and METHODS[method].embeds:
+        return "embed"
     return "report" if source is None or source.partition("@")[0] in REPORT_DATA else "own"
 
 

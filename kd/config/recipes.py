@@ -4,7 +4,7 @@ import dataclasses
 from typing import TypeVar
 
 from kd.config.flags import SETTLED_BY_DATA, DataConfig, FitConfig, StartConfig, ViewConfig
-from kd.config.methods import DeiTConfig, KDConfig
+from kd.config.methods import DeiTConfig, EmbedConfig, KDConfig
 
 Flags = TypeVar("Flags", FitConfig, ViewConfig)
 
@@ -110,6 +110,22 @@ PRESETS: dict[str, dict] = {
         "student": "torchvision/resnet18",
         "pretrained": ("torchvision/resnet34",),
     },
+    # Embeddings of a foundation model, without labels: the field's mixing and length; the batch follows from the number
+    # of images. Not tuned, not measured yet.
+    "embed": {
+        "views": ViewConfig(resized_crop=0.25, mixup=1.0),
+        "fit": FitConfig(
+            epochs=100,
+            batch_size=None,
+            optimizer="adamw",
+            lr=5e-4,
+            weight_decay=0.05,
+            decay_norm_and_bias=False,
+            warmup_epochs=None,
+            clip_norm=1.0,
+        ),
+        "method": EmbedConfig(),
+    },
 }
 
 # A ResNet's recipe, for teachers of presets whose own does not suit one.
@@ -128,6 +144,7 @@ TEACHERS: dict[str, dict[str, dict]] = {
     # WRN-28-8 with cutmix has reached 84.5.
     "modern": {"views": {"policy": "none", "mixup": 0.0}, "fit": {"epochs": 200}},
     "vit": {"views": {"policy": "none", "mixup": 0.0, "erase": 0.0}, "fit": CONVOLUTIONAL},
+    "embed": {"views": {"mixup": 0.0}},  # for train_teacher.py: a student's teacher of embeddings is never trained
 }
 
 

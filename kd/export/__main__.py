@@ -6,7 +6,8 @@
 
 Writes RUN/export/ completely or not at all: model.safetensors with what kd.load needs, model.onnx, model.int8.onnx,
 model.pt2, preprocessing.json, the model card (README.md) and the table (export.json, export.md). The .onnx and .pt2
-files take RGB pixels, 0 to 255, and return logits; their metadata describes the input and lists the class names.
+files take RGB pixels, 0 to 255, and return logits; their metadata describes the input and lists the class names. An
+embedder's (of the method embed) return embeddings; it has no table, and no int8 file.
 Exports contain no local paths: only the last component of a path is kept. An export is refused if one of its files
 predicts otherwise than the network on too many images (--min-agreement).
 """
@@ -110,6 +111,8 @@ def export(args: argparse.Namespace) -> Path:
     is_export = (args.run / "preprocessing.json").exists()
     require(not is_export, f"{args.run}: is already an export; give the run that it was made from")
     source = read_source(args.run, args.trust_code, args.weights)
+    if not source.info["classes"]:
+        _without_table(args)
     tested = source.summary["test_top1"] is not None
     require(
         not args.table or is_labelled(source.summary),
@@ -133,6 +136,16 @@ def export(args: argparse.Namespace) -> Path:
     finally:
         lock.close()
     return folder
+
+
+def _without_table(args: argparse.Namespace) -> None:
+    """Leave out what needs predicted classes, for an embedder. Raises UserError if int8 is asked for by name."""
+    require(
+        args.all or "int8" not in args.formats,
+        f"--formats int8: its check compares predicted classes, and {args.run} is an embedder; leave it out",
+    )
+    args.table, args.formats = False, [name for name in args.formats if name != "int8"]
+    print(f"{args.run}: an embedder has no accuracy: no table, no int8 file", flush=True)
 
 
 def _check_target(folder: Path) -> None:

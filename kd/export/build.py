@@ -114,26 +114,32 @@ def write_formats(
 
 
 def compare_with_torch(source: ExportedRun, rounding: bool, name: str, classify: Classifier) -> float:
-    """The largest logit difference from torch on random pixels, in batches of 1 and 7.
+    """The largest difference of logits or embeddings from torch on random pixels, in batches of 1 and 7.
 
     Raises: UserError if it exceeds what another order of summation explains.
     """
-    generator, differences, scale = np.random.default_rng(0), [], 1.0
+    generator, differences, scale, cosine = np.random.default_rng(0), [], 1.0, 1.0
+    what = "logits" if source.info["classes"] else "embeddings"
     for count in (1, 7):
         images = generator.integers(0, 256, (count, 3, *source.info["image_size"]), dtype=np.uint8)
         with torch.no_grad():
             expected = source.network(torch.from_numpy(images)).numpy()
-        differences.append(np.abs(classify(images) - expected).ravel())
+        answers = classify(images)
+        lengths = np.linalg.norm(answers, axis=1) * np.linalg.norm(expected, axis=1)
+        cosine = min(cosine, float(((answers * expected).sum(axis=1) / np.maximum(lengths, 1e-12)).min()))
+        differences.append(np.abs(answers - expected).ravel())
         scale = max(scale, float(np.abs(expected).max()))
     difference = np.concatenate(differences)
     largest = float(difference.max())
     close = difference.mean() <= MEAN_TOLERANCE * scale if rounding else largest <= TOLERANCE * scale
     require(
         bool(close),
-        f"{name}: its logits differ from torch's by up to {largest:.2g} (largest logit: {scale:.2g}); nothing was"
+        f"{name}: its {what} differ from torch's by up to {largest:.2g} (largest value: {scale:.2g}); nothing was"
         " written; leave that format out of --formats",
     )
-    print(f"  logits differ from torch's by at most {largest:.1e} on random pixels", flush=True)
+    print(f"  {what} differ from torch's by at most {largest:.1e} on random pixels", flush=True)
+    if what == "embeddings":  # there is no prediction to agree on
+        print(f"  embeddings have a cosine similarity of at least {cosine:.7f} to torch's", flush=True)
     return largest
 
 

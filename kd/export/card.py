@@ -17,6 +17,24 @@ network = kd.load("{name}")  # eval mode; takes normalised images b x 3 x h x w
 
     python -m kd.predict {name} photo.jpg"""
 
+USE_EMBEDDER = """```python
+import kd  # the project that trained this network
+network = kd.load("{name}")
+embeddings = network.embedding(["photo.jpg"])  # one row each, of {width} numbers, not normalised
+```
+
+    python train_teacher.py --model {model} --init {name} --data LABELLED    a classifier from it"""
+
+USE_ONNX_EMBEDDER = """With onnxruntime alone; {files} take unnormalised pixels:
+
+```python
+import json, numpy, onnxruntime
+session = onnxruntime.InferenceSession("{file}")
+expects = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+images = numpy.zeros((1, *expects["shape"][1:]), numpy.uint8)          # RGB, 0 to 255
+(embeddings,) = session.run(["embedding"], {{"images": images}})
+```"""
+
 USE_ONNX = """With onnxruntime alone; {files} take unnormalised pixels:
 
 ```python
@@ -45,17 +63,24 @@ def write_card(path: Path, content: CardContent, licence: str, hub_id: str | Non
     parts = [
         f"# {plain(summary['model'])}, {_method(summary)}",
         _origin(summary, config),
-        _scores(summary, content.control).markdown(),
+        _scores(summary, content.control).markdown() if content.expects["classes"] else "",
         markdown([Heading(2, "The files"), *content.table]) if content.table else "",
         "## How to use it",
-        USE_TORCH.format(name=place),
-        USE_ONNX.format(file=onnx_files[-1], files=" and ".join(onnx_files)) if onnx_files else "",
+        *_use(content, place),
         _expectations(content.expects).markdown(),
         markdown([Heading(2, "How it was trained"), _protocol(config), Lines(_limits(summary, config))]),
     ]
     head = _metadata(summary, config, licence, hub_id, bool(onnx_files))
     text = f"---\n{head}\n---\n\n" + "\n\n".join(part.strip() for part in parts if part) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _use(content: CardContent, place: str) -> tuple[str, str]:
+    """How the network is used: with kd, and its ONNX files with onnxruntime."""
+    files, width = content.onnx_files, content.expects.get("embedding")
+    torch_part, onnx_part = (USE_TORCH, USE_ONNX) if width is None else (USE_EMBEDDER, USE_ONNX_EMBEDDER)
+    ours = torch_part.format(name=place, width=width, model=content.summary["model"])
+    return ours, onnx_part.format(file=files[-1], files=" and ".join(files)) if files else ""
 
 
 def _method(summary: dict) -> str:
@@ -68,7 +93,7 @@ def _metadata(summary: dict, config: dict, licence: str, hub_id: str | None, onn
     from huggingface_hub import EvalResult, ModelCardData
 
     source, _, revision = config["flags"]["data"]["source"].partition("@")
-    results = []
+    results, task = [], "image-feature-extraction" if "embedding" in summary else "image-classification"
     if summary["test_top1"] is not None:
         data = {"task_type": "image-classification", "dataset_type": source, "dataset_name": source}
         data |= {"dataset_revision": revision or None}
@@ -81,10 +106,10 @@ def _metadata(summary: dict, config: dict, licence: str, hub_id: str | None, onn
     return ModelCardData(
         license=licence,
         library_name="kd",
-        pipeline_tag="image-classification",
-        tags=["knowledge-distillation", "image-classification", *(["onnx"] if onnx else [])],
+        pipeline_tag=task,
+        tags=["knowledge-distillation", task, *(["onnx"] if onnx else [])],
         datasets=[source] if "/" in source else None,
-        metrics=["accuracy"],
+        metrics=None if "embedding" in summary else ["accuracy"],
         model_name=hub_id or summary["model"],
         eval_results=results or None,
     ).to_yaml()
@@ -95,7 +120,8 @@ def _origin(summary: dict, config: dict) -> str:
     source = plain(str(config["flags"]["data"]["source"]))
     teacher = summary.get("teacher")
     teachers = plain(", ".join(teacher if isinstance(teacher, list) else [teacher])) if teacher else ""
-    words = f"An image classifier of {summary['params']:,} parameters, trained on {source}"
+    kind = "embedder" if "embedding" in summary else "classifier"
+    words = f"An image {kind} of {summary['params']:,} parameters, trained on {source}"
     return f"{words} to follow {teachers} ({plain(summary['method'])})." if teachers else f"{words}."
 
 
@@ -150,8 +176,11 @@ def _limits(summary: dict, config: dict) -> tuple[str, ...]:
     tested = "No test images were scored."
     if summary["test_images"]:
         tested = f"Its accuracy on {summary['test_images']} test images applies to images like those it was trained on."
+    what = f"It predicts one of the classes above for every image, whatever the image shows. {tested}"
+    if "embedding" in summary:
+        what = "It knows no classes: how well its embeddings tell images apart was not scored here."
     return (
-        f"It predicts one of the classes above for every image, whatever the image shows. {tested}",
+        what,
         "One seed was trained; these numbers do not show how much results vary between seeds.",
         f"The terms of its data ({config['flags']['data']['source']}) apply to this network as well.",
     )

@@ -13,15 +13,17 @@ NORMALISATION = ("Cast", "Mul", "Sub")  # the first nodes of a Deployed network,
 
 
 def write_onnx(program, path: Path, preprocessing: dict) -> None:
-    """Write a torch.export program as one file: pixels in, logits out, any batch, `preprocessing` in its metadata.
+    """Write a torch.export program as one file: pixels in, logits or embeddings out, any batch.
 
+    `preprocessing` goes into its metadata.
     Raises: UserError if an operation has no counterpart in ONNX.
     """
     import torch
 
     with errors_as_messages(path.name):
         options = {"dynamo": True, "external_data": False, "verbose": False}
-        exported = torch.onnx.export(program, input_names=["images"], output_names=["logits"], **options)
+        names = {"input_names": ["images"], "output_names": [preprocessing["output"]]}
+        exported = torch.onnx.export(program, **names, **options)
         save_onnx(exported.model_proto, path, preprocessing)
 
 

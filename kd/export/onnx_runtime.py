@@ -20,7 +20,9 @@ CROPPING_RULE = (
 
 
 class OnnxFile:
-    """A callable from pixels to logits; `preprocessing` is the output of describe() stored in the file.
+    """A callable from pixels to logits, or to an embedder's embeddings.
+
+    `preprocessing` is the output of describe() stored in the file.
 
     Raises: UserError if onnxruntime is missing or kd.export did not write the file.
     """
@@ -50,8 +52,12 @@ class OnnxFile:
         )
 
     def __call__(self, images: UInt8[np.ndarray, "b 3 h w"]) -> Float[np.ndarray, "b k"]:
-        (logits,) = self._session.run(["logits"], {"images": images})
-        return logits
+        (answers,) = self._session.run([_output(self.preprocessing)], {"images": images})
+        return answers
+
+
+def _output(expects: dict) -> str:
+    return expects.get("output", "logits")
 
 
 def _fits_network(expects: dict, shapes: dict[str, list]) -> bool:
@@ -61,8 +67,10 @@ def _fits_network(expects: dict, shapes: dict[str, list]) -> bool:
     """
     (height, width), classes, stored = expects["image_size"], expects["classes"], expects.get("stored_size")
     integers = all(type(side) is int for side in (height, width, height if stored is None else stored))
-    (_, count), names = shapes["logits"], all(isinstance(name, str) for name in classes)
-    same_count = not isinstance(count, int) or count == len(classes)  # symbolic in some graphs
+    (_, count), names = shapes[_output(expects)], all(isinstance(name, str) for name in classes)
+    same_count = not isinstance(count, int) or count == expects.get(
+        "embedding", len(classes)
+    )  # symbolic in some graphs
     large_enough = stored is None or stored >= max(height, width)
     return shapes["images"][1:] == [3, height, width] and integers and large_enough and names and same_count
 
@@ -86,9 +94,9 @@ def describe(info: dict) -> dict:
         "std": list(info["std"]),
         "normalisation": "(pixel / 255 - mean) / std, which the .onnx and .pt2 files do themselves; the network that"
         " kd.load builds from model.safetensors takes images already normalised",
-        "output": "logits",
+        "output": "logits" if info["classes"] else "embedding",
         "classes": list(info["classes"]),
-    }
+    } | ({} if info["classes"] else {"embedding": info["embedding"]})
 
 
 def import_extra(module: str) -> ModuleType:

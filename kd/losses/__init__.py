@@ -16,6 +16,7 @@ from kd.losses.ctkd import LearnedTemperature, reverse_gradient
 from kd.losses.deit import deit_loss
 from kd.losses.dist import dist_loss
 from kd.losses.dkd import dkd_loss
+from kd.losses.embed import cosine_embedding_loss, embedding_queue_loss, mse_embedding_loss
 from kd.losses.features import FeatureLoss
 from kd.losses.fitnet import hint_loss
 from kd.losses.kd import KD, kd_loss, standardize
@@ -49,11 +50,13 @@ __all__ = [
     "class_weights",
     "contrastive_loss",
     "correlation_congruence_loss",
+    "cosine_embedding_loss",
     "crld_loss",
     "cross_entropy",
     "deit_loss",
     "dist_loss",
     "dkd_loss",
+    "embedding_queue_loss",
     "hierarchical_context_loss",
     "hint_loss",
     "kd_loss",
@@ -61,6 +64,7 @@ __all__ = [
     "loss_class",
     "mimic_loss",
     "mlkd_loss",
+    "mse_embedding_loss",
     "neighbour_product_loss",
     "nkd_loss",
     "nst_loss",

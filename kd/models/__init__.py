@@ -1,9 +1,11 @@
 """Networks by name. Each takes normalised images b x 3 x h x w and returns logits b x k.
 
-A name is one of MODELS, torchvision/NAME, timm/NAME, or module:function for code of the user's own.
+A name is one of MODELS, torchvision/NAME, timm/NAME, or module:function for code of the user's own. With 0 classes it
+is an embedder: the same network without its classifier, which returns its embedding b x width.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,6 +48,8 @@ BEFORE_RELU = {name: family.BEFORE_RELU for name, family in FAMILY.items()}
 BEFORE_RELU |= {f"timm/{name}": layers for name, layers in resnet.TIMM_BEFORE_RELU.items()}
 """Name -> the same maps before the ReLU that ends them; the part -1 of a name is the last of a module's children."""
 
+SPARE_CLASSES = 7  # of a network that is built to lose its classifier: hardly any other layer outputs as many
+
 DISTILLATION = "head_dist"  # timm's name for the second classifier of its distilled networks (DeiT, LeViT, ...)
 
 LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_timm}
@@ -55,7 +59,8 @@ LIBRARIES = {"torchvision": libraries.from_torchvision, "timm": libraries.from_t
 def stages(name: str, network: nn.Module, num_classes: int) -> Stages:
     """Where the network `name` has its features.
 
-    The maps are known for names in STAGES and listed by timm's networks; the classifier is searched.
+    The maps are known for names in STAGES and listed by timm's networks; the classifier is searched. With 0 classes the
+    network has none, and its output is the embedding.
     """
     modules = {key: module for key, module in network.named_modules() if key}
     linear = {key: module for key, module in modules.items() if isinstance(module, nn.Linear)}
@@ -90,14 +95,52 @@ def _two_heads(classifiers: Sequence[str]) -> tuple[str, ...]:
 
 def head_layers(name: str, network: nn.Module, num_classes: int) -> tuple[str, ...]:
     """The layers that output the classes; several in a network of timm that has a distillation token."""
-    if name.startswith("timm/"):
-        found = network.get_classifier()
+    get_classifier = getattr(network, "get_classifier", None)  # a method may have put a network of timm inside another
+    if name.startswith("timm/") and get_classifier is not None:
+        found = get_classifier()
         parts = found if isinstance(found, tuple) else (found,)
         named = [(key, module) for key, module in network.named_modules() if any(module is part for part in parts)]
         if names := tuple(key for key, module in named if next(module.parameters(), None) is not None):
             return names
     classifier = stages(name, network, num_classes).classifier
     return (classifier,) if classifier else ()
+
+
+def classifier_layers(
+    name: str, image_size: tuple[int, int], arguments: Mapping[str, object] | None = None
+) -> tuple[str, ...]:
+    """The layers that an embedder called `name` lacks: those over the classes; empty if it never has any."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = build_model(name, SPARE_CLASSES, image_size, True, arguments)
+    except UserError:  # a function of the user's own that always returns an embedder
+        return ()
+    return _over_classes(name, network, SPARE_CLASSES)
+
+
+def without_classifier(network: nn.Module, name: str, num_classes: int) -> nn.Module:
+    """The network with nn.Identity in place of its classifier, in place: it returns its embedding, b x width.
+
+    Raises: UserError if it ends in no layer over its classes.
+    """
+    layers = _over_classes(name, network, num_classes)
+    require(
+        bool(layers),
+        f"model {name}: ends in no linear layer over {num_classes} classes, so that its embedding is unknown; a"
+        " module:function of your own may return the network without its classifier for num_classes=0",
+    )
+    for layer in layers:
+        network.set_submodule(layer, nn.Identity())
+    return network
+
+
+def _over_classes(name: str, network: nn.Module, num_classes: int) -> tuple[str, ...]:
+    """The layers that output the classes; of a network that ends in convolutions (SqueezeNet) the last one."""
+    found, heads = head_layers(name, network, num_classes), stages(name, network, num_classes).heads
+    if found or heads:
+        return max(found, heads, key=len)  # outside timm, `head_layers` knows one of two heads
+    outputs = {key: getattr(module, "out_channels", None) for key, module in network.named_modules()}
+    return tuple(key for key, channels in outputs.items() if channels == num_classes)[-1:]
 
 
 def check_name(name: str) -> None:
@@ -122,7 +165,8 @@ def build_model(
     quiet: bool = False,
     arguments: Mapping[str, object] | None = None,
 ) -> nn.Module:
-    """A network with fresh weights from torch's generator, checked to output b x num_classes for such images.
+    """A network with fresh weights from torch's generator, checked to output b x num_classes for such images; with 0
+    classes an embedder, checked to output b x width.
 
     `quiet`: without the line that says how a network of the user's own is used. `arguments`: for its constructor.
 
@@ -133,21 +177,33 @@ def build_model(
     arguments = dict(arguments or {})
     library, _, short = name.partition("/")
     with libraries.argument_errors(name, arguments):
+        built = num_classes or (0 if library == "timm" else SPARE_CLASSES)
         if name in MODELS:
-            network = MODELS[name](num_classes, image_size, **arguments)
+            network = MODELS[name](built, image_size, **arguments)
         elif library in LIBRARIES:
             with libraries.image_errors(name, image_size):
-                network = LIBRARIES[library](short, num_classes, image_size, arguments)
+                network = LIBRARIES[library](short, built, image_size, arguments)
         else:
-            network = _build_users_own(name, num_classes, arguments)
+            network, built = _build_users_own(name, num_classes, arguments)
+        if built and not num_classes:
+            without_classifier(network, name, built)
+        if is_users_own(name):
             _take_logits(network, name, num_classes, image_size, quiet)
     logits = probe(network, image_size, name).logits
+    wanted = f"logits of shape (2, {num_classes})" if num_classes else "an embedding of shape (2, width)"
     require(
-        isinstance(logits, torch.Tensor) and tuple(logits.shape) == (2, num_classes),
-        f"model {name}: outputs {_described(logits)} for 2 images; it must return logits of shape (2, {num_classes}),"
+        _fits(logits, num_classes),
+        f"model {name}: outputs {_described(logits)} for 2 images; it must return {wanted},"
         " alone, first in a tuple, or as 'logits' in a dict",
     )
     return network
+
+
+def _fits(logits: object, num_classes: int) -> bool:
+    """Whether a network's output for two images has so many classes; without classes, whether it is an embedding."""
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 2:
+        return False
+    return logits.shape[1] == num_classes if num_classes else logits.shape[1] > 0
 
 
 @torch.no_grad()
@@ -167,15 +223,30 @@ def probe(network: nn.Module, image_size: tuple[int, int], name: str, layers: Se
         network.train(training)
 
 
-def _build_users_own(name: str, num_classes: int, arguments: dict[str, object]) -> nn.Module:
-    function = import_function(name, f"model {name}")
-    network = call_function(function, name, f"model {name}", num_classes=num_classes, **arguments)
-    called = f"{name.partition(':')[2]}(num_classes={num_classes})"
+def _build_users_own(name: str, num_classes: int, arguments: dict[str, object]) -> tuple[nn.Module, int]:
+    """What the user's function returns, and the number of classes that it has then.
+
+    It may refuse 0 classes: then it is built with some. Or its classifier has 0 outputs, and is removed here.
+    """
+    function, built = import_function(name, f"model {name}"), num_classes
+    try:
+        with warnings.catch_warnings():
+            if num_classes == 0:
+                warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+            network = call_function(function, name, f"model {name}", num_classes=num_classes, **arguments)
+    except UserError:
+        if num_classes:
+            raise
+        built = SPARE_CLASSES
+        network = call_function(function, name, f"model {name}", num_classes=built, **arguments)
+    called = f"{name.partition(':')[2]}(num_classes={built})"
     require(
         isinstance(network, nn.Module),
         f"model {name}: {called} returned {_described(network)}, not a torch module; return one torch.nn.Module",
     )
-    return network
+    if num_classes == 0 and built == 0 and _over_classes(name, network, 0):
+        without_classifier(network, name, 0)
+    return network, built
 
 
 def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tuple[int, int], quiet: bool) -> None:
@@ -187,11 +258,10 @@ def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tu
     several = {when: answer for when, answer in answers.items() if logits_of(answer) is not answer}
     for when, answer in several.items():
         logits = logits_of(answer)
-        fits = isinstance(logits, torch.Tensor) and tuple(logits.shape) == (2, num_classes)
         require(
-            fits,
+            _fits(logits, num_classes),
             f"model {name}: the network returns{when} {_described(answer)} for 2 images; its forward must return the"
-            f" logits alone, or first of all: a tensor of shape (2, {num_classes})",
+            f" logits alone, or first of all: a tensor of shape (2, {num_classes or 'width'})",
         )
     if several:
         network.register_forward_hook(lambda _, images, answer: logits_of(answer))

@@ -17,9 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import Origin
-from kd.config.model_args import parse_model_args
+from kd.config.model_args import asked_size, parse_model_args
 from kd.errors import UserError, require
-from kd.models import LIBRARIES, MODELS, build_model, check_name, head_layers, libraries
+from kd.models import (
+    LIBRARIES,
+    MODELS,
+    build_model,
+    check_name,
+    classifier_layers,
+    head_layers,
+    libraries,
+    without_classifier,
+)
 from kd.models.weights import SUFFIXES, Weights, find_fit, misfit, read_file, read_folder, rows_of_head
 from kd.utils.console import clip, one_line, print_once
 from kd.utils.files import not_finite, read_json
@@ -100,13 +109,8 @@ def check_pretrained(
     A file's weights are read and fitted to the network `model`; how they fit is printed. `new_head`: the last layer is
     trained anew, so its classes do not matter.
     """
-    library, _, short = name.partition("/")
     if is_of_library(name):
-        check_name(name)
-        rescales = library == "torchvision" and short in RESCALES_IMAGES
-        require(
-            not rescales, f"{flags.weights} {name}: rescales its images internally; use timm/{short}, which does not"
-        )
+        _check_library(name, flags)
         return
     pretrained = load_pretrained(name, model, flags, model_args)
     if not new_head:
@@ -118,6 +122,25 @@ def check_pretrained(
         notes = load_into(network, pretrained, name, heads)
     for note in (*pretrained.notes, *(f"{flags.weights} {name}: {note}" for note in notes)):
         print_once(note)
+
+
+def check_embedder(name: str, model: str, model_args: str | None = None) -> None:
+    """As check_pretrained, for a --teacher that is used without its classifier."""
+    if is_of_library(name):
+        _check_library(name, TEACHER)
+        return
+    pretrained = load_pretrained(name, model, model_args=model_args)
+    with torch.random.fork_rng(devices=[]):
+        build_embedder(pretrained, name)
+    for note in pretrained.notes:
+        print_once(note)
+
+
+def _check_library(name: str, flags: Flags) -> None:
+    library, _, short = name.partition("/")
+    check_name(name)
+    rescales = library == "torchvision" and short in RESCALES_IMAGES
+    require(not rescales, f"{flags.weights} {name}: rescales its images internally; use timm/{short}, which does not")
 
 
 def load_pretrained(name: str, model: str, flags: Flags = TEACHER, model_args: str | None = None) -> Pretrained:
@@ -147,6 +170,29 @@ def build_pretrained(pretrained: Pretrained, name: str) -> nn.Module:
     network = _build(pretrained, len(pretrained.classes))
     load_into(network, pretrained, name)
     return network
+
+
+def build_embedder(pretrained: Pretrained, name: str) -> nn.Module:
+    """The network with its weights, without its classifier; the weights may have none, or one over any classes.
+
+    Weights of timm's are resampled for the image size that `model_args` ask for.
+    """
+    arguments = parse_model_args(pretrained.model_args)
+    network = _build(pretrained, 0)
+    heads = classifier_layers(pretrained.model, pretrained.image_size, arguments)
+    rows = len(pretrained.classes) or rows_of_head(_weights(pretrained))
+    if rows is None or is_of_library(name) or fits(network, pretrained, heads):
+        load_into(network, pretrained, name, heads, resample=True)
+        return network
+    whole = _build(pretrained, rows)  # weights under other names fit as a whole only
+    load_into(whole, pretrained, name)
+    return without_classifier(whole, pretrained.model, rows)
+
+
+def at_size(pretrained: Pretrained, model_args: str | None) -> Pretrained:
+    """A library's network built with these arguments of its constructor, for images of the size among them."""
+    size = asked_size(pretrained.model, parse_model_args(model_args))
+    return pretrained._replace(model_args=model_args, image_size=size or pretrained.image_size)
 
 
 def _build(pretrained: Pretrained, classes: int, quiet: bool = False) -> nn.Module:

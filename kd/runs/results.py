@@ -193,7 +193,10 @@ def _check_model(path: Path, info: dict) -> None:
     valid = {
         "model": isinstance(info["model"], str),
         "classes": _is_list(info["classes"], lambda name: isinstance(name, str)),
-        "num_classes": isinstance(info["classes"], list) and info["num_classes"] == len(info["classes"]) > 0,
+        "num_classes": isinstance(info["classes"], list)
+        and info["num_classes"] == len(info["classes"])
+        and (info["num_classes"] > 0 or "embedding" in info),
+        "embedding": "embedding" not in info or (_is_width(info["embedding"]) and info["num_classes"] == 0),
         "image_size": _is_list(info["image_size"], _is_side, 2),
         "mean": _is_list(info["mean"], is_number, 3),
         "std": _is_list(info["std"], lambda std: is_number(std) and std > 0, 3),
@@ -209,6 +212,10 @@ def _check_model(path: Path, info: dict) -> None:
 
 def _is_list(value: object, valid: Callable[[object], bool], length: int | None = None) -> bool:
     return isinstance(value, list) and len(value) == (length or len(value)) and all(map(valid, value))
+
+
+def _is_width(width: object) -> bool:
+    return type(width) is int and width > 0
 
 
 def _is_side(side: object) -> bool:

@@ -1,4 +1,5 @@
-"""The teacher's logits, computed once for K views of every image and reused by every student of every seed.
+"""The teacher's logits, computed once for K views of every image and reused by every student of every seed. So are the
+embeddings of a teacher of embeddings, in place of logits.
 
 One memory-mapped file of logits [K, N, C] (or of the top k of each row), a second one of the strong views if the method
 has two, and a manifest with everything they depend on (teacher, rows, views, precision) and the sha256 of each view's
@@ -54,7 +55,8 @@ class LogitStore:
     def __init__(self, folder: Path, identity: dict):
         self.folder, self.identity = folder, identity
         self.views = ViewConfig(**identity["views"]).stored
-        self.rows, self.classes = identity["rows"], identity["classes"]
+        self.rows, self.classes = identity["rows"], identity["classes"]  # of embeddings, `classes` is their width
+        self.kind = "embeddings" if "kind" in identity else "logits"
         self.top_k = identity["top_k"] if (identity["top_k"] or self.classes) < self.classes else None
         width = self.classes if self.top_k is None else self.top_k + 1
         self.shapes = {}
@@ -95,12 +97,12 @@ class LogitStore:
         require(valid, f"{self.folder / 'manifest.json'} is malformed; remove {self.folder} to build it anew")
         differences = [
             f"{key}: {identity.get(key)} there, {value} here"
-            for key, value in self.identity.items()
+            for key, value in {**dict.fromkeys(identity), **self.identity}.items()
             if identity.get(key) != value
         ]
         require(
             not differences,
-            f"{self.folder} has other logits ({'; '.join(differences)}); remove it to build it anew",
+            f"{self.folder} has other {self.kind} ({'; '.join(differences)}); remove it to build it anew",
         )
         return blocks
 
@@ -165,7 +167,7 @@ class LogitStore:
             arrays = {name: tensor.cpu().numpy().astype(self.dtype(name)) for name, tensor in parts.items()}
         require(
             bool(np.isfinite(arrays["logits"]).all()),
-            f"the teacher's logits of training rows {rows.start} to {rows.stop - 1} are not finite as"
+            f"the teacher's {self.kind} of training rows {rows.start} to {rows.stop - 1} are not finite as"
             f" {self.identity['dtype']}: check the teacher, or store them with --cache-dtype float32",
         )
         for name, array in arrays.items():
@@ -270,6 +272,8 @@ def cache_identity(teacher: TeacherNetwork, data: Data, job: Job, accelerator: A
     spec |= {"views": without_newer_defaults(views), "precision": accelerator.mixed_precision}
     spec |= {"device": accelerator.device.type, "deterministic": job.fit.deterministic}
     spec |= {"dtype": job.cache.cache_dtype, "top_k": job.cache.cache_top_k, "class_names": data.classes}
+    if job.method.embeds:
+        spec |= {"kind": "embedding", "classes": teacher.classes}
     if job.data.stored_size:  # rows_sha256 is of the images as they are stored
         spec |= {"image_size": data.size}
     if job.method.two_views:
@@ -345,13 +349,14 @@ def _build(store: LogitStore, images: TrainingImages, query: TeacherLogits, acce
     main, processes, (first, mine) = accelerator.is_main_process, accelerator.num_processes, work.done
     if main and not first:
         views = f"{store.views} views" + ", weak and strong," * (len(store.prefixes) > 1)
-        print(f"{store.folder}: {store.bytes / 1e6:.3g} MB for {views} of {store.rows} images", flush=True)
+        of_what = f": {store.kind} of {store.classes} numbers" if store.kind == "embeddings" else ""
+        print(f"{store.folder}: {store.bytes / 1e6:.3g} MB for {views} of {store.rows} images{of_what}", flush=True)
     all_do(lambda: store.create() if work.keeps and not mine else None)
     rounds = range(0, store.rows, processes * work.share)
     starts = [start + accelerator.process_index * work.share for start in rounds]
     with StopRequests() as requests:
         for view in range(first, store.views):
-            title = f"teacher's logits, view {view + 1} of {store.views}"
+            title = f"teacher's {store.kind}, view {view + 1} of {store.views}"
             hidden = not (main and console.is_terminal)
             # The last batch is padded: a small one would be summed in another order and differ in its last bits.
             indices = [torch.arange(start, start + work.share).clamp(max=store.rows - 1) for start in starts]
@@ -420,7 +425,7 @@ def _stop_requested(requests: StopRequests, accelerator: Accelerator) -> int:
 
 def _stop(signal_number: int, store: LogitStore, views: int) -> None:
     """Raises Preempted: between two batches, or with several processes between two views, where they agree."""
-    done = f"{views} of {store.views} views of the teacher's logits in {store.folder}"
+    done = f"{views} of {store.views} views of the teacher's {store.kind} in {store.folder}"
     raise Preempted(signal_number, f"{done}; the same command continues")
 
 
@@ -448,6 +453,6 @@ def _compare(
             name = f"the strong view {view}" if prefix else f"view {view}"
             require(
                 gap <= tolerance,
-                f"{store.folder}: the teacher now gives other logits for {name} (by {gap:.1e} of its largest logit,"
+                f"{store.folder}: the teacher now gives other {store.kind} for {name} (by {gap:.1e} of the largest,"
                 f" {tolerance:.1e} is allowed); remove the folder to build it anew",
             )

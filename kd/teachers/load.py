@@ -1,4 +1,7 @@
-"""Loading teachers: run folders, Hub ids, pretrained networks and files of weights, adapted to the student's data."""
+"""Loading teachers: run folders, Hub ids, pretrained networks and files of weights, adapted to the student's data.
+
+A teacher of embeddings is the same network without its classifier: its answers are embeddings, with classes unmatched.
+"""
 
 import difflib
 import hashlib
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,11 +20,15 @@ from kd.config import METHODS, DistillConfig, is_named
 from kd.config.recipes import usual_teacher
 from kd.data import Data
 from kd.errors import UserError, require
+from kd.models import build_model, is_users_own, without_classifier
 from kd.models.adapt import Renormalize, resize_input
 from kd.models.pretrained import (
     NEW_HEAD_ADVICE,
     Pretrained,
+    at_size,
+    build_embedder,
     build_pretrained,
+    check_embedder,
     check_pretrained,
     expand_user,
     is_of_library,
@@ -42,7 +50,7 @@ class TeacherNetwork(NamedTuple):
     folder: Path  # or the name of a pretrained network
     sha256: str  # of its weights and of the inputs it expects
     summary: dict
-    classes: int  # of its own classifier, before they are matched with the data's
+    classes: int  # of its own classifier, before they are matched with the data's; of embeddings, their width
     members: tuple["TeacherNetwork", ...] = ()  # of several teachers
 
     @property
@@ -66,16 +74,29 @@ class Average(nn.Module):
         return each.logsumexp(dim=0) - math.log(len(self.networks))
 
 
+class Joined(nn.Module):
+    """Several embedders as one: their embeddings, each normalised to length 1, side by side."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        return torch.cat([F.normalize(network(image).float(), dim=1) for network in self.networks], dim=1)
+
+
 def check_teachers(config: DistillConfig) -> None:
     """Raises UserError for a teacher that is missing or does not fit its flags, before any data is read."""
+    embeds = config.method.embeds
     require(
         not config.fine_tune_teacher or any(map(is_pretrained, config.teachers)),
         f"--fine-tune-teacher: {', '.join(config.teachers)} is a run, whose last layer is trained already; leave the"
         " flag out, or name a pretrained network or a file of weights",
     )
     files = [name for name in config.teachers if is_pretrained(name) and not is_of_library(name)]
+    built = [name for name in config.teachers if embeds and is_of_library(name)]  # at a size of one's own
     require(
-        config.teacher_model_args is None or bool(files),
+        config.teacher_model_args is None or bool(files or built),
         f"--teacher-model-args {config.teacher_model_args}: is for a file of weights or the recipe's own teacher;"
         f" {' '.join(config.teachers)} says itself how it is built",
     )
@@ -86,8 +107,13 @@ def check_teachers(config: DistillConfig) -> None:
         if not is_of_library(name) and is_elsewhere(expand_user(name)):
             continue  # the main process checks it
         if is_pretrained(name):
-            arguments = config.teacher_model_args
-            check_pretrained(name, config.teacher_model, config.fine_tune_teacher, model_args=arguments)
+            model, arguments = config.teacher_model, config.teacher_model_args
+            if embeds:
+                check_embedder(name, model, arguments)
+            else:
+                check_pretrained(name, model, config.fine_tune_teacher, model_args=arguments)
+            continue
+        if embeds and is_users_own(name):
             continue
         method = [name] if is_named(name) else difflib.get_close_matches(name, METHODS, n=1)
         require(
@@ -119,13 +145,76 @@ def load_teachers(
         else load_teacher(name, data, device, trust_code)
         for name, is_network in zip(names, pretrained, strict=True)
     )
+    return members[0] if len(members) == 1 else _joint(members, Average, len(data.classes))
+
+
+def load_embedders(
+    names: Sequence[str | Path],
+    data: Data,
+    device: torch.device,
+    trust_code: bool,
+    model: str = "",
+    model_args: str | None = None,
+) -> TeacherNetwork:
+    """The teacher named, without its classifier; of several the embeddings, each normalised, side by side.
+
+    Takes what load_teachers takes, and a module:function whose network brings its own weights. Raises UserError as
+    that does, and for a network whose embedding is unknown.
+    """
+    members = [_load_embedder(str(name), data, device, trust_code, (model, model_args)) for name in names]
     if len(members) == 1:
         return members[0]
-    network = Average([member.network for member in members]).eval()
+    widths = [member.classes for member in members]
+    print_once(f"{len(members)} teachers: their embeddings, each normalised to length 1, side by side: {sum(widths)}")
+    return _joint(tuple(members), Joined, sum(widths))
+
+
+def _load_embedder(
+    name: str, data: Data, device: torch.device, trust_code: bool, of_file: tuple[str, str | None]
+) -> TeacherNetwork:
+    """One teacher of embeddings; `of_file`: the network of a file of weights, and the arguments of its constructor or
+    of a library's network's."""
+    folder = Path(name)
+    if is_pretrained(name):
+        pretrained = load_pretrained(name, of_file[0], model_args=of_file[1])
+        if is_of_library(name):
+            pretrained = at_size(pretrained, of_file[1])
+        network, info = build_embedder(pretrained, name), pretrained._asdict()
+        sha256, summary = pretrained.sha256, {"model": pretrained.model}
+    elif is_users_own(name):
+        network, info, sha256, summary = _own_embedder(name, data, trust_code)
+    else:
+        folder = local_folder(name)
+        network, info, sha256, summary = load_network(folder, trust_code)
+        if info["num_classes"]:
+            without_classifier(network, info["model"], info["num_classes"])
+    adapt_input(network, info, data, device)
+    with torch.no_grad():
+        width = network(torch.zeros(2, 3, *data.size, device=device)).shape[1]
+    expected = json.dumps([info.get(key) for key in ("image_size", "mean", "std", "model_args")])
+    identity = hashlib.sha256(f"embedding {sha256} {expected}".encode()).hexdigest()
+    return TeacherNetwork(network, folder, identity, summary, width)
+
+
+def _own_embedder(name: str, data: Data, trust_code: bool) -> tuple[nn.Module, dict, str, dict]:
+    """The network of a module:function with the weights that it brings; it sees the images as the student does."""
+    require(trust_code, f"--teacher {name}: building it runs its author's code; --trust-code says that you trust it")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for what it does not load from somewhere
+        network = build_model(name, 0, data.size)
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return network, {"image_size": data.size, "mean": data.mean, "std": data.std}, digest.hexdigest(), {"model": name}
+
+
+def _joint(members: tuple[TeacherNetwork, ...], kind: type[nn.Module], classes: int) -> TeacherNetwork:
+    """Several teachers as one network of `kind`."""
+    network = kind([member.network for member in members]).eval()
     sha256 = hashlib.sha256("".join(member.sha256 for member in members).encode()).hexdigest()
     name = Path(" + ".join(str(member.folder) for member in members))
     model = " + ".join(member.summary["model"] for member in members)
-    return TeacherNetwork(network, name, sha256, {"model": model}, len(data.classes), members)
+    return TeacherNetwork(network, name, sha256, {"model": model}, classes, members)
 
 
 def load_teacher(name: str | Path, data: Data, device: torch.device, trust_code: bool) -> TeacherNetwork:
@@ -176,17 +265,26 @@ def match_to_data(network: nn.Module, info: dict, data: Data, device: torch.devi
     class.
     """
     classes = tuple(info["classes"])
+    require(
+        bool(classes),
+        f"{who}: is an embedder, without classes; take the method embed, or train a classifier from it (--init)",
+    )
     columns = match_classes(classes, data.classes)
     if columns is None:
         missing = [name for name in data.classes if name not in classes]
         lacks = f"not {', '.join(map(repr, missing[:3]))} of" if missing else "some of these names twice; of"
         raise UserError(f"{who} knows {len(classes)} classes and {lacks} the data's {len(data.classes)}: {remedy}")
+    adapt_input(network, info, data, device)
+    if columns != list(range(len(classes))):  # the data's classes may be a part of the teacher's, or in another order
+        chosen = torch.tensor(columns, device=device)
+        network.register_forward_hook(lambda _, images, logits: logits[:, chosen])
+
+
+def adapt_input(network: nn.Module, info: dict, data: Data, device: torch.device) -> None:
+    """Freeze the network, on the device, and let it take the images of `data` at its own size and normalisation."""
     if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
         renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
         network.register_forward_pre_hook(lambda _, images: renormalize(*images))
     if tuple(info["image_size"]) != tuple(data.size):
         resize_input(network, tuple(info["image_size"]))
-    if columns != list(range(len(classes))):  # the data's classes may be a part of the teacher's, or in another order
-        chosen = torch.tensor(columns, device=device)
-        network.register_forward_hook(lambda _, images, logits: logits[:, chosen])
     network.eval().requires_grad_(False).to(device)

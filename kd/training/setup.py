@@ -109,7 +109,7 @@ def name_classes(config: DistillConfig, data: Data) -> Data:
 
     Raises UserError if the teacher has none.
     """
-    if data.labelled or not config.teachers:
+    if data.labelled or not config.teachers or config.method.embeds:
         return data
     name = str(config.teachers[0])
     if is_pretrained(name):
@@ -213,22 +213,22 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     Neither network is changed. Raises: UserError for layers that do not exist or do not pair up.
     """
     layers, classes = loss_class(job.method).layers, len(data.classes)
-    labels = data.train.labels if data.labelled else None
+    rows, labels = len(data.train.labels), data.train.labels if data.labelled else None
     student_stages = stages(job.model, student, classes)
     name = loss_class(job.method).partner(job.method, job.model)
     partner = _build_partner(name, job, data) if name else None
     if teacher is None:
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
-        kept = {"balance": job.fit.balance, "partner": partner, "labelled": data.labelled}
+        kept = {"balance": job.fit.balance, "partner": partner, "labelled": data.labelled, "rows": rows}
         return Pair(outputs, None, labels, student_stages, **kept)
-    teacher_stages = stages(teacher.summary["model"], teacher.network, teacher.classes)
+    teacher_stages = stages(teacher.summary["model"], teacher.network, 0 if job.method.embeds else teacher.classes)
     if teacher.members:  # the flags must name the teacher as well: networks.0.layer3
         teacher_stages = Stages(modules=teacher_stages.modules)
     names = layers(job.method, student_stages, teacher_stages)
     outputs = probe(student, data.size, "student", names[0]), probe(teacher.network, data.size, "teacher", names[1])
     classifier = teacher_stages.classifier
     head = teacher.network.get_submodule(classifier) if classifier else None
-    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner, data.labelled)
+    return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner, data.labelled, rows)
 
 
 def _build_partner(name: str, job: Job, data: Data) -> nn.Module:

@@ -18,7 +18,7 @@ from kd.config import Job, Origin
 from kd.config.model_args import asked_size
 from kd.data import Data
 from kd.errors import UserError, require
-from kd.models import LIBRARIES, build_model, check_name, head_layers
+from kd.models import LIBRARIES, build_model, check_name, classifier_layers, head_layers
 from kd.models.pretrained import (
     Flags,
     Pretrained,
@@ -181,15 +181,23 @@ def _choose_size(start: Start, job: Job, data: Data) -> tuple[int, int]:
     classes = len(data.classes)
     try:
         network = build_model(job.model, classes, ours, quiet=True, arguments=job.model_args)
-        return ours if fits(network, start.weights, head_layers(job.model, network, classes)) else own
+        return ours if fits(network, start.weights, _heads(network, job, ours, classes)) else own
     except Exception:  # a network of the user's own raises anything for images of another size
         return own
+
+
+def _heads(network: nn.Module, job: Job, image_size: tuple[int, int], classes: int) -> tuple[str, ...]:
+    """The layers over the classes; of an embedder those that it lacks, and that --init's weights may have."""
+    if classes == 0:
+        return classifier_layers(job.model, image_size, job.model_args)
+    return head_layers(job.model, network, classes)
 
 
 def load_start(network: nn.Module, job: Job, data: Data) -> None:
     """Load --init's weights into the job's network, and for a pruned run its shapes.
 
-    A last layer of the same classes in the same order is kept; else it stays as it was built, and a line says so.
+    A last layer of the same classes in the same order is kept; else it stays as it was built, and a line says so. An
+    embedder has none, and leaves that of the weights out.
     Raises UserError if the weights do not fit.
     """
     flags, name = flags_of(job), job.compress.init
@@ -200,8 +208,9 @@ def load_start(network: nn.Module, job: Job, data: Data) -> None:
         for flag in ("prune", "sparsity"):
             asked = getattr(job.compress, flag) > 0
             require(not asked, f"--{flag}: {RUN_NEEDED}, and {flags.weights} {name} knows others")
-        heads = head_layers(job.model, network, classes)
-        require(bool(heads), f"{flags.weights} {name}: {job.model} ends in no linear layer to put in place")
+        heads = _heads(network, job, job.resized or data.size, classes)
+        has_head = classes == 0 or bool(heads)
+        require(has_head, f"{flags.weights} {name}: {job.model} ends in no linear layer to put in place")
     if start.run:
         _resize_as(network, start.run, heads, classes, name)
     try:
@@ -214,10 +223,17 @@ def load_start(network: nn.Module, job: Job, data: Data) -> None:
         raise UserError(f"{error}{theirs}" + (f"; the network now with {ours}" if ours else "")) from error
     for note in (*start.weights.notes, *notes):
         print_once(f"{flags.weights} {name}: {note}")
-    if heads:
-        others = f"of the {len(known)} that its weights know" if known else "of its weights' own, which have no names"
+    if not heads:
+        return
+    theirs = any(key.startswith(f"{head}.") for key in start.weights.weights for head in heads)
+    others = f"in place of the {len(known)} that its weights know" if known else "its weights have none"
+    if theirs and not known:
+        others = "in place of its weights' own, which have no names"
+    if classes:
         layer = f"a new last layer {', '.join(heads)} for {classes} classes"
-        print_once(f"{flags.weights} {name}: {layer}, in place {others}")
+        print_once(f"{flags.weights} {name}: {layer}, {others}")
+    elif theirs:
+        print_once(f"{flags.weights} {name}: its last layer {', '.join(heads)} is left out; {job.role} trains none")
 
 
 def _resize_as(network: nn.Module, info: dict, heads: tuple[str, ...], classes: int, name: str) -> None:
@@ -225,6 +241,8 @@ def _resize_as(network: nn.Module, info: dict, heads: tuple[str, ...], classes: 
     recipe = info.get("compression") or {}
     try:
         shapes = {key: list(values) for key, values in recipe.get("shapes", {}).items()}
+        if classes == 0:
+            shapes = {key: values for key, values in shapes.items() if key not in heads}
         fresh = {head: network.get_submodule(head) for head in heads if head in shapes}
         for head in fresh:
             shapes[head][1] = classes

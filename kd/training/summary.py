@@ -8,6 +8,7 @@ from torch import Tensor
 from kd.compress import compression_summary, plain_weights
 from kd.config import Job
 from kd.errors import require
+from kd.models import probe
 from kd.models.cost import count_params
 from kd.report import plots
 from kd.runs.checkpoint import State
@@ -37,6 +38,8 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
     if trainer.average:
         summary |= dict.fromkeys(f"{name}_ema" for name in AVERAGED_SCORES)
         summary["val_top1_ema"] = trainer.state.history[-1].get("val/top1_ema")
+    if job.method.embeds:
+        summary["embedding"] = probe(network, data.size, job.model).logits.shape[1]
     summary |= compression_summary(network, job, compression, data.size)
     if job.role != "teacher":
         summary |= _teacher_summary(teacher) | {"control": control and str(control)}
@@ -124,6 +127,8 @@ def model_info(trainer: Trainer) -> dict:
         "resized": job.resized,  # what a network from elsewhere takes them at, inside
         "deployed": trainer.distiller.recipe,
     }
+    if job.method.embeds:  # it has no classes, and returns so many numbers
+        info["embedding"] = probe(trainer.distiller.deployed, data.size, job.model).logits.shape[1]
     return info | ({"compression": compression} if compression else {})
 
 

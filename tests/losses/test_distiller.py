@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kd.config import METHODS
+from kd.config.methods import FeatureFlags
 from kd.errors import UserError
 from kd.losses import loss_class
 from kd.losses.base import Distiller
@@ -16,7 +17,7 @@ from kd.models.features import Tap
 from kd.types import Pair, Stages
 from tests.pairs import LABELS, SAMPLES, SIZE, STAGES, batch_of, build, network, terms_of
 
-FEATURES = [name for name, kind in METHODS.items() if "teacher_layers" in kind.__dataclass_fields__]
+FEATURES = [name for name, kind in METHODS.items() if issubclass(kind, FeatureFlags)]
 LOGITS = [name for name, kind in METHODS.items() if "standardize" in kind.__dataclass_fields__]
 INDEX = torch.arange(12)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd import losses
@@ -22,6 +23,7 @@ class Case(NamedTuple):
 
 B, K = 6, 7
 LABELS = torch.arange(B) % K
+QUEUE = F.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).double())
 CASES = {
     "mimic": Case(losses.mimic_loss, naive.mimic, "logits"),
     "dkd": Case(losses.dkd_loss, naive.dkd, "logits", (LABELS, 1.5, 8.0, 3.0)),
@@ -47,6 +49,9 @@ CASES = {
     "pkt": Case(losses.pkt_loss, naive.pkt, "embeddings", repeats=False),
     "rkd": Case(losses.rkd_loss, naive.rkd, "embeddings", (25.0, 50.0), repeats=False),
     "cc": Case(losses.correlation_congruence_loss, naive.correlation_congruence, "embeddings"),
+    "queue": Case(losses.embedding_queue_loss, naive.embedding_queue, "same embeddings", (QUEUE, 0.07)),
+    "cosine": Case(losses.cosine_embedding_loss, lambda s, t: 1 - F.cosine_similarity(s, t).mean().item(), "same maps"),
+    "mse": Case(losses.mse_embedding_loss, lambda s, t: ((s - t) ** 2).mean().item(), "same embeddings"),
     "neighbours": Case(
         losses.neighbour_product_loss,
         lambda s, t: (

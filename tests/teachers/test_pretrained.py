@@ -56,7 +56,7 @@ def file_of(path: str, classes, weights: dict | None = None) -> str:
 
 
 def raw_of(data) -> tuple:
-    images = data.test.images[:20]
+    images = (data.val or data.test).images[:20]  # without labels there is no test split
     ours = normalize(images, torch.tensor(data.mean), torch.tensor(data.std))
     theirs = normalize(images, torch.tensor(EXPECTS["mean"]), torch.tensor(EXPECTS["std"]))
     return ours, F.interpolate(theirs, (24, 20), mode="bilinear", antialias=True)
