@@ -54,7 +54,7 @@ def main(config: DistillConfig) -> Path:
         check_start(config.teacher_job(), TEACHER_START)
     print_plan(config.job(), (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
-    data = load_data(config.data)
+    data = load_data(config.data, config.run)
     config = settle_by_data(config, data, accelerator)
     job, seen = start_from(config.job(), data)
     network = build_network(job, seen)

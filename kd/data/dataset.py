@@ -4,18 +4,21 @@ kd/data/sources.py finds the data and kd/data/storage.py chooses how it is store
 the training split, by class; the test split is the data's own and is read once, at the end of a run.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from kd.config import DataConfig
+from kd.config import DataConfig, RunConfig
 from kd.data.cache import Arrays
 from kd.data.rows import Rows
 from kd.data.sources import BUILT_IN, find_source, with_set_defaults
-from kd.data.splits import hold_out, long_tail, select
+from kd.data.splits import hold_out, keep_labels, long_tail, select
 from kd.data.storage import SPLITS
-from kd.errors import require
+from kd.errors import require, reworded
 from kd.utils.console import print_once
+
+NO_PROBE = RunConfig()
 
 TEST_SEED = 0  # of a test split that is held out: the same images for every --split-seed
 
@@ -32,10 +35,11 @@ class Data:
     size: tuple[int, int]  # height and width of every image as networks see it
     storage: str = "in memory"  # in words: how the images are stored, and why
     test_split: str = "test"  # "validation" if the data has no test split but that
+    probe: "Data | None" = None  # the labelled set of --probe
 
 
-def load_data(config: DataConfig) -> Data:
-    """Load the three splits of `config.source`.
+def load_data(config: DataConfig, run: RunConfig = NO_PROBE) -> Data:
+    """Load the three splits of `config.source`, and those of the run's --probe.
 
     Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range.
     """
@@ -52,14 +56,49 @@ def load_data(config: DataConfig) -> Data:
     train, val, test, test_split = _three_splits(splits, config)
     # After the hold-out: validation keeps the test split's class frequencies and is the same for every --imbalance.
     train = long_tail(train, config.imbalance, len(classes), config.split_seed)
+    whole, train = train, keep_labels(train, config.label_share, config.split_seed)
     parts = {"training": train, "validation": val, "test": test}
     _check_parts(parts, config)
     _print_summary(config, source.storage, parts, classes)
     source.check_images([split for split in (test, val) if split is not None])
-    statistics = source.statistics(train)
+    # Of all training images: every --label-share normalises alike, and so as a run that it starts from (--init).
+    statistics = source.statistics(whole)
+    if train is not whole:
+        _print_share(config.label_share, len(whole.labels), train, val)
+        source.hash_rows(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
     size = (config.image_size,) * 2 if config.image_size else train.size
-    return Data(train, val, test, classes, *statistics, size, source.storage, test_split)
+    probe = load_probe(run.probe, config, size, run.probe_label) if run.probe else None
+    return Data(train, val, test, classes, *statistics, size, source.storage, test_split, probe)
+
+
+def load_probe(
+    source: str, data: DataConfig, size: tuple[int, int], label: str | None = None, option: str = "--probe"
+) -> Data:
+    """The labelled set `source` for a run on `data` whose network sees images of `size` (height, width).
+
+    Its images have that size if they can be stored so, else their own. Its splits do not depend on the run's flags.
+    Raises: UserError as load_data does, in terms of the flag `option`, and for a set without labels.
+    """
+    same = source == data.source
+    config = DataConfig(
+        source,
+        label=label or (data.label if same else None),
+        image=data.image if same else None,
+        classes=data.classes if same else None,
+        image_size=size[0] if source not in BUILT_IN and size[0] == size[1] else None,
+        stored_size=data.stored_size if source not in BUILT_IN and size[0] == size[1] else None,
+        decode=data.decode if same else "auto",
+        stream=data.stream and same,
+        workers=data.workers,
+        skip_broken=data.skip_broken,
+    )
+    names = {"--data": option, "--label": "--probe-label" if option == "--probe" else "--label"}
+    with reworded(lambda text: re.sub(r"--(?:data|label)\b(?!-)", lambda match: names[match[0]], text)):
+        probe = load_data(config)
+        labelled = all(bool((split.labels >= 0).all()) for split in (probe.train, probe.test))
+        require(labelled, f"--data {source}: its images have no labels; name a labelled set")
+    return probe
 
 
 def _three_splits(splits: dict[str, Arrays], config: DataConfig) -> tuple[Arrays, Arrays | None, Arrays, str]:
@@ -102,6 +141,13 @@ def _check_parts(parts: dict[str, Arrays | None], config: DataConfig) -> None:
             split is None or len(split.labels) > 0,
             f"--data {config.source}: the {name} split is empty; {remedies.get(name, 'add images')}",
         )
+
+
+def _print_share(share: float, whole: int, train: Arrays, val: Arrays | None) -> None:
+    counts = np.bincount(train.labels)
+    left = f"{len(train.labels)} of {whole} training images, {counts[counts > 0].min()} to {counts.max()} of each class"
+    stay = "test stays whole" if val is None else f"validation ({len(val.labels)} labelled images) and test stay whole"
+    print_once(f"data: --label-share {share:g} leaves {left}; {stay}")
 
 
 def _print_summary(config: DataConfig, storage: str, parts: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
 from kd.runs.results import FLAG_PARTS
-from kd.runs.table import METRICS
+from kd.runs.table import METRICS, PROBED
 from kd.utils.files import write_atomically
 
 SCORES = tuple(metric for metric in METRICS.values() if metric.card)
@@ -101,7 +101,7 @@ def _origin(summary: dict, config: dict) -> str:
 
 def _scores(summary: dict, control: dict | None) -> Table:
     if summary["test_top1"] is None:
-        return Table(("network",), [("this network",)], "The test set was not read.")
+        return Table(("network",), [("this network",)], f"The test set was not read.{_probed(summary)}")
     rows = [("this network", *_cells(summary))]
     if control is not None and control.get("test_top1") is not None:
         rows.append(("the same, trained alone", *_cells(control | {"agreement": None})))
@@ -110,8 +110,16 @@ def _scores(summary: dict, control: dict | None) -> Table:
     images = "validation images" if summary.get("test_split") == "validation" else "test images"
     note = f"Percent, NLL in nats, on {summary['test_images']} {images}, read at the end of training; no choice"
     weights = "Averaged weights (--ema)" if summary.get("weights") == "ema" else "Weights of the last epoch"
-    note += f" depends on them. {weights}, one seed ({summary['seed']})."
+    note += f" depends on them. {weights}, one seed ({summary['seed']}).{_probed(summary)}"
     return Table(("network", *(metric.card for metric in SCORES)), rows, note)
+
+
+def _probed(summary: dict) -> str:
+    """A sentence on what the embedding scored on the set of --probe; "" if that was not measured."""
+    if any(summary.get(metric.key) is None for metric in PROBED):
+        return ""
+    scores = " and ".join(f"{metric.title} {summary[metric.key]:{metric.style}}" for metric in PROBED)
+    return f" Its embedding on the test images of {plain(str(summary['probe_data']))}: {scores} percent."
 
 
 def _cells(summary: dict) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
 import uuid
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "min_lr": 0.0,
     "warmup_start": None,
     "steps": None,
+    "label_share": 1.0,
 }
 
 
@@ -203,6 +205,9 @@ def _read_state(run: RunFolder, job: Job) -> None:
         else:
             _check_same(path, config["identity"], run.identity)
     run.summary = _finished(run, job.run.test)
+    if run.summary is not None and job.run.probe not in (None, run.summary.get("probe_data")):
+        command = f"python -m kd.training.probe {shlex.quote(str(path))} --data {shlex.quote(job.run.probe)}"
+        print(f"{path}: finished without --probe {job.run.probe}; {command} measures it", flush=True)
     if run.summary is None and _finished(run) is not None:  # trained, and only the test split is unread
         require(
             run.resuming,

@@ -9,9 +9,10 @@ from kd.errors import require
 from kd.models.cost import count_params
 from kd.report import plots
 from kd.runs.checkpoint import State
-from kd.runs.results import AVERAGED_SCORES
+from kd.runs.results import AVERAGED_SCORES, PROBE_SCORES
 from kd.teachers.load import TeacherNetwork
 from kd.training.evaluate import score_test_split
+from kd.training.progress import work_bar
 from kd.training.trainer import LOWER_LR_ADVICE, Trainer
 from kd.utils.files import sha256_file, write_atomically, write_json, write_weights
 
@@ -43,6 +44,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
         summary |= scores
+    summary |= _probe_summary(trainer)
     if accelerator.is_main_process:
         if test_logits:
             write_weights(run.path / "test_logits.safetensors", test_logits)
@@ -58,6 +60,18 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         write_json(run.path / "summary.json", summary)
     accelerator.wait_for_everyone()
     trainer.tracker.finish(summary)
+    return summary
+
+
+def _probe_summary(trainer: Trainer) -> dict:
+    """The embedding's scores on the test split of --probe; null with --no-test, and no keys without --probe."""
+    if trainer.probe is None:
+        return {}
+    summary = {"probe_data": trainer.probe.source} | dict.fromkeys(PROBE_SCORES)
+    if trainer.job.run.test:
+        with work_bar(trainer.accelerator.is_main_process) as told:
+            scores = trainer.probe.score(trainer.probe.data.test, told)
+        summary |= {f"probe_{name}": score for name, score in scores.items()}
     return summary
 
 

@@ -28,6 +28,7 @@ from kd.training.diagnostics import gradient_norms, warnings
 from kd.training.evaluate import validate
 from kd.training.meter import Clock, Meter, check_terms
 from kd.training.optimizers import describe, make_optimizer
+from kd.training.probe import due, open_probe
 from kd.training.progress import ProgressDisplay
 from kd.training.schedule import lr_at
 from kd.training.tracking import Tracker
@@ -70,6 +71,8 @@ class Trainer:
         self.average = None if job.fit.ema is None else Average(distiller.deployed, job.fit.ema)
         if line := too_long(job.fit.ema, self._total):
             print_once(line)
+        options = accelerator, job.fit.batch_size
+        self.probe = open_probe(job.run.probe, distiller.deployed, job.model, data, *options)
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}  # the deployed weights of the best epoch on validation
         self.saved_step: int | None = None  # the step that this process last saved or resumed from
@@ -198,7 +201,7 @@ class Trainer:
         numbers, _ = self.read_means()
         self.clock.pause()
         self._display.step(self.state.step, numbers)
-        scores = self._validate()
+        scores = self._validate() | self._probe(epoch)
         line = self._add_to_history(epoch, numbers, scores)
         self.tracker.log(line)
         self._display.epoch(line)
@@ -219,6 +222,14 @@ class Trainer:
             averaged = validate(network, self.data, self.accelerator, size)
         return scores | {f"{name}_ema": value for name, value in averaged.items()}
 
+    def _probe(self, epoch: int) -> dict[str, float]:
+        """The scores of the embedding on the validation split of --probe, in epochs that are due."""
+        every, epochs = self.job.run.probe_every, self.job.fit.epochs
+        if self.probe is None or self.probe.data.val is None or not due(every, epoch, epochs):
+            return {}
+        scores = self.probe.score(self.probe.data.val, self._display.work)
+        return {f"probe/{name}": score for name, score in scores.items()}
+
     def _add_to_history(self, epoch: int, numbers: dict[str, float], scores: dict[str, float]) -> dict:
         """The epoch's line for metrics.jsonl. Raises UserError if a score is not finite."""
         if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
@@ -229,7 +240,7 @@ class Trainer:
         line = {"epoch": epoch + 1, "step": self.state.step, "lr": lr, **numbers, **scores}
         line |= {"images_per_second": speed}
         earlier = [entry["val/top1"] for entry in self.state.history if "val/top1" in entry]
-        if scores and scores["val/top1"] > max(earlier, default=-1):
+        if "val/top1" in scores and scores["val/top1"] > max(earlier, default=-1):
             self.best = {name: value.clone() for name, value in self.distiller.deployed.state_dict().items()}
         self.state.history.append(line)
         self.meter.reset()
