@@ -48,7 +48,7 @@ GROUPS = {
     "data": Group(
         "data classes image-size val-fraction stream",
         "label image test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance "
-        "label-share",
+        "label-share probe probe-every probe-label",
     ),
     "model": Group("student model init", "model-args freeze freeze-epochs"),
     "teacher": Group(
@@ -69,7 +69,7 @@ GROUPS = {
     ),
     "run": Group(
         "out resume auto-resume config threads",
-        "save-every push-to push-every print-config resume-inexact extend test probe probe-every probe-label",
+        "save-every push-to push-every print-config resume-inexact extend test",
     ),
     "logging": Group("wandb", "track log-every diagnose-every wandb-project wandb-group"),
     "compression": Group("weight-bits", "activation-bits prune sparsity"),

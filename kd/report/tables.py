@@ -4,7 +4,7 @@ from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
-from kd.report.groups import ALONE, Comparison, Group, compare_groups, missing_cell
+from kd.report.groups import ALONE, TEACHER, Comparison, Group, compare_groups, missing_cell
 from kd.report.opening import headline, what_was_compared
 from kd.report.statistics import cell
 from kd.runs.comparison import Answers, format_p
@@ -155,6 +155,9 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     rare = rare_table(groups)
     if rare:
         blocks += [Heading(3, "Common and rare classes"), rare]
+    by_share = share_table(groups)
+    if by_share:
+        blocks += [Heading(3, "Accuracy by share of the labels"), by_share]
     gains = gain_table(comparisons)
     if gains:
         blocks += [Heading(3, "Gain over the controls"), gains]
@@ -163,6 +166,21 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     blocks += [Heading(3, "Figures", quiet=True), *figures] if figures else []
     blocks += [Heading(3, "Every run", quiet=True), run_table(groups)]
     return blocks, [*answers.notes, *gallery.notes]
+
+
+def share_table(groups: list[Group]) -> Table | None:
+    """Test accuracy of each network at each --label-share; None if all runs have the same."""
+    groups = [group for group in groups if group.kind != TEACHER and group.values("test_top1")]
+    shares = sorted({group.flags["label_share"] for group in groups})
+    if len(shares) < 2:
+        return None
+    cells: dict[tuple[str, str], dict[float, list[str]]] = {}
+    for group in groups:
+        row = cells.setdefault((group.name, group.model), {})
+        row.setdefault(group.flags["label_share"], []).append(group.cell(METRICS["test_top1"]))
+    rows = [(*name, *("; ".join(row.get(share, [])) for share in shares)) for name, row in cells.items()]
+    note = "Test top-1 of the last epoch's weights; mean ± standard deviation over seeds."
+    return Table(("network", "model", *(f"{100 * share:g}% of the labels" for share in shares)), rows, note, words=2)
 
 
 def rare_table(groups: list[Group]) -> Table | None:
