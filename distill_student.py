@@ -56,7 +56,7 @@ def main(config: DistillConfig) -> Path:
         check_start(config.teacher_job(), TEACHER_START)
     print_plan(config.job(), (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
-    data = load_data(config.data, config.method.uses_labels)
+    data = load_data(config.data, config.run, config.method.uses_labels)
     config = setup.settle_by_data(config, data, accelerator)
     data = setup.name_classes(config, data)
     job, seen = start_from(config.job(), data)

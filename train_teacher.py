@@ -66,7 +66,7 @@ def main(config: TrainConfig) -> Path:
     check_start(config.job())
     print_plan(config.job())
     accelerator = start(config.fit, config.run)
-    data = load_data(config.data)
+    data = load_data(config.data, config.run)
     config = settle_by_data(config, data, accelerator)
     job, data = start_from(config.job(), data)
     network = build_network(job, data)

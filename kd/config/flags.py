@@ -75,6 +75,8 @@ class DataConfig:
     """Leave out images that cannot be read, and say how many."""
     no_labels: bool = False
     """Read the images alone, in any nesting of folders, for methods that need no labels (kd --alpha 1)."""
+    label_share: float = 1.0
+    """Train on this share of each class's labelled images; validation and test stay whole."""
 
     def check_sizes(self) -> None:
         """Check the two sizes, after a named set's own --image-size is filled in."""
@@ -85,6 +87,7 @@ class DataConfig:
         )
 
     def check(self) -> None:
+        require(0 < self.label_share <= 1, f"--label-share {self.label_share}: give a share above 0, up to 1")
         require(0 < self.imbalance <= 1, f"--imbalance {self.imbalance}: give a share above 0, up to 1")
         require(self.classes is None or self.classes >= 2, f"--classes {self.classes}: give 2 or more")
         require(self.image_size is None or self.image_size >= 4, f"--image-size {self.image_size}: give 4 or more")
@@ -448,6 +451,12 @@ class RunConfig:
     """Upload the finished run to this model repository on the Hub, for kd.load; a failure is printed, no more."""
     push_every: int = 0
     """With --push-to: upload the weights every N epochs too; 0: at the end."""
+    probe: Annotated[str | None, arg(metavar="DATA")] = None
+    """Score the embedding by kNN and a linear probe on this labelled set (as --data) at the end."""
+    probe_every: int = 0
+    """With --probe: also every N epochs, on its validation split; 0: after the last one."""
+    probe_label: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Label column of --probe, if there are several."""
 
     def check(self) -> None:
         require(self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more")
@@ -459,6 +468,10 @@ class RunConfig:
                 importlib.util.find_spec(name) is not None,
                 f"--track {name}: is not installed: pip install {name}",
             )
+        require(self.probe_every >= 0, f"--probe-every {self.probe_every}: give 0 or more")
+        for name in ("probe_every", "probe_label"):
+            given = getattr(self, name)
+            require(not given or self.probe is not None, f"--{name.replace('_', '-')} {given}: needs --probe DATA")
         require(self.push_every >= 0, f"--push-every {self.push_every}: give 0 or more")
         require(not self.push_every or self.push_to is not None, "--push-every: needs --push-to USER/NAME")
         require(

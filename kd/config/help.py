@@ -47,7 +47,8 @@ class Group(NamedTuple):
 GROUPS = {
     "data": Group(
         "data classes image-size val-fraction stream",
-        "label image test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance no-labels",
+        "label image test-fraction skip-broken stored-size decode workers shuffle-rows split-seed imbalance "
+        "no-labels label-share probe probe-every probe-label",
     ),
     "model": Group("student model init", "model-args freeze freeze-epochs"),
     "teacher": Group(
@@ -67,7 +68,8 @@ GROUPS = {
         "crop-ratio resized-crop-max mix-off-epochs view-seed strong-ops strong-magnitude strong-cutout",
     ),
     "run": Group(
-        "out resume auto-resume config threads", "save-every push-to push-every print-config resume-inexact extend test"
+        "out resume auto-resume config threads",
+        "save-every push-to push-every print-config resume-inexact extend test",
     ),
     "logging": Group("wandb", "track log-every diagnose-every wandb-project wandb-group"),
     "compression": Group("weight-bits", "activation-bits prune sparsity"),

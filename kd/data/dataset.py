@@ -8,19 +8,22 @@ Data without labels (--no-labels) has no test split; its validation split is hel
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from kd.config import DataConfig
+from kd.config import DataConfig, RunConfig
 from kd.data.cache import Arrays, trusting
 from kd.data.rows import Rows
 from kd.data.sources import BUILT_IN, find_revision, find_source, with_set_defaults
-from kd.data.splits import hold_out, long_tail, select
+from kd.data.splits import hold_out, keep_labels, long_tail, select
 from kd.data.storage import SPLITS, DataSource
-from kd.errors import NoLabels, require
+from kd.errors import NoLabels, require, reworded
 from kd.utils.console import print_once
 from kd.utils.processes import all_do, from_main, node, node_first
+
+NO_PROBE = RunConfig()
 
 TEST_SEED = 0  # of a test split that is held out: the same images for every --split-seed
 
@@ -38,13 +41,14 @@ class Data:
     storage: str = "in memory"  # in words: how the images are stored, and why
     test_split: str = "test"  # "validation" if the data has no test split but that
     labelled: bool = True  # False: every label is -1, and nothing may depend on it
+    probe: "Data | None" = None  # the labelled set of --probe
 
 
-def load_data(config: DataConfig, needs_labels: bool = True) -> Data:
-    """Load the three splits of `config.source`, or its images alone with --no-labels; all processes call this together.
+def load_data(config: DataConfig, run: RunConfig = NO_PROBE, needs_labels: bool = True) -> Data:
+    """Load the three splits of `config.source`, or its images alone with --no-labels, and those of the run's --probe.
 
-    One process on each machine decodes, counts and hashes what is kept on its disk. Not `needs_labels`: as with
-    --no-labels if no labels are found; prints that.
+    All processes call this together; one on each machine decodes, counts and hashes what is kept on its disk. Not
+    `needs_labels`: as with --no-labels if no labels are found; prints that.
     Raises: UserError for a source that does not exist or cannot be reached, a broken row, a label out of range, or data
     that differ between machines; of which NoLabels if no labels are found.
     """
@@ -60,6 +64,8 @@ def load_data(config: DataConfig, needs_labels: bool = True) -> Data:
     digest = _digest(data, config)
     alike = digest == from_main(lambda: digest)
     all_do(lambda: require(alike, f"--data {config.source}: {node()} has other data than the main process; copy it"))
+    if run.probe:
+        data = dataclasses.replace(data, probe=load_probe(run.probe, config, data.size, run.probe_label))
     return data
 
 
@@ -106,11 +112,16 @@ def _load(config: DataConfig, revision: str | None) -> Data:
     train, val, test, test_split = _three_splits(splits, config)
     # After the hold-out: validation keeps the test split's class frequencies and is the same for every --imbalance.
     train = long_tail(train, config.imbalance, len(classes), config.split_seed)
+    whole, train = train, keep_labels(train, config.label_share, config.split_seed)
     parts = {"training": train, "validation": val, "test": test}
     _check_parts(parts, config)
     _print_summary(config, source.storage, parts, classes)
     source.check_images([split for split in (test, val) if split is not None])
-    statistics = source.statistics(train)
+    # Of all training images: every --label-share normalises alike, and so as a run that it starts from (--init).
+    statistics = source.statistics(whole)
+    if train is not whole:
+        _print_share(config.label_share, len(whole.labels), train, val)
+        source.hash_rows(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
     return Data(train, val, test, classes, *statistics, _size(config, train), source.storage, test_split)
 
@@ -133,6 +144,35 @@ def _load_unlabelled(config: DataConfig, source: DataSource) -> Data:
     statistics = source.statistics(train)
     train, val = (split and source.rows(split) for split in (train, val))
     return Data(train, val, None, (), *statistics, _size(config, train), source.storage, labelled=False)
+
+
+def load_probe(
+    source: str, data: DataConfig, size: tuple[int, int], label: str | None = None, option: str = "--probe"
+) -> Data:
+    """The labelled set `source` for a run on `data` whose network sees images of `size` (height, width).
+
+    Its images have that size if they can be stored so, else their own. Its splits do not depend on the run's flags.
+    Raises: UserError as load_data does, in terms of the flag `option`, and for a set without labels.
+    """
+    same = source == data.source
+    config = DataConfig(
+        source,
+        label=label or (data.label if same else None),
+        image=data.image if same else None,
+        classes=data.classes if same else None,
+        image_size=size[0] if source not in BUILT_IN and size[0] == size[1] else None,
+        stored_size=data.stored_size if source not in BUILT_IN and size[0] == size[1] else None,
+        decode=data.decode if same else "auto",
+        stream=data.stream and same,
+        workers=data.workers,
+        skip_broken=data.skip_broken,
+    )
+    names = {"--data": option, "--label": "--probe-label" if option == "--probe" else "--label"}
+    with reworded(lambda text: re.sub(r"--(?:data|label)\b(?!-)", lambda match: names[match[0]], text)):
+        probe = load_data(config)
+        labelled = all(bool((split.labels >= 0).all()) for split in (probe.train, probe.test))
+        require(labelled, f"--data {source}: its images have no labels; name a labelled set")
+    return probe
 
 
 def _three_splits(splits: dict[str, Arrays], config: DataConfig) -> tuple[Arrays, Arrays | None, Arrays, str]:
@@ -179,6 +219,13 @@ def _check_parts(parts: dict[str, Arrays | None], config: DataConfig) -> None:
 def _one_each(labels: np.ndarray) -> bool:
     """Whether no class has a second image."""
     return bool(np.bincount(labels).max(initial=0) == 1)
+
+
+def _print_share(share: float, whole: int, train: Arrays, val: Arrays | None) -> None:
+    counts = np.bincount(train.labels)
+    left = f"{len(train.labels)} of {whole} training images, {counts[counts > 0].min()} to {counts.max()} of each class"
+    stay = "test stays whole" if val is None else f"validation ({len(val.labels)} labelled images) and test stay whole"
+    print_once(f"data: --label-share {share:g} leaves {left}; {stay}")
 
 
 def _print_summary(config: DataConfig, storage: str, parts: dict[str, Arrays | None], classes: tuple[str, ...]) -> None:

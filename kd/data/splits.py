@@ -1,4 +1,4 @@
-"""Select rows of a split: validation held out of training, and long-tailed subsets."""
+"""Select rows of a split: validation held out of training, long-tailed subsets, and a share of the labels."""
 
 import numpy as np
 
@@ -54,4 +54,19 @@ def long_tail(train: Arrays, ratio: float, classes: int, seed: int) -> Arrays:
     for label in range(classes):
         rows = np.random.default_rng([seed, label, 1]).permutation(np.flatnonzero(train.labels == label))
         kept[rows[: max(int(counts.min() * ratio ** (label / (classes - 1))), 1)]] = True
+    return select(train, kept)
+
+
+def keep_labels(train: Arrays, share: float, seed: int) -> Arrays:
+    """The rows of this share of every class, at least one of each; a smaller share keeps a subset of a larger one's.
+
+    Raises UserError for a split without labels (-1).
+    """
+    if share == 1:
+        return train
+    require(bool((train.labels >= 0).all()), f"--label-share {share}: the training images have no labels; leave it out")
+    kept = np.zeros(len(train.labels), bool)
+    for label in np.unique(train.labels):
+        rows = np.random.default_rng([seed, int(label), 2]).permutation(np.flatnonzero(train.labels == label))
+        kept[rows[: max(round(share * len(rows)), 1)]] = True
     return select(train, kept)

@@ -60,6 +60,9 @@ class DataSource(ABC):
     def check_images(self, splits: list[Arrays]) -> None:  # noqa: B027  most sources have read all images by then
         """Raise UserError for images of these splits that cannot be read, if they were not all read before."""
 
+    def hash_rows(self, train: Arrays) -> None:  # noqa: B027  most sources hash rows when they are asked for it
+        """Hash these training rows, if they are not those that `statistics` was given."""
+
     @abstractmethod
     def statistics(self, train: Arrays) -> Statistics:
         """Fingerprint of the data; mean and deviation of the selected training rows."""
@@ -85,7 +88,7 @@ def choose_storage(config: DataConfig, key: str, load: Callable[[], Loaded]) -> 
     if decoded is not None:
         size = sum(split.images.nbytes for split in decoded.splits.values())
         source: DataSource = InMemory(decoded)
-        source.storage = f"in memory, decoded once ({_gigabytes(size)}{why}), {decoded.facts.columns}"
+        source.storage = f"in memory, decoded once ({gigabytes(size)}{why}), {decoded.facts.columns}"
     else:
         opened = opened or OpenedDataset(load(), config)
         source = ByWorkers(opened, config, key)
@@ -98,13 +101,14 @@ def fits_memory(size: int, config: DataConfig) -> tuple[bool, str]:
     if config.decode == "memory":
         return True, ", as --decode says"
     memory, disk = memory_limit(), shutil.disk_usage(cache_root()).free
-    room = f"half of {_gigabytes(memory)} of memory and of {_gigabytes(disk)} free under KD_CACHE"
+    room = f"half of {gigabytes(memory)} of memory and of {gigabytes(disk)} free under KD_CACHE"
     if size <= SHARE * min(memory, disk):
         return True, f", which fit {room}"
-    return False, f"their {_gigabytes(size)} do not fit {room}"
+    return False, f"their {gigabytes(size)} do not fit {room}"
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """So many bytes in words."""
     return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"
 
 
@@ -250,6 +254,9 @@ class ByWorkers(DataSource):
         self._train = train.images
         statistics, self._train_sha256 = scan(self.key, self.splits, self.classes, train)
         return statistics
+
+    def hash_rows(self, train: Arrays) -> None:
+        self.statistics(train)
 
     def rows(self, split: Arrays) -> Rows:
         sha256 = self._train_sha256 if split.images is self._train else ""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
 from kd.runs.results import FLAG_PARTS, is_labelled
-from kd.runs.table import METRICS
+from kd.runs.table import METRICS, PROBED
 from kd.utils.files import write_atomically
 
 SCORES = tuple(metric for metric in METRICS.values() if metric.card)
@@ -128,7 +128,7 @@ def _origin(summary: dict, config: dict) -> str:
 def _scores(summary: dict, control: dict | None) -> Table:
     if summary["test_top1"] is None:
         why = "The test set was not read." if is_labelled(summary) else _without_labels(summary)
-        return Table(("network",), [("this network",)], why)
+        return Table(("network",), [("this network",)], why + _probed(summary))
     rows = [("this network", *_cells(summary))]
     if control is not None and control.get("test_top1") is not None:
         rows.append(("the same, trained alone", *_cells(control | {"agreement": None})))
@@ -137,7 +137,7 @@ def _scores(summary: dict, control: dict | None) -> Table:
     images = "validation images" if summary.get("test_split") == "validation" else "test images"
     note = f"Percent, NLL in nats, on {summary['test_images']} {images}, read at the end of training; no choice"
     weights = "Averaged weights (--ema)" if summary.get("weights") == "ema" else "Weights of the last epoch"
-    note += f" depends on them. {weights}, one seed ({summary['seed']})."
+    note += f" depends on them. {weights}, one seed ({summary['seed']}).{_probed(summary)}"
     return Table(("network", *(metric.card for metric in SCORES)), rows, note)
 
 
@@ -146,6 +146,14 @@ def _without_labels(summary: dict) -> str:
     agreement = summary.get("val_agreement")
     agrees = f" It predicts as its teacher does on {agreement or 0:.2f}% of held-out images."
     return words + agrees * (agreement is not None)
+
+
+def _probed(summary: dict) -> str:
+    """A sentence on what the embedding scored on the set of --probe; "" if that was not measured."""
+    if any(summary.get(metric.key) is None for metric in PROBED):
+        return ""
+    scores = " and ".join(f"{metric.title} {summary[metric.key]:{metric.style}}" for metric in PROBED)
+    return f" Its embedding on the test images of {plain(str(summary['probe_data']))}: {scores} percent."
 
 
 def _cells(summary: dict) -> list[str]:

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from kd.config import ViewConfig
+from kd.config import FitConfig, ViewConfig
 from kd.report.statistics import cell, mean_and_deviation
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
@@ -17,6 +17,8 @@ NOT_READ = "not read"  # in place of a test score, after --no-test
 SCORED = tuple(metric.key for metric in COLUMNS)  # what images without labels cannot give
 
 LONGEST = 60  # letters of a setting in a label
+
+RECIPE = {entry.name for kind in (FitConfig, ViewConfig) for entry in fields(kind)}  # flags of a training's recipe
 
 STRONG_VIEW = tuple(ViewConfig().strong)  # flags that a control without a second view need not share
 
@@ -34,6 +36,8 @@ class Group:
     flags: dict  # what distinguishes it from other groups of its name
     external_teacher: str = ""  # its teacher's name, if that is not among these runs
     setting: str = ""  # the flags that differ, in words
+    task: str = ""  # what a control must share at least: data, network, share of the labels
+    fine_tuned: bool = False  # from a distilled run
     controls: list["Group"] = field(default_factory=list)
 
     @property
@@ -167,6 +171,8 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
         differing = [key for key in sorted(group.flags) if len({_dump(flags.get(key)) for flags in alike}) > 1]
         group.setting = ", ".join(f"{key.replace('_', ' ')} {_short(group.flags[key])}" for key in differing)
         group.controls = [other for other in groups if _is_control(other, group)]
+        if group.fine_tuned and not group.controls:  # by a recipe of its own
+            group.controls = [other for other in groups if _is_control(other, group, "task")]
     return sorted(groups, key=lambda group: (KINDS.index(group.kind), group.name, group.model, _numbers(group)))
 
 
@@ -178,13 +184,22 @@ def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     not_budget |= {
         key for key in recipe if key.endswith("layers")
     }  # those compared, as DistillationLoss.identity has it
-    budget = _dump({key: value for key, value in recipe.items() if key not in not_budget})
+    start = _start(first, by_path)
+    fine_tuned = first.role in ("none", "teacher") and start is not None and start.role not in ("none", "teacher")
+    not_budget |= {"init"} if fine_tuned else set()
+    budget = {key: value for key, value in recipe.items() if key not in not_budget}
+    task = _dump({key: value for key, value in budget.items() if key not in RECIPE})
+    budget = _dump(budget)
+    if fine_tuned:
+        name = f"student ({start.role}, then fine-tuned)"
+        return Group(METHOD, name, runs, budget, recipe, task=task, fine_tuned=True)
     kind = {"teacher": TEACHER, "none": ALONE}.get(first.role, METHOD)
     smoothing = first.method_flags.get("label_smoothing")
     if kind == ALONE and smoothing:
-        return Group(SMOOTHED, f"{ALONE}, {SMOOTHED} {smoothing}", runs, budget, recipe)
+        return Group(SMOOTHED, f"{ALONE}, {SMOOTHED} {smoothing}", runs, budget, recipe, task=task)
     external = recipe["teacher"] if any(run is None for _, _, run in _teachers(first, by_path)) else ""
-    return Group(kind, kind if kind != METHOD else f"student ({first.role})", runs, budget, recipe, external)
+    name = kind if kind != METHOD else f"student ({first.role})"
+    return Group(kind, name, runs, budget, recipe, external, task=task)
 
 
 def _recipe(run: Run, by_path: dict[str, Run]) -> dict:
@@ -196,7 +211,16 @@ def _recipe(run: Run, by_path: dict[str, Run]) -> dict:
         known = all(teacher is not None for _, _, teacher in teachers)
         names = names if known else f"{names} {_hash(recipe['teacher'])}"  # a name does not identify the weights
         recipe["teacher"] = names if len(names) <= LONGEST else f"{len(teachers)} networks {_hash(names)}"
+    if (start := _start(run, by_path)) is not None:
+        recipe["init"] = f"{start.role} {start.identity['model']} {_hash(_recipe(start, by_path))}"
     return recipe
+
+
+def _start(run: Run, by_path: dict[str, Run]) -> Run | None:
+    """The run that this one started from (--init), if it is among these."""
+    sha256 = run.identity.get("init")
+    known = (other for other in by_path.values() if sha256 and other is not run)
+    return next((other for other in known if other.summary.get("weights_sha256") == sha256), None)
 
 
 def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | None]]:
@@ -224,8 +248,14 @@ def _resolved(name: object) -> str:
     return str(Path(str(name)).resolve())
 
 
-def _is_control(control: Group, group: Group) -> bool:
-    return group.distilled and control.kind in (ALONE, SMOOTHED) and control.budget == group.budget
+def _is_control(control: Group, group: Group, shared: str = "budget") -> bool:
+    """Whether it is the same student without a teacher; or, for one that was fine-tuned, taught with the labels.
+
+    `shared`: the attribute that both must have alike.
+    """
+    kinds = (ALONE, SMOOTHED, METHOD) if group.fine_tuned else (ALONE, SMOOTHED)
+    alike = getattr(control, shared) == getattr(group, shared)
+    return group.distilled and control.kind in kinds and not control.fine_tuned and alike
 
 
 def _numbers(group: Group) -> list[tuple]:

@@ -48,15 +48,19 @@ def headline(comparisons: list[Comparison]) -> str:
     found = [one for one in found if one.control.kind == ALONE] or found
     if not found:
         return ""
-    control = found[0].control
+    controls = list(dict.fromkeys(one.control.label for one in found))
+    return " ".join(_against(label, [one for one in found if one.control.label == label]) for label in controls)
+
+
+def _against(control: str, found: list[Comparison]) -> str:
+    """The verdicts on these methods, in a sentence each."""
     by_verdict: dict[str, list[str]] = {}
     for one in found:
-        if one.control.label == control.label:
-            by_verdict.setdefault(one.verdict, []).append(f"{one.group.label} {one.difference.mean:+.2f}")
+        by_verdict.setdefault(one.verdict, []).append(f"{one.group.label} {one.difference.mean:+.2f}")
     parts = [f"{verdict[0].upper()}{verdict[1:]}: {_named(names)}." for verdict, names in by_verdict.items()]
     more = len(parts) - VERDICTS
     rest = f" {more} more below." if more > 0 else ""
-    return f"Points of test accuracy against {control.label}. {' '.join(parts[:VERDICTS])}{rest}"
+    return f"Points of test accuracy against {control}. {' '.join(parts[:VERDICTS])}{rest}"
 
 
 def _named(names: list[str], between: str = "; ") -> str:

@@ -4,12 +4,12 @@ from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
-from kd.report.groups import ALONE, Comparison, Group, compare_groups, missing_cell
+from kd.report.groups import ALONE, TEACHER, Comparison, Group, compare_groups, missing_cell
 from kd.report.opening import headline, what_was_compared
 from kd.report.statistics import cell
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
-from kd.runs.table import COLUMNS, METRICS, WITHOUT_LABELS, Metric, averaged
+from kd.runs.table import COLUMNS, METRICS, WITHOUT_LABELS, Metric, averaged, probed
 
 SCORES = [METRICS[key] for key in ("val_top1_last", "val_top1_best", "test_top1", "test_top1_best", "test_top5")]
 CALIBRATION = [METRICS[key] for key in ("test_nll", "test_ece", "agreement")]
@@ -17,10 +17,11 @@ SHOTS = [METRICS[key] for key in ("test_top1", "test_balanced_top1", *(f"test_to
 
 
 def accuracy_table(groups: list[Group]) -> Table:
-    rows, averages = external_teachers(groups), averaged([run.summary for group in groups for run in group.runs])
+    summaries = [run.summary for group in groups for run in group.runs]
+    rows, averages, probes = external_teachers(groups), averaged(summaries), probed(summaries)
     for group in groups:
         cells = [group.cell(metric) for metric in SCORES]
-        cells += [group.cell(metric) if group.values(metric.key) else "" for metric in averages]
+        cells += [group.cell(metric) if group.values(metric.key) else "" for metric in (*averages, *probes)]
         rows.append((group.label, group.model, group.count, *cells))
     note = "Percent; mean ± standard deviation over seeds (in brackets: how many seeds, if not all have it). If a seed "
     note += "has several runs, whose teachers have several seeds, their mean counts. last: the last epoch's weights; "
@@ -28,11 +29,15 @@ def accuracy_table(groups: list[Group]) -> Table:
     note += "@ema: the average of the weights (--ema). " * bool(averages)
     note += "The test set was read once, at each run's end; it "
     note += "chose nothing."
+    if probes:
+        names = dict.fromkeys(str(summary["probe_data"]) for summary in summaries if summary.get("probe_data"))
+        note += " kNN, linear probe: of the embedding, by the labels of another training set, on the test split of "
+        note += f"{' or '.join(names)} (--probe)."
     if any(run.summary.get("test_split") == "validation" for group in groups for run in group.runs):
         note += " The data has no test split: test is its validation split, held out of all training."
     if any(group.external_teacher for group in groups):
         note += " A teacher that is not among these runs: as its students' runs measured it."
-    titles = [metric.report for metric in SCORES] + [metric.title for metric in averages]
+    titles = [metric.report for metric in SCORES] + [metric.title for metric in (*averages, *probes)]
     rows = [(*row, *[""] * (3 + len(titles) - len(row))) for row in rows]  # an external teacher has no average
     return Table(("network", "model", "seeds", *titles), rows, note, words=2)
 
@@ -135,7 +140,8 @@ def _verdict_line(comparison: Comparison) -> str:
 
 def run_table(groups: list[Group]) -> Table:
     """Every run by itself, with the numbers of its summary.json."""
-    rows, columns = [], [*COLUMNS, *averaged([run.summary for group in groups for run in group.runs])]
+    summaries = [run.summary for group in groups for run in group.runs]
+    rows, columns = [], [*COLUMNS, *averaged(summaries), *probed(summaries)]
     for group in groups:
         for run in group.runs:
             cells = [_run_cell(run, metric) for metric in columns]
@@ -165,6 +171,9 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     rare = rare_table(groups)
     if rare:
         blocks += [Heading(3, "Common and rare classes"), rare]
+    by_share = share_table(groups)
+    if by_share:
+        blocks += [Heading(3, "Accuracy by share of the labels"), by_share]
     gains = gain_table(comparisons)
     if gains:
         blocks += [Heading(3, "Gain over the controls"), gains]
@@ -173,6 +182,21 @@ def section(name: str, groups: list[Group], costs: Costs, prefix: str) -> tuple[
     blocks += [Heading(3, "Figures", quiet=True), *figures] if figures else []
     blocks += [Heading(3, "Every run", quiet=True), run_table(groups)]
     return blocks, [*answers.notes, *gallery.notes]
+
+
+def share_table(groups: list[Group]) -> Table | None:
+    """Test accuracy of each network at each --label-share; None if all runs have the same."""
+    groups = [group for group in groups if group.kind != TEACHER and group.values("test_top1")]
+    shares = sorted({group.flags["label_share"] for group in groups})
+    if len(shares) < 2:
+        return None
+    cells: dict[tuple[str, str], dict[float, list[str]]] = {}
+    for group in groups:
+        row = cells.setdefault((group.name, group.model), {})
+        row.setdefault(group.flags["label_share"], []).append(group.cell(METRICS["test_top1"]))
+    rows = [(*name, *("; ".join(row.get(share, [])) for share in shares)) for name, row in cells.items()]
+    note = "Test top-1 of the last epoch's weights; mean ± standard deviation over seeds."
+    return Table(("network", "model", *(f"{100 * share:g}% of the labels" for share in shares)), rows, note, words=2)
 
 
 def rare_table(groups: list[Group]) -> Table | None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
 import uuid
 from collections.abc import Callable, Sequence
@@ -69,6 +70,7 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "warmup_start": None,
     "steps": None,
     "compile_mode": "default",
+    "label_share": 1.0,
 }
 
 
@@ -226,6 +228,9 @@ def _read_state(run: RunFolder, job: Job, labelled: bool) -> None:
         else:
             _check_same(path, config["identity"], run.identity)
     run.summary = _finished(run, job.run.test and labelled)
+    if run.summary is not None and job.run.probe not in (None, run.summary.get("probe_data")):
+        command = f"python -m kd.training.probe {shlex.quote(str(path))} --data {shlex.quote(job.run.probe)}"
+        print(f"{path}: finished without --probe {job.run.probe}; {command} measures it", flush=True)
     if run.summary is None and _finished(run) is not None:  # trained, and only the test split is unread
         require(
             run.resuming,

@@ -48,7 +48,11 @@ AVERAGED_SCORES = ("test_top1", "test_top5", "test_nll", "test_ece")
 """Scores that a run with --ema has of its averaged weights too, each as KEY_ema."""
 
 KEYS |= dict.fromkeys(("val_top1_ema", *(f"{key}_ema" for key in AVERAGED_SCORES)), (NUMBER, True))
-PERCENT = [key for key in KEYS if "top" in key or "ece" in key or "agreement" in key]
+PROBE_SCORES = ("probe_knn", "probe_linear")
+"""Scores of the last weights' embedding, of a run with --probe."""
+
+KEYS |= dict.fromkeys(PROBE_SCORES, (NUMBER, True)) | {"probe_data": (TEXT, True)}
+PERCENT = [key for key in KEYS if "top" in key or "ece" in key or "agreement" in key or key in PROBE_SCORES]
 TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them or none
 
 FLAG_PARTS = ("data", "views", "fit", "method", "compress", "start")  # of config.json's flags: what shapes the result
@@ -254,13 +258,14 @@ def weights_file(folder: Path, weights: str) -> Path:
 def summary_of(summary: dict, weights: str) -> dict:
     """A run's summary as it is for its averaged weights; as it is for `weights` "last".
 
-    The average's agreement with the teacher and its accuracy on rare classes are not measured.
+    The average's agreement with the teacher, its accuracy on rare classes and its embedding are not measured.
     """
     if weights == "last":
         return summary
     rare = [key for key in summary if key in SHOT_KEYS or key == "shots"]
     scores = {key: summary.get(f"{key}_ema") for key in AVERAGED_SCORES}
-    kept = {key: value for key, value in summary.items() if key not in (*rare, "ema_sha256")}
+    others = (*rare, *PROBE_SCORES, "probe_data", "ema_sha256")
+    kept = {key: value for key, value in summary.items() if key not in others}
     return kept | scores | {"agreement": None, "weights": weights, "weights_sha256": summary.get("ema_sha256")}
 
 

@@ -1,6 +1,7 @@
 """The results table that ends a run (the report's Table I), and the verdict on what distillation gained."""
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.runs.comparison import ERROR, Answers, Result, compare
-from kd.runs.results import checked_summary, is_labelled, teachers_of
+from kd.runs.results import PROBE_SCORES, checked_summary, is_labelled, teachers_of
 from kd.utils.console import console
 
 
@@ -46,11 +47,15 @@ METRICS = {
         Metric("val_agreement", ".2f", "val agreement", "val agreement"),
         # Only with --ema.
         Metric("test_top1_ema", ".2f", "test@ema"),
+        # Only with --probe.
+        Metric("probe_knn", ".2f", "kNN"),
+        Metric("probe_linear", ".2f", "linear probe"),
     )
 }
 WITHOUT_LABELS = tuple(METRICS[key] for key in ("val_loss_last", "val_loss_best", "val_agreement"))
 COLUMNS = tuple(metric for metric in METRICS.values() if metric.report and metric not in WITHOUT_LABELS)
 AVERAGED = (METRICS["test_top1_ema"],)  # shown if a run has it
+PROBED = tuple(METRICS[key] for key in PROBE_SCORES)  # likewise
 NO_LABELS = "no labels"  # in place of a score that needs them
 NARROW = ("val_top1_best", "test_top1", "test_top1_best", "agreement")  # fits a terminal of 80 columns
 
@@ -73,6 +78,8 @@ def show_results(student: Path, control: Path | None = None) -> None:
     wide.print(_table(rows, [*columns, *averages]))
     if not is_labelled(summary):
         wide.print(Text(_unlabelled_result(summary)))
+    for line in probe_lines(rows):
+        wide.print(Text(line), soft_wrap=True)
     if summary.get("test_split") == "validation":
         wide.print(Text("test: the data's validation split, as it has no test split"))
     if not is_labelled(summary):
@@ -94,7 +101,26 @@ def show_results(student: Path, control: Path | None = None) -> None:
 
 def averaged(summaries: list[dict]) -> list[Metric]:
     """The scores of averaged weights that any of these runs has."""
-    return [metric for metric in AVERAGED if any(summary.get(metric.key) is not None for summary in summaries)]
+    return _measured(AVERAGED, summaries)
+
+
+def probed(summaries: list[dict]) -> list[Metric]:
+    """The scores of embeddings that any of these runs has."""
+    return _measured(PROBED, summaries)
+
+
+def _measured(metrics: Iterable[Metric], summaries: list[dict]) -> list[Metric]:
+    return [metric for metric in metrics if any(summary.get(metric.key) is not None for summary in summaries)]
+
+
+def probe_lines(rows: list[tuple[str, dict | None]]) -> list[str]:
+    """A line for each set of --probe: what each network's embedding scored on its test split."""
+    found: dict[str, list[str]] = {}
+    for name, summary in rows:
+        if summary and all(summary.get(key) is not None for key in PROBE_SCORES):
+            scores = ", ".join(f"{metric.title} {summary[metric.key]:{metric.style}}" for metric in PROBED)
+            found.setdefault(str(summary.get("probe_data")), []).append(f"{name}: {scores}")
+    return [f"embedding on {data}, percent of its test images: {'; '.join(parts)}" for data, parts in found.items()]
 
 
 def unlabelled(summary: dict) -> tuple[Metric, ...]:
@@ -136,7 +162,8 @@ def missing(summary: dict, metric: Metric) -> str:
 def plain_table(summary: dict) -> tuple[list[str], list[list]]:
     """The same table as titles and rows of unrounded values, for W&B."""
     networks = [(name, network) for name, network in _rows(summary) if network is not None]
-    columns = [*COLUMNS, *unlabelled(summary), *averaged([network for _, network in networks])]
+    summaries = [network for _, network in networks]
+    columns = [*COLUMNS, *unlabelled(summary), *averaged(summaries), *probed(summaries)]
     keys = ("model", "params", *(column.key for column in columns))
     rows = [[name, *(network.get(key) for key in keys)] for name, network in networks]
     return ["network", *keys], rows

@@ -3,11 +3,13 @@
     python -m kd.study --preset digits --seeds 0 1 2
     python -m kd.study --methods kd dkd --seeds 0 1 2 --teacher-model resnet20 --student resnet8 --epochs 30
     python -m kd.study --preset digits --grid temperature=2,5,10 alpha=0.5,0.7,0.9
+    python -m kd.study --preset digits --label-shares 0.1 1 --pretrain mimic
 
 Every run is `accelerate launch distill_student.py` with its own run folder. The first student trains the teacher. The
 same command started again continues: it reuses finished runs and resumes killed ones. All flags of distill_student.py
 except a method's may follow. --grid tries all settings on the first seed and picks one on validation; only that setting
-reads the test set. At the end the study writes the report (python -m kd.report).
+reads the test set. --label-shares repeats every run with these shares of the training labels; with --pretrain a student
+distilled on all images is fine-tuned with them too. At the end the study writes the report (python -m kd.report).
 """
 
 import hashlib
@@ -18,8 +20,9 @@ from kd.config import DistillConfig, RunConfig, named_method
 from kd.config.cli import parse
 from kd.config.methods import methods_without_labels
 from kd.config.presets import distill_defaults
-from kd.errors import UserError, exit_code, require
+from kd.errors import UserError, exit_code, require, reworded
 from kd.report.document import Block, Figure, Heading, Table
+from kd.study.few_labels import run_few_labels
 from kd.study.plan import Study, read_command_line
 from kd.study.runner import Runner, Task
 from kd.utils.console import one_line
@@ -49,6 +52,8 @@ def pick_setting(tasks: list[Task]) -> int:
 
 def run_study(study: Study) -> list[Task]:
     """Run all tasks, and return them with how each has ended. Raises UserError before any has started."""
+    if study.shares:
+        return run_few_labels(study)
     controls = study.controls()
     settings = {method: study.settings(method) for method in study.methods}
     trials = {
@@ -132,6 +137,28 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
             pretrained.build_pretrained(network, name)
 
 
+def check_batches(study: Study) -> None:
+    """Check that a batch fits the images that the smallest share of the labels leaves, before anything is trained.
+
+    Raises UserError as the runs themselves would.
+    """
+    if not study.shares:
+        return
+    from kd.config.presets import settle
+    from kd.data import load_data  # imports torch
+    from kd.data.loader import check_batch
+
+    share, seed, left = study.shares[0], study.seeds[0], {}
+    tasks = [study.student("none", seed, "--label-share", share)]
+    tasks += [study.fine_tuning(seed, share, "RUN")] if study.pretrain else []
+    for task in tasks:
+        config = parse(distill_defaults, "", task.args)
+        if config.data not in left:
+            left[config.data] = len(load_data(config.data).train.labels)
+        with reworded(lambda text: f"--label-shares {share}: {text}"):
+            check_batch(settle(config.fit, left[config.data], 1), left[config.data], 1)
+
+
 def teacher_folders(runs: list[Path]) -> list[str]:
     """The folders of these finished runs' teachers, those fetched from the Hub included."""
     from kd.models.pretrained import is_pretrained  # imports torch
@@ -157,6 +184,7 @@ def main(args: list[str] | None = None) -> list[Task]:
     if config.data.no_labels:
         check_unlabelled(study, config)
     check_networks(config, study.methods)
+    check_batches(study)
     from kd.models.pretrained import is_pretrained  # imports torch, which --help need not wait for
     from kd.report.build import command_line, show, write_report
     from kd.runs.results import Other

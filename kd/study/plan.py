@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import itertools
 import os
+import shlex
 from pathlib import Path
 
 from kd.config import named_method
 from kd.config.cli import parse
 from kd.config.presets import PRESETS, distill_defaults
-from kd.errors import nearest, require
+from kd.errors import UserError, nearest, require
 from kd.study.runner import Task, parse_launch_flags
 from kd.utils.system import cores, script_path
 
@@ -41,13 +42,19 @@ class Study:
     launch: tuple[str, ...]  # flags of accelerate launch
     out: Path
     rest: tuple[str, ...]  # common flags, passed on to every run
+    shares: tuple[str, ...] = ()  # of the labels; empty: all of them, and nothing is said of it
+    pretrain: tuple[str, ...] = ()  # a method and its flags, with which a student is first trained on all images
+    fine_tune: tuple[str, ...] = ()  # flags of the run that goes on from there
 
-    def student(self, method: str, seed: int, *flags: str) -> Task:
-        """A run of distill_student.py. Parsing its flags here refuses a bad one before anything starts."""
+    def student(self, method: str, seed: int, *flags: str, label: str = "") -> Task:
+        """A run of distill_student.py, named `label` or by its flags.
+
+        Parsing its flags here refuses a bad one before anything starts.
+        """
         args = [method, "--preset", self.preset, *self.rest, "--seed", str(seed)]
         args += ["--auto-resume", "--no-control", *flags]
         parse(distill_defaults, "", args)
-        label = " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])
+        label = label or " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])
         return Task(label, script_path("distill_student.py"), args, needs_teacher=named_method(method).needs_teacher)
 
     def students(self, method: str, flags: tuple[str, ...]) -> list[Task]:
@@ -59,6 +66,26 @@ class Study:
         if "--no-labels" in self.rest:
             return []
         return [*self.students("none", ()), *self.students("none", ("--label-smoothing", SMOOTHING))]
+
+    def with_share(self, method: str, share: str, *flags: str) -> list[Task]:
+        """A method's runs with this share of the labels, one a seed."""
+        label = " ".join([method, *(flag for flag in flags if flag != "--teacher" and "/" not in flag)])
+        label = f"{label} --label-share {share}"
+        return [
+            self.student(method, seed, *flags, "--label-share", share, label=f"{label} seed {seed}")
+            for seed in self.seeds
+        ]
+
+    def pretraining(self, seed: int) -> Task:
+        """The student's first training, on all images, which fine-tuning starts from."""
+        method, *flags = self.pretrain
+        return self.student(method, seed, *flags, label=f"{method} to start from, seed {seed}")
+
+    def fine_tuning(self, seed: int, share: str, start: str) -> Task:
+        """The training, with this share of the labels, that goes on from the run folder `start`."""
+        flags = (*self.fine_tune, "--init", start, "--label-share", share)
+        label = f"{self.pretrain[0]}, then fine-tuned --label-share {share} seed {seed}"
+        return self.student("none", seed, *flags, label=label)
 
     def lacks(self, method: str) -> list[str]:
         """The grid's flags that a method does not have. If there is any, the method is not swept."""
@@ -84,6 +111,11 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     parser.add_argument("--methods", nargs="+", default=["kd"], metavar="METHOD", help="default: kd")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--grid", nargs="+", default=[], metavar="FLAG=V,V", help="a method's flags to sweep")
+    parser.add_argument("--label-shares", nargs="+", metavar="SHARE", help="every run with each share of the labels")
+    parser.add_argument(
+        "--pretrain", default="", metavar="'METHOD ...'", help="distil first so, on all images; then fine-tune"
+    )
+    parser.add_argument("--fine-tune", default="", metavar="'FLAG ...'", help="flags of that fine-tuning alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share cores and GPUs (default: 1)")
     parser.add_argument("--launch", default="", help="flags for accelerate launch, in one string")
     parser.add_argument("--out", type=Path, default=Path("report"), help="the report and the logs (default: report)")
@@ -100,7 +132,12 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
         rest += ["--wandb-group", group_name(preset, rest)]
     if grid:
         rest += cache_flags(preset, rest)
-    return Study(preset, methods, seeds, given.jobs, grid, launch, given.out, tuple(rest))
+    shares = read_shares(given.label_shares or (["1"] if given.pretrain else []))
+    pretrain, fine_tune = (split_words(given, name) for name in ("pretrain", "fine_tune"))
+    own = (preset, methods, seeds, given.jobs, grid, launch, given.out, tuple(rest))
+    study = Study(*own, shares, pretrain, fine_tune)
+    check_few_labels(study)
+    return study
 
 
 def _with_dashes(word: str) -> str:
@@ -159,6 +196,60 @@ def read_grid(words: list[str], methods: tuple[str, ...]) -> dict[str, tuple[str
     flags = set().union(*map(_flags_of, methods))
     require(swept, f"--grid {' '.join(words)}: none of {', '.join(methods)} has these; {nearest('', flags)}")
     return grid
+
+
+def split_words(given: argparse.Namespace, name: str) -> tuple[str, ...]:
+    """The words of a flag that holds others. Raises UserError if a shell could not split it."""
+    value = getattr(given, name)
+    try:
+        return tuple(_with_dashes(word) for word in shlex.split(value))
+    except ValueError as error:
+        raise UserError(f"--{name.replace('_', '-')} {value}: {error}; quote it as for a shell") from error
+
+
+def read_shares(words: list[str]) -> tuple[str, ...]:
+    """--label-shares, the smallest first. Raises UserError for what is no share."""
+    for word in words:
+        share = _number(word)
+        require(isinstance(share, float) and 0 < share <= 1, f"--label-shares {word}: give shares above 0, up to 1")
+    different = len(set(map(_number, words))) == len(words)
+    require(different, f"--label-shares {' '.join(words)}: has a share twice; give it once")
+    return tuple(sorted(words, key=_number))
+
+
+def check_few_labels(study: Study) -> None:
+    """Raise UserError for flags of --label-shares and --pretrain that exclude each other, or of their runs."""
+    require(not study.fine_tune or bool(study.pretrain), "--fine-tune: needs --pretrain 'METHOD ...'")
+    if not study.shares:
+        return
+    require(not study.grid, "--grid: leave --label-shares and --pretrain out; a grid's settings are picked first")
+    for flag in (word.split("=")[0] for word in (*study.rest, *study.pretrain, *study.fine_tune)):
+        require(flag not in ("--label-share", "--seed"), f"{flag}: the study sets it itself; leave it out")
+    for flag in (word.split("=")[0] for word in study.fine_tune):
+        require(flag != "--init", "--fine-tune --init: the study sets it itself; leave it out")
+    for share in study.shares:
+        for method in ("none", *study.methods):
+            study.with_share(method, share)
+    trains_teacher = needs_own_teacher(study, study.methods[0], ())
+    if study.pretrain:
+        method = study.pretrain[0]
+        require(not method.startswith("-"), f"--pretrain {' '.join(study.pretrain)}: name the method first")
+        named_method(method)  # raises if there is none
+        require(method != "none", "--pretrain none: needs a method with a teacher; the student alone is a control")
+        study.pretraining(study.seeds[0])
+        study.fine_tuning(study.seeds[0], study.shares[0], "RUN")
+    trained = bool(study.pretrain) and needs_own_teacher(study, study.pretrain[0], study.pretrain[1:])
+    require(
+        not trains_teacher or trained or float(study.shares[-1]) == 1,
+        f"--label-shares {' '.join(study.shares)}: add 1, whose run trains the teacher with all labels, or name a"
+        " --teacher",
+    )
+
+
+def needs_own_teacher(study: Study, method: str, flags: tuple[str, ...]) -> bool:
+    """Whether a run of this method trains the recipe's own teacher first, or finds it trained."""
+    config = parse(distill_defaults, "", [method, "--preset", study.preset, *study.rest, *flags])
+    return named_method(method).needs_teacher and not config.teachers
 
 
 def _number(value: str) -> float | str:

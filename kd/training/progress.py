@@ -2,7 +2,8 @@
 
 import math
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -40,6 +41,7 @@ class ProgressDisplay:
         )
         name = shorten(title, max(console.width - NUMBERS_WIDTH, MIN_NAME_WIDTH))
         self._run = self._progress.add_task(name, total=total, completed=position, numbers="")
+        self._work = None  # the third bar
         self._epoch = self._progress.add_task("epoch", total=steps, completed=position % steps, numbers="")
 
     def __enter__(self) -> "ProgressDisplay":
@@ -92,23 +94,44 @@ class ProgressDisplay:
                 f"{self.title}  epoch {line['epoch']}/{self.epochs}  {_format(line)}  {_clock(left)} left", flush=True
             )
 
+    def work(self, what: str, done: int, total: int) -> None:
+        """Show how much of something between two epochs is done, in a third bar that goes when all is."""
+        if not self.bars:
+            return
+        if self._work is None:
+            self._work = self._progress.add_task(what, total=total, numbers="")
+        self._progress.update(self._work, description=what, completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._work)
+            self._work = None
+
     def warn(self, warning: str) -> None:
         """Print a line above the bars."""
         if self.shown:
             console.print(f"warning: {self.title}: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
+@contextmanager
+def work_bar(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on the terminal for work outside of a training; gives what is to be told (what, done, total)."""
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda what, done, total: progress.update(bar, description=what, completed=done, total=total)
+
+
 def _format_short(line: dict) -> str:
     """An epoch's numbers for one line of a terminal."""
     names = {"train/loss": "loss", "train/top1": "top1", "val/loss": "val loss", "val/top1": "val top1"}
+    names |= {"probe/knn": "kNN", "probe/linear": "linear"}
     parts = [f"{name} {line[key]:.{3 if 'loss' in key else 1}f}" for key, name in names.items() if key in line]
     speed = line.get("images_per_second")
     return "  ".join(parts + ([f"{speed:.0f} images/s"] if speed is not None else []))
 
 
 def _format(numbers: dict) -> str:
-    keys = ("train/loss", "train/top1", "val/loss", "val/top1", "images_per_second")
-    units = {"top1": ".2f", "loss": ".4f", "images_per_second": ".0f"}
+    keys = ("train/loss", "train/top1", "val/loss", "val/top1", "probe/knn", "probe/linear", "images_per_second")
+    units = {"top1": ".2f", "loss": ".4f", "knn": ".2f", "linear": ".2f", "images_per_second": ".0f"}
     shown = [key for key in keys if numbers.get(key) is not None]
     return "  ".join(f"{key} {numbers[key]:{units[key.rsplit('/', 1)[-1]]}}" for key in shown)
 

@@ -12,9 +12,10 @@ from kd.models import probe
 from kd.models.cost import count_params
 from kd.report import plots
 from kd.runs.checkpoint import State
-from kd.runs.results import AVERAGED_SCORES
+from kd.runs.results import AVERAGED_SCORES, PROBE_SCORES
 from kd.teachers.load import TeacherNetwork
 from kd.training.evaluate import best_epoch, score_test_split
+from kd.training.progress import work_bar
 from kd.training.trainer import LOWER_LR_ADVICE, Trainer
 from kd.utils.files import sha256_file, write_atomically, write_json, write_weights
 from kd.utils.processes import all_do
@@ -51,6 +52,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         bad = [key for key, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
         summary |= scores
+    summary |= _probe_summary(trainer)
     all_do(lambda: _write(trainer, summary, test_logits) if accelerator.is_main_process else None)
     trainer.tracker.finish(summary)
     return summary
@@ -71,6 +73,18 @@ def _write(trainer: Trainer, summary: dict, test_logits: dict[str, Tensor]) -> N
     write_json(run.path / "model.json", model_info(trainer))
     draw_curves(trainer.state.history, f"{job.role} {job.model}", run.path / "curves.png")
     write_json(run.path / "summary.json", summary)
+
+
+def _probe_summary(trainer: Trainer) -> dict:
+    """The embedding's scores on the test split of --probe; null with --no-test, and no keys without --probe."""
+    if trainer.probe is None:
+        return {}
+    summary = {"probe_data": trainer.probe.source} | dict.fromkeys(PROBE_SCORES)
+    if trainer.job.run.test:
+        with work_bar(trainer.accelerator.is_main_process) as told:
+            scores = trainer.probe.score(trainer.probe.data.test, told)
+        summary |= {f"probe_{name}": score for name, score in scores.items()}
+    return summary
 
 
 def _teacher_summary(teacher: TeacherNetwork | None) -> dict:

@@ -30,6 +30,7 @@ from kd.training.diagnostics import gradient_norms, warnings
 from kd.training.evaluate import best_epoch, distillation_loss, validate, validation
 from kd.training.meter import Clock, Meter, check_terms
 from kd.training.optimizers import describe, make_optimizer
+from kd.training.probe import due, open_probe
 from kd.training.progress import ProgressDisplay
 from kd.training.schedule import lr_at
 from kd.training.tracking import Tracker
@@ -76,6 +77,8 @@ class Trainer:
         self.average = None if job.fit.ema is None else Average(distiller.deployed, job.fit.ema)
         if line := too_long(job.fit.ema, self._total):
             print_once(line)
+        options = accelerator, job.fit.batch_size
+        self.probe = open_probe(job.run.probe, distiller.deployed, job.model, data, *options)
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}  # the deployed weights of the best epoch on validation
         self.saved_step: int | None = None  # the step that this process last saved or resumed from
@@ -221,7 +224,7 @@ class Trainer:
         numbers, _ = self.read_means()
         self.clock.pause()
         self._display.step(self.state.step, numbers)
-        scores = self._validate()
+        scores = self._validate() | self._probe(epoch)
         line = self._add_to_history(epoch, numbers, scores)
         self.tracker.log(line)
         self._display.epoch(line)
@@ -246,6 +249,14 @@ class Trainer:
         if self.data.labelled:
             return validate(self.distiller.deployed, self._scorer)
         return distillation_loss(self.distiller, self.live, self.data, self.accelerator, self.job.fit)
+
+    def _probe(self, epoch: int) -> dict[str, float]:
+        """The scores of the embedding on the validation split of --probe, in epochs that are due."""
+        every, epochs = self.job.run.probe_every, self.job.fit.epochs
+        if self.probe is None or self.probe.data.val is None or not due(every, epoch, epochs):
+            return {}
+        scores = self.probe.score(self.probe.data.val, self._display.work)
+        return {f"probe/{name}": score for name, score in scores.items()}
 
     def _add_to_history(self, epoch: int, numbers: dict[str, float], scores: dict[str, float]) -> dict:
         """The epoch's line for metrics.jsonl. Raises UserError if a score is not finite."""

@@ -19,7 +19,12 @@ def cores() -> int:
 
 def share_of_cores() -> int:
     """Cores for each of a run's processes on this machine."""
-    return max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(cores() // processes_here(), 1)
+
+
+def processes_here() -> int:
+    """The run's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def memory_limit() -> int:
