@@ -76,3 +76,4 @@ class Pair(NamedTuple):
     head: nn.Module | None = None  # the teacher's classifier; never trained
     balance: str = "none"  # how cross-entropy treats classes of different sizes (--balance)
     partner: nn.Module | None = None  # a fresh network, for a method that trains one beside the student
+    width: int | None = None  # of what enters `head`, where the head itself is not known

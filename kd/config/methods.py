@@ -46,6 +46,7 @@ class MethodFlags:
     loss: ClassVar[str]  # module:Class of the method's DistillationLoss
     name: ClassVar[str] = ""  # of a method that is not in METHODS (kd.config.named)
     needs_teacher: ClassVar[bool] = True
+    answers: ClassVar[str] = "logits"  # what of the teacher it follows: the kind of cache that it can take
     two_views: ClassVar[bool] = False  # True: both networks also see a strong view of each image
     label_smoothing: float = 0.0
     """Share of cross-entropy's target that is spread over all classes (arXiv:1512.00567)."""

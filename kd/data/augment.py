@@ -22,6 +22,10 @@ from kd.config import ViewConfig
 from kd.data.policies import GREY, Policy, apply_policy, change_drawn, grey
 from kd.utils.rng import derive, random_below, random_uniform
 
+VERSION = 1
+"""Of the views that flags, seed, number and row give. Whoever changes a draw raises it, or caches of a teacher's logits
+would answer for other views; tests/data/test_view_version.py compares every flag's views with recorded ones."""
+
 CUTOUT_COLOUR = (125, 123, 114)  # a grey, as in FixMatch's code and that of the methods with two views
 
 ATTEMPTS = 10  # to draw a box that fits, as in torchvision's RandomResizedCrop

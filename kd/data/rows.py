@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,15 @@ class Rows(ABC):
     @abstractmethod
     def sha256(self) -> str:
         """Hash of the rows' content, in their order."""
+
+    @property
+    def content_sha256(self) -> str | None:
+        """Hash of the images in any order, without their labels; None if that would take decoding them."""
+        return None
+
+    @property
+    def labels_sha256(self) -> str:
+        return hashlib.sha256(self.labels.cpu().numpy()).hexdigest()
 
     @abstractmethod
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -83,6 +92,10 @@ class Split(Rows):
             digest.update(part.numpy())
         return digest.hexdigest()
 
+    @property
+    def content_sha256(self) -> str:
+        return _unordered_sha256(self.images.split(BLOCK))
+
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         for index in indices:
             yield gather(self.images, index, device)
@@ -117,12 +130,22 @@ class MappedRows(Rows):
         digest.update(self.labels.numpy())
         return digest.hexdigest()
 
+    @property
+    def content_sha256(self) -> str:
+        return _unordered_sha256(self.stored[rows] for rows in self.rows.split(BLOCK))
+
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         for index in indices:
             yield gather(self.stored, self.rows[index.cpu()], device)
 
     def on(self, device: torch.device) -> Rows:
         return self if device.type == "cpu" else Split(self.images, self.labels).on(device)
+
+
+def _unordered_sha256(blocks: Iterable[UInt8[Tensor, "b 3 h w"]]) -> str:
+    """Hash of the images of all blocks, the same in any order."""
+    each = sorted(hashlib.sha256(image).digest() for block in blocks for image in block.cpu().numpy())
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 def iter_centre_crops(

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -29,7 +30,7 @@ from kd.models.pretrained import (
 from kd.teachers.load import TeacherNetwork
 from kd.training.optimizers import check_network
 from kd.training.start import freeze, held_at_first, load_start
-from kd.types import Pair, Stages
+from kd.types import Outputs, Pair, Stages
 from kd.utils.console import print_once
 from kd.utils.rng import seed_everything
 
@@ -160,6 +161,8 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     if teacher is None:
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
         return Pair(outputs, None, labels, student_stages, balance=job.fit.balance, partner=partner)
+    if teacher.network is None:
+        return _pair_of_shared(job, student, student_stages, teacher, data)._replace(partner=partner)
     teacher_stages = stages(teacher.summary["model"], teacher.network, teacher.classes)
     if teacher.members:  # the flags must name the teacher as well: networks.0.layer3
         teacher_stages = Stages(modules=teacher_stages.modules)
@@ -168,6 +171,25 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     classifier = teacher_stages.classifier
     head = teacher.network.get_submodule(classifier) if classifier else None
     return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner)
+
+
+def _pair_of_shared(job: Job, student: nn.Module, known: Stages, teacher: TeacherNetwork, data: Data) -> Pair:
+    """The pair of a student, with `known` stages, and a teacher of which only logits are here.
+
+    Raises UserError if the method needs more of the teacher.
+    """
+    try:
+        layers, of_teacher = loss_class(job.method).layers(job.method, known, Stages(modules=("?",)))
+    except UserError:  # the student's own layers are checked by now: it is the teacher's that are missing
+        layers, of_teacher = (), ("its features",)
+    require(
+        not of_teacher,
+        f"{job.role}: compares features of the teacher, and {teacher.shared.source} has its logits alone: give the"
+        " network (--teacher RUN) in its place, or take a method that compares logits, such as kd",
+    )
+    outputs = probe(student, data.size, "student", layers)
+    answers = Outputs(torch.zeros(len(outputs.logits), teacher.classes))
+    return Pair(outputs, answers, data.train.labels, known, balance=job.fit.balance, width=teacher.shared.width)
 
 
 def _build_partner(name: str, job: Job, data: Data) -> nn.Module:
