@@ -456,7 +456,7 @@ class CacheConfig:
     """How a teacher's logits are stored."""
 
     cache_teacher: bool = False
-    """Compute the teacher's logits for all --views once; with SOURCE after it, take shared ones."""
+    """Compute the teacher's logits for all --views once, or take SOURCE's."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """float32: the same bits as a live teacher on a CPU."""
     cache_top_k: int | None = None
