@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd.config import DataConfig
+from kd.config.flags import HUB
 from kd.data import Data, load_data
 from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.errors import UserError, require
@@ -90,6 +91,7 @@ def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:
     flags.setdefault("run", {})["out"] = None
     names = [(summary, "teacher"), (summary, "control"), (summary, "init"), *named_paths(flags)]
     names += [(member, "folder") for member in summary.get("teachers", [])]
+    names += [(part.get("shared_cache", {}), "source") for part in (summary, config)]
     for part, key in names:
         if part.get(key):
             part[key] = public_name(part[key])
@@ -115,6 +117,8 @@ def public_name(name: str | list) -> str | list:
     if isinstance(name, list):
         return [public_name(member) for member in name]
     library, _, model = name.partition("/")
+    if name.startswith(HUB):
+        return name
     if library in LIBRARIES and model and Path(name).suffix not in SUFFIXES:
         return name
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$", name)

@@ -10,6 +10,7 @@ CACHE is a folder that --cache-teacher built, one that `pack` wrote, or hub:USER
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def _pack(source: str, folder: Path, name: str, args: argparse.Namespace) -> Non
 
     cache = open_cache(source)
     fetch_logits(cache)
-    lock = Lock(cache.folder / "lock") if cache.shards is None else None
+    lock = Lock(cache.folder / "lock") if cache.shards is None and os.access(cache.folder, os.W_OK) else None
 
     def write(partial: Path) -> None:
         pack(cache, partial)

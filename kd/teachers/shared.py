@@ -34,7 +34,7 @@ from kd.teachers.cache import ABOUT, FLAGS_OF_ROWS, LogitStore, Pieces
 from kd.teachers.live import TeacherLogits
 from kd.teachers.load import SharedLogits, TeacherNetwork
 from kd.utils.console import console, print_once
-from kd.utils.files import read_json, write_json, write_weights
+from kd.utils.files import is_number, read_json, write_json, write_weights
 from kd.utils.hub import fetch
 
 FORMAT = 1  # of the packed folder; kd reads this one and earlier ones
@@ -186,6 +186,10 @@ def _check_manifest(manifest: dict, about: object, shards: object, what: str) ->
     wrong += [key for key in ("rows", "classes") if key not in wrong and identity[key] < 1]
     wrong += [] if identity.get("dtype") in DTYPES else ["dtype"]
     wrong += [] if isinstance(identity.get("top_k"), int | None) else ["top_k"]
+    wrong += (
+        [] if "class_names" in wrong or all(isinstance(n, str) for n in identity["class_names"]) else ["class_names"]
+    )
+    wrong += [] if "normalisation" in wrong or _are_mean_and_std(identity["normalisation"]) else ["normalisation"]
     blocks_valid = isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)
     wrong += [] if blocks_valid else ["blocks"]
     require(not wrong, f"{what} has no valid {', '.join(dict.fromkeys(wrong))}; get the cache anew")
@@ -194,8 +198,8 @@ def _check_manifest(manifest: dict, about: object, shards: object, what: str) ->
     require(not unknown, f"{what} has flags of views that this kd does not know ({', '.join(unknown)}); update kd")
     try:
         store = LogitStore(Path(), identity)
-        counted = store.views >= 1
-    except TypeError:
+        counted = isinstance(store.views, int) and store.views >= 1
+    except (TypeError, KeyError):
         counted = False
     require(counted, f"{what} has no valid number of views; get the cache anew")
     require(len(blocks) <= store.views, f"{what} has {len(blocks)} blocks for {store.views} views; get the cache anew")
@@ -203,9 +207,16 @@ def _check_manifest(manifest: dict, about: object, shards: object, what: str) ->
         require(_are_shards(shards, store.views * store.rows), f"{what} lists no valid files; get the cache anew")
 
 
+def _are_mean_and_std(value: list) -> bool:
+    parts = [part if isinstance(part, list) else [] for part in value]
+    return [len(part) for part in parts] == [3, 3] and all(is_number(number) for part in parts for number in part)
+
+
 def _is_about(about: object) -> bool:
     """Whether it is as kd.teachers.cache.describe writes it, or empty."""
-    if not isinstance(about, dict) or not isinstance(about.get("data", {}), dict):
+    if not isinstance(about, dict) or not all(isinstance(about.get(key, {}), dict) for key in ("data", "versions")):
+        return False
+    if not isinstance(about.get("data", {}).get("source", ""), str):
         return False
     sizes = [about.get(key, [1, 1]) for key in ("image_size", "stored_size")]
     teachers, width = about.get("teachers", []), about.get("width")
@@ -291,9 +302,10 @@ def check_rows(cache: SharedCache, job: Job, data: Data) -> None:
     """Raise UserError if the training images are not those that the teacher saw, in the same order."""
     identity, name = cache.identity, cache.name
     if cache.kind == LOGITS and data.classes:
-        _check_classes(identity.get("class_names", []), data.classes, name)
+        _check_classes(cache, job, data.classes)
     sizes = _as_json([data.size, data.train.size])
-    theirs = [cache.about.get("image_size", sizes[0]), cache.about.get("stored_size", sizes[1])]
+    stored = cache.about.get("stored_size", sizes[1])
+    theirs = [identity.get("image_size", stored), stored]  # in the identity if it is not the stored one
     for what, there, here in zip(("images", "stored images"), theirs, sizes, strict=True):
         remedy = f"; {_advice_of_data(cache, job)}"
         require(
@@ -313,20 +325,21 @@ def check_rows(cache: SharedCache, job: Job, data: Data) -> None:
         require(same, f"{name}: was erased with another mean than your images have; leave --init out")
 
 
-def _check_classes(theirs: list[str], ours: tuple[str, ...], name: str) -> None:
+def _check_classes(cache: SharedCache, job: Job, ours: tuple[str, ...]) -> None:
     """Raise UserError if the classes are others, or in another order."""
+    theirs = cache.identity["class_names"]
     if list(ours) == theirs:
         return
+    place = next((at for at, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
     if sorted(ours) == sorted(theirs):
-        said = "its classes are in another order"
+        said = "its classes are in another order than yours"
     elif len(ours) != len(theirs):
         said = f"has {len(theirs)} classes, and your data {len(ours)}"
     else:
-        number = next(at for at, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other)
-        said = f"its class {number} is {theirs[number]!r}, and yours is {ours[number]!r}"
-    place = next((at for at, (one, other) in enumerate(zip(theirs, ours)) if one != other), min(len(ours), len(theirs)))
+        said = f"its class {place} is {theirs[place]!r}, and yours is {ours[place]!r}"
     shown = ", ".join(map(repr, theirs[place : place + 3]))
-    raise UserError(f"{name}: {said}; name and order them as it does: from class {place} on {shown}, ...")
+    advice = f"name and order them as it does: from class {place} on {shown}, ..." if shown else "take those it has"
+    raise UserError(f"{cache.name}: {said}; {_flags_that_differ(cache, job) or advice}")
 
 
 def _what_differs(cache: SharedCache, data: Data) -> str:
@@ -344,13 +357,18 @@ def _what_differs(cache: SharedCache, data: Data) -> str:
 
 
 def _advice_of_data(cache: SharedCache, job: Job) -> str:
-    """Which flags of the data to give."""
+    """Which flags of the data to give, or which images."""
+    source = cache.about.get("data", {}).get("source")
+    made_of = f" ({source})" if source else ""
+    images = f"give the images that it was made of{made_of}, unchanged, or take --teacher RUN in its place"
+    return _flags_that_differ(cache, job) or images
+
+
+def _flags_that_differ(cache: SharedCache, job: Job) -> str:
+    """The flags of the data to give, --data aside; empty if they are the same."""
     theirs, ours = cache.about.get("data", {}), _as_json(asdict(job.data))
-    differ = [key for key in FLAGS_OF_ROWS if key in theirs and ours[key] != theirs[key]]
-    if [key for key in differ if key != "source"]:
-        return _advice([key for key in differ if key != "source"], theirs)
-    made_of = f" ({theirs['source']})" if theirs.get("source") else ""
-    return f"give the images that it was made of{made_of}, unchanged, or take --teacher RUN in its place"
+    differ = [key for key in FLAGS_OF_ROWS if key in theirs and key != "source" and ours[key] != theirs[key]]
+    return _advice(differ, theirs)
 
 
 def _advice(names: list[str], values: dict) -> str:
