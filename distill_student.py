@@ -19,13 +19,34 @@ from kd.config.presets import distill_defaults
 from train_teacher import train
 
 
-def find_teacher(config: DistillConfig, data, seen, accelerator):
-    """The teacher's network: --teacher, with a new last layer if asked for; else what a pruned student was before;
-    else the recipe's own teacher, trained here unless it is already. `seen` is `data` as the student sees it."""
+def check_networks(config: DistillConfig) -> None:
+    """Raises UserError for a network that does not exist or does not fit its flags, before any data is read."""
+    from kd.models import check_name
+    from kd.teachers.load import check_teachers
+    from kd.training.start import TEACHER_START, check_start
+
+    check_name(config.student)
+    check_start(config.job())
+    if not config.method.needs_teacher or config.cache.cache_from:
+        return
+    if config.teachers:
+        check_teachers(config)
+    else:
+        check_name(config.teacher_model)
+        check_start(config.teacher_job(), TEACHER_START)
+
+
+def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
+    """The teacher: the `shared` logits of --cache-teacher SOURCE; else --teacher, with a new last layer if asked for;
+    else what a pruned student was before; else the recipe's own, trained here unless it is already. `seen` is `data` as
+    the student sees it."""
     from kd.teachers.load import load_embedders, load_teachers
+    from kd.teachers.shared import shared_teacher
     from kd.training.setup import head_job
     from kd.training.start import TEACHER_START, start_from
 
+    if shared:
+        return shared_teacher(shared, config.job(), seen)
     names = list(config.teachers)
     names = names or [train(*start_from(config.teacher_job(), data, TEACHER_START), accelerator)]
     jobs = [head_job(config, name, data) for name in names]
@@ -38,31 +59,26 @@ def find_teacher(config: DistillConfig, data, seen, accelerator):
 
 def main(config: DistillConfig) -> Path:
     from kd.data import load_data
-    from kd.models import check_name
     from kd.runs.table import show_results
-    from kd.teachers.load import check_teachers
+    from kd.teachers.shared import find_shared
     from kd.training import setup
     from kd.training.launch import print_plan, start
-    from kd.training.start import TEACHER_START, check_start, start_from
+    from kd.training.start import start_from
 
-    config, needs_teacher = config.for_method(), config.method.needs_teacher
+    config, needs_teacher, source = config.for_method(), config.method.needs_teacher, config.cache.cache_from
     config = setup.settle_unlabelled(config) if config.data.no_labels else config
-    check_name(config.student)
-    check_start(config.job())
-    if needs_teacher and config.teachers:
-        check_teachers(config)
-    elif needs_teacher:
-        check_name(config.teacher_model)
-        check_start(config.teacher_job(), TEACHER_START)
-    print_plan(config.job(), (config.teachers or (config.teacher_model,)) if needs_teacher else (), config.control)
+    check_networks(config)
+    teachers = (source,) if source else config.teachers or (config.teacher_model,)
+    print_plan(config.job(), teachers if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
+    shared = find_shared(config.job(), accelerator) if needs_teacher and source else None
     data = load_data(config.data, config.run, config.method.uses_labels)
     config = setup.settle_by_data(config, data, accelerator)
-    data = setup.name_classes(config, data)
+    data = setup.name_classes(config, data, shared.identity["class_names"] if shared else ())
     job, seen = start_from(config.job(), data)
     network = setup.build_network(job, seen)
     setup.check_job(job, network, seen, accelerator)
-    teacher = find_teacher(config, data, seen, accelerator) if needs_teacher else None
+    teacher = find_teacher(config, data, seen, accelerator, shared) if needs_teacher else None
     distiller = setup.build_distiller(job, seen, teacher, network)
     alone = dataclasses.replace(config.control_job(), origin=job.origin)
     control = train(alone, seen, accelerator) if config.control and job.method_name != "none" else None

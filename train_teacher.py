@@ -31,8 +31,9 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     from kd.training.trainer import Trainer
     from kd.utils.processes import same_threads
 
-    taught = (teacher.sha256, teacher.names) if teacher else (None, ())
-    inputs = RunInputs(*taught, distiller.loss.identity() if distiller else {})
+    taught = (teacher.sha256, teacher.folders) if teacher else (None, ())
+    shared = teacher.shared.record if teacher and teacher.shared else {}
+    inputs = RunInputs(*taught, distiller.loss.identity() if distiller else {}, shared)
     run = open_run(job, data, accelerator, inputs)
     with run, same_threads():
         if run.summary is None:

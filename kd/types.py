@@ -78,3 +78,4 @@ class Pair(NamedTuple):
     partner: nn.Module | None = None  # a fresh network, for a method that trains one beside the student
     labelled: bool = True  # False: data without labels, on which the terms that need them are left out
     rows: int = 0  # training images
+    width: int | None = None  # of what enters `head`, where the head itself is not known

@@ -12,7 +12,8 @@ REVISIONS = {"main": "0" * 40, "v2": "2" * 40}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """`server.files` maps a repository's id to its files; `server.asked` is what was asked for, in order."""
+    """`server.files` maps a repository's id (datasets/ID for a data set) to its files; `server.asked` is what was asked
+    for, in order."""
 
     def log_message(self, *_):
         pass
@@ -34,8 +35,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         parts = [unquote(part) for part in urlparse(self.path).path.strip("/").split("/")]
         self.server.asked.append("/".join(parts))
-        if parts[:2] == ["api", "models"]:
-            name, rest = "/".join(parts[2:4]), parts[4:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
+            name, rest = _id(parts[1], parts[2:4]), parts[4:]
             revision = rest[1] if len(rest) > 1 else "main"
             if name not in self.server.files:
                 return self._missing("RepoNotFound")
@@ -47,9 +48,11 @@ class Handler(BaseHTTPRequestHandler):
                 return self._json(files)
             siblings = [{"rfilename": file} for file in names]
             return self._json({"id": name, "sha": sha, "siblings": siblings, "private": False})
+        dataset = parts[0] == "datasets"
+        parts = parts[dataset:]
         if len(parts) < 5:  # something about the library itself
             return self._missing("EntryNotFound")
-        name, sha, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+        name, sha, file = _id("datasets" if dataset else "models", parts[:2]), parts[3], "/".join(parts[4:])
         body = self.server.files.get(name, {}).get(file)
         if body is None:
             return self._missing("EntryNotFound")
@@ -67,11 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             self.server.created.append(asked)
-            self.server.files.setdefault(f"{asked['organization']}/{asked['name']}", {})
+            kind = "datasets" if asked.get("type") == "dataset" else "models"
+            self.server.files.setdefault(_id(kind, [asked["organization"], asked["name"]]), {})
             return self._json({"url": f"{self.server.url}/{asked['organization']}/{asked['name']}"})
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
-        name = "/".join(path.split("/")[3:5])
+        name = _id(path.split("/")[2], path.split("/")[3:5])
         if "/preupload/" in path:
             files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
             return self._json({"files": [one | {"shouldIgnore": False} for one in files]})
@@ -84,6 +88,11 @@ class Handler(BaseHTTPRequestHandler):
                 del files[entry["value"]["path"]]
         sha = REVISIONS["main"]
         return self._json({"commitOid": sha, "commitUrl": f"{self.server.url}/{name}/commit/{sha}", "success": True})
+
+
+def _id(kind: str, name: list[str]) -> str:
+    """A repository's name in `server.files`."""
+    return "/".join([*(["datasets"] if kind == "datasets" else []), *name])
 
 
 def _sha(body: bytes) -> str:

@@ -27,6 +27,7 @@ from kd.data import show
 from kd.models import build_model
 from kd.runs.table import COLUMNS
 from kd.study.plan import read_command_line
+from kd.teachers import __main__ as teachers
 from kd.utils.operators import define_operators
 from tests.conftest import ROOT
 
@@ -38,7 +39,11 @@ EXAMPLES = {"my_networks.py", "own_loop.py", "my_data.py", "my_method.py", "from
 
 SCRIPTS = {"train_teacher.py": train_defaults, "distill_student.py": distill_defaults}
 PARSERS = {name: partial(parse, defaults, "") for name, defaults in SCRIPTS.items()}
-PARSERS |= {"kd.study": read_command_line, "kd.data.show": partial(parse, show.defaults, "")}
+PARSERS |= {
+    "kd.teachers": teachers.parse,
+    "kd.study": read_command_line,
+    "kd.data.show": partial(parse, show.defaults, ""),
+}
 CLASSES = {"brick": (170, 80, 60), "grass": (80, 150, 60), "sky": (90, 130, 200)}
 
 

@@ -27,7 +27,10 @@ from kd.runs.checkpoint import State
 from kd.runs.folder import RunFolder, _read_state
 from kd.runs.load import load_network
 from kd.runs.table import show_results
+from kd.teachers import shared
+from kd.teachers.__main__ import main as teachers
 from kd.teachers.cache import LogitStore
+from kd.teachers.card import facts
 from kd.utils import files, images
 from tests.data.test_dataset import picture
 from tests.run_scripts import distil, teach
@@ -188,6 +191,31 @@ def test_row_14_kept_answers_are_read_right_or_refused(finished, data, name):
             assert {"identity": identity}.items() <= json.loads(content).items()
     finally:
         (folder / name).write_bytes(sound)
+
+
+@quick
+@given(data=st.data())
+def test_row_14_a_shared_cache_is_read_right_or_refused(finished, data):
+    (folder,) = (finished / "runs/cache").iterdir()
+    if not (finished / "packed").exists():
+        teachers(["pack", str(folder), str(finished / "packed")])
+    path = finished / "packed/answers.json"
+    sound = path.read_bytes()
+    content = data.draw(broken(json.loads(sound)))
+    assume(content != sound)
+    try:
+        path.write_bytes(content)
+
+        def read() -> None:
+            cache = shared.read_cache(path.parent, "cache:packed")
+            facts(cache)
+            cache.check()
+
+        if not refused(read):
+            now, before = json.loads(content), json.loads(sound)
+            assert (now["blocks"], now["shards"]) == (before["blocks"], before["shards"])
+    finally:
+        path.write_bytes(sound)
 
 
 @quick

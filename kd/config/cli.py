@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from kd.config.files import as_arguments, as_yaml, read_flags
+from kd.config.flags import is_cache
 from kd.config.help import Flag, first_word, flag_values, format_help, is_method, list_flags, without_method
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
@@ -20,6 +21,8 @@ from kd.config.named import is_named, named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
 from kd.config.unused import check_used
 from kd.errors import exit_code, require, reworded
+
+CACHE_TEACHER = "--cache-teacher"
 
 # Flags without their part's name, and a method's own before or after the others.
 FLAT = (OmitArgPrefixes, OmitSubcommandPrefixes, CascadeSubcommandArgs)
@@ -34,7 +37,7 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     Raises kd.errors.UserError for values out of range; tyro itself exits with 2 and a short message on flags that do
     not parse.
     """
-    given, args = _first_pass(sys.argv[1:] if args is None else args)
+    given, args = _first_pass(with_cache_from(sys.argv[1:] if args is None else args))
     file = read_flags(Path(given.config)) if given.config else {}
     preset = given.preset or file.get("preset")
     preset = preset or default_preset(given.data or file.get("data"), _method_of(defaults("report"), args, file))
@@ -59,6 +62,24 @@ def _method_of(default, args: list[str], file: dict[str, Any]) -> str | None:
     if not isinstance(default, DistillConfig):
         return None
     return first_word(args, list_flags(default), is_method) or file.get("method")
+
+
+def with_cache_from(args: list[str]) -> list[str]:
+    """The arguments with `--cache-teacher SOURCE` as the two flags that it stands for.
+
+    SOURCE begins with hub: or has a slash, which no method has; so `--cache-teacher kd` stays a flag and a method.
+    """
+    words: list[str] = []
+    for word in args:
+        name, equals, value = word.partition("=")
+        flag = name.replace("_", "-") == CACHE_TEACHER
+        if flag and equals:
+            words += [CACHE_TEACHER, "--cache-from", value]
+        elif words and words[-1] == CACHE_TEACHER and is_cache(word):
+            words += ["--cache-from", word]
+        else:
+            words.append(CACHE_TEACHER if flag else word)
+    return words
 
 
 def typed_flags(args: list[str]) -> list[str]:

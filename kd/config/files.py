@@ -28,7 +28,10 @@ def read_flags(path: Path) -> dict[str, Any]:
     valid = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     require(valid, f"--config {path}: holds no flags; write one a line, as in `epochs: 3`")
     flags = _flags_of_a_run(content) if {"flags", "identity"} <= content.keys() else content
-    return {name.removeprefix("--").replace("_", "-"): value for name, value in flags.items()}
+    flags = {name.removeprefix("--").replace("_", "-"): value for name, value in flags.items()}
+    if isinstance(source := flags.get("cache-teacher"), str):  # as in `--cache-teacher hub:USER/NAME`
+        flags |= {"cache-teacher": True, "cache-from": source}
+    return flags
 
 
 def _flags_of_a_run(config: dict) -> dict[str, Any]:

@@ -34,6 +34,16 @@ TORCH_OPTIMIZERS = (
 )
 TIMM_OPTIMIZERS = ("lion", "lamb")
 OPTIMIZERS = (*TORCH_OPTIMIZERS, *TIMM_OPTIMIZERS)
+# A cache on the Hub, as --cache-teacher names it.
+HUB = "hub:"
+HUB_CACHE = rf"{HUB}[\w.-]+/[\w.-]+(@[\w./-]+)?"
+
+
+def is_cache(word: str) -> bool:
+    """Whether a word after --cache-teacher names a cache: no method has a slash in its name."""
+    return word.startswith(HUB) or ("/" in word and not word.startswith("--"))
+
+
 WITHOUT_BETAS = ("sgd", "adagrad", "adadelta", "rmsprop", "asgd", "adafactor")
 WITHOUT_EPS = ("sgd", "asgd", "adafactor", "lion")
 
@@ -490,15 +500,24 @@ class CacheConfig:
     """How a teacher's logits are stored."""
 
     cache_teacher: bool = False
-    """Compute the teacher's logits for all --views once; store in runs/cache."""
+    """Compute the teacher's logits for all --views once, or take SOURCE's."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """float32: the same bits as a live teacher on a CPU."""
     cache_top_k: int | None = None
     """Store the N largest logits and the rest's mass (FKD, arXiv:2112.01528)."""
+    cache_from: Annotated[str | None, arg(metavar="SOURCE")] = None
+    """What --cache-teacher SOURCE sets: hub:USER/NAME[@REVISION] or a folder's path, of a cache that is taken as it is,
+    without its teacher. Else caches are built in runs/cache."""
 
     def check(self, views: ViewConfig) -> None:
+        source = self.cache_from
+        require(source is None or self.cache_teacher, f"--cache-from {source}: write it as --cache-teacher {source}")
         require(
-            not self.cache_teacher or views.count > 0,
+            source is None or not source.startswith(HUB) or re.fullmatch(HUB_CACHE, source) is not None,
+            f"--cache-teacher {source}: is no Hub id; give {HUB}USER/NAME or {HUB}USER/NAME@REVISION",
+        )
+        require(
+            not self.cache_teacher or source is not None or views.count > 0,
             "--cache-teacher: needs --views K above 0; with a new view every epoch no logits are used twice",
         )
         require(self.cache_top_k is None or self.cache_top_k >= 1, f"--cache-top-k {self.cache_top_k}: give 1 or more")

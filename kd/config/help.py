@@ -53,7 +53,7 @@ GROUPS = {
     "model": Group("student model init", "model-args freeze freeze-epochs"),
     "teacher": Group(
         "teacher teacher-model control fine-tune-teacher cache-teacher",
-        "teacher-seed teacher-init teacher-model-args trust-code cache-dtype cache-top-k",
+        "teacher-seed teacher-init teacher-model-args trust-code cache-dtype cache-top-k cache-from",
     ),
     "training": Group(
         "preset epochs batch-size lr seed optimizer weight-decay schedule warmup-epochs ema label-smoothing "

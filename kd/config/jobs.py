@@ -129,6 +129,11 @@ class DistillConfig(_Common):
             " teaches; leave one of them out",
         )
         parse_model_args(self.teacher_model_args, "--teacher-model-args")
+        require(
+            self.cache.cache_from is None or self.teacher in ((), PRESETS[self.preset].get("pretrained")),
+            f"--teacher {' '.join(self.teacher)}: --cache-teacher {self.cache.cache_from} has the teacher's logits"
+            " already; leave one of them out",
+        )
         check_together(self.data, self.views, self.fit)
         top_k = self.cache.cache_top_k
         require(

@@ -46,6 +46,7 @@ class MethodFlags:
     loss: ClassVar[str]  # module:Class of the method's DistillationLoss
     name: ClassVar[str] = ""  # of a method that is not in METHODS (kd.config.named)
     needs_teacher: ClassVar[bool] = True
+    answers: ClassVar[str] = "logits"  # what of the teacher it follows: the kind of cache that it can take
     two_views: ClassVar[bool] = False  # True: both networks also see a strong view of each image
     embeds: ClassVar[bool] = False  # True: both networks answer with embeddings, and are built without classifiers
     labels_in_ce_only: ClassVar[bool] = (
@@ -649,6 +650,7 @@ class EmbedConfig(MethodFlags):
 
     loss: ClassVar[str] = "kd.losses.embed:Embed"
     embeds: ClassVar[bool] = True
+    answers: ClassVar[str] = "embedding"
     without_labels: ClassVar[str] = ""
     form: Literal["queue", "cosine", "mse"] = "queue"
     """queue: similarities to a queue of teacher embeddings; cosine, mse: the two embeddings themselves."""

@@ -11,6 +11,12 @@ from kd.config.flags import FitConfig
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.errors import require
 
+# Flags that say who the teacher is, or how its logits are stored.
+OF_A_TEACHER = (
+    *("teacher", "teacher-model", "teacher-seed", "teacher-init", "teacher-model-args", "fine-tune-teacher"),
+    *("cache-dtype", "cache-top-k"),
+)
+
 
 def check_used(config: TrainConfig | DistillConfig, typed: Iterable[str]) -> None:
     """Raise UserError for a typed flag, by its name on the command line, that another flag makes void."""
@@ -60,6 +66,8 @@ def _of_labels(config: TrainConfig | DistillConfig) -> dict[str, str]:
 
 def _of_teacher(config: TrainConfig | DistillConfig) -> dict[str, str]:
     """By flag, why the teacher does not use it."""
+    if isinstance(config, DistillConfig) and config.cache.cache_from is not None:
+        return dict.fromkeys(OF_A_TEACHER, f"{config.cache.cache_from} has the teacher's logits already; leave it out")
     if not isinstance(config, DistillConfig) or not config.teachers:
         return {}
     return {"teacher-seed": f"is of the recipe's own teacher, and {' '.join(config.teachers)} teaches; leave it out"}

@@ -17,6 +17,10 @@ from kd.data.draws import Boxes, CropFlip, Drawn, Edges, Factors, Mixing
 from kd.data.policies import GREY, apply_policy, change_drawn, grey
 from kd.utils.tables import kept
 
+VERSION = 1
+"""Of the views that flags, seed, number and row give. Whoever changes a draw raises it, or caches of a teacher's logits
+would answer for other views; tests/data/test_view_version.py compares every flag's views with recorded ones."""
+
 CUTOUT_COLOUR = (125, 123, 114)  # a grey, as in FixMatch's code and that of the methods with two views
 
 GREY_STEPS = 2**16  # per level: greys are rounded to these before summing; float32 has no finer ones at 255

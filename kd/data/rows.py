@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,15 @@ class Rows(ABC):
     @abstractmethod
     def sha256(self) -> str:
         """Hash of the rows' content, in their order."""
+
+    @property
+    def content_sha256(self) -> str | None:
+        """Hash of the images in any order, without their labels; None if that would take decoding them."""
+        return None
+
+    @property
+    def labels_sha256(self) -> str:
+        return hashlib.sha256(self.labels.cpu().numpy()).hexdigest()
 
     @abstractmethod
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -88,6 +97,10 @@ class Split(Rows):
             digest.update(part.numpy())
         return digest.hexdigest()
 
+    @property
+    def content_sha256(self) -> str:
+        return _unordered_sha256(self.images.split(BLOCK))
+
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         for index in indices:
             yield gather(self.images, index, device)
@@ -122,6 +135,10 @@ class MappedRows(Rows):
         digest.update(self.labels.numpy())
         return digest.hexdigest()
 
+    @property
+    def content_sha256(self) -> str:
+        return _unordered_sha256(self.stored[rows] for rows in self.rows.split(BLOCK))
+
     def batches(self, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         for index in indices:
             yield gather(self.stored, self.rows[index.cpu()], device)
@@ -132,6 +149,12 @@ class MappedRows(Rows):
         if device.type == "cpu" or not fits(size, device):
             return self
         return Split(copy_rows(self.stored, self.rows, device), self.labels.to(device))
+
+
+def _unordered_sha256(blocks: Iterable[UInt8[Tensor, "b 3 h w"]]) -> str:
+    """Hash of the images of all blocks, the same in any order."""
+    each = sorted(hashlib.sha256(image).digest() for block in blocks for image in block.cpu().numpy())
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 def iter_centre_crops(

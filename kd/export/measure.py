@@ -78,6 +78,8 @@ def candidates(
             files.append(Candidate(path.name, runtime, partial(OnnxFile, path), path.stat().st_size, **counts))
     if not source.summary.get("teacher"):
         return files, ()
+    if source.summary.get("shared_cache"):
+        return files, ("The teacher's cost is not measured: only its logits were there.",)
     try:
         return [*files, _teacher_candidate(source, data, trust_code)], ()
     except UserError as error:

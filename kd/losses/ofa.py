@@ -70,7 +70,8 @@ class OFA(DistillationLoss):
             )
         maps, classes = list(pair.student.features.values()), pair.student.logits.shape[1]
         last = maps[-1].shape[1]
-        wide = max(last, pair.head.in_features if pair.head is not None else 0)
+        width = pair.width if pair.head is None else pair.head.in_features
+        wide = max(last, width or 0)
         after = range(len(maps) - 1, -1, -1)  # stages after each
         self.exits = nn.ModuleList(
             token_exit(feature.shape, last, later, classes)

@@ -179,7 +179,8 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
 def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     first = runs[0]
     recipe = _recipe(first, by_path)
-    not_budget = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", "label_smoothing"}
+    not_budget = {"role", "teacher", "label_smoothing"}
+    not_budget |= {"cache_teacher", "cache_dtype", "cache_top_k", "cache_from", "shared_cache"}
     not_budget |= {*STRONG_VIEW, *first.method_flags}
     not_budget |= {
         key for key in recipe if key.endswith("layers")

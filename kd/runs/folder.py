@@ -71,6 +71,7 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "steps": None,
     "compile_mode": "default",
     "label_share": 1.0,
+    "cache_from": None,
 }
 
 
@@ -106,6 +107,7 @@ class RunInputs(NamedTuple):
     teacher_sha256: str | None = None
     teachers: Sequence[str] = ()  # their folders or names, so that config.json can repeat the run (--config)
     method: dict = {}  # noqa: RUF012  DistillationLoss.identity(); never mutated
+    shared_cache: dict = {}  # noqa: RUF012  source and sha256 of a teacher's logits from elsewhere; never mutated
 
 
 NO_INPUTS = RunInputs()
@@ -125,8 +127,10 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
     if isinstance(job.method, NoneConfig):  # its first runs had the flag already
         flat["label_smoothing"] = job.method.label_smoothing
-    if job.cache.cache_teacher and inputs.teacher_sha256:
-        flat |= dataclasses.asdict(job.cache)
+    if inputs.shared_cache:  # its content counts, not where it lies
+        flat |= {"cache_teacher": True, "shared_cache": inputs.shared_cache["sha256"]}
+    elif job.cache.cache_teacher and inputs.teacher_sha256:
+        flat |= without_newer_defaults(dataclasses.asdict(job.cache))
     if job.compress.asked:
         init = job.compress.init  # its weights count, not its path
         flat |= job.compress.asked | ({"init": _init_sha256(job)} if init else {})
@@ -192,7 +196,9 @@ def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: 
         _read_state(run, job, labelled)
         if run.summary is None and not run.resuming:
             run.wandb_id = uuid.uuid4().hex[:8]
-            write_json(run.path / "config.json", new_config(run.wandb_id) | {"teacher": list(inputs.teachers)})
+            config = new_config(run.wandb_id) | {"teacher": list(inputs.teachers)}
+            config |= {"shared_cache": inputs.shared_cache} if inputs.shared_cache else {}
+            write_json(run.path / "config.json", config)
     except BaseException as error:
         run.release()
         if isinstance(error, OSError):

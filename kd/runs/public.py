@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from kd.config.flags import HUB
 from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.models import LIBRARIES
 from kd.models.weights import SUFFIXES
@@ -17,6 +18,7 @@ def without_paths(summary: dict, config: dict) -> tuple[dict, dict]:
     flags.setdefault("run", {})["out"] = None
     names = [(summary, "teacher"), (summary, "control"), (summary, "init"), (config, "teacher"), *named_paths(flags)]
     names += [(member, "folder") for member in summary.get("teachers", [])]
+    names += [(part.get("shared_cache", {}), "source") for part in (summary, config)]
     for part, key in names:
         if part.get(key):
             part[key] = public_name(part[key])
@@ -39,6 +41,8 @@ def public_name(name: str | list) -> str | list:
     """
     if isinstance(name, list):
         return [public_name(member) for member in name]
+    if name.startswith(HUB):
+        return name
     library, _, model = name.partition("/")
     if library in LIBRARIES and model and Path(name).suffix not in SUFFIXES:
         return name

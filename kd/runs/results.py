@@ -154,7 +154,8 @@ def _are_flags(flags: dict) -> bool:
 
 def named_paths(flags: dict) -> list[tuple[dict, str]]:
     """The entries of config.json's flags, --data aside, that may name a path of the machine: (part, key)."""
-    return [(flags.get("compress", {}), "init"), (flags.get("origin") or {}, "source")]
+    parts = flags.get("compress", {}), flags.get("origin") or {}, flags.get("cache", {})
+    return list(zip(parts, ("init", "source", "cache_from"), strict=True))
 
 
 def read_model(folder: Path) -> tuple[dict, dict]:

@@ -120,7 +120,7 @@ def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
 
     check_name(config.student)
     check_start(config.job())
-    if not any(named_method(method).needs_teacher for method in methods):
+    if config.cache.cache_from or not any(named_method(method).needs_teacher for method in methods):
         return
     if not config.teachers:
         check_name(config.teacher_model)

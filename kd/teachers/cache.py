@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,30 +21,57 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Int
 from rich.progress import track
 from torch import Tensor
 
 from kd.config import Job, ViewConfig
 from kd.data import Data
+from kd.data.augment import VERSION
 from kd.data.loader import TrainingImages, compiles_views
 from kd.data.rows import place_on
 from kd.errors import Preempted, UserError, require
 from kd.metrics import ranked
+from kd.models import stages
 from kd.runs.folder import without_newer_defaults
 from kd.teachers.live import TeacherLogits, live_logits
 from kd.teachers.load import TeacherNetwork
 from kd.types import Batch, Outputs
-from kd.utils.console import console
+from kd.utils.console import console, print_once
 from kd.utils.files import create_map, read_array, read_json, sync_file, write_json
 from kd.utils.processes import all_do, anyone, from_main, is_alone, is_first_on_node, is_main, node, nothing, wait_for
 from kd.utils.system import Lock, StopRequests
 
 ROOT = Path("runs/cache")
+ABOUT = "about.json"  # beside the manifest: teacher and data in words, for `python -m kd.teachers`
+
+# Flags of the data that change which images are trained on, in which order and with which labels.
+FLAGS_OF_ROWS = (
+    *("source", "label", "image", "classes", "image_size", "stored_size", "val_fraction", "split_seed", "imbalance"),
+    *("test_fraction", "skip_broken", "stream", "no_labels", "label_share"),
+)
 MIN_BATCH = 16  # fewest rows of a batch: with 12 or more a CPU gives the same bits whatever the batch
 TOKEN = ".main-"  # before the name of a file by which processes see that they share the main one's disk
 STRONG = "strong_"  # before the names of the strong views' files
 PART_BYTES = 2**26  # that are sent to another machine at once
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # relative to the largest logit; float16 has 11 bits
+
+
+class Pieces:
+    """One array in memory in several parts, one after another, of which the first axis is indexed."""
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.parts, self.device = parts, parts[0].device
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+
+    def __getitem__(self, rows: Int[Tensor, "b"]) -> Tensor:
+        first = self.parts[0]
+        found = torch.empty(len(rows), *first.shape[1:], dtype=first.dtype)
+        owner = torch.searchsorted(self._ends, rows, right=True)
+        for number in owner.unique().tolist():
+            part, mine = self.parts[number], owner == number
+            found[mine] = part[rows[mine] - (self._ends[number] - len(part))]
+        return found
 
 
 class LogitStore:
@@ -184,7 +211,10 @@ class LogitStore:
     def teacher(self, device: torch.device) -> TeacherLogits:
         """A teacher that looks up rows by (view, index), in the device's memory if the cache fits there."""
         parts = {name: torch.from_numpy(self.open(name, "c")).flatten(0, 1) for name in self.shapes}
-        placed = {name: place_on(part, device) for name, part in parts.items()}
+        return self.look_up({name: place_on(part, device) for name, part in parts.items()}, device)
+
+    def look_up(self, placed: Mapping[str, "Tensor | Pieces"], device: torch.device) -> TeacherLogits:
+        """A teacher that looks up rows by (view, index) in these arrays, each (views x rows) x width."""
 
         def look_up(batch: Batch) -> Outputs:
             # One flat index: a tensor as first of two indices would make the host wait for its value.
@@ -208,6 +238,8 @@ def teacher_logits(
     teacher: TeacherNetwork, data: Data, job: Job, accelerator: Accelerator, layers: tuple[str, ...] = ()
 ) -> TeacherLogits:
     """The job's teacher: cached if asked for, else run at every step, also for features of `layers`."""
+    if teacher.shared:
+        return teacher.shared.open(accelerator)
     if job.cache.cache_teacher and not layers:
         return cached_logits(teacher, data, job, accelerator)
     if job.cache.cache_teacher and accelerator.is_main_process:
@@ -223,10 +255,14 @@ def validation_teacher(
     accelerator: Accelerator,
     layers: tuple[str, ...] = (),
 ) -> TeacherLogits | None:
-    """The live teacher of validation images without labels; None with labels, by which they are scored.
+    """The live teacher of validation images without labels; None with labels, by which they are scored, and if the
+    teacher's network is not here.
 
     `logits`: what `teacher_logits` gave, which is live unless it is cached."""
-    if data.labelled:
+    if data.labelled or data.val is None:
+        return None
+    if teacher.network is None:
+        print_once("no validation: without labels it asks the teacher, whose network is not here")
         return None
     cached = job.cache.cache_teacher and not layers
     return live_logits(teacher.network, accelerator, layers, job.fit.channels_last) if cached else logits
@@ -253,6 +289,8 @@ def cached_logits(
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder)
     try:
+        if accelerator.is_main_process:
+            describe(store.folder, teacher, data, job)
         share = max(job.fit.batch_size // accelerator.num_processes, MIN_BATCH)
         done = _send_views(store, keeps=lock is not None)
         _build(store, images, query, accelerator, Work(share, done, lock is not None))
@@ -262,6 +300,47 @@ def cached_logits(
         if lock is not None:
             lock.close()
     return store.teacher(accelerator.device)
+
+
+def describe(folder: Path, teacher: TeacherNetwork, data: Data, job: Job) -> None:
+    """Write what the identity does not say, for those who get the cache without the teacher; nothing of it binds.
+
+    A path's last component is all that is kept of it. Raises UserError if the folder cannot be written.
+    """
+    if (folder / ABOUT).exists():
+        return
+    members = teacher.members or (teacher,)
+    source = Path(job.data.source).expanduser()
+    flags = asdict(job.data) | {"source": source.name if source.is_dir() else job.data.source}
+    about = {
+        "teachers": [
+            {
+                "name": member.folder.name,
+                "model": member.summary["model"],
+                "test_top1": member.summary.get("test_top1"),
+            }
+            for member in members
+        ],
+        "width": None if job.method.embeds else _classifier_width(teacher),
+        "data": {name: value for name, value in flags.items() if name in FLAGS_OF_ROWS},
+        "image_size": data.size,
+        "stored_size": data.train.size,
+        "labels_sha256": data.train.labels_sha256,
+        "content_sha256": data.train.content_sha256,
+        "versions": {"torch": torch.__version__},
+    }
+    try:
+        write_json(folder / ABOUT, about)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); free some space, or remove it") from error
+
+
+def _classifier_width(teacher: TeacherNetwork) -> int | None:
+    """The width of what enters the teacher's last linear layer; None if it has none, or is several networks."""
+    if teacher.members:
+        return None
+    classifier = stages(teacher.summary["model"], teacher.network, teacher.classes).classifier
+    return getattr(teacher.network.get_submodule(classifier), "in_features", None) if classifier else None
 
 
 def cache_identity(teacher: TeacherNetwork, data: Data, job: Job, accelerator: Accelerator) -> dict:
@@ -278,6 +357,8 @@ def cache_identity(teacher: TeacherNetwork, data: Data, job: Job, accelerator: A
         spec |= {"image_size": data.size}
     if job.method.two_views:
         spec |= {"strong": job.views.strong}
+    if VERSION != 1:
+        spec |= {"views_version": VERSION}
     return json.loads(json.dumps(spec))
 
 

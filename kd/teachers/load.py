@@ -7,12 +7,13 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -38,25 +39,46 @@ from kd.models.pretrained import (
 from kd.runs.load import load_network
 from kd.runs.nodes import is_elsewhere, share_run
 from kd.runs.results import read_model
+from kd.teachers.live import TeacherLogits
 from kd.utils.console import print_once
 from kd.utils.hub import local_folder
 from kd.utils.processes import all_do, from_main
 
 
+class SharedLogits(NamedTuple):
+    """A teacher's logits from elsewhere, without its network (kd/teachers/shared.py)."""
+
+    source: str  # hub:USER/NAME@COMMIT, or cache:FOLDER
+    sha256: str  # of the logits and of what they depend on
+    width: int | None  # of what enters the teacher's classifier
+    open: Callable[[Accelerator], TeacherLogits]  # fetches and checks them; all processes call it together
+
+    @property
+    def record(self) -> dict[str, str]:
+        """For config.json and summary.json."""
+        return {"source": self.source, "sha256": self.sha256}
+
+
 class TeacherNetwork(NamedTuple):
     """A teacher's network, ready for use: on the device, in eval mode, without gradients."""
 
-    network: nn.Module
+    network: nn.Module | None  # None: only its logits are here, in `shared`
     folder: Path  # or the name of a pretrained network
     sha256: str  # of its weights and of the inputs it expects
     summary: dict
     classes: int  # of its own classifier, before they are matched with the data's; of embeddings, their width
     members: tuple["TeacherNetwork", ...] = ()  # of several teachers
+    shared: SharedLogits | None = None
 
     @property
     def names(self) -> list[str]:
         """Folder or name of the teacher, or of each of several."""
-        return [str(member.folder) for member in self.members or (self,)]
+        return [self.shared.source] if self.shared else [str(member.folder) for member in self.members or (self,)]
+
+    @property
+    def folders(self) -> list[str]:
+        """What --teacher takes to have this teacher again; empty if only its logits are here."""
+        return [] if self.shared else self.names
 
 
 class Average(nn.Module):

@@ -202,7 +202,7 @@ def score_test_split(
         with weights_in(network, others["ema"]):
             averaged = test_scores(predict(network), labels)
         scores |= {f"{name}_ema": averaged[name] for name in AVERAGED_SCORES}
-    if teacher is not None:
+    if teacher is not None and teacher.network is not None:
         teacher_logits = predict(teacher.network)
         scores["teacher_test_top1"] = metrics.top_k(teacher_logits, labels, 1)
         scores["agreement"] = metrics.agreement(logits, teacher_logits)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -32,7 +34,7 @@ from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
 from kd.training.optimizers import check_network
 from kd.training.start import freeze, held_at_first, load_start
-from kd.types import Pair, Stages
+from kd.types import Outputs, Pair, Stages
 from kd.utils.console import print_once
 from kd.utils.hub import local_folder
 from kd.utils.processes import from_main
@@ -81,7 +83,7 @@ def settle_unlabelled(config: ScriptConfig) -> ScriptConfig:
     if isinstance(config, TrainConfig):
         return config
     require(
-        bool(config.teachers) or not config.method.needs_teacher,
+        bool(config.teachers or config.cache.cache_from) or not config.method.needs_teacher,
         f"--data {config.data.source}: no labels to train a teacher by; name a trained one with --teacher",
     )
     require(
@@ -103,21 +105,23 @@ def check_labels(method: MethodFlags, role: str, labelled: bool) -> None:
     )
 
 
-def name_classes(config: DistillConfig, data: Data) -> Data:
+def name_classes(config: DistillConfig, data: Data, shared: Sequence[str] = ()) -> Data:
     """The data with class names: its own, or without labels those of the (first) teacher, whose columns the student
-    learns.
+    learns; `shared` are those of a shared cache.
 
     Raises UserError if the teacher has none.
     """
-    if data.labelled or not config.teachers or config.method.embeds:
+    if data.labelled or config.method.embeds or not (config.teachers or shared):
         return data
-    name = str(config.teachers[0])
-    if is_pretrained(name):
+    name = config.cache.cache_from if shared else str(config.teachers[0])
+    if shared:
+        classes = shared
+    elif is_pretrained(name):
         classes = load_pretrained(name, config.teacher_model, model_args=config.teacher_model_args).classes
     else:
         classes = read_model(local_folder(expand_user(name)))[0]["classes"]
     require(bool(classes), f"--teacher {name}: has no classes for a student to learn; name a teacher that has")
-    print_once(f"classes: the {len(classes)} of --teacher {name}, as the images have no labels")
+    print_once(f"classes: the {len(classes)} of {name}, as the images have no labels")
     return dataclasses.replace(data, classes=tuple(classes))
 
 
@@ -221,6 +225,8 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
         outputs = probe(student, data.size, "student", layers(job.method, student_stages, None)[0])
         kept = {"balance": job.fit.balance, "partner": partner, "labelled": data.labelled, "rows": rows}
         return Pair(outputs, None, labels, student_stages, **kept)
+    if teacher.network is None:
+        return _pair_of_shared(job, student, student_stages, teacher, data)._replace(partner=partner)
     teacher_stages = stages(teacher.summary["model"], teacher.network, 0 if job.method.embeds else teacher.classes)
     if teacher.members:  # the flags must name the teacher as well: networks.0.layer3
         teacher_stages = Stages(modules=teacher_stages.modules)
@@ -229,6 +235,27 @@ def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None,
     classifier = teacher_stages.classifier
     head = teacher.network.get_submodule(classifier) if classifier else None
     return Pair(*outputs, labels, student_stages, teacher_stages, head, job.fit.balance, partner, data.labelled, rows)
+
+
+def _pair_of_shared(job: Job, student: nn.Module, known: Stages, teacher: TeacherNetwork, data: Data) -> Pair:
+    """The pair of a student, with `known` stages, and a teacher of which only logits are here.
+
+    Raises UserError if the method needs more of the teacher.
+    """
+    try:
+        layers, of_teacher = loss_class(job.method).layers(job.method, known, Stages(modules=("?",)))
+    except UserError:  # the student's own layers are checked by now: it is the teacher's that are missing
+        layers, of_teacher = (), ("its features",)
+    require(
+        not of_teacher,
+        f"{job.role}: compares features of the teacher, and {teacher.shared.source} has its logits alone: give the"
+        " network (--teacher RUN) in its place, or take a method that compares logits, such as kd",
+    )
+    outputs = probe(student, data.size, "student", layers)
+    answers = Outputs(torch.zeros(len(outputs.logits), teacher.classes))
+    kept = {"balance": job.fit.balance, "labelled": data.labelled, "rows": len(data.train.labels)}
+    labels = data.train.labels if data.labelled else None
+    return Pair(outputs, answers, labels, known, width=teacher.shared.width, **kept)
 
 
 def _build_partner(name: str, job: Job, data: Data) -> nn.Module:

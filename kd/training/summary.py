@@ -91,7 +91,8 @@ def _teacher_summary(teacher: TeacherNetwork | None) -> dict:
     """Folder and network of the teacher: a string for one, a list for several, None for none."""
     members = (teacher.members or (teacher,)) if teacher else ()
     models = [member.summary["model"] for member in members]
-    return {"teacher": _one_or_list(teacher.names if teacher else []), "teacher_model": _one_or_list(models)}
+    names = {"teacher": _one_or_list(teacher.names if teacher else []), "teacher_model": _one_or_list(models)}
+    return names | ({"shared_cache": teacher.shared.record} if teacher and teacher.shared else {})
 
 
 def _one_or_list(names: list[str]) -> str | list[str] | None:

@@ -248,6 +248,8 @@ class Trainer:
         """Loss and accuracy on the validation split, without labels the loss of distillation."""
         if self.data.labelled:
             return validate(self.distiller.deployed, self._scorer)
+        if self.live is None:
+            return {}
         return distillation_loss(self.distiller, self.live, self.data, self.accelerator, self.job.fit)
 
     def _probe(self, epoch: int) -> dict[str, float]:

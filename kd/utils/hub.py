@@ -1,11 +1,17 @@
-"""Download run folders from the Hub and upload exports to it. Only safetensors and JSON are ever downloaded."""
+"""Download run folders and data sets of logits from the Hub, and upload exports and such sets to it.
+
+Only safetensors and JSON are ever downloaded.
+"""
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from kd.errors import UserError, require
 from kd.utils.console import one_line
+
+DATASET = "dataset"  # a kind of repository
 
 NEEDED = ("model.json", "model.safetensors", "summary.json", "config.json")
 """What kd.load reads. Nothing else of someone's repository is downloaded."""
@@ -34,7 +40,25 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def check_id(name: str) -> None:
+def fetch(name: str, patterns: Sequence[str], revision: str = "") -> Path:
+    """The files of the data set `name` that match `patterns`, in a folder of its cache named by the commit.
+
+    Without a network, what an earlier call fetched. Raises UserError if that is missing or has a part of the files.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        options = {"repo_type": DATASET, "revision": revision or None, "allow_patterns": list(patterns)}
+        return Path(snapshot_download(name, **options))
+    except Exception as error:  # the HTTP client's own errors differ between versions of the library
+        where = f"{name}@{revision}" if revision else name
+        raise UserError(
+            f"hub:{where}: cannot be downloaded from the Hub ({one_line(error)}); check the name, the network and, for"
+            " a private repository, HF_TOKEN"
+        ) from error
+
+
+def check_id(name: str, flag: str = "--push") -> None:
     """Raises UserError if `name` cannot be the id of a repository; needs no network."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -43,7 +67,7 @@ def check_id(name: str) -> None:
         valid = name.count("/") == 1
     except HFValidationError:
         valid = False
-    require(valid, f"--push {name}: is no Hub id; give USER/NAME, of letters, digits, '-', '_' and '.'")
+    require(valid, f"{flag} {name}: is no Hub id; give USER/NAME, of letters, digits, '-', '_' and '.'")
 
 
 def push(folder: Path, name: str, private: bool) -> str:
@@ -61,17 +85,38 @@ def push(folder: Path, name: str, private: bool) -> str:
         ) from error
 
 
-def upload(folder: Path, name: str, message: str, private: bool | None = None) -> str:
-    """Upload every file of `folder` to the model repository `name` in one commit; returns its URL.
+def push_dataset(folder: Path, name: str, private: bool, old: Sequence[str]) -> str:
+    """Upload every file of `folder` to the data set `name` in one commit, in place of those that match `old`.
 
-    A new repository is private if `private` says so, and by the account's own default if None. Raises whatever the
-    library raises.
+    Returns its URL. Raises UserError if the upload fails; the repository is then as it was.
+    """
+    try:
+        return upload(folder, name, "Logits of a teacher, by kd", private, DATASET, old)
+    except Exception as error:  # the HTTP client's own errors differ between versions of the library
+        raise UserError(
+            f"push {name}: upload failed ({one_line(error)}); the same command tries again once there is a network and"
+            " a token that may write (`hf auth login`, or HF_TOKEN)"
+        ) from error
+
+
+def upload(
+    folder: Path,
+    name: str,
+    message: str,
+    private: bool | None = None,
+    kind: str = "model",
+    old: Sequence[str] = ("model*", "export.*"),
+) -> str:
+    """Upload every file of `folder` to the repository `name` of a `kind` in one commit; returns its URL.
+
+    Files that match `old`, of an earlier upload, would otherwise stay beside a card that does not describe them. A new
+    repository is private if `private` says so, and by the account's own default if None. Raises whatever the library
+    raises.
     """
     from huggingface_hub import HfApi
 
     hub = HfApi()
-    hub.create_repo(name, private=private, exist_ok=True)
-    # Files of an earlier upload would otherwise stay beside a model card that does not describe them.
-    old = ["model*", "export.*"]
-    hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=old)
-    return f"{hub.endpoint}/{name}"
+    hub.create_repo(name, private=private, exist_ok=True, repo_type=kind)
+    options = {"commit_message": message, "delete_patterns": list(old), "repo_type": kind}
+    hub.upload_folder(repo_id=name, folder_path=folder, **options)
+    return f"{hub.endpoint}/{'datasets/' * (kind == DATASET)}{name}"

@@ -13,6 +13,7 @@ import distill_student
 import train_teacher
 from kd.config import METHODS, KDConfig, NoneConfig, cli, flags, help, jobs
 from kd.config.cli import parse
+from kd.config.methods import method_name
 from kd.config.presets import PRESETS, distill_defaults, train_defaults
 from kd.errors import UserError
 from tests.conftest import ROOT
@@ -299,3 +300,39 @@ def test_help_into_a_closed_pipe_ends_quietly(method, monkeypatch):
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("args", "source", "method"),
+    [
+        (["--cache-teacher", "--views", "2"], None, "kd"),
+        (["--views", "2", "--cache-teacher", "dkd"], None, "dkd"),
+        (["--cache-teacher", "hub:me/x@v2", "dkd"], "hub:me/x@v2", "dkd"),
+        (["--cache_teacher=hub:me/x"], "hub:me/x", "kd"),
+        (["dkd", "--cache-teacher", "./here", "--beta", "2"], "./here", "dkd"),
+    ],
+)
+def test_cache_teacher_is_a_flag_and_may_name_a_source(args, source, method):
+    config = parse(distill_defaults, "", args)
+    assert (config.cache.cache_teacher, config.cache.cache_from, method_name(config.method)) == (True, source, method)
+
+
+def test_a_file_may_name_a_source_too(tmp_path):
+    (tmp_path / "flags.yaml").write_text("cache-teacher: hub:me/x\n")
+    config = parse(distill_defaults, "", ["--config", str(tmp_path / "flags.yaml")])
+    assert (config.cache.cache_teacher, config.cache.cache_from) == (True, "hub:me/x")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--cache-from", "hub:me/x"], "--cache-from hub:me/x: write it as --cache-teacher hub:me/x"),
+        (["--cache-teacher", "hub:x"], "--cache-teacher hub:x: is no Hub id; give hub:USER/NAME"),
+        (["--cache-teacher", "hub:me/x", "--teacher-seed", "2"], "--teacher-seed: hub:me/x has the teacher's logits"),
+        (["--cache-teacher", "hub:me/x", "--cache-top-k", "2"], "--cache-top-k: hub:me/x has the teacher's logits"),
+        (["--cache-teacher", "hub:me/x", "--teacher", "runs/a"], "--teacher runs/a: --cache-teacher hub:me/x has the"),
+    ],
+)
+def test_what_a_shared_cache_makes_void_is_refused(args, message):
+    with pytest.raises(UserError, match=message):
+        parse(distill_defaults, "", args)
