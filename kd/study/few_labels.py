@@ -34,7 +34,7 @@ def run_few_labels(study: Study) -> list[Task]:
 def _run_method(runner: Runner, study: Study, method: str, share: str, untaught: bool) -> None:
     """A method's runs with a share; `untaught`: its teacher is the recipe's own."""
     teacher = next((folder for task in runner.done for folder in task.teachers), None) if untaught else None
-    tasks = study.with_share(method, share, *(["--teacher", str(teacher)] if teacher else []))
+    tasks = study.with_share(method, share, teacher)
     if not untaught or teacher:
         runner.run(tasks)
     elif float(share) == 1:  # the first of them trains it

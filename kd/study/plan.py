@@ -67,14 +67,14 @@ class Study:
             return []
         return [*self.students("none", ()), *self.students("none", ("--label-smoothing", SMOOTHING))]
 
-    def with_share(self, method: str, share: str, *flags: str) -> list[Task]:
-        """A method's runs with this share of the labels, one a seed."""
-        label = " ".join([method, *(flag for flag in flags if flag != "--teacher" and "/" not in flag)])
-        label = f"{label} --label-share {share}"
-        return [
-            self.student(method, seed, *flags, "--label-share", share, label=f"{label} seed {seed}")
-            for seed in self.seeds
-        ]
+    def with_share(self, method: str, share: str, teacher: Path | None = None) -> list[Task]:
+        """A method's runs with this share of the labels, one a seed; `teacher`: the run of one that was trained here.
+
+        The code of that one's network is the user's own, as it would be if the run had trained it itself.
+        """
+        flags = ("--label-share", share, *(("--teacher", str(teacher), "--trust-code") if teacher else ()))
+        label = f"{method} --label-share {share}"
+        return [self.student(method, seed, *flags, label=f"{label} seed {seed}") for seed in self.seeds]
 
     def pretraining(self, seed: int) -> Task:
         """The student's first training, on all images, which fine-tuning starts from."""

@@ -40,8 +40,8 @@ def test_every_share_runs_scratch_taught_and_fine_tuned(fake):  # noqa: F811
         *both("none --seed {} --label-share 0.1"),
         *both("none --seed {} --label-share 1"),
         "kd --seed 1 --epochs 9",
-        *both("dkd --seed {} --teacher runs/teacher --label-share 1"),
-        *both("dkd --seed {} --teacher runs/teacher --label-share 0.1"),
+        *both("dkd --seed {} --label-share 1 --teacher runs/teacher --trust-code"),
+        *both("dkd --seed {} --label-share 0.1 --teacher runs/teacher --trust-code"),
         *both("none --seed {} --lr 0.01 --init FOLDER --label-share 0.1"),
         *both("none --seed {} --lr 0.01 --init FOLDER --label-share 1"),
     ]
@@ -66,7 +66,7 @@ def test_the_teacher_of_all_labels_teaches_every_share(fake):  # noqa: F811
     assert taught == [
         "kd --seed 0 --label-share 1",
         "kd --seed 1 --label-share 1",
-        *(f"kd --seed {seed} --teacher runs/teacher --label-share 0.1" for seed in (0, 1)),
+        *(f"kd --seed {seed} --label-share 0.1 --teacher runs/teacher --trust-code" for seed in (0, 1)),
     ]
 
 
