@@ -173,7 +173,7 @@ def read_cache(folder: Path, source: str) -> SharedCache:
     about = manifest.get("about", {})
     if not packed.exists():
         about = read_json(folder / ABOUT) if (folder / ABOUT).exists() else {}
-    shards = manifest.get("shards", []) if packed.exists() else None
+    shards = (manifest.get("shards") or []) if packed.exists() else None
     _check_manifest(manifest, about, shards, f"{name}: its manifest")
     return SharedCache(source, folder, manifest["identity"], manifest["blocks"], about, shards)
 
@@ -190,7 +190,7 @@ def _check_manifest(manifest: dict, about: object, shards: object, what: str) ->
         [] if "class_names" in wrong or all(isinstance(n, str) for n in identity["class_names"]) else ["class_names"]
     )
     wrong += [] if "normalisation" in wrong or _are_mean_and_std(identity["normalisation"]) else ["normalisation"]
-    blocks_valid = isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)
+    blocks_valid = isinstance(blocks, list) and all(map(_are_hashes, blocks))
     wrong += [] if blocks_valid else ["blocks"]
     require(not wrong, f"{what} has no valid {', '.join(dict.fromkeys(wrong))}; get the cache anew")
     strong = identity.get("strong", {})
@@ -205,6 +205,10 @@ def _check_manifest(manifest: dict, about: object, shards: object, what: str) ->
     require(len(blocks) <= store.views, f"{what} has {len(blocks)} blocks for {store.views} views; get the cache anew")
     if shards is not None:
         require(_are_shards(shards, store.views * store.rows), f"{what} lists no valid files; get the cache anew")
+
+
+def _are_hashes(block: object) -> bool:
+    return isinstance(block, dict) and all(isinstance(value, str) for value in block.values())
 
 
 def _are_mean_and_std(value: list) -> bool:

@@ -50,7 +50,9 @@ def machine() -> str:
 
 
 def cache() -> dict[str, str]:
-    return {str(path): sha256_file(path) for path in Path("runs/cache").glob("*/*") if path.name != "lock"}
+    """The caches' files; about.json, which newer code adds, describes them and is not read in training."""
+    files = (path for path in Path("runs/cache").glob("*/*") if path.name not in ("lock", "about.json"))
+    return {str(path): sha256_file(path) for path in files}
 
 
 def test_an_unfinished_run_and_its_cache_are_continued_to_the_end_that_they_had(capsys):
