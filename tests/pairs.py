@@ -37,8 +37,10 @@ def network(width: int) -> nn.Module:
     )
 
 
-def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LABELS, **flags) -> tuple[Distiller, Tap]:
-    """A student with the method, and its teacher."""
+def build(
+    method: str, seed: int = 0, balance: str = "none", labels: Tensor | None = LABELS, **flags
+) -> tuple[Distiller, Tap]:
+    """A student with the method, and its teacher; `labels` None: on data without any."""
     torch.manual_seed(seed)
     student, teacher, kind = network(4), network(6).eval().requires_grad_(False), loss_class(named_method(method))
     config = named_method(method)(**small(method), **flags)
@@ -46,7 +48,8 @@ def build(method: str, seed: int = 0, balance: str = "none", labels: Tensor = LA
     names = kind.layers(config, STAGES, STAGES)
     outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
     partner = copy.deepcopy(teacher).requires_grad_()
-    loss = kind(config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner, rows=SAMPLES))
+    known = labels is not None, SAMPLES
+    loss = kind(config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner, *known))
     return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
 
 
