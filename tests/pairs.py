@@ -48,9 +48,8 @@ def build(
     names = kind.layers(config, STAGES, STAGES)
     outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
     partner = copy.deepcopy(teacher).requires_grad_()
-    loss = kind(
-        config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner, labels is not None, rows=SAMPLES)
-    )
+    known = labels is not None, SAMPLES
+    loss = kind(config, Pair(*outputs, labels, STAGES, STAGES, teacher[6], balance, partner, *known))
     return Distiller(student, loss), Tap(teacher, loss.teacher_layers)
 
 

@@ -64,7 +64,7 @@ STATEFUL = ("kd", "ctkd", "crld", "vid", "cc", "crd", "reviewkd", "simkd", "deit
 EVERY = [
     pytest.param(name, marks=() if name in STATEFUL else pytest.mark.slow)
     for name in (*METHODS, "simkd+at")
-    if name != "embed"  # which reads no labels: tests/training/test_embed.py
+    if name != "embed"  # which reads no labels: tests/training/test_embedding_runs.py
 ]
 EVERY.append("kd+vid+crd")
 
