@@ -25,6 +25,10 @@ PINNED = {
     "erased": [[15, 6, 11], [26, 23, 11], [1, 19, 4], [31, 30, 18]],
     "cut out": [[13, 8, -4], [27, 12, 7], [3, 22, 9], [17, 26, 20]],
     "mixing": [[10, 16, 22], [18, 45, 39], [16, 13, -4], [24, 42, 13], [False, True, False], [751, 703, 689]],
+    "crop and colours": [
+        *([11, 2, 5], [3, 8, 12], [True, True, False], [True, False, False]),
+        *([816, 1297, 707], [830, 798, 702], [1348, 748, 1227], [-92, -97, 53], [False] * 3, [False, False, True]),
+    ],
     "partners": [31637, 14403, 36191],
     "kernels": [["Blend", "Posterize", "Identity"], ["Posterize", "Move", "Solarize"]],
 }
@@ -86,20 +90,13 @@ def test_methods_with_one_view_draw_one_and_what_no_flag_asks_for_is_not_drawn()
     assert still.views[0].crop is None
 
 
-def test_a_blocks_draws_take_little_memory_whatever_the_flags(monkeypatch):
-    """2 x 8 MB, in place of 640 MB for all of ImageNet."""
-    monkeypatch.setattr(draws, "BLOCK", 2**10)
+def test_a_blocks_draws_take_little_memory_whatever_the_flags():
+    """All of ImageNet's at once would be 2.7 GB."""
     flags = COLOURS | MIXED | {"resized_crop": 0.1, "policy": "augmix"}
-    made, real = [], draws._split
-
-    def noted(drawn: Tensor | tuple | None, sizes: list[int]) -> Iterator:
-        if isinstance(drawn, Tensor):
-            made.append(drawn.nbytes / sum(sizes))
-        return real(drawn, sizes)
-
-    monkeypatch.setattr(draws, "_split", noted)
-    list(Draws(ViewConfig(**flags), SIZES[1], 0, two_views=True).of_batches([torch.arange(2**10)], 0, True))
-    assert 2**14 * sum(made) < 20e6
+    batches = [torch.arange(100)] * 1000
+    (drawn,) = Draws(ViewConfig(**flags), SIZES[1], 0, two_views=True).of_batches(batches[:1], 0, True)
+    of_a_batch = sum(tensor.nbytes for tensor in tensors(drawn))
+    assert len(next(draws._blocks(batches))) * of_a_batch < 18e6
 
 
 def test_draws_never_change():
@@ -113,6 +110,9 @@ def test_draws_never_change():
     assert draws.draw_partners(50_000, index, 1, 2).tolist() == PINNED["partners"]
     policy = draws.draw_strongly(config, Sizes((32, 32), (32, 32)), index, 1, 2).strong.policy
     kernels = [change.drawn.int().argmax(1).tolist() for change in policy.changes]
+    view = draws.draw(VIEWS["crop"], SIZES[0], index, 1, 2)
+    colours = (part.mul(1000).round() for part in (*view.factors, view.hue))
+    assert lists((*view.crop, *colours, view.grey, view.blur.chosen)) == PINNED["crop and colours"]
     assert [[list(KERNELS)[place] for place in step] for step in kernels] == PINNED["kernels"]
 
 
