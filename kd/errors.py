@@ -170,6 +170,8 @@ def remedy_for(error: BaseException) -> str | None:
         return (
             f"a worker that decodes images died: give fewer --workers, or 0, and continue with --resume ({text[:200]})"
         )
+    if "CUDAGraphs" in text:
+        return f"a CUDA graph overwrote a result that is still needed: leave --compile-mode out ({text[:200]})"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"the step could not be compiled: add --no-compile ({text[:200]})"
     return None

@@ -252,7 +252,7 @@ def training(setting: Setting) -> Iterator[tuple[Trainer, Iterator[Batch]]]:
         with fake_cuda():
             logits = _teacher(setting, network, distiller, accelerator) if job.method.needs_teacher else None
             trainer = Trainer(job, _faked(data), accelerator, RunFolder(Path("run"), {}), distiller, logits)
-            accelerator.backward = lambda loss: _fill_gradients(distiller)
+            trainer.backward = lambda loss: _fill_gradients(distiller)
             found = trainer.batches(0)
             next(found)
             yield trainer, found

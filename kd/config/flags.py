@@ -305,6 +305,8 @@ class FitConfig:
     """In place of --lr: the learning rate for a batch of 256; it grows with the batch (arXiv:1706.02677)."""
     steps: int | None = None
     """In place of --epochs: end after N steps."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """reduce-overhead: replay the compiled step as CUDA graphs; max-autotune: and search for the fastest kernels."""
 
     @property
     def peak_lr(self) -> float | None:
@@ -337,6 +339,15 @@ class FitConfig:
             self.clip_norm is None or 0 < self.clip_norm < math.inf, f"--clip-norm {self.clip_norm}: give more than 0"
         )
         require(all(0 < m < 1 for m in self.milestones), f"--milestones {self.milestones}: give shares between 0 and 1")
+        require(
+            self.compile_mode == "default" or self.compile,
+            f"--compile-mode {self.compile_mode}: --no-compile compiles nothing; leave one of them out",
+        )
+        require(
+            self.compile_mode == "default" or self.accumulate == 1,
+            f"--compile-mode {self.compile_mode}: with --accumulate a CUDA graph would overwrite one part's results"
+            " by the next's; leave one of them out",
+        )
         self._check_rates()
         self._check_optimizer()
 

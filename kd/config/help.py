@@ -59,7 +59,7 @@ GROUPS = {
         "mixed-precision",
         "momentum nesterov milestones balance drop-last clip-norm compile channels-last deterministic sync-batchnorm "
         "betas eps decay-norm-and-bias layer-decay accumulate gradient-checkpointing min-lr warmup-start lr-per-256 "
-        "steps",
+        "steps compile-mode",
     ),
     "augmentation": Group(
         "crop-padding resized-crop flip policy mixup cutmix views",

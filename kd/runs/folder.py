@@ -66,6 +66,7 @@ DEFAULTS_OF_NEWER_FLAGS = {
     "min_lr": 0.0,
     "warmup_start": None,
     "steps": None,
+    "compile_mode": "default",
 }
 
 

@@ -1,8 +1,12 @@
 """Scoring a network on the validation split and, once, on the test split."""
 
+import math
+from collections.abc import Callable
+from functools import cached_property
+
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kd import metrics
@@ -16,41 +20,100 @@ from kd.runs.checkpoint import Weights
 from kd.runs.results import AVERAGED_SCORES
 from kd.teachers.load import TeacherNetwork
 from kd.training.average import weights_in
+from kd.utils.compiling import compiled
 from kd.utils.processes import broadcast_buffers
 
+AT_ONCE = 256  # images of 224 x 224 that a GPU scores in one batch, which is more than it trains on; larger ones fewer
+PAYS = 10_000  # batches in a run from which compiling to score pays: half a minute for 2 to 3 ms each (an estimate)
 
-@torch.no_grad()
+
+class Scorer:
+    """A split on which networks are scored `times` times. It is placed on the device once, at the first of them."""
+
+    def __init__(self, split: Rows, data: Data, accelerator: Accelerator, batch_size: int, times: int = 1):
+        self.split, self.data, self.accelerator = split, data, accelerator
+        self.rows, self.on_cpu = len(split.labels), accelerator.device.type == "cpu"
+        self.share = self._share(max(batch_size // accelerator.num_processes, 1))
+        batches = math.ceil(self.rows / (self.share * accelerator.num_processes))
+        self.compiles = times * batches >= PAYS
+        self._compiled: tuple[nn.Module, Callable] | None = None
+
+    def _share(self, trained: int) -> int:
+        """Images of a batch of one process, which trains on batches of `trained`."""
+        if self.on_cpu:
+            return trained  # small batches are summed in another order: the last bits depend on their size
+        height, width = self.data.size
+        own = max(trained, min(AT_ONCE, AT_ONCE * 224**2 // (height * width)))
+        return max(min(own, math.ceil(self.rows / self.accelerator.num_processes)), 1)
+
+    @cached_property
+    def _pixels(self) -> Pixels:
+        return Pixels(self.split, self.data, self.accelerator.device)
+
+    @cached_property
+    def _indices(self) -> tuple[range, list[Tensor]]:
+        """Where this process's batches start, and their rows. On a GPU all have one size, which is compiled once."""
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        starts = range(process * self.share, self.rows, processes * self.share)
+        place = self._pixels.split.labels.device  # an index from elsewhere would be copied there in every batch
+        indices = [torch.arange(start, start + self.share, device=place) for start in starts]
+        if self.on_cpu:
+            return starts, [index[: self.rows - start] for start, index in zip(starts, indices)]
+        return starts, [index.clamp(max=self.rows - 1) for index in indices]
+
+    @property
+    def labels(self) -> Int[Tensor, "n"]:
+        return self._pixels.split.labels
+
+    @torch.no_grad()
+    def logits(self, network: nn.Module) -> Float[Tensor, "n k"]:
+        """The network's logits for every row, in eval mode; all processes share the work and get all rows.
+
+        One process writes each row and the others leave it zero, so that the sum over processes has every row exactly
+        once.
+        """
+        training, run = network.training, self._runs(network)
+        network.eval()
+        broadcast_buffers(network)
+        logits = torch.zeros(self.rows, len(self.data.classes), device=self.accelerator.device)
+        starts, indices = self._indices
+        for start, images in zip(starts, self._pixels.centre_crops(indices)):
+            with self.accelerator.autocast():
+                answers = run(images)
+            logits[start : start + self.share] = answers[: self.rows - start].float()
+        network.train(training)
+        total = self.accelerator.reduce(logits, "sum")
+        return total.cpu() if total.device.type == "mps" else total  # MPS has no float64, which scoring uses
+
+    def _runs(self, network: nn.Module) -> Callable:
+        """The network, compiled where that pays."""
+        if not self.compiles:
+            return network
+        if self._compiled is None or self._compiled[0] is not network:
+            # Without CUDA graphs, which would hold memory of their own through the whole training.
+            self._compiled = network, compiled(network, self.accelerator, mode="default")
+        return self._compiled[1]
+
+
 def predict_logits(
     network: nn.Module, split: Rows, data: Data, accelerator: Accelerator, batch_size: int
 ) -> Float[Tensor, "n k"]:
-    """The network's logits for every row of the split, in eval mode; all processes share the work and get all rows.
-
-    One process writes each row and the others leave it zero, so that the sum over processes has every row exactly once.
-    """
-    training = network.training
-    network.eval()
-    broadcast_buffers(network)
-    pixels = Pixels(split, data, accelerator.device)
-    rows = len(split.labels)
-    logits = torch.zeros(rows, len(data.classes), device=accelerator.device)
-    share = max(batch_size // accelerator.num_processes, 1)
-    starts = range(accelerator.process_index * share, rows, accelerator.num_processes * share)
-    place = pixels.split.labels.device  # an index from elsewhere would be copied there in every batch
-    indices = [torch.arange(start, min(start + share, rows), device=place) for start in starts]
-    for start, images in zip(starts, pixels.centre_crops(indices)):
-        with accelerator.autocast():
-            logits[start : start + share] = network(images).float()
-    network.train(training)
-    total = accelerator.reduce(logits, "sum")
-    return total.cpu() if total.device.type == "mps" else total  # MPS has no float64, which scoring uses
+    """The network's logits for every row of the split, in eval mode, as Scorer has them."""
+    return Scorer(split, data, accelerator, batch_size).logits(network)
 
 
-def validate(network: nn.Module, data: Data, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+def validation(data: Data, job: Job, accelerator: Accelerator) -> Scorer | None:
+    """The validation split, for all epochs of a training; None if there is none."""
+    times = job.fit.epochs * (1 if job.fit.ema is None else 2)
+    return data.val and Scorer(data.val, data, accelerator, job.fit.batch_size, times)
+
+
+def validate(network: nn.Module, scorer: Scorer | None) -> dict[str, float]:
     """Loss and top-1 accuracy on the validation split; empty if there is none."""
-    if data.val is None:
+    if scorer is None:
         return {}
-    logits = predict_logits(network, data.val, data, accelerator, batch_size)
-    labels = data.val.labels.to(logits.device)
+    logits = scorer.logits(network)
+    labels = scorer.labels.to(logits.device)
     return {"val/loss": metrics.nll(logits, labels), "val/top1": metrics.top_k(logits, labels, 1)}
 
 
@@ -68,7 +131,7 @@ def score_test_split(
 
     ImageNet's 50,000 x 1,000 logits take 200 MB, as much as ResNet-50's weights twice; CIFAR-100's take 4 MB.
     """
-    predict = lambda net: predict_logits(net, data.test, data, accelerator, job.fit.batch_size)  # noqa: E731
+    predict = Scorer(data.test, data, accelerator, job.fit.batch_size).logits
     logits = predict(network)
     labels = data.test.labels.to(logits.device)
     scores = test_scores(logits, labels)

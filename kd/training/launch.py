@@ -19,6 +19,10 @@ from kd.utils.system import share_of_cores
 SLOWER = 1.3  # ratio of times from which several threads are called slower than one
 PRECISIONS = ("no", "fp16", "bf16")
 
+# Networks and methods that a process compiles: they all have one forward (Distiller's). torch's own limit is 8, and
+# would leave the ninth uncompiled, with a line in the log alone.
+COMPILED_AT_MOST = 64
+
 # Variables that an Accelerate configuration, its launcher or torch's libraries set, and that would change or silently
 # not change the training: the values that are harmless (those that `accelerate launch` always sets among them), and
 # what to do about any other.
@@ -35,7 +39,7 @@ HARMLESS = {
     "XLA_USE_BF16": (("0", "false"), "remove it; --mixed-precision bf16 computes in bf16"),
     "XLA_DOWNCAST_BF16": (("0", "false"), "remove it; --mixed-precision bf16 computes in bf16"),
     "ACCELERATE_DYNAMO_BACKEND": (("no", "inductor"), "remove it; --compile compiles with inductor on a GPU"),
-    "ACCELERATE_DYNAMO_MODE": (("default",), "remove it; --compile uses torch.compile's default mode"),
+    "ACCELERATE_DYNAMO_MODE": (("default",), "remove it; --compile-mode chooses the mode"),
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": (("false", "0"), "remove it; --compile allows graph breaks"),
     "ACCELERATE_DYNAMO_USE_DYNAMIC": (("false", "0"), "remove it; --compile compiles for one batch size"),
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": (("false", "0"), "remove it; --compile compiles the whole step"),
@@ -69,6 +73,10 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         not (on_cpu and precision == "fp16"),
         "--mixed-precision fp16: a CPU would silently compute in fp32; use bf16, or no",
     )
+    require(
+        fit.compile_mode == "default" or compiles(fit, on_cpu),
+        f"--compile-mode {fit.compile_mode}: kd compiles on CUDA only; leave it out",
+    )
     accelerator = Accelerator(mixed_precision=fit.mixed_precision, dynamo_plugin=_dynamo_plugin(fit, on_cpu))
     _check_processes(accelerator)
     if run.threads is None and accelerator.device.type == "cpu":
@@ -92,8 +100,10 @@ def check_environment() -> None:
 def _dynamo_plugin(fit: FitConfig, on_cpu: bool) -> TorchDynamoPlugin:
     """Every field is given: those left out would be read from the environment."""
     backend = "inductor" if compiles(fit, on_cpu) else "no"
+    if backend != "no":
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_AT_MOST)
     return TorchDynamoPlugin(
-        backend=backend, mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
+        backend=backend, mode=fit.compile_mode, fullgraph=False, dynamic=False, use_regional_compilation=False
     )
 
 

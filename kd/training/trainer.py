@@ -4,9 +4,11 @@ The loop itself stands in train_teacher.py.
 """
 
 import math
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from kd.runs.folder import RunFolder
 from kd.teachers.live import TeacherLogits
 from kd.training.average import Average, too_long, weights_in
 from kd.training.diagnostics import gradient_norms, warnings
-from kd.training.evaluate import validate
+from kd.training.evaluate import validate, validation
 from kd.training.meter import Clock, Meter, check_terms
 from kd.training.optimizers import describe, make_optimizer
 from kd.training.progress import ProgressDisplay
@@ -33,10 +35,12 @@ from kd.training.schedule import lr_at
 from kd.training.tracking import Tracker
 from kd.types import Batch, Mix, Outputs, Step
 from kd.utils import processes, rng
+from kd.utils.compiling import compiles, uses_graphs
 from kd.utils.console import print_once
 from kd.utils.files import not_finite
 from kd.utils.system import StopRequests
 
+COMPILING = "the first step is compiled, which takes about a minute; the next start finds what was compiled on disk"
 LOWER_LR_ADVICE = "start another run with a lower --lr, or with --clip-norm"
 
 
@@ -80,7 +84,11 @@ class Trainer:
         self.clock = Clock(self.state.timing)
         self._saved_at = time.monotonic()
         self._epoch_timing = dict(self.state.timing)
-        self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
+        self.model = accelerator.prepare(distiller)
+        # Accelerate's wrapper is for gradients that are scaled; around the others it takes as long as a small update.
+        self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
+        self._processes, self._process = accelerator.num_processes, accelerator.process_index  # slow to look up
+        self._graphs, self._scorer = uses_graphs(accelerator), validation(data, job, accelerator)
         self._requests, self._contexts = StopRequests(), ExitStack()
         self._display = ProgressDisplay(
             f"{job.role} {job.model}", self._batches.steps, self._total, self.state.step, accelerator.is_main_process
@@ -90,6 +98,8 @@ class Trainer:
         with ExitStack() as contexts:
             self.tracker = Tracker(self.job, self.run, self.accelerator)
             self.tracker.rewrite(self.state.history)
+            if compiles(self.accelerator):
+                print_once(f"{self.job.role} {self.job.model}: {COMPILING}")
             contexts.enter_context(self._requests)
             contexts.enter_context(self._display)
             if not self.run.resuming:
@@ -114,7 +124,9 @@ class Trainer:
 
     def step(self, batch: Batch) -> None:
         """Train on one batch. The CPU waits for the GPU only when numbers are read, every --log-every steps."""
-        rng.seed_step(self.job.fit.seed, self.state.step, self.accelerator.process_index)
+        rng.seed_step(self.job.fit.seed, self.state.step, self._process, self.accelerator.device)
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         parts = split(batch, self.job.fit.accumulate)
         shares = [len(part.label) / len(batch.label) for part in parts]
         results = []
@@ -134,9 +146,14 @@ class Trainer:
         result = self.model(batch, teacher_outputs)
         if not self.meter.terms:  # the first step
             check_terms(result, self.job.role)
-        loss = sum(result.terms.values())
-        self.accelerator.backward(loss if share == 1 else loss * share)
+        loss = reduce(operator.add, result.terms.values())
+        self.backward(loss if share == 1 else loss * share)
         return result
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients, scaled in fp16, and not divided by a number of accumulated steps, which is 1."""
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def update(self) -> None:
         """One optimizer step by the gradient that was added up."""
@@ -155,7 +172,7 @@ class Trainer:
         """Add a step to the sums on the device, and count it."""
         self.meter.update(result, batch.label, batch.step)
         self.state.step += 1
-        self.clock.step(len(batch.label) * self.accelerator.num_processes)
+        self.clock.step(len(batch.label) * self._processes)
 
     def compare_gradients(self, result: Step, batch: Batch, teacher_outputs: Outputs | None) -> None:
         """Every --diagnose-every steps, measure the gradients of distillation and cross-entropy at the new weights."""
@@ -167,7 +184,7 @@ class Trainer:
     def _log_and_save(self) -> None:
         """Read, show, save and stop where it is due."""
         step, config = self.state.step, self.job.run
-        stop_alone = self._requests.number and self.accelerator.num_processes == 1  # several processes agree first
+        stop_alone = self._requests.number and self._processes == 1  # several processes agree first
         if step % config.log_every == 0 or stop_alone:
             numbers, stop = self.read_means(self._requests.number)
             self._display.step(step, numbers | {"images_per_second": self.clock.rate()})
@@ -211,12 +228,12 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """The scores on the validation split, of the weights and of their average."""
-        network, size = self.distiller.deployed, self.job.fit.batch_size
-        scores = validate(network, self.data, self.accelerator, size)
+        network = self.distiller.deployed
+        scores = validate(network, self._scorer)
         if self.average is None:
             return scores
         with weights_in(network, self.average.weights):
-            averaged = validate(network, self.data, self.accelerator, size)
+            averaged = validate(network, self._scorer)
         return scores | {f"{name}_ema": value for name, value in averaged.items()}
 
     def _add_to_history(self, epoch: int, numbers: dict[str, float], scores: dict[str, float]) -> dict:

@@ -82,7 +82,7 @@ def test_normalize_gives_mean_zero_and_deviation_one():
 def test_a_step_seeds_each_process_differently_and_repeatably():
     draws = []
     for step, process in ((3, 0), (3, 1), (4, 0), (3, 0)):
-        rng.seed_step(7, step, process)
+        rng.seed_step(7, step, process, torch.device("cpu"))
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[3])
     assert not torch.equal(draws[0], draws[1])

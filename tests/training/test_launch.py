@@ -29,7 +29,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "only data parallelism"),
         ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "--compile compiles with inductor"),
-        ("ACCELERATE_DYNAMO_MODE", "max-autotune", "default mode"),
+        ("ACCELERATE_DYNAMO_MODE", "max-autotune", "--compile-mode chooses"),
         ("ACCELERATE_DYNAMO_USE_DYNAMIC", "True", "one batch size"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "give --mixed-precision no, bf16 or fp16"),
         ("ACCELERATE_DOWNCAST_BF16", "yes", "--mixed-precision bf16"),
