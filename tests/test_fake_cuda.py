@@ -132,6 +132,21 @@ def test_the_numbers_keep_to_the_budgets():
     assert max(most for flags, most, _ in VIEWS.values() if "policy" not in flags) <= 60
 
 
+@pytest.mark.parametrize("views", [ViewConfig(), ViewConfig(mixup=0.2, erase=0.2)], ids=["crop", "mixup"])
+def test_of_images_on_the_host_the_pixels_alone_are_copied_batch_by_batch(views, monkeypatch):
+    """Row numbers, labels and draws are there already; all copies are from pinned memory."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.dtype) or tensor)
+    monkeypatch.setattr("kd.data.rows.DEVICE_SHARE", 0)
+    with batches(Setting(views=views)) as found:
+        assert sorted(map(str, pinned)) == ["torch.int64"] * 2 + ["torch.uint8"] * (1 + views.mixes)
+        pinned.clear()
+        with counting(may_copy=True) as launches:
+            next(found)
+    assert pinned == [torch.uint8] * launches[COPY]
+    assert launches[COPY] == 1 + views.mixes
+
+
 def test_what_is_drawn_for_many_batches_at_once_takes_few_launches():
     """Once in 16,384 images: one launch a step at batch 128, with every flag nine."""
     flags = {"resized_crop": 0.3, "colour_jitter": 0.4, "hue": 0.1, "grey": 0.2, "blur": 0.4, "policy": "rand"}
