@@ -121,7 +121,6 @@ def run_identity(job: Job, data: Data, accelerator: Accelerator, inputs: RunInpu
         del parts["data"][name]
     if not job.method.two_views:
         parts["views"] = {name: value for name, value in parts["views"].items() if name not in job.views.strong}
-    parts["data"]["no_labels"] = not data.labelled  # also if none were found
     parts["fit"]["mixed_precision"] = accelerator.mixed_precision
     del parts["fit"]["lr_per_256"]  # `lr` holds what it comes to
     flat = without_newer_defaults({key: value for part in parts.values() for key, value in part.items()})
