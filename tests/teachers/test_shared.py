@@ -492,10 +492,10 @@ def test_a_source_that_is_no_cache_is_refused(here, source, message):
     assert "\n" not in str(error.value)
 
 
-def on(server, *command: str, token: str = "", offline: bool = False, cpu: str = "") -> subprocess.CompletedProcess:
+def on(server, *command: str, token: str = "", offline: bool = False, **more: str) -> subprocess.CompletedProcess:
     """A command of this project with this server as the Hub."""
     settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(Path.cwd() / "home"), "HF_HUB_OFFLINE": str(int(offline))}
-    env = {**os.environ, **settings, "HF_TOKEN": token, "ACCELERATE_USE_CPU": cpu}
+    env = {**os.environ, **settings, "HF_TOKEN": token, **more}
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -529,7 +529,9 @@ def test_a_cache_pushed_to_and_taken_from_the_hub_gives_the_same_student_bytes(h
         assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1), unknown.stderr
     offline = on(server, *flags, "--cache-teacher", "hub:me/logits", "--out", "offline", offline=True)
     assert offline.returncode == 0, offline.stderr
-    gone = on(server, *torchrun(2)[1:], *flags, "--cache-teacher", "hub:me/logits", "--out", "gone", cpu="true")
+    gone = on(
+        server, *torchrun(2)[1:], *flags, "--cache-teacher", "hub:me/logits", "--out", "gone", ACCELERATE_USE_CPU="true"
+    )
     assert gone.returncode == 0, gone.stderr
     for name in ("taken", "offline"):
         assert set(differences(Path("local"), Path(name))) <= MORE
