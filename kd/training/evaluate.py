@@ -101,9 +101,6 @@ class Scorer:
         return self._compiled[1]
 
 
-SCORED = 256  # images of which the distillation loss is computed at once
-
-
 def predict_logits(
     network: nn.Module, split: Rows, data: Data, accelerator: Accelerator, batch_size: int
 ) -> Float[Tensor, "n k"]:
