@@ -425,7 +425,9 @@ class Work(NamedTuple):
     keeps: bool  # whether this process keeps the cache, of its machine
 
 
-def _build(store: LogitStore, images: TrainingImages, query: TeacherLogits, accelerator: Accelerator, work: Work):
+def _build(
+    store: LogitStore, images: TrainingImages, query: TeacherLogits, accelerator: Accelerator, work: Work
+) -> None:
     """Compute the views that are not finished yet, each process its share of the rows; the keepers get all rows."""
     main, processes, (first, mine) = accelerator.is_main_process, accelerator.num_processes, work.done
     if main and not first:

@@ -239,6 +239,14 @@ def test_two_machines_end_in_the_bytes_of_two_processes_of_one(whole):
 
 
 @pytest.mark.slow
+def test_two_machines_with_one_disk_keep_one_cache_of_logits(whole):
+    ended = run_nodes("distil", *STUDENT, shared=True)
+    assert codes(ended) == [0, 0], ended
+    assert caches(".") == caches(str(whole / "node0"))
+    assert differences(whole / "node0/run", Path("run")) == []
+
+
+@pytest.mark.slow
 def test_the_finished_command_again_shows_its_table_on_one_machine_and_ends_on_both(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "copy")
     os.chdir(tmp_path / "copy")
