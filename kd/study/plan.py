@@ -30,6 +30,16 @@ STUDY_FLAGS = (
 )
 
 
+def _without_steps(rest: tuple[str, ...], flags: tuple[str, ...]) -> list[str]:
+    """The study's flags for a run with `flags` of its own: without --steps, which would win over these, if --epochs is
+    among them."""
+    words = [word for flag in rest for word in (flag.split("=", 1) if flag.startswith("--steps=") else [flag])]
+    if "--steps" not in words or not any(flag.split("=")[0] == "--epochs" for flag in flags):
+        return list(rest)
+    place = words.index("--steps")
+    return [*words[:place], *words[place + 2 :]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """A study's command line, parsed and checked."""
@@ -51,7 +61,7 @@ class Study:
 
         Parsing its flags here refuses a bad one before anything starts.
         """
-        args = [method, "--preset", self.preset, *self.rest, "--seed", str(seed)]
+        args = [method, "--preset", self.preset, *_without_steps(self.rest, flags), "--seed", str(seed)]
         args += ["--auto-resume", "--no-control", *flags]
         parse(distill_defaults, "", args)
         label = label or " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])

@@ -47,6 +47,15 @@ def test_every_share_runs_scratch_taught_and_fine_tuned(fake):  # noqa: F811
     ]
 
 
+@pytest.mark.parametrize("steps", [("--steps", "40"), ("--steps=40",)])
+def test_epochs_of_the_first_training_win_over_the_studys_steps(fake, steps):  # noqa: F811
+    study.run_study(asked("--seeds", "0", "--label-shares", "1", "--pretrain", "kd --epochs 9", *steps))
+    kept = " ".join(steps).replace("=", " ")
+    first, *others = (call.replace("=", " ") for call in arms())
+    assert first == "kd --seed 0 --epochs 9"
+    assert all(kept in call for call in others)
+
+
 def test_fine_tuning_starts_from_the_run_of_the_same_seed(fake):  # noqa: F811
     done = study.run_study(asked(*SHARES, "--pretrain", "kd"))
     folders = {task.label: str(task.folder) for task in done}
