@@ -217,7 +217,7 @@ def _make_folder(path: Path) -> Lock:
     return Lock(path / "lock")
 
 
-def _read_state(run: RunFolder, job: Job, labelled: bool) -> None:
+def _read_state(run: RunFolder, job: Job, labelled: bool = True) -> None:
     """Set whether the folder's run is new, to be resumed, or finished. Raises UserError if it is another run.
 
     One on data that is not `labelled` has no test split to read.
