@@ -156,7 +156,7 @@ def test_row_6_a_checkpoint_is_restored_right_or_refused(data, rehashed):
     )
     folder = Path("checkpoint")
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoint.save(folder, state, module, optimizer, {})
+    checkpoint.save(folder, checkpoint.snapshot(state, module, optimizer, {}))
     saved = folder / "step-3"
     name = data.draw(st.sampled_from(["state.json", "manifest.json", "optimizer.safetensors", "model.safetensors"]))
     content = (saved / name).read_bytes()

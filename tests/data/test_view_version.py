@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd.config import ViewConfig
-from kd.data import augment
+from kd.data import augment, draws
 from kd.utils import rng
 from tests import golden_views
 
@@ -32,14 +32,14 @@ def test_every_flag_of_the_views_has_a_recorded_case():
     [
         ("random_below", {"crop and flip", "upside down", "mixup and cutmix"}),
         ("random_uniform", {"resized crop", "hue", "blur", "erase", "cutmix", "colour jitter", "strong view"}),
-        ("apply_policy", {"trivial", "rand", "augmix", "strong view"}),
+        ("draw_policy", {"trivial", "rand", "augmix", "strong view"}),
     ],
 )
 def test_a_changed_draw_is_seen(name, cases, monkeypatch):
-    real = getattr(augment, name)
+    real = getattr(draws, name)
     one_word_more = lambda *args: real(*args, "x")  # noqa: E731
-    next_seed = lambda policy, images, index, seed, number: real(policy, images, index, seed + 1, number)  # noqa: E731
-    monkeypatch.setattr(augment, name, next_seed if name == "apply_policy" else one_word_more)
+    next_seed = lambda policy, size, index, seed, number: real(policy, size, index, seed + 1, number)  # noqa: E731
+    monkeypatch.setattr(draws, name, next_seed if name == "draw_policy" else one_word_more)
     assert cases <= set(golden_views.changed(golden_views.recorded()))
 
 

@@ -21,7 +21,7 @@ from kd.teachers.live import live_logits
 from kd.teachers.load import load_teachers
 from kd.training import launch, precision
 from kd.training.diagnostics import gradient_norms
-from kd.training.evaluate import score_test_split, validate
+from kd.training.evaluate import score_test_split, validate, validation
 from kd.training.setup import build_distiller
 from kd.types import Outputs
 from tests.run_scripts import distil, teach
@@ -151,7 +151,7 @@ def test_evaluation_teacher_cache_and_comparison_compute_in_the_runs_precision(k
     distiller = build_distiller(job, data, teacher)
     batch = next(Batches(data, job, accelerator).epoch(0))
     parts = {
-        "validation": lambda: validate(distiller.deployed, data, accelerator, 50),
+        "validation": lambda: validate(distiller.deployed, validation(data, job, accelerator)),
         "test": lambda: score_test_split(distiller.deployed, {}, data, job, accelerator, teacher),
         "live teacher": lambda: live_logits(teacher.network, accelerator)(batch),
         "its features": lambda: live_logits(teacher.network, accelerator, ("layer2",))(batch),
