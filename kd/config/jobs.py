@@ -156,7 +156,7 @@ class DistillConfig(_Common):
             return self
         name = method_name(self.method)
         require(
-            bool(self.teachers),
+            bool(self.teachers or self.cache.cache_from),
             f"{name}: needs --teacher, a network whose embedding to learn: a run, timm/NAME, torchvision/NAME, a file",
         )
         data = dataclasses.replace(self.data, no_labels=True)

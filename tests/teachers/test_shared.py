@@ -551,3 +551,13 @@ def test_two_processes_train_on_a_shared_cache_as_on_their_own(here):
     taken = script(*flags, "--cache-teacher", "./packed", "--out", "taken", env=env, launcher=torchrun(2))
     assert taken.returncode == 0, taken.stderr
     assert set(differences(Path("local"), Path("taken"))) <= MORE
+
+
+def test_row_21_embeddings_are_shared_as_logits_are(made, tmp_path, monkeypatch, capsys):
+    flags = ["--student", "resnet8", "--warmup-epochs", "0", "--views", "2"]
+    student(*flags, "--teacher", str(made / "teacher"), "--cache-teacher", "--out", "local", "embed")
+    (built,) = ROOT.iterdir()
+    teachers(["pack", str(built), "packed"])
+    student(*flags, "--cache-teacher", "./packed", "--out", "shared", "embed")
+    assert "no validation: without labels it asks the teacher, whose network is not here" in capsys.readouterr().out
+    assert Path("local/model.safetensors").read_bytes() == Path("shared/model.safetensors").read_bytes()
