@@ -131,7 +131,7 @@ class DistillConfig(_Common):
         parse_model_args(self.teacher_model_args, "--teacher-model-args")
         require(
             self.cache.cache_from is None or self.teacher in ((), PRESETS[self.preset].get("pretrained")),
-            f"--teacher {' '.join(self.teacher)}: --cache-teacher {self.cache.cache_from} has the teacher's logits"
+            f"--teacher {' '.join(self.teacher)}: --cache-teacher {self.cache.cache_from} has the teacher's answers"
             " already; leave one of them out",
         )
         check_together(self.data, self.views, self.fit)

@@ -75,7 +75,8 @@ def _load_with_or_without(config: DataConfig, revision: str | None, needs_labels
     except NoLabels as error:
         if needs_labels:
             raise
-        print_once(f"data: without labels, as {error.found.removeprefix(f'--data {config.source}: ')}")
+        found = error.found.removeprefix(f"--data {config.source}: ").partition("; ")[0]  # without the remedy
+        print_once(f"data: without labels, as {found}")
     without = dataclasses.replace(config, no_labels=True)
     without.check()
     return _load(without, revision)
@@ -168,7 +169,11 @@ def load_probe(
         skip_broken=data.skip_broken,
     )
     names = {"--data": option, "--label": "--probe-label" if option == "--probe" else "--label"}
-    with reworded(lambda text: re.sub(r"--(?:data|label)\b(?!-)", lambda match: names[match[0]], text)):
+
+    def change(text: str) -> str:
+        return re.sub(r"--(?:data|label)\b(?!-)", lambda match: names[match[0]], text.removesuffix(NoLabels.REMEDY))
+
+    with reworded(change):
         probe = load_data(config)
         labelled = all(bool((split.labels >= 0).all()) for split in (probe.train, probe.test))
         require(labelled, f"--data {source}: its images have no labels; name a labelled set")

@@ -147,7 +147,7 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
 def _unlabelled_result(summary: dict) -> str:
     """What is known of a student that was distilled on images without labels, in a sentence."""
     if summary["val_loss_last"] is None:
-        return "no labels, and no validation images: nothing was measured"
+        return "no labels, and no validation: no loss of distillation was measured"
     best = f"{summary['val_loss_best']:.4f} at epoch {summary['best_epoch']}"
     agreement = summary.get("val_agreement")
     agrees = "" if agreement is None else f"; it agrees with the teacher on {agreement:.2f}% of the validation images"

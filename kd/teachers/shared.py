@@ -43,6 +43,7 @@ FILE = re.compile(r"answers-\d{5}-of-\d{5}\.safetensors")
 FILES = "answers-*.safetensors"
 SHARD_BYTES = 10**9
 CHUNK = 2**14  # rows that are hashed at a time
+PLAIN = ViewConfig()  # without a preset
 LOGITS = "logits"  # the kind of answers, unless the identity names another
 
 # What must be in an identity, and its type.
@@ -252,8 +253,8 @@ def shared_teacher(cache: SharedCache, job: Job, data: Data) -> TeacherNetwork:
     """The cache as a teacher without a network. Raises UserError if it is of other images, classes or views."""
     check_rows(cache, job, data)
     print_once(
-        f"{cache.name} has the logits of {_teachers(cache)} for the training images alone: its test accuracy, and how"
-        " far the student agrees with it, are not measured"
+        f"{cache.name} has the {cache.store.kind} of {_teachers(cache)} for the training images alone: its test"
+        " accuracy, and how far the student agrees with it, are not measured"
     )
     models = [str(teacher.get("model", "?")) for teacher in cache.about.get("teachers", [])]
     shared = SharedLogits(cache.source, cache.sha256, cache.about.get("width"), partial(_open, cache, job))
@@ -282,7 +283,8 @@ def check_views(cache: SharedCache, job: Job) -> None:
     name = cache.name
     require(
         cache.views_version == VERSION,
-        f"{name}: has the logits of views of version {cache.views_version}, and this kd draws version {VERSION}:"
+        f"{name}: has the {cache.store.kind} of views of version {cache.views_version}, and this kd draws version"
+        f" {VERSION}:"
         f" {'update kd' if cache.views_version > VERSION else 'take the kd that built it, or build the cache anew'}",
     )
     require(
@@ -396,8 +398,8 @@ def _flag(field: str) -> str:
     return f"--{ {'count': 'views', 'source': 'data'}.get(field, field).replace('_', '-') }"
 
 
-def flags_to_train(cache: SharedCache) -> list[str]:
-    """The flags of data and views that a student of this cache needs."""
+def flags_to_train(cache: SharedCache, usual: ViewConfig = PLAIN) -> list[str]:
+    """The flags of data and views that a student of this cache needs whose preset has `usual` views."""
     data = {name: value for name, value in cache.about.get("data", {}).items() if name in FLAGS_OF_ROWS}
     default = _as_json(asdict(DataConfig()))
     given = [as_flag("source", data["source"])] if data.get("source") else []
@@ -406,8 +408,9 @@ def flags_to_train(cache: SharedCache) -> list[str]:
         for name, value in data.items()
         if name != "source" and value is not None and value != default[name]
     ]
-    views, default = cache.views, _as_json(asdict(ViewConfig()))
-    changed = {name: value for name, value in views.items() if value is not None and value != default[name]}
+    defaults = [_as_json(asdict(each)) for each in (PLAIN, usual)]
+    known = {name: value for name, value in cache.views.items() if value is not None}
+    changed = {name: value for name, value in known.items() if any(value != each[name] for each in defaults)}
     return [*given, *(as_flag(name, value) for name, value in changed.items())]
 
 

@@ -246,10 +246,13 @@ def _pair_of_shared(job: Job, student: nn.Module, known: Stages, teacher: Teache
         layers, of_teacher = loss_class(job.method).layers(job.method, known, Stages(modules=("?",)))
     except UserError:  # the student's own layers are checked by now: it is the teacher's that are missing
         layers, of_teacher = (), ("its features",)
+    alone, remedy = "logits", "take a method that compares logits, such as kd"
+    if job.method.embeds:
+        alone, remedy = "embeddings", "leave --patches out"
     require(
         not of_teacher,
-        f"{job.role}: compares features of the teacher, and {teacher.shared.source} has its logits alone: give the"
-        " network (--teacher RUN) in its place, or take a method that compares logits, such as kd",
+        f"{job.role}: compares features of the teacher, and {teacher.shared.source} has its {alone} alone: give the"
+        f" network (--teacher RUN) in its place, or {remedy}",
     )
     outputs = probe(student, data.size, "student", layers)
     answers = Outputs(torch.zeros(len(outputs.logits), teacher.classes))

@@ -554,10 +554,18 @@ def test_two_processes_train_on_a_shared_cache_as_on_their_own(here):
 
 
 def test_row_21_embeddings_are_shared_as_logits_are(made, tmp_path, monkeypatch, capsys):
-    flags = ["--student", "resnet8", "--warmup-epochs", "0", "--views", "2"]
+    flags = ["--student", "resnet8", "--warmup-epochs", "0", "--views", "2", "--mixup", "0"]
     student(*flags, "--teacher", str(made / "teacher"), "--cache-teacher", "--out", "local", "embed")
     (built,) = ROOT.iterdir()
     teachers(["pack", str(built), "packed"])
+    card = Path("packed/README.md").read_text()
+    assert "# Embeddings of resnet8 (teacher, " in card
+    (line,) = [line for line in card.splitlines() if line.startswith("    accelerate launch")]
+    config = parse(distill_defaults, "", line.split()[3:])
+    assert config.preset == "embed"
+    shared.find_shared(config.job(), Accelerator(cpu=True))
+    with pytest.raises(UserError, match=r"has its embeddings alone: give .* or leave --patches out$"):
+        student(*flags, "--cache-teacher", "./packed", "--out", "shared", "embed", "--patches", "1")
     student(*flags, "--cache-teacher", "./packed", "--out", "shared", "embed")
     assert "no validation: without labels it asks the teacher, whose network is not here" in capsys.readouterr().out
     assert Path("local/model.safetensors").read_bytes() == Path("shared/model.safetensors").read_bytes()

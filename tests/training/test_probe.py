@@ -21,6 +21,7 @@ from kd.runs.table import plain_table, show_results
 from kd.training import probe as probing
 from kd.training.probe import Probe, due, main
 from kd.training.probe_scores import knn_accuracy, linear_probe_accuracy
+from tests.data.test_dataset import picture
 from tests.run_scripts import TEACHER, differences, metrics_of, script, teach, torchrun
 from tests.training.test_resume import Killed, die_at
 
@@ -215,12 +216,16 @@ def test_wrong_flags_and_data_are_named_as_they_were_typed(run):
         load_probe("digits", DataConfig("synthetic"), (8, 8), "label")
 
 
-def test_images_without_labels_cannot_be_probed(monkeypatch):
+def test_images_without_labels_cannot_be_probed(monkeypatch, tmp_path):
     whole = load_data(DataConfig("digits"))
     bare = dataclasses.replace(whole.train, labels=torch.full_like(whole.train.labels, -1))
     monkeypatch.setattr("kd.data.dataset.load_data", lambda config: dataclasses.replace(whole, train=bare))
     with pytest.raises(UserError, match="--probe digits: its images have no labels; name a labelled set"):
         load_probe("digits", DataConfig("synthetic"), (8, 8))
+    monkeypatch.undo()
+    picture(0, (16, 16)).save(f"{tmp_path}/a.png")
+    with pytest.raises(UserError, match=r"--probe .*: a.png is in no class folder[^-]*$"):  # not: give --no-labels
+        load_probe(str(tmp_path), DataConfig("synthetic"), (16, 16))
 
 
 def test_the_probes_splits_are_the_same_whatever_the_runs_flags():
