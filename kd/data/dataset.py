@@ -76,7 +76,7 @@ def _load_with_or_without(config: DataConfig, revision: str | None, needs_labels
         if needs_labels:
             raise
         found = error.found.removeprefix(f"--data {config.source}: ").partition("; ")[0]  # without the remedy
-        print_once(f"data: without labels, as {found}")
+        print_once(f"data: without labels: {found}")
     without = dataclasses.replace(config, no_labels=True)
     without.check()
     return _load(without, revision)

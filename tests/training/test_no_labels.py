@@ -323,7 +323,7 @@ def test_an_unlabelled_folder_needs_no_flag_if_the_method_needs_no_labels(teache
         picture(number, (16, 16)).save(tmp_path / "photos" / f"{number}.png")
     common = ["--teacher", teacher, "--trust-code", "--data", "photos", "--batch-size", "20", "--epochs", "1"]
     distil(*common, "--out", "run", "kd", "--alpha", "1")
-    assert "data: without labels, as 0.png is in no class folder\n" in capsys.readouterr().out
+    assert "data: without labels: 0.png is in no class folder\n" in capsys.readouterr().out
     assert json.loads(Path("run/config.json").read_text())["flags"]["data"]["no_labels"] is True
     distil(*common, "--out", "run", "--no-labels", "kd", "--alpha", "1")  # the same run
     with pytest.raises(UserError, match=r"photos: 0.png is in no class folder.*, or give --no-labels"):
