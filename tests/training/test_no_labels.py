@@ -415,6 +415,8 @@ def test_a_study_without_labels_has_no_controls(teacher):
     with pytest.raises(UserError, match="no labels to train a teacher by"):
         study.check_unlabelled(asked, config)
     study.check_unlabelled(asked, dataclasses.replace(config, teacher=(teacher,)))
+    shared = dataclasses.replace(config.cache, cache_teacher=True, cache_from="./packed")
+    study.check_unlabelled(asked, dataclasses.replace(config, cache=shared))
 
 
 def test_a_run_that_knows_no_flag_of_labels_keeps_its_identity():
