@@ -38,7 +38,7 @@ def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
     """Raise UserError for flags of different parts that exclude each other."""
     require(
         not (data.stream and views.mixes),
-        "--stream: leave --mixup and --cutmix out; an image's partner may be in any shard",
+        "--stream: mixes no images, whose partners may be in any shard; give --mixup 0 and --cutmix 0",
     )
     require(
         not (data.stream and fit.balance == "sampler"),

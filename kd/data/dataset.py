@@ -228,7 +228,9 @@ def _one_each(labels: np.ndarray) -> bool:
 
 def _print_share(share: float, whole: int, train: Arrays, val: Arrays | None) -> None:
     counts = np.bincount(train.labels)
-    left = f"{len(train.labels)} of {whole} training images, {counts[counts > 0].min()} to {counts.max()} of each class"
+    least, most = counts[counts > 0].min(), counts.max()
+    each = f"{least} to {most}" if least < most else f"{most}"
+    left = f"{len(train.labels)} of {whole} training images, {each} of each class"
     stay = "test stays whole" if val is None else f"validation ({len(val.labels)} labelled images) and test stay whole"
     print_once(f"data: --label-share {share:g} leaves {left}; {stay}")
 

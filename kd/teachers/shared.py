@@ -380,8 +380,9 @@ def _flags_that_differ(cache: SharedCache, job: Job) -> str:
 
 def _advice(names: list[str], values: dict) -> str:
     """The flags that set these fields, and those to leave out."""
-    given = [as_flag(name, values[name]) for name in names if values[name] is not None]
-    absent = [_flag(name) for name in names if values[name] is None]
+    out = [name for name in names if values[name] is None or (name.startswith("no_") and not values[name])]
+    given = [as_flag(name, values[name]) for name in names if name not in out]
+    absent = [_flag(name) for name in out]
     parts = [f"give {' '.join(given)}"] if given else []
     return " and ".join([*parts, *([f"leave {' and '.join(absent)} out"] if absent else [])])
 

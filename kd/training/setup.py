@@ -272,7 +272,7 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     check_labels(job.method, job.role, data.labelled)
     require(
         not (job.views.mixes and loss.needs_hard_labels),
-        f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
+        f"{job.role} needs one label for each image: give --mixup 0 and --cutmix 0, or take another method",
     )
     if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
         print(f"{job.role} has no teacher: --cache-teacher does nothing", flush=True)

@@ -228,6 +228,7 @@ def test_row_17_other_images_order_or_classes_are_refused_in_one_line(packed, da
         (["--val-fraction", "0.2"], "is of 900 training images, and yours are 800; give --val-fraction 0.1"),
         (["--split-seed", "3"], r"is of other training images .*; give --split-seed 0"),
         (["--classes", "9"], "has 10 classes, and your data 9; leave --classes out"),
+        (["--no-labels"], r"is of other training images .*; leave --no-labels out$"),
     ],
 )
 def test_flags_of_the_data_that_differ_are_named(packed, flags, advice):

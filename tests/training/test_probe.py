@@ -22,7 +22,7 @@ from kd.training import probe as probing
 from kd.training.probe import Probe, due, main
 from kd.training.probe_scores import knn_accuracy, linear_probe_accuracy
 from tests.data.test_dataset import picture
-from tests.run_scripts import TEACHER, differences, metrics_of, script, teach, torchrun
+from tests.run_scripts import TEACHER, differences, distil, metrics_of, script, teach, torchrun
 from tests.training.test_resume import Killed, die_at
 
 PROBED = ["--probe", "synthetic", "--classes", "3", "--model", "resnet8"]  # five steps an epoch
@@ -242,6 +242,27 @@ def test_a_finished_run_says_how_it_is_probed(run, capsys):
     said = "plain: finished without --probe synthetic; python -m kd.training.probe plain --data synthetic measures it"
     assert said in capsys.readouterr().out
     assert "probe_knn" not in summary_at(Path("plain"))
+
+
+def test_a_probe_whose_test_split_was_not_read_says_so(run, capsys):
+    flags = [
+        "--student",
+        "resnet8",
+        "--teacher",
+        str(run),
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--probe",
+        "digits",
+    ]
+    distil(*flags, "--no-test", "--out", "e", "embed")
+    said = "embedding on digits, student (embed): the probe's test split was not read (--no-test)"
+    assert said in capsys.readouterr().out
+    distil(*flags, "--out", "e", "embed")
+    said = "e: never read the test split of --probe digits; python -m kd.training.probe e --data digits measures it"
+    assert said in capsys.readouterr().out
 
 
 def test_tables_report_and_card_have_the_scores(run, capsys):
