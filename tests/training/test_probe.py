@@ -15,7 +15,7 @@ from kd.errors import UserError
 from kd.export.card import CardContent, write_card
 from kd.models import build_model
 from kd.report.groups import by_data
-from kd.report.tables import accuracy_table, run_table
+from kd.report.tables import accuracy_table, loss_table, run_table
 from kd.runs.results import checked_summary, collect_runs, summary_of
 from kd.runs.table import plain_table, show_results
 from kd.training import probe as probing
@@ -245,24 +245,31 @@ def test_a_finished_run_says_how_it_is_probed(run, capsys):
 
 
 def test_a_probe_whose_test_split_was_not_read_says_so(run, capsys):
-    flags = [
-        "--student",
-        "resnet8",
-        "--teacher",
-        str(run),
-        "--epochs",
-        "1",
-        "--warmup-epochs",
-        "0",
-        "--probe",
-        "digits",
-    ]
+    flags = ["--student", "resnet8", "--teacher", str(run), "--epochs", "1", "--warmup-epochs", "0"]
+    flags += ["--probe", "digits"]
     distil(*flags, "--no-test", "--out", "e", "embed")
     said = "embedding on digits, student (embed): the probe's test split was not read (--no-test)"
     assert said in capsys.readouterr().out
     distil(*flags, "--out", "e", "embed")
     said = "e: never read the test split of --probe digits; python -m kd.training.probe e --data digits measures it"
     assert said in capsys.readouterr().out
+
+
+def test_report_and_card_of_an_embedder_have_its_scores(run):
+    flags = ["--student", "resnet8", "--teacher", str(run), "--epochs", "1", "--warmup-epochs", "0"]
+    distil(*flags, "--probe", "digits", "--out", "e", "embed")
+    summary = checked_summary(Path("e/summary.json"))
+    groups = next(iter(by_data(collect_runs(["e"])[0]).values()))
+    table = loss_table(groups)
+    cells = dict(zip(table.head, table.rows[0], strict=True))
+    assert cells["kNN"] == f"{summary['probe_knn']:.2f}"
+    assert "on the test split of digits (--probe)" in table.note
+    config = json.loads(Path("e/config.json").read_text())
+    expects = {"classes": [], "shape": [1, 3, 16, 16], "embedding": 64}
+    write_card(Path("card.md"), CardContent(summary, config, None, expects, [], []), "mit", None)
+    written = Path("card.md").read_text()
+    assert f"kNN {cells['kNN']} and linear probe {summary['probe_linear']:.2f} percent" in written
+    assert "not scored here" not in written
 
 
 def test_tables_report_and_card_have_the_scores(run, capsys):
