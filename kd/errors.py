@@ -35,8 +35,10 @@ class UserError(ValueError):
 class NoLabels(UserError):
     """Data in which no labels are found: a method that needs none can train on it."""
 
+    REMEDY = ", or give --no-labels, for a method that needs none (kd --alpha 1)"
+
     def __init__(self, found: str):
-        super().__init__(f"{found}, or give --no-labels, for a method that needs none (kd --alpha 1)")
+        super().__init__(found + self.REMEDY)
         self.found = found
 
 

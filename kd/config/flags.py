@@ -117,7 +117,7 @@ class DataConfig:
     def _check_without_labels(self) -> None:
         """Raise UserError for a flag about labels, or about the test split that needs them."""
         default = type(self)()
-        for name in ("label", "classes", "imbalance", "test_fraction"):
+        for name in ("label", "classes", "imbalance", "test_fraction", "label_share"):
             value = getattr(self, name)
             require(
                 value == getattr(default, name),

@@ -38,7 +38,7 @@ def check_together(data: DataConfig, views: ViewConfig, fit: FitConfig) -> None:
     """Raise UserError for flags of different parts that exclude each other."""
     require(
         not (data.stream and views.mixes),
-        "--stream: leave --mixup and --cutmix out; an image's partner may be in any shard",
+        "--stream: mixes no images, whose partners may be in any shard; give --mixup 0 and --cutmix 0",
     )
     require(
         not (data.stream and fit.balance == "sampler"),
@@ -131,7 +131,7 @@ class DistillConfig(_Common):
         parse_model_args(self.teacher_model_args, "--teacher-model-args")
         require(
             self.cache.cache_from is None or self.teacher in ((), PRESETS[self.preset].get("pretrained")),
-            f"--teacher {' '.join(self.teacher)}: --cache-teacher {self.cache.cache_from} has the teacher's logits"
+            f"--teacher {' '.join(self.teacher)}: --cache-teacher {self.cache.cache_from} has the teacher's answers"
             " already; leave one of them out",
         )
         check_together(self.data, self.views, self.fit)
@@ -156,7 +156,7 @@ class DistillConfig(_Common):
             return self
         name = method_name(self.method)
         require(
-            bool(self.teachers),
+            bool(self.teachers or self.cache.cache_from),
             f"{name}: needs --teacher, a network whose embedding to learn: a run, timm/NAME, torchvision/NAME, a file",
         )
         data = dataclasses.replace(self.data, no_labels=True)

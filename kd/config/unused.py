@@ -67,7 +67,7 @@ def _of_labels(config: TrainConfig | DistillConfig) -> dict[str, str]:
 def _of_teacher(config: TrainConfig | DistillConfig) -> dict[str, str]:
     """By flag, why the teacher does not use it."""
     if isinstance(config, DistillConfig) and config.cache.cache_from is not None:
-        return dict.fromkeys(OF_A_TEACHER, f"{config.cache.cache_from} has the teacher's logits already; leave it out")
+        return dict.fromkeys(OF_A_TEACHER, f"{config.cache.cache_from} has the teacher's answers already; leave it out")
     if not isinstance(config, DistillConfig) or not config.teachers:
         return {}
     return {"teacher-seed": f"is of the recipe's own teacher, and {' '.join(config.teachers)} teaches; leave it out"}

@@ -75,7 +75,8 @@ def _load_with_or_without(config: DataConfig, revision: str | None, needs_labels
     except NoLabels as error:
         if needs_labels:
             raise
-        print_once(f"data: without labels, as {error.found.removeprefix(f'--data {config.source}: ')}")
+        found = error.found.removeprefix(f"--data {config.source}: ").partition("; ")[0]  # without the remedy
+        print_once(f"data: without labels: {found}")
     without = dataclasses.replace(config, no_labels=True)
     without.check()
     return _load(without, revision)
@@ -168,7 +169,11 @@ def load_probe(
         skip_broken=data.skip_broken,
     )
     names = {"--data": option, "--label": "--probe-label" if option == "--probe" else "--label"}
-    with reworded(lambda text: re.sub(r"--(?:data|label)\b(?!-)", lambda match: names[match[0]], text)):
+
+    def change(text: str) -> str:
+        return re.sub(r"--(?:data|label)\b(?!-)", lambda match: names[match[0]], text.removesuffix(NoLabels.REMEDY))
+
+    with reworded(change):
         probe = load_data(config)
         labelled = all(bool((split.labels >= 0).all()) for split in (probe.train, probe.test))
         require(labelled, f"--data {source}: its images have no labels; name a labelled set")
@@ -223,7 +228,9 @@ def _one_each(labels: np.ndarray) -> bool:
 
 def _print_share(share: float, whole: int, train: Arrays, val: Arrays | None) -> None:
     counts = np.bincount(train.labels)
-    left = f"{len(train.labels)} of {whole} training images, {counts[counts > 0].min()} to {counts.max()} of each class"
+    least, most = counts[counts > 0].min(), counts.max()
+    each = f"{least} to {most}" if least < most else f"{most}"
+    left = f"{len(train.labels)} of {whole} training images, {each} of each class"
     stay = "test stays whole" if val is None else f"validation ({len(val.labels)} labelled images) and test stay whole"
     print_once(f"data: --label-share {share:g} leaves {left}; {stay}")
 

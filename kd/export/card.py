@@ -186,7 +186,8 @@ def _limits(summary: dict, config: dict) -> tuple[str, ...]:
         tested = f"Its accuracy on {summary['test_images']} test images applies to images like those it was trained on."
     what = f"It predicts one of the classes above for every image, whatever the image shows. {tested}"
     if "embedding" in summary:
-        what = "It knows no classes: how well its embeddings tell images apart was not scored here."
+        told = _probed(summary) or " How well its embeddings tell images apart was not scored here."
+        what = f"It knows no classes.{told}"
     return (
         what,
         "One seed was trained; these numbers do not show how much results vary between seeds.",

@@ -30,9 +30,7 @@ def accuracy_table(groups: list[Group]) -> Table:
     note += "The test set was read once, at each run's end; it "
     note += "chose nothing."
     if probes:
-        names = dict.fromkeys(str(summary["probe_data"]) for summary in summaries if summary.get("probe_data"))
-        note += " kNN, linear probe: of the embedding, by the labels of another training set, on the test split of "
-        note += f"{' or '.join(names)} (--probe)."
+        note += _probe_note(summaries)
     if any(run.summary.get("test_split") == "validation" for group in groups for run in group.runs):
         note += " The data has no test split: test is its validation split, held out of all training."
     if any(group.external_teacher for group in groups):
@@ -42,15 +40,28 @@ def accuracy_table(groups: list[Group]) -> Table:
     return Table(("network", "model", "seeds", *titles), rows, note, words=2)
 
 
+def _probe_note(summaries: list[dict]) -> str:
+    names = dict.fromkeys(str(summary["probe_data"]) for summary in summaries if summary.get("probe_data"))
+    note = " kNN, linear probe: of the embedding, by the labels of another training set, on the test split of "
+    return f"{note}{' or '.join(names)} (--probe)."
+
+
 def loss_table(groups: list[Group]) -> Table:
     """What runs on images without labels have in place of accuracies."""
-    rows = [(group.label, group.model, group.count, *map(group.cell, WITHOUT_LABELS)) for group in groups]
+    summaries = [run.summary for group in groups for run in group.runs]
+    probes, rows = probed(summaries), []
+    for group in groups:
+        scores = [group.cell(metric) if group.values(metric.key) else "" for metric in probes]
+        rows.append((group.label, group.model, group.count, *map(group.cell, WITHOUT_LABELS), *scores))
     note = (
         "No labels: loss is each method's own, so that those of other methods, temperatures or weights do not compare; "
     )
     note += "agreement: percent of the validation images on which network and teacher predict the same class. Mean ± "
     note += "standard deviation over seeds."
-    return Table(("network", "model", "seeds", *(metric.report for metric in WITHOUT_LABELS)), rows, note, words=2)
+    if probes:
+        note += _probe_note(summaries)
+    titles = [metric.report for metric in WITHOUT_LABELS] + [metric.title for metric in probes]
+    return Table(("network", "model", "seeds", *titles), rows, note, words=2)
 
 
 def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:

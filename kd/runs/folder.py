@@ -23,7 +23,7 @@ from kd.errors import UserError, require
 from kd.runs import checkpoint
 from kd.runs.handover import announce
 from kd.runs.nodes import share_run
-from kd.runs.results import finished_summary, read_config, weights_sha256
+from kd.runs.results import PROBE_SCORES, finished_summary, read_config, weights_sha256
 from kd.utils.files import write_json
 from kd.utils.processes import all_do, from_main, node, wait_for
 from kd.utils.system import Lock
@@ -233,9 +233,8 @@ def _read_state(run: RunFolder, job: Job, labelled: bool = True) -> None:
         else:
             _check_same(path, config["identity"], run.identity)
     run.summary = _finished(run, job.run.test and labelled)
-    if run.summary is not None and job.run.probe not in (None, run.summary.get("probe_data")):
-        command = f"python -m kd.training.probe {shlex.quote(str(path))} --data {shlex.quote(job.run.probe)}"
-        print(f"{path}: finished without --probe {job.run.probe}; {command} measures it", flush=True)
+    if run.summary is not None and job.run.probe is not None:
+        _tell_unprobed(run, job.run.probe, job.run.test)
     if run.summary is None and _finished(run) is not None:  # trained, and only the test split is unread
         require(
             run.resuming,
@@ -254,6 +253,15 @@ def _read_state(run: RunFolder, job: Job, labelled: bool = True) -> None:
         )
         if job.run.auto_resume and not run.resuming and (job.run.out or trained):
             print(f"{path}: nothing to resume, starting afresh", flush=True)
+
+
+def _tell_unprobed(run: RunFolder, source: str, tested: bool) -> None:
+    """Say how to score a finished run on the set `source` of --probe, if it was not."""
+    known = run.summary.get("probe_data") == source
+    if not known or (tested and any(run.summary.get(key) is None for key in PROBE_SCORES)):
+        command = f"python -m kd.training.probe {shlex.quote(str(run.path))} --data {shlex.quote(source)}"
+        why = "never read the test split of" if known else "finished without"
+        print(f"{run.path}: {why} --probe {source}; {command} measures it", flush=True)
 
 
 def _finished(run: RunFolder, tested: bool = False) -> dict | None:

@@ -116,11 +116,16 @@ def _measured(metrics: Iterable[Metric], summaries: list[dict]) -> list[Metric]:
 def probe_lines(rows: list[tuple[str, dict | None]]) -> list[str]:
     """A line for each set of --probe: what each network's embedding scored on its test split."""
     found: dict[str, list[str]] = {}
+    unread: dict[str, list[str]] = {}
     for name, summary in rows:
         if summary and all(summary.get(key) is not None for key in PROBE_SCORES):
             scores = ", ".join(f"{metric.title} {summary[metric.key]:{metric.style}}" for metric in PROBED)
             found.setdefault(str(summary.get("probe_data")), []).append(f"{name}: {scores}")
-    return [f"embedding on {data}, percent of its test images: {'; '.join(parts)}" for data, parts in found.items()]
+        elif summary and summary.get("probe_data"):
+            unread.setdefault(str(summary["probe_data"]), []).append(name)
+    lines = [f"embedding on {data}, percent of its test images: {'; '.join(parts)}" for data, parts in found.items()]
+    not_read = "the probe's test split was not read (--no-test)"
+    return lines + [f"embedding on {data}, {', '.join(names)}: {not_read}" for data, names in unread.items()]
 
 
 def unlabelled(summary: dict) -> tuple[Metric, ...]:
@@ -147,7 +152,7 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
 def _unlabelled_result(summary: dict) -> str:
     """What is known of a student that was distilled on images without labels, in a sentence."""
     if summary["val_loss_last"] is None:
-        return "no labels, and no validation images: nothing was measured"
+        return "no labels, and no validation: no loss of distillation was measured"
     best = f"{summary['val_loss_best']:.4f} at epoch {summary['best_epoch']}"
     agreement = summary.get("val_agreement")
     agrees = "" if agreement is None else f"; it agrees with the teacher on {agreement:.2f}% of the validation images"

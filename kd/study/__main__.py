@@ -103,7 +103,7 @@ def check_unlabelled(study: Study, config: DistillConfig) -> None:
             f" {methods_without_labels()}; flags of a method are given by --grid (--grid alpha=1)",
         )
     require(
-        bool(config.teachers),
+        bool(config.teachers or config.cache.cache_from),
         "--no-labels: there are no labels to train a teacher by; name a trained one with --teacher",
     )
 

@@ -63,7 +63,7 @@ class Study:
         """
         args = [method, "--preset", self.preset, *_without_steps(self.rest, flags), "--seed", str(seed)]
         args += ["--auto-resume", "--no-control", *flags]
-        parse(distill_defaults, "", args)
+        parse(distill_defaults, "", args).for_method()
         label = label or " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])
         return Task(label, script_path("distill_student.py"), args, needs_teacher=named_method(method).needs_teacher)
 
@@ -237,6 +237,11 @@ def check_few_labels(study: Study) -> None:
         require(flag not in ("--label-share", "--seed"), f"{flag}: the study sets it itself; leave it out")
     for flag in (word.split("=")[0] for word in study.fine_tune):
         require(flag != "--init", "--fine-tune --init: the study sets it itself; leave it out")
+    for method in study.methods:
+        require(
+            not named_method(method).embeds or float(study.shares[0]) == 1,
+            f"--methods {method}: reads no labels, of which --label-shares takes shares; name it with --pretrain",
+        )
     for share in study.shares:
         for method in ("none", *study.methods):
             study.with_share(method, share)
@@ -259,7 +264,7 @@ def check_few_labels(study: Study) -> None:
 def needs_own_teacher(study: Study, method: str, flags: tuple[str, ...]) -> bool:
     """Whether a run of this method trains the recipe's own teacher first, or finds it trained."""
     config = parse(distill_defaults, "", [method, "--preset", study.preset, *study.rest, *flags])
-    return named_method(method).needs_teacher and not config.teachers
+    return named_method(method).needs_teacher and not (config.teachers or config.cache.cache_from)
 
 
 def _number(value: str) -> float | str:

@@ -431,7 +431,7 @@ def _build(
     """Compute the views that are not finished yet, each process its share of the rows; the keepers get all rows."""
     main, processes, (first, mine) = accelerator.is_main_process, accelerator.num_processes, work.done
     if main and not first:
-        views = f"{store.views} views" + ", weak and strong," * (len(store.prefixes) > 1)
+        views = f"{store.views} view{'s' * (store.views > 1)}" + ", weak and strong," * (len(store.prefixes) > 1)
         of_what = f": {store.kind} of {store.classes} numbers" if store.kind == "embeddings" else ""
         print(f"{store.folder}: {store.bytes / 1e6:.3g} MB for {views} of {store.rows} images{of_what}", flush=True)
     all_do(lambda: store.create() if work.keeps and not mine else None)

@@ -4,7 +4,9 @@ import math
 import shlex
 from pathlib import Path
 
+from kd.config import ViewConfig
 from kd.config.presets import default_preset
+from kd.config.recipes import PRESETS
 from kd.teachers.cache import STRONG
 from kd.teachers.shared import FORMAT, MANIFEST, SharedCache, flags_to_train
 from kd.utils.files import write_atomically
@@ -50,10 +52,10 @@ def facts(cache: SharedCache) -> dict[str, str]:
     return {
         "teacher": f"{teacher_in_words(cache)}; sha256 {identity['teacher_sha256'][:12]}",
         "data": f"{source}: {store.rows} training images{pixels}; rows_sha256 {identity['rows_sha256'][:12]}",
-        "classes": f"{len(classes)}{named}" if classes else "none: the images have no labels",
+        "classes": f"{len(classes)}{named}" if classes else "none: no labels were read",
         "normalisation": " and ".join("/".join(f"{value:.4g}" for value in part) for part in identity["normalisation"]),
         "views": f"{' '.join(views)}; version {cache.views_version} of their draws",
-        "stored": f"{cache.kind}, {identity['dtype']}, {kept}; {store.bytes / 1e6:.3g} MB",
+        "stored": f"{store.kind}, {identity['dtype']}, {kept}; {store.bytes / 1e6:.3g} MB",
         "computed": f"{computed}{', ' + versions if versions else ''}",
         "sha256": cache.sha256,
     }
@@ -78,9 +80,11 @@ def _precision(identity: dict) -> str:
 def command(cache: SharedCache, source: str) -> str:
     """The arguments of distill_student.py with which a student is trained against the cache."""
     data = cache.about.get("data", {}).get("source")
-    flags = [word for flag in flags_to_train(cache) for word in flag.split(" ")]
-    preset = [] if data is None or default_preset(data) == default_preset(None) else ["--preset", default_preset(data)]
     method = METHODS.get(cache.kind, "mlkd" if "strong" in cache.identity else "kd")
+    usual = default_preset(data, method)
+    preset = [] if usual == default_preset(None, method) else ["--preset", usual]
+    flags = flags_to_train(cache, PRESETS[usual].get("views", ViewConfig()))
+    flags = [word for flag in flags for word in flag.split(" ")]
     where = [] if data else ["--data", "FOLDER"]
     return shlex.join([*preset, *where, *flags, "--cache-teacher", source, method])
 
@@ -89,7 +93,7 @@ def write_card(cache: SharedCache, path: Path, source: str, licence: str) -> Non
     """Write a README.md in the Hub's format; `source` is what --cache-teacher takes."""
     from huggingface_hub import DatasetCardData
 
-    store, kind = cache.store, cache.kind.capitalize()
+    store, kind = cache.store, cache.store.kind.capitalize()
     head = DatasetCardData(
         license=licence,
         task_categories=["image-classification"],
@@ -102,7 +106,7 @@ def write_card(cache: SharedCache, path: Path, source: str, licence: str) -> Non
     text = CARD.format(
         title=f"{kind} of {teacher_in_words(cache)}",
         kind=kind,
-        answers=cache.kind,
+        answers=store.kind,
         views=f"{store.views} views" if store.views > 1 else "one view",
         strong=", weak and strong," if "strong" in cache.identity else "",
         command=command(cache, source),

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -36,6 +35,7 @@ from kd.teachers.load import SharedLogits, TeacherNetwork
 from kd.utils.console import console, print_once
 from kd.utils.files import is_number, read_json, write_json, write_weights
 from kd.utils.hub import fetch
+from kd.utils.processes import all_do, from_main, is_alone
 
 FORMAT = 1  # of the packed folder; kd reads this one and earlier ones
 MANIFEST = "answers.json"
@@ -43,6 +43,7 @@ FILE = re.compile(r"answers-\d{5}-of-\d{5}\.safetensors")
 FILES = "answers-*.safetensors"
 SHARD_BYTES = 10**9
 CHUNK = 2**14  # rows that are hashed at a time
+PLAIN = ViewConfig()  # without a preset
 LOGITS = "logits"  # the kind of answers, unless the identity names another
 
 # What must be in an identity, and its type.
@@ -144,20 +145,18 @@ class SharedCache:
         return store.look_up({name: _placed(self.pieces(name), device) for name in store.shapes}, device)
 
 
-def open_cache(source: str, accelerator: Accelerator | None = None) -> SharedCache:
+def open_cache(source: str) -> SharedCache:
     """The cache that --cache-teacher names, without its logits as yet; all processes call this together.
 
     Raises UserError if there is none, it is malformed, or a newer kd wrote it.
     """
     if not source.startswith(HUB):
-        return read_cache(Path(source).expanduser(), f"cache:{source}")
+        return all_do(lambda: read_cache(Path(source).expanduser(), f"cache:{source}"))
     repository, _, revision = source.removeprefix(HUB).partition("@")
-    if accelerator is None or accelerator.num_processes == 1:
-        folder = fetch(repository, (MANIFEST,), revision)
-    else:  # all take the revision that the main process finds
-        commit = [fetch(repository, (MANIFEST,), revision).name if accelerator.is_main_process else ""]
-        folder = fetch(repository, (MANIFEST,), broadcast_object_list(commit)[0])
-    return read_cache(folder, f"{HUB}{repository}@{folder.name}")
+    folder = from_main(lambda: fetch(repository, (MANIFEST,), revision))
+    if not is_alone():  # all take the revision that the main process finds
+        folder = all_do(lambda: fetch(repository, (MANIFEST,), folder.name))
+    return all_do(lambda: read_cache(folder, f"{HUB}{repository}@{folder.name}"))
 
 
 def read_cache(folder: Path, source: str) -> SharedCache:
@@ -241,9 +240,9 @@ def _are_shards(shards: object, rows: int) -> bool:
     return ends == sorted(set(ends)) and ends[-1] == rows
 
 
-def find_shared(job: Job, accelerator: Accelerator) -> SharedCache:
+def find_shared(job: Job) -> SharedCache:
     """The cache of the job's --cache-teacher, checked as far as that goes without the data and without its logits."""
-    cache = open_cache(job.cache.cache_from, accelerator)
+    cache = open_cache(job.cache.cache_from)
     check_views(cache, job)
     return cache
 
@@ -252,8 +251,8 @@ def shared_teacher(cache: SharedCache, job: Job, data: Data) -> TeacherNetwork:
     """The cache as a teacher without a network. Raises UserError if it is of other images, classes or views."""
     check_rows(cache, job, data)
     print_once(
-        f"{cache.name} has the logits of {_teachers(cache)} for the training images alone: its test accuracy, and how"
-        " far the student agrees with it, are not measured"
+        f"{cache.name} has the {cache.store.kind} of {_teachers(cache)} for the training images alone: its test"
+        " accuracy, and how far the student agrees with it, are not measured"
     )
     models = [str(teacher.get("model", "?")) for teacher in cache.about.get("teachers", [])]
     shared = SharedLogits(cache.source, cache.sha256, cache.about.get("width"), partial(_open, cache, job))
@@ -264,9 +263,12 @@ def shared_teacher(cache: SharedCache, job: Job, data: Data) -> TeacherNetwork:
 
 def _open(cache: SharedCache, job: Job, accelerator: Accelerator) -> TeacherLogits:
     """Fetch the logits, check them, and give the teacher that looks them up; all processes call this together."""
-    fetch_logits(cache)
-    cache.check()
-    accelerator.wait_for_everyone()
+
+    def fetch_and_check() -> None:
+        fetch_logits(cache)
+        cache.check()
+
+    all_do(fetch_and_check)
     return cache.teacher(job.method.two_views, accelerator.device)
 
 
@@ -282,7 +284,8 @@ def check_views(cache: SharedCache, job: Job) -> None:
     name = cache.name
     require(
         cache.views_version == VERSION,
-        f"{name}: has the logits of views of version {cache.views_version}, and this kd draws version {VERSION}:"
+        f"{name}: has the {cache.store.kind} of views of version {cache.views_version}, and this kd draws version"
+        f" {VERSION}:"
         f" {'update kd' if cache.views_version > VERSION else 'take the kd that built it, or build the cache anew'}",
     )
     require(
@@ -377,8 +380,9 @@ def _flags_that_differ(cache: SharedCache, job: Job) -> str:
 
 def _advice(names: list[str], values: dict) -> str:
     """The flags that set these fields, and those to leave out."""
-    given = [as_flag(name, values[name]) for name in names if values[name] is not None]
-    absent = [_flag(name) for name in names if values[name] is None]
+    out = [name for name in names if values[name] is None or (name.startswith("no_") and not values[name])]
+    given = [as_flag(name, values[name]) for name in names if name not in out]
+    absent = [_flag(name) for name in out]
     parts = [f"give {' '.join(given)}"] if given else []
     return " and ".join([*parts, *([f"leave {' and '.join(absent)} out"] if absent else [])])
 
@@ -396,8 +400,8 @@ def _flag(field: str) -> str:
     return f"--{ {'count': 'views', 'source': 'data'}.get(field, field).replace('_', '-') }"
 
 
-def flags_to_train(cache: SharedCache) -> list[str]:
-    """The flags of data and views that a student of this cache needs."""
+def flags_to_train(cache: SharedCache, usual: ViewConfig = PLAIN) -> list[str]:
+    """The flags of data and views that a student of this cache needs whose preset has `usual` views."""
     data = {name: value for name, value in cache.about.get("data", {}).items() if name in FLAGS_OF_ROWS}
     default = _as_json(asdict(DataConfig()))
     given = [as_flag("source", data["source"])] if data.get("source") else []
@@ -406,8 +410,9 @@ def flags_to_train(cache: SharedCache) -> list[str]:
         for name, value in data.items()
         if name != "source" and value is not None and value != default[name]
     ]
-    views, default = cache.views, _as_json(asdict(ViewConfig()))
-    changed = {name: value for name, value in views.items() if value is not None and value != default[name]}
+    defaults = [_as_json(asdict(each)) for each in (PLAIN, usual)]
+    known = {name: value for name, value in cache.views.items() if value is not None}
+    changed = {name: value for name, value in known.items() if any(value != each[name] for each in defaults)}
     return [*given, *(as_flag(name, value) for name, value in changed.items())]
 
 

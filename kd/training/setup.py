@@ -23,21 +23,15 @@ from kd.losses import Distiller, loss_class
 from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.libraries import checkpoint_gradients
-from kd.models.pretrained import (
-    expand_user,
-    is_pretrained,
-    load_into,
-    load_pretrained,
-    origin_of,
-)
+from kd.models.pretrained import is_pretrained, load_into, load_pretrained, origin_of
+from kd.runs.nodes import share_run
 from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
 from kd.training.optimizers import check_network
 from kd.training.start import freeze, held_at_first, load_start
 from kd.types import Outputs, Pair, Stages
 from kd.utils.console import print_once
-from kd.utils.hub import local_folder
-from kd.utils.processes import from_main
+from kd.utils.processes import all_do, from_main
 from kd.utils.rng import seed_everything
 
 FEW_IMAGES = 32  # of a process; with fewer BatchNorm's error rises (Wu and He, arXiv:1803.08494, figure 1)
@@ -116,10 +110,11 @@ def name_classes(config: DistillConfig, data: Data, shared: Sequence[str] = ()) 
     name = config.cache.cache_from if shared else str(config.teachers[0])
     if shared:
         classes = shared
-    elif is_pretrained(name):
-        classes = load_pretrained(name, config.teacher_model, model_args=config.teacher_model_args).classes
+    elif from_main(lambda: is_pretrained(name)):
+        model, arguments = config.teacher_model, config.teacher_model_args
+        classes = all_do(lambda: load_pretrained(name, model, model_args=arguments)).classes
     else:
-        classes = read_model(local_folder(expand_user(name)))[0]["classes"]
+        classes = read_model(share_run(name)[1])[0]["classes"]
     require(bool(classes), f"--teacher {name}: has no classes for a student to learn; name a teacher that has")
     print_once(f"classes: the {len(classes)} of {name}, as the images have no labels")
     return dataclasses.replace(data, classes=tuple(classes))
@@ -246,10 +241,13 @@ def _pair_of_shared(job: Job, student: nn.Module, known: Stages, teacher: Teache
         layers, of_teacher = loss_class(job.method).layers(job.method, known, Stages(modules=("?",)))
     except UserError:  # the student's own layers are checked by now: it is the teacher's that are missing
         layers, of_teacher = (), ("its features",)
+    alone, remedy = "logits", "take a method that compares logits, such as kd"
+    if job.method.embeds:
+        alone, remedy = "embeddings", "leave --patches out"
     require(
         not of_teacher,
-        f"{job.role}: compares features of the teacher, and {teacher.shared.source} has its logits alone: give the"
-        " network (--teacher RUN) in its place, or take a method that compares logits, such as kd",
+        f"{job.role}: compares features of the teacher, and {teacher.shared.source} has its {alone} alone: give the"
+        f" network (--teacher RUN) in its place, or {remedy}",
     )
     outputs = probe(student, data.size, "student", layers)
     answers = Outputs(torch.zeros(len(outputs.logits), teacher.classes))
@@ -274,7 +272,7 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     check_labels(job.method, job.role, data.labelled)
     require(
         not (job.views.mixes and loss.needs_hard_labels),
-        f"{job.role} needs one label for each image: leave --mixup and --cutmix out, or take another method",
+        f"{job.role} needs one label for each image: give --mixup 0 and --cutmix 0, or take another method",
     )
     if job.cache.cache_teacher and not job.method.needs_teacher and accelerator.is_main_process:
         print(f"{job.role} has no teacher: --cache-teacher does nothing", flush=True)

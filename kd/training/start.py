@@ -203,14 +203,8 @@ def load_start(network: nn.Module, job: Job, data: Data) -> None:
     flags, name = flags_of(job), job.compress.init
     start = open_start(job, flags)
     known, classes = start.weights.classes, len(data.classes)
-    heads = ()
-    if match_classes(known, data.classes) != list(range(len(known))) or not known:
-        for flag in ("prune", "sparsity"):
-            asked = getattr(job.compress, flag) > 0
-            require(not asked, f"--{flag}: {RUN_NEEDED}, and {flags.weights} {name} knows others")
-        heads = _heads(network, job, job.resized or data.size, classes)
-        has_head = classes == 0 or bool(heads)
-        require(has_head, f"{flags.weights} {name}: {job.model} ends in no linear layer to put in place")
+    same = bool(known) and match_classes(known, data.classes) == list(range(len(known)))
+    heads = () if same else _new_heads(network, job, data, f"{flags.weights} {name}", bool(known))
     if start.run:
         _resize_as(network, start.run, heads, classes, name)
     try:
@@ -223,17 +217,34 @@ def load_start(network: nn.Module, job: Job, data: Data) -> None:
         raise UserError(f"{error}{theirs}" + (f"; the network now with {ours}" if ours else "")) from error
     for note in (*start.weights.notes, *notes):
         print_once(f"{flags.weights} {name}: {note}")
-    if not heads:
-        return
-    theirs = any(key.startswith(f"{head}.") for key in start.weights.weights for head in heads)
-    others = f"in place of the {len(known)} that its weights know" if known else "its weights have none"
-    if theirs and not known:
-        others = "in place of its weights' own, which have no names"
+    if heads:
+        _print_heads(heads, start.weights, classes, f"{flags.weights} {name}", job.role)
+
+
+def _new_heads(network: nn.Module, job: Job, data: Data, asked: str, knows: bool) -> tuple[str, ...]:
+    """The layers that stay as they are built. Raises UserError if there is none, or for a job that needs the weights'.
+
+    `asked`: the flag and its value; `knows`: whether its weights know any classes.
+    """
+    for flag in ("prune", "sparsity"):
+        wanted = getattr(job.compress, flag) > 0
+        require(not wanted, f"--{flag}: {RUN_NEEDED}, and {asked} {'knows others' if knows else 'has none'}")
+    heads = _heads(network, job, job.resized or data.size, len(data.classes))
+    has_head = not data.classes or bool(heads)
+    require(has_head, f"{asked}: {job.model} ends in no linear layer to put in place")
+    return heads
+
+
+def _print_heads(heads: tuple[str, ...], weights: Pretrained, classes: int, asked: str, role: str) -> None:
+    """Say what became of the last layer; `asked`: the flag and its value."""
+    theirs = any(key.startswith(f"{head}.") for key in weights.weights for head in heads)
+    others = f"in place of the {len(weights.classes)} that its weights know"
+    if not weights.classes:
+        others = "in place of its weights' own, which have no names" if theirs else "its weights have none"
     if classes:
-        layer = f"a new last layer {', '.join(heads)} for {classes} classes"
-        print_once(f"{flags.weights} {name}: {layer}, {others}")
+        print_once(f"{asked}: a new last layer {', '.join(heads)} for {classes} classes, {others}")
     elif theirs:
-        print_once(f"{flags.weights} {name}: its last layer {', '.join(heads)} is left out; {job.role} trains none")
+        print_once(f"{asked}: its last layer {', '.join(heads)} is left out; {role} trains none")
 
 
 def _resize_as(network: nn.Module, info: dict, heads: tuple[str, ...], classes: int, name: str) -> None:

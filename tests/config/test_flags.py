@@ -328,8 +328,8 @@ def test_a_file_may_name_a_source_too(tmp_path):
     [
         (["--cache-from", "hub:me/x"], "--cache-from hub:me/x: write it as --cache-teacher hub:me/x"),
         (["--cache-teacher", "hub:x"], "--cache-teacher hub:x: is no Hub id; give hub:USER/NAME"),
-        (["--cache-teacher", "hub:me/x", "--teacher-seed", "2"], "--teacher-seed: hub:me/x has the teacher's logits"),
-        (["--cache-teacher", "hub:me/x", "--cache-top-k", "2"], "--cache-top-k: hub:me/x has the teacher's logits"),
+        (["--cache-teacher", "hub:me/x", "--teacher-seed", "2"], "--teacher-seed: hub:me/x has the teacher's answers"),
+        (["--cache-teacher", "hub:me/x", "--cache-top-k", "2"], "--cache-top-k: hub:me/x has the teacher's answers"),
         (["--cache-teacher", "hub:me/x", "--teacher", "runs/a"], "--teacher runs/a: --cache-teacher hub:me/x has the"),
     ],
 )

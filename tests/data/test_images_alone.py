@@ -163,7 +163,7 @@ def test_where_no_labels_are_found_a_line_says_what_to_do(photos, tmp_path, caps
             assert "\n" not in str(caught.value)
     for source in (flat, column):
         assert bare(load_data(DataConfig(source=str(source)), needs_labels=False)), "as the method needs none"
-    assert "data: without labels, as 0.png is in no class folder" in capsys.readouterr().out
+    assert "data: without labels: 0.png is in no class folder" in capsys.readouterr().out
 
 
 def test_labels_that_are_there_are_read_even_if_the_method_needs_none():

@@ -99,3 +99,8 @@ def test_a_share_is_a_run_of_its_own_and_the_whole_is_the_run_it_was():
     whole, tenth = identity(), identity(label_share=0.1)
     assert "label_share" not in whole
     assert tenth == whole | {"label_share": 0.1}
+
+
+def test_classes_of_one_size_are_told_by_one_number(capsys):
+    load_data(DataConfig("synthetic", label_share=0.1))
+    assert "of 900 training images, 9 of each class; validation" in capsys.readouterr().out

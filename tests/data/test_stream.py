@@ -278,7 +278,10 @@ def test_a_stream_that_breaks_off_says_where_and_what_to_do(folder):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--mixup", "1"], "--stream: leave --mixup and --cutmix out"),
+        (
+            ["--mixup", "1"],
+            "--stream: mixes no images, whose partners may be in any shard; give --mixup 0 and --cutmix 0",
+        ),
         (["--decode", "workers"], "--stream: leave --decode workers out"),
         (["--shuffle-rows", "0"], "--shuffle-rows 0: give 1 or more"),
     ],

@@ -118,6 +118,11 @@ def test_without_a_teacher_no_small_share_trains_one(fake, monkeypatch):  # noqa
         (["--pretrain", "--epochs 3"], "--pretrain --epochs 3: name the method first"),
         (["--pretrain", "kd 'x"], "quote it as for a shell"),
         (["--pretrain", "kd --epochs 0"], "--epochs 0: give 1 or more"),
+        (["--pretrain", "embed"], "embed: needs --teacher"),
+        (
+            ["--label-shares", "0.1", "1", "--methods", "embed", "--teacher", "x"],
+            "--methods embed: reads no labels, of which --label-shares takes shares; name it with --pretrain",
+        ),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_starts(flags, words):

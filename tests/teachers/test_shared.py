@@ -87,7 +87,7 @@ def packed(here, monkeypatch):
 
 def opened(name: str, *args: str):
     """A cache, checked against the flags of a student."""
-    return shared.find_shared(job("--cache-teacher", f"./{name}", *args), Accelerator(cpu=True))
+    return shared.find_shared(job("--cache-teacher", f"./{name}", *args))
 
 
 @pytest.mark.parametrize("kind", ["plain", "two"])
@@ -228,6 +228,7 @@ def test_row_17_other_images_order_or_classes_are_refused_in_one_line(packed, da
         (["--val-fraction", "0.2"], "is of 900 training images, and yours are 800; give --val-fraction 0.1"),
         (["--split-seed", "3"], r"is of other training images .*; give --split-seed 0"),
         (["--classes", "9"], "has 10 classes, and your data 9; leave --classes out"),
+        (["--no-labels"], r"is of other training images .*; leave --no-labels out$"),
     ],
 )
 def test_flags_of_the_data_that_differ_are_named(packed, flags, advice):
@@ -416,7 +417,7 @@ def test_the_command_of_the_card_is_the_one_to_give(packed, data):
         assert card.startswith("---\nlicense: mit\n")
         (line,) = [line for line in card.splitlines() if line.startswith("    accelerate launch")]
         config = parse(distill_defaults, "", line.split()[3:])
-        cache = shared.find_shared(config.job(), Accelerator(cpu=True))
+        cache = shared.find_shared(config.job())
         shared.check_rows(cache, config.job(), load_data(config.data))
         assert config.cache.cache_from == f"./{name}"
 
@@ -551,3 +552,21 @@ def test_two_processes_train_on_a_shared_cache_as_on_their_own(here):
     taken = script(*flags, "--cache-teacher", "./packed", "--out", "taken", env=env, launcher=torchrun(2))
     assert taken.returncode == 0, taken.stderr
     assert set(differences(Path("local"), Path("taken"))) <= MORE
+
+
+def test_row_21_embeddings_are_shared_as_logits_are(made, tmp_path, monkeypatch, capsys):
+    flags = ["--student", "resnet8", "--warmup-epochs", "0", "--views", "2", "--mixup", "0"]
+    student(*flags, "--teacher", str(made / "teacher"), "--cache-teacher", "--out", "local", "embed")
+    (built,) = ROOT.iterdir()
+    teachers(["pack", str(built), "packed"])
+    card = Path("packed/README.md").read_text()
+    assert "# Embeddings of resnet8 (teacher, " in card
+    (line,) = [line for line in card.splitlines() if line.startswith("    accelerate launch")]
+    config = parse(distill_defaults, "", line.split()[3:])
+    assert config.preset == "embed"
+    shared.find_shared(config.job())
+    with pytest.raises(UserError, match=r"has its embeddings alone: give .* or leave --patches out$"):
+        student(*flags, "--cache-teacher", "./packed", "--out", "shared", "embed", "--patches", "1")
+    student(*flags, "--cache-teacher", "./packed", "--out", "shared", "embed")
+    assert "no validation: without labels it asks the teacher, whose network is not here" in capsys.readouterr().out
+    assert Path("local/model.safetensors").read_bytes() == Path("shared/model.safetensors").read_bytes()

@@ -291,6 +291,7 @@ def test_row_3_row_25_two_processes_without_labels(teacher):
         ([*ALONE, "--label-smoothing", "0.1"], "--label-smoothing 0.1: changes cross-entropy, and kd without labels"),
         ([*ALONE, "--balance", "weights"], "--balance weights: is about classes"),
         ([*ALONE, "--classes", "3"], "--classes 3: is about labels"),
+        ([*ALONE, "--label-share", "0.5"], "--label-share 0.5: is about labels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -322,7 +323,7 @@ def test_an_unlabelled_folder_needs_no_flag_if_the_method_needs_no_labels(teache
         picture(number, (16, 16)).save(tmp_path / "photos" / f"{number}.png")
     common = ["--teacher", teacher, "--trust-code", "--data", "photos", "--batch-size", "20", "--epochs", "1"]
     distil(*common, "--out", "run", "kd", "--alpha", "1")
-    assert "data: without labels, as 0.png is in no class folder" in capsys.readouterr().out
+    assert "data: without labels: 0.png is in no class folder\n" in capsys.readouterr().out
     assert json.loads(Path("run/config.json").read_text())["flags"]["data"]["no_labels"] is True
     distil(*common, "--out", "run", "--no-labels", "kd", "--alpha", "1")  # the same run
     with pytest.raises(UserError, match=r"photos: 0.png is in no class folder.*, or give --no-labels"):
@@ -339,7 +340,8 @@ def test_a_run_without_validation_has_no_best_weights(teacher, capsys):
     student(teacher, "--val-fraction", "0", "--epochs", "1", "--batch-size", "500", "--out", "run")
     assert not Path("run/best.safetensors").exists()
     assert summary_of("run")["val_loss_best"] is None
-    assert "no labels, and no validation images: nothing was measured" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no labels, and no validation: no loss of distillation was measured" in said
 
 
 def test_the_report_of_labelled_and_unlabelled_runs(teacher, capsys, monkeypatch):
@@ -413,6 +415,8 @@ def test_a_study_without_labels_has_no_controls(teacher):
     with pytest.raises(UserError, match="no labels to train a teacher by"):
         study.check_unlabelled(asked, config)
     study.check_unlabelled(asked, dataclasses.replace(config, teacher=(teacher,)))
+    shared = dataclasses.replace(config.cache, cache_teacher=True, cache_from="./packed")
+    study.check_unlabelled(asked, dataclasses.replace(config, cache=shared))
 
 
 def test_a_run_that_knows_no_flag_of_labels_keeps_its_identity():

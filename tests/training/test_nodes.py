@@ -22,6 +22,7 @@ from kd.config import DataConfig, FitConfig, RunConfig
 from kd.data import load_data
 from kd.errors import UserError
 from kd.teachers.cache import LogitStore
+from kd.teachers.shared import open_cache
 from kd.training.launch import start
 from kd.training.trainer import Trainer
 from kd.utils import processes
@@ -343,6 +344,34 @@ def test_a_teacher_and_a_start_that_one_machine_has_serve_both():
     flags = ("--init", "big/one", "--model", "tests.networks:plain", *TEACHER[:-1], "started")
     ended = run_nodes("teach", *flags)
     assert codes(ended) == [0, 0], ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [("kd", "--alpha", "1"), ("embed",)], ids=["kd", "embed"])
+def test_a_teacher_that_one_machine_has_serves_both_without_labels(method):
+    Path("node0").mkdir()
+    os.chdir("node0")
+    teach("--out", "big/one", "--epochs", "1", "--model", "resnet8")
+    os.chdir("..")
+    flags = ("--teacher", "big/one", "--no-labels", "--student", "resnet8", "--steps", "2", "--warmup-epochs", "0")
+    ended = run_nodes("distil", *flags, "--threads", "1", "--out", "run", *method)
+    assert codes(ended) == [0, 0], ended
+
+
+def test_a_shared_cache_that_one_machine_lacks_is_refused_within_seconds(monkeypatch):
+    Path("node0/cache").mkdir(parents=True)
+    Path("node0/cache/answers.json").write_text('{"identity": {}, "blocks": []}')
+    monkeypatch.setattr("kd.teachers.shared._check_manifest", lambda *args: None)
+
+    def work(rank):
+        Accelerator(cpu=True)
+        open_cache("./cache")
+
+    started = time.monotonic()
+    ended = two_nodes(work)
+    assert codes(ended) == [2, 2], ended
+    assert time.monotonic() - started < QUICK
+    assert "--cache-teacher ./cache: no such folder" in ended[1].log
 
 
 @pytest.mark.slow

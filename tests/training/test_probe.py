@@ -15,13 +15,14 @@ from kd.errors import UserError
 from kd.export.card import CardContent, write_card
 from kd.models import build_model
 from kd.report.groups import by_data
-from kd.report.tables import accuracy_table, run_table
+from kd.report.tables import accuracy_table, loss_table, run_table
 from kd.runs.results import checked_summary, collect_runs, summary_of
 from kd.runs.table import plain_table, show_results
 from kd.training import probe as probing
 from kd.training.probe import Probe, due, main
 from kd.training.probe_scores import knn_accuracy, linear_probe_accuracy
-from tests.run_scripts import TEACHER, differences, metrics_of, script, teach, torchrun
+from tests.data.test_dataset import picture
+from tests.run_scripts import TEACHER, differences, distil, metrics_of, script, teach, torchrun
 from tests.training.test_resume import Killed, die_at
 
 PROBED = ["--probe", "synthetic", "--classes", "3", "--model", "resnet8"]  # five steps an epoch
@@ -215,12 +216,16 @@ def test_wrong_flags_and_data_are_named_as_they_were_typed(run):
         load_probe("digits", DataConfig("synthetic"), (8, 8), "label")
 
 
-def test_images_without_labels_cannot_be_probed(monkeypatch):
+def test_images_without_labels_cannot_be_probed(monkeypatch, tmp_path):
     whole = load_data(DataConfig("digits"))
     bare = dataclasses.replace(whole.train, labels=torch.full_like(whole.train.labels, -1))
     monkeypatch.setattr("kd.data.dataset.load_data", lambda config: dataclasses.replace(whole, train=bare))
     with pytest.raises(UserError, match="--probe digits: its images have no labels; name a labelled set"):
         load_probe("digits", DataConfig("synthetic"), (8, 8))
+    monkeypatch.undo()
+    picture(0, (16, 16)).save(f"{tmp_path}/a.png")
+    with pytest.raises(UserError, match=r"--probe .*: a.png is in no class folder[^-]*$"):  # not: give --no-labels
+        load_probe(str(tmp_path), DataConfig("synthetic"), (16, 16))
 
 
 def test_the_probes_splits_are_the_same_whatever_the_runs_flags():
@@ -237,6 +242,34 @@ def test_a_finished_run_says_how_it_is_probed(run, capsys):
     said = "plain: finished without --probe synthetic; python -m kd.training.probe plain --data synthetic measures it"
     assert said in capsys.readouterr().out
     assert "probe_knn" not in summary_at(Path("plain"))
+
+
+def test_a_probe_whose_test_split_was_not_read_says_so(run, capsys):
+    flags = ["--student", "resnet8", "--teacher", str(run), "--epochs", "1", "--warmup-epochs", "0"]
+    flags += ["--probe", "digits"]
+    distil(*flags, "--no-test", "--out", "e", "embed")
+    said = "embedding on digits, student (embed): the probe's test split was not read (--no-test)"
+    assert said in capsys.readouterr().out
+    distil(*flags, "--out", "e", "embed")
+    said = "e: never read the test split of --probe digits; python -m kd.training.probe e --data digits measures it"
+    assert said in capsys.readouterr().out
+
+
+def test_report_and_card_of_an_embedder_have_its_scores(run):
+    flags = ["--student", "resnet8", "--teacher", str(run), "--epochs", "1", "--warmup-epochs", "0"]
+    distil(*flags, "--probe", "digits", "--out", "e", "embed")
+    summary = checked_summary(Path("e/summary.json"))
+    groups = next(iter(by_data(collect_runs(["e"])[0]).values()))
+    table = loss_table(groups)
+    cells = dict(zip(table.head, table.rows[0], strict=True))
+    assert cells["kNN"] == f"{summary['probe_knn']:.2f}"
+    assert "on the test split of digits (--probe)" in table.note
+    config = json.loads(Path("e/config.json").read_text())
+    expects = {"classes": [], "shape": [1, 3, 16, 16], "embedding": 64}
+    write_card(Path("card.md"), CardContent(summary, config, None, expects, [], []), "mit", None)
+    written = Path("card.md").read_text()
+    assert f"kNN {cells['kNN']} and linear probe {summary['probe_linear']:.2f} percent" in written
+    assert "not scored here" not in written
 
 
 def test_tables_report_and_card_have_the_scores(run, capsys):

@@ -329,7 +329,7 @@ def test_row_22_a_teachers_classes_are_matched_by_name():
 
 
 def test_a_method_of_hard_labels_refuses_mixed_images():
-    with pytest.raises(UserError, match="dkd needs one label for each image: leave --mixup"):
+    with pytest.raises(UserError, match="dkd needs one label for each image: give --mixup 0 and --cutmix 0"):
         distil("dkd", "--mixup", "1")
     assert not Path("runs").exists()
     distil("--mixup", "1", "--cutmix", "1", "--erase", "0.3", "--epochs", "1", "--out", "run", "kd")
