@@ -71,7 +71,7 @@ def main(config: DistillConfig) -> Path:
     teachers = (source,) if source else config.teachers or (config.teacher_model,)
     print_plan(config.job(), teachers if needs_teacher else (), config.control)
     accelerator = start(config.fit, config.run)
-    shared = find_shared(config.job(), accelerator) if needs_teacher and source else None
+    shared = find_shared(config.job()) if needs_teacher and source else None
     data = load_data(config.data, config.run, config.method.uses_labels)
     config = setup.settle_by_data(config, data, accelerator)
     data = setup.name_classes(config, data, shared.identity["class_names"] if shared else ())

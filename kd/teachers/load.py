@@ -197,17 +197,17 @@ def _load_embedder(
     """One teacher of embeddings; `of_file`: the network of a file of weights, and the arguments of its constructor or
     of a library's network's."""
     folder = Path(name)
-    if is_pretrained(name):
-        pretrained = load_pretrained(name, of_file[0], model_args=of_file[1])
+    if from_main(lambda: is_pretrained(name)):
+        pretrained = all_do(lambda: load_pretrained(name, of_file[0], model_args=of_file[1]))
         if is_of_library(name):
             pretrained = at_size(pretrained, of_file[1])
         network, info = build_embedder(pretrained, name), pretrained._asdict()
         sha256, summary = pretrained.sha256, {"model": pretrained.model}
     elif is_users_own(name):
-        network, info, sha256, summary = _own_embedder(name, data, trust_code)
+        network, info, sha256, summary = all_do(lambda: _own_embedder(name, data, trust_code))
     else:
-        folder = local_folder(name)
-        network, info, sha256, summary = load_network(folder, trust_code)
+        folder, here = share_run(name)
+        network, info, sha256, summary = load_network(here, trust_code)
         if info["num_classes"]:
             without_classifier(network, info["model"], info["num_classes"])
     adapt_input(network, info, data, device)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -36,6 +35,7 @@ from kd.teachers.load import SharedLogits, TeacherNetwork
 from kd.utils.console import console, print_once
 from kd.utils.files import is_number, read_json, write_json, write_weights
 from kd.utils.hub import fetch
+from kd.utils.processes import all_do, from_main, is_alone, node_first
 
 FORMAT = 1  # of the packed folder; kd reads this one and earlier ones
 MANIFEST = "answers.json"
@@ -144,20 +144,18 @@ class SharedCache:
         return store.look_up({name: _placed(self.pieces(name), device) for name in store.shapes}, device)
 
 
-def open_cache(source: str, accelerator: Accelerator | None = None) -> SharedCache:
+def open_cache(source: str) -> SharedCache:
     """The cache that --cache-teacher names, without its logits as yet; all processes call this together.
 
     Raises UserError if there is none, it is malformed, or a newer kd wrote it.
     """
     if not source.startswith(HUB):
-        return read_cache(Path(source).expanduser(), f"cache:{source}")
+        return all_do(lambda: read_cache(Path(source).expanduser(), f"cache:{source}"))
     repository, _, revision = source.removeprefix(HUB).partition("@")
-    if accelerator is None or accelerator.num_processes == 1:
-        folder = fetch(repository, (MANIFEST,), revision)
-    else:  # all take the revision that the main process finds
-        commit = [fetch(repository, (MANIFEST,), revision).name if accelerator.is_main_process else ""]
-        folder = fetch(repository, (MANIFEST,), broadcast_object_list(commit)[0])
-    return read_cache(folder, f"{HUB}{repository}@{folder.name}")
+    if not is_alone():  # all take the revision that the main process finds
+        revision = from_main(lambda: fetch(repository, (MANIFEST,), revision).name)
+    folder = all_do(lambda: fetch(repository, (MANIFEST,), revision))
+    return all_do(lambda: read_cache(folder, f"{HUB}{repository}@{folder.name}"))
 
 
 def read_cache(folder: Path, source: str) -> SharedCache:
@@ -241,9 +239,9 @@ def _are_shards(shards: object, rows: int) -> bool:
     return ends == sorted(set(ends)) and ends[-1] == rows
 
 
-def find_shared(job: Job, accelerator: Accelerator) -> SharedCache:
+def find_shared(job: Job) -> SharedCache:
     """The cache of the job's --cache-teacher, checked as far as that goes without the data and without its logits."""
-    cache = open_cache(job.cache.cache_from, accelerator)
+    cache = open_cache(job.cache.cache_from)
     check_views(cache, job)
     return cache
 
@@ -263,10 +261,17 @@ def shared_teacher(cache: SharedCache, job: Job, data: Data) -> TeacherNetwork:
 
 
 def _open(cache: SharedCache, job: Job, accelerator: Accelerator) -> TeacherLogits:
-    """Fetch the logits, check them, and give the teacher that looks them up; all processes call this together."""
-    fetch_logits(cache)
-    cache.check()
-    accelerator.wait_for_everyone()
+    """Fetch the logits, check them, and give the teacher that looks them up; all processes call this together.
+
+    One process of each machine fetches and checks.
+    """
+
+    def ready(first: bool) -> None:
+        if first:
+            fetch_logits(cache)
+            cache.check()
+
+    node_first(ready)
     return cache.teacher(job.method.two_views, accelerator.device)
 
 

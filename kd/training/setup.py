@@ -37,7 +37,7 @@ from kd.training.start import freeze, held_at_first, load_start
 from kd.types import Outputs, Pair, Stages
 from kd.utils.console import print_once
 from kd.utils.hub import local_folder
-from kd.utils.processes import from_main
+from kd.utils.processes import all_do, from_main
 from kd.utils.rng import seed_everything
 
 FEW_IMAGES = 32  # of a process; with fewer BatchNorm's error rises (Wu and He, arXiv:1803.08494, figure 1)
@@ -114,15 +114,17 @@ def name_classes(config: DistillConfig, data: Data, shared: Sequence[str] = ()) 
     if data.labelled or config.method.embeds or not (config.teachers or shared):
         return data
     name = config.cache.cache_from if shared else str(config.teachers[0])
-    if shared:
-        classes = shared
-    elif is_pretrained(name):
-        classes = load_pretrained(name, config.teacher_model, model_args=config.teacher_model_args).classes
-    else:
-        classes = read_model(local_folder(expand_user(name)))[0]["classes"]
+    classes = shared or from_main(lambda: _classes_of(name, config))
     require(bool(classes), f"--teacher {name}: has no classes for a student to learn; name a teacher that has")
     print_once(f"classes: the {len(classes)} of {name}, as the images have no labels")
     return dataclasses.replace(data, classes=tuple(classes))
+
+
+def _classes_of(name: str, config: DistillConfig) -> Sequence[str]:
+    """The classes of a teacher, which may be on the main process's disk alone."""
+    if is_pretrained(name):
+        return load_pretrained(name, config.teacher_model, model_args=config.teacher_model_args).classes
+    return read_model(local_folder(expand_user(name)))[0]["classes"]
 
 
 def _print_length(fit: FitConfig, images: int) -> None:
@@ -191,7 +193,8 @@ def head_job(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, 
     """
     if not (config.fine_tune_teacher and from_main(lambda: is_pretrained(str(name)))):
         return None
-    pretrained = load_pretrained(str(name), config.teacher_model, model_args=config.teacher_model_args)
+    model, arguments = config.teacher_model, config.teacher_model_args
+    pretrained = all_do(lambda: load_pretrained(str(name), model, model_args=arguments))
     job = config.head_job(pretrained.model, origin_of(pretrained, str(name)))
     return job, dataclasses.replace(data, mean=pretrained.mean, std=pretrained.std)
 

@@ -87,7 +87,7 @@ def packed(here, monkeypatch):
 
 def opened(name: str, *args: str):
     """A cache, checked against the flags of a student."""
-    return shared.find_shared(job("--cache-teacher", f"./{name}", *args), Accelerator(cpu=True))
+    return shared.find_shared(job("--cache-teacher", f"./{name}", *args))
 
 
 @pytest.mark.parametrize("kind", ["plain", "two"])
@@ -416,7 +416,7 @@ def test_the_command_of_the_card_is_the_one_to_give(packed, data):
         assert card.startswith("---\nlicense: mit\n")
         (line,) = [line for line in card.splitlines() if line.startswith("    accelerate launch")]
         config = parse(distill_defaults, "", line.split()[3:])
-        cache = shared.find_shared(config.job(), Accelerator(cpu=True))
+        cache = shared.find_shared(config.job())
         shared.check_rows(cache, config.job(), load_data(config.data))
         assert config.cache.cache_from == f"./{name}"
 
