@@ -61,8 +61,13 @@ NEW_FILES = {
 """Names of files that older versions do not write, each with the reason. One that changed or is missing is reported."""
 
 PARTS = {
-    **{"data": DataConfig, "views": ViewConfig, "fit": FitConfig, "run": RunConfig},
-    **{"cache": CacheConfig, "compress": CompressConfig, "start": StartConfig},
+    "data": DataConfig,
+    "views": ViewConfig,
+    "fit": FitConfig,
+    "run": RunConfig,
+    "cache": CacheConfig,
+    "compress": CompressConfig,
+    "start": StartConfig,
 }
 DEFAULTS = {name: {field.name: field.default for field in fields(part)} for name, part in PARTS.items()}
 """Those of the flags in config.json, by their part's name."""
