@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,9 +25,13 @@ from kd.config import DataConfig, FitConfig, RunConfig
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults
 from kd.data import load_data
+from kd.data.loader import Pixels
 from kd.errors import UserError
+from kd.models import build_model
 from kd.teachers.cache import LogitStore
+from kd.training.evaluate import predict_logits
 from kd.training.launch import start
+from kd.training.probe import Probe
 from kd.training.trainer import Trainer
 from kd.utils import processes
 from kd.utils.processes import all_do, from_main, node_first
@@ -113,6 +118,28 @@ def test_a_wait_outlasts_the_timeout_of_collectives():
     for end in two_nodes(work):
         assert end.code == 0, end.log
         assert end.answer == "decoded"
+
+
+@pytest.mark.parametrize("kind", ["scores", "probe"])
+def test_who_reads_images_for_minutes_is_waited_for(kind):
+    def work(rank):
+        accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
+        data, real = load_data(DataConfig("synthetic")), Pixels.centre_crops
+        network = build_model("resnet8", len(data.classes), data.size)
+
+        def slow(self, indices):
+            time.sleep(4 * rank)
+            yield from real(self, indices)
+
+        Pixels.centre_crops = slow
+        if kind == "scores":
+            return len(predict_logits(network, data.val, data, accelerator, 50))
+        seen = replace(data, probe=data)
+        return len(Probe(network, "resnet8", seen, "synthetic", accelerator, 50).features(data.val))
+
+    for end in two_nodes(work, local=True):
+        assert end.code == 0, end.log
+        assert end.answer == 100
 
 
 def test_the_first_process_of_a_machine_works_before_the_other(tmp_path):
