@@ -273,7 +273,7 @@ def test_one_machine_has_the_run_and_both_have_the_teachers_logits(whole):
     assert not list((whole / "node1").glob("**/checkpoint")), "nothing of a run is written there"
     assert not (whole / "node1/run").exists()
     logits = caches(str(whole / "node0"))
-    assert logits.keys() == {"logits.npy", "manifest.json"}
+    assert logits.keys() == {"logits.npy", "manifest.json", "about.json"}
     assert caches(str(whole / "node1")) == logits
 
 
