@@ -61,6 +61,9 @@ class OtherProcessError(UserError):
 USERS_FILES: set[str] = set()
 """The files of the user's own code that was imported; kd.utils.users_own adds them."""
 
+TOLD: list[Callable[[BaseException], None]] = []
+"""What learns of an error before a script ends by it; kd.utils.processes adds the other processes of a run."""
+
 # Frames that are not shown: ours, and the plumbing between a call of a network and its forward.
 OUR_FOLDER = str(Path(__file__).parent) + os.sep
 PLUMBING = (os.path.join("torch", "nn", "modules", "module.py"), os.path.join("importlib", "__init__.py"))
@@ -149,7 +152,8 @@ def exit_code(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names are bytes, and not always valid text
     try:
-        work()
+        with _telling():
+            work()
     except UsersOwnError as error:
         return _print_users_own(error)
     except OtherProcessError as error:
@@ -169,6 +173,18 @@ def exit_code(
     except KeyboardInterrupt as stop:
         return _print_error(f"interrupted: {interrupted}", 128 + next(iter(stop.args), signal.SIGINT))
     return 0
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    try:
+        yield
+    except Preempted:
+        raise  # all processes stop together
+    except BaseException as error:
+        for tell in TOLD:
+            tell(error)
+        raise
 
 
 def remedy_for(error: BaseException) -> str | None:

@@ -121,6 +121,28 @@ def test_names_are_compared():
     assert len(found) == 5
 
 
+def test_known_new_files_are_none_of_the_differences_and_old_ones_that_are_gone_are():
+    for name in ("levels-0123456789abcdef.json", "about.json"):
+        Path("now/runs/cache", name).write_text("{}")
+    assert compare() == []
+    for name in ("levels-0123456789abcdef.json", "about.json"):
+        Path("now/runs/cache", name).rename(Path("before/runs/cache", name))
+    assert len(compare()) == 2
+    Path("now/runs/cache/levels.txt").write_text("")
+    assert "runs/cache/levels.txt: only now" in compare()
+
+
+def test_a_flag_that_older_versions_lack_may_have_its_default_and_no_other_value():
+    path = Path("now/finished/config.json")
+    config = json.loads(path.read_text())
+    config["flags"]["data"] |= {"no_labels": False}
+    path.write_text(json.dumps(config))
+    assert compare() == []
+    config["flags"]["data"] |= {"label_share": 0.5}
+    path.write_text(json.dumps(config))
+    assert compare() == ["finished/config.json: flags.data.label_share 1.0 before, 0.5 now"]
+
+
 def test_what_a_clock_measured_is_not_compared():
     for key in ("seconds", "images_per_second"):
         edit("finished/summary.json", key, value=12345)

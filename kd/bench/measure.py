@@ -120,14 +120,21 @@ class Loop:
         return Workload(trainer.read_means, prepare)
 
     def end(self) -> Workload:
-        """What ends an epoch, without the validation: reading the numbers, the checkpoint, asking for stops."""
+        """What ends an epoch, without the validation: reading the numbers, the checkpoint, asking for stops.
+
+        With all of the checkpoint's writing, which a run does in a thread beside the next steps.
+        """
+
+        def prepare() -> None:
+            self.trainer.state.step = 0  # where saving waits for the file
+            self.trainer.read_means()
 
         def work() -> None:
             self.trainer.read_means()
             self.trainer.save()
             self.trainer.read_means()
 
-        return Workload(work, self.trainer.read_means)
+        return Workload(work, prepare)
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,9 @@ class Writer:
     def start(self, taken: Snapshot) -> None:
         """Write a snapshot, once the one before is written."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(taken,), name="checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=self._write, args=(taken,), name="checkpoint")
+        thread.start()
+        self._thread = thread
 
     def _write(self, taken: Snapshot) -> None:
         try:
@@ -157,9 +158,8 @@ class Writer:
             raise error
 
     def join(self) -> None:
-        if self._thread is not None:
+        if self._thread is not None:  # any thread that forks calls this: it stays the newest one
             self._thread.join()
-            self._thread = None
 
 
 _writers: "weakref.WeakSet[Writer]" = weakref.WeakSet()

@@ -289,8 +289,7 @@ def cached_logits(
     query = live_logits(teacher.network, accelerator, channels_last=job.fit.channels_last)
     lock = _claim(store.folder)
     try:
-        if accelerator.is_main_process:
-            describe(store.folder, teacher, data, job)
+        all_do(lambda: None if lock is None else describe(store.folder, teacher, data, job))
         share = max(job.fit.batch_size // accelerator.num_processes, MIN_BATCH)
         done = _send_views(store, keeps=lock is not None)
         _build(store, images, query, accelerator, Work(share, done, lock is not None))

@@ -204,7 +204,7 @@ def _load_embedder(
         network, info = build_embedder(pretrained, name), pretrained._asdict()
         sha256, summary = pretrained.sha256, {"model": pretrained.model}
     elif is_users_own(name):
-        network, info, sha256, summary = _own_embedder(name, data, trust_code)
+        network, info, sha256, summary = all_do(lambda: _own_embedder(name, data, trust_code))
     else:
         folder, here = share_run(name)
         network, info, sha256, summary = load_network(here, trust_code)

@@ -35,7 +35,7 @@ from kd.teachers.load import SharedLogits, TeacherNetwork
 from kd.utils.console import console, print_once
 from kd.utils.files import is_number, read_json, write_json, write_weights
 from kd.utils.hub import fetch
-from kd.utils.processes import all_do, from_main, is_alone
+from kd.utils.processes import all_do, from_main, is_alone, node_first
 
 FORMAT = 1  # of the packed folder; kd reads this one and earlier ones
 MANIFEST = "answers.json"
@@ -153,9 +153,9 @@ def open_cache(source: str) -> SharedCache:
     if not source.startswith(HUB):
         return all_do(lambda: read_cache(Path(source).expanduser(), f"cache:{source}"))
     repository, _, revision = source.removeprefix(HUB).partition("@")
-    folder = from_main(lambda: fetch(repository, (MANIFEST,), revision))
     if not is_alone():  # all take the revision that the main process finds
-        folder = all_do(lambda: fetch(repository, (MANIFEST,), folder.name))
+        revision = from_main(lambda: fetch(repository, (MANIFEST,), revision).name)
+    folder = all_do(lambda: fetch(repository, (MANIFEST,), revision))
     return all_do(lambda: read_cache(folder, f"{HUB}{repository}@{folder.name}"))
 
 
@@ -262,13 +262,17 @@ def shared_teacher(cache: SharedCache, job: Job, data: Data) -> TeacherNetwork:
 
 
 def _open(cache: SharedCache, job: Job, accelerator: Accelerator) -> TeacherLogits:
-    """Fetch the logits, check them, and give the teacher that looks them up; all processes call this together."""
+    """Fetch the logits, check them, and give the teacher that looks them up; all processes call this together.
 
-    def fetch_and_check() -> None:
-        fetch_logits(cache)
-        cache.check()
+    One process of each machine fetches and checks.
+    """
 
-    all_do(fetch_and_check)
+    def ready(first: bool) -> None:
+        if first:
+            fetch_logits(cache)
+            cache.check()
+
+    node_first(ready)
     return cache.teacher(job.method.two_views, accelerator.device)
 
 

@@ -32,7 +32,7 @@ from kd.models.features import Tap
 from kd.training.probe_scores import Told, knn_accuracy, linear_probe_accuracy, probe_bytes, silent
 from kd.training.progress import work_bar
 from kd.utils.console import print_once
-from kd.utils.processes import broadcast_buffers
+from kd.utils.processes import all_do, broadcast_buffers, nothing
 from kd.utils.rng import seed_everything
 from kd.utils.system import memory_limit, processes_here
 
@@ -125,6 +125,7 @@ class Probe:
             tap.remove()
             self.network.train(training)
         if accelerator.num_processes > 1:
+            all_do(nothing)  # another process may read its images for minutes longer
             for part in features.split(max(REDUCED // self.width, 1)):
                 part.copy_(accelerator.reduce(part.to(accelerator.device), "sum").cpu())
         return features

@@ -24,13 +24,13 @@ from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.libraries import checkpoint_gradients
 from kd.models.pretrained import is_pretrained, load_into, load_pretrained, origin_of
-from kd.runs.nodes import share_run
 from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
 from kd.training.optimizers import check_network
 from kd.training.start import freeze, held_at_first, load_start
 from kd.types import Outputs, Pair, Stages
 from kd.utils.console import print_once
+from kd.utils.hub import local_folder
 from kd.utils.processes import all_do, from_main
 from kd.utils.rng import seed_everything
 
@@ -108,16 +108,17 @@ def name_classes(config: DistillConfig, data: Data, shared: Sequence[str] = ()) 
     if data.labelled or config.method.embeds or not (config.teachers or shared):
         return data
     name = config.cache.cache_from if shared else str(config.teachers[0])
-    if shared:
-        classes = shared
-    elif from_main(lambda: is_pretrained(name)):
-        model, arguments = config.teacher_model, config.teacher_model_args
-        classes = all_do(lambda: load_pretrained(name, model, model_args=arguments)).classes
-    else:
-        classes = read_model(share_run(name)[1])[0]["classes"]
+    classes = shared or from_main(lambda: _classes_of(name, config))
     require(bool(classes), f"--teacher {name}: has no classes for a student to learn; name a teacher that has")
     print_once(f"classes: the {len(classes)} of {name}, as the images have no labels")
     return dataclasses.replace(data, classes=tuple(classes))
+
+
+def _classes_of(name: str, config: DistillConfig) -> Sequence[str]:
+    """The classes of a teacher, which may be on the main process's disk alone."""
+    if is_pretrained(name):
+        return load_pretrained(name, config.teacher_model, model_args=config.teacher_model_args).classes
+    return read_model(local_folder(expand_user(name)))[0]["classes"]
 
 
 def _print_length(fit: FitConfig, images: int) -> None:
@@ -186,7 +187,8 @@ def head_job(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, 
     """
     if not (config.fine_tune_teacher and from_main(lambda: is_pretrained(str(name)))):
         return None
-    pretrained = load_pretrained(str(name), config.teacher_model, model_args=config.teacher_model_args)
+    model, arguments = config.teacher_model, config.teacher_model_args
+    pretrained = all_do(lambda: load_pretrained(str(name), model, model_args=arguments))
     job = config.head_job(pretrained.model, origin_of(pretrained, str(name)))
     return job, dataclasses.replace(data, mean=pretrained.mean, std=pretrained.std)
 

@@ -77,8 +77,7 @@ class Trainer:
         self.average = None if job.fit.ema is None else Average(distiller.deployed, job.fit.ema)
         if line := too_long(job.fit.ema, self._total):
             print_once(line)
-        options = accelerator, job.fit.batch_size
-        self.probe = open_probe(job.run.probe, distiller.deployed, job.model, data, *options)
+        self.probe = open_probe(job.run.probe, distiller.deployed, job.model, data, accelerator, job.fit.batch_size)
         self.state = State(threads=torch.get_num_threads(), processes=accelerator.num_processes)
         self.best: dict[str, Tensor] = {}  # the deployed weights of the best epoch on validation
         self.saved_step: int | None = None  # the step that this process last saved or resumed from

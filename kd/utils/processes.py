@@ -12,13 +12,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import distributed, nn
 
-from kd.errors import OtherProcessError, UserError
+from kd.errors import TOLD, OtherProcessError, UserError
 from kd.utils.system import Lock
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ LONGEST = 7 * 24 * 3600.0  # seconds of one process's work, such as waiting for 
 SHORTEST_POLL, LONGEST_POLL = 0.001, 0.2  # seconds between two looks at the store; waits that last are polled less
 LEAVING = 60.0  # seconds for which the main process, which may serve the store, stays for the others to look at it
 FAILING = 5.0  # the same after an error
+FAILED = "kd/failed"  # key of the error by which a process ended, outside of all meetings
 CHUNK = 2**26  # bytes that are sent at once: what it takes of a GPU's memory
 
 _meetings = itertools.count()  # numbers of `all_do`, the same on every process
@@ -84,7 +85,8 @@ def nothing() -> None:
 def all_do(work: Callable[[], T]) -> T:
     """`work()` on each process; returns once all are done, however long one takes.
 
-    Raises: what `work` raises; on the other processes then OtherProcessError with its message.
+    Raises: what `work` raises; on the other processes then OtherProcessError with its message, and also if a process
+    ends by an error elsewhere and never comes here.
     """
     return work() if is_alone() else _Meeting().hold(work)
 
@@ -121,6 +123,16 @@ def node_first(work: Callable[[bool], T]) -> T:
     return results[not first]
 
 
+def tell_others(error: BaseException) -> None:
+    """Let the processes that wait for this one, which ends by an error, end too: no launcher may see both machines."""
+    if not is_alone() and not isinstance(error, OtherProcessError):
+        with suppress(RuntimeError):  # the store is gone: so are the others
+            distributed.distributed_c10d._get_default_store().set(FAILED, _told(error))
+
+
+TOLD.append(tell_others)
+
+
 class _Meeting:
     """One `all_do`: its keys in the store."""
 
@@ -133,7 +145,7 @@ class _Meeting:
             result = work()
         except BaseException as error:
             with suppress(RuntimeError):  # the store is gone: so are the others
-                self.store.set(f"{self.key}/error", pickle.dumps((distributed.get_rank(), node(), _text(error))))
+                self.store.set(f"{self.key}/error", _told(error))
                 self._leave(FAILING)
             raise
         try:
@@ -148,12 +160,15 @@ class _Meeting:
         for _ in _poll(LONGEST):
             if self.store.add(f"{self.key}/done", 0) == distributed.get_world_size():
                 return
-            if self.store.check([f"{self.key}/error"]):
-                rank, where, text = pickle.loads(self.store.get(f"{self.key}/error"))
-                with suppress(RuntimeError):
-                    self._leave(FAILING)
-                raise OtherProcessError(f"process {rank}: {text}", shown=where != node() and is_first_on_node())
+            for key in (f"{self.key}/error", FAILED):
+                if self.store.check([key]):
+                    self._fail(*pickle.loads(self.store.get(key)))
         raise UserError(f"another process was not done after {LONGEST / 3600:.0f} hours; start the run again")
+
+    def _fail(self, rank: int, where: str, text: str) -> NoReturn:
+        with suppress(RuntimeError):
+            self._leave(FAILING)
+        raise OtherProcessError(f"process {rank}: {text}", shown=where != node() and is_first_on_node())
 
     def _leave(self, patience: float) -> None:
         """Tell that this process needs the store no more; the main process, which may serve it, goes last."""
@@ -172,8 +187,10 @@ def _poll(patience: float) -> Iterator[None]:
         pause = min(1.3 * pause, LONGEST_POLL)
 
 
-def _text(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+def _told(error: BaseException) -> bytes:
+    """What other processes are told of this one's error: rank, machine and message."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return pickle.dumps((distributed.get_rank(), node(), text))
 
 
 def _broadcast(value: T) -> T:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from kd.config import FitConfig, RunConfig
 from kd.errors import UserError
@@ -43,6 +45,13 @@ def test_what_would_change_the_arithmetic_is_refused_with_its_remedy(monkeypatch
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}={value}.*{remedy}"):
         start(FitConfig(), RunConfig())
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "XLA", "TP"])
+def test_ways_to_distribute_that_are_not_ours_are_refused(monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", SimpleNamespace(name=kind))
+    with pytest.raises(UserError, match=f"distributed_type {kind} is not supported: take MULTI_GPU"):
+        start(FitConfig(), RunConfig(threads=1))
 
 
 @pytest.mark.parametrize(

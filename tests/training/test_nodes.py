@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,22 +15,30 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import distributed
 
+import distill_student
 import kd.data.cache
 import kd.data.dataset
 import kd.data.sources
 import kd.data.storage
+import kd.teachers.__main__
 from kd.config import DataConfig, FitConfig, RunConfig
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults
 from kd.data import load_data
+from kd.data.loader import Pixels
 from kd.errors import UserError
+from kd.models import build_model
 from kd.teachers.cache import LogitStore
 from kd.teachers.shared import open_cache
+from kd.training.evaluate import predict_logits
 from kd.training.launch import start
+from kd.training.probe import Probe
 from kd.training.trainer import Trainer
 from kd.utils import processes
 from kd.utils.processes import all_do, from_main, node_first
 from tests.nodes import Ended, run_nodes, two_nodes
 from tests.pairs import batch_of, build
-from tests.run_scripts import differences, distil, teach
+from tests.run_scripts import SMALL, differences, distil, teach
 
 CACHED = ("--views", "2", "--cache-teacher", "--cache-dtype", "float32")
 STUDENT = (*CACHED, "--threads", "1", "--save-every", "5", "--out", "run")
@@ -87,6 +96,21 @@ def test_row_39_an_error_of_one_process_ends_the_other_within_seconds(failing, l
     assert other.count("no such folder") == (not local), "told once on each machine"
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_row_39_an_error_elsewhere_ends_those_who_wait_for_that_process(failing):
+    def work(rank):
+        Accelerator(cpu=True)
+        if failing == rank:
+            raise UserError("no such folder: name another")
+        all_do(processes.nothing)
+
+    started = time.monotonic()
+    ended = two_nodes(work)
+    assert time.monotonic() - started < QUICK
+    assert codes(ended) == [2, 2]
+    assert "no such folder" in ended[1 - failing].log or failing == 0  # whose end may take the store with it
+
+
 def test_a_wait_outlasts_the_timeout_of_collectives():
     def work(rank):
         Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
@@ -95,6 +119,28 @@ def test_a_wait_outlasts_the_timeout_of_collectives():
     for end in two_nodes(work):
         assert end.code == 0, end.log
         assert end.answer == "decoded"
+
+
+@pytest.mark.parametrize("kind", ["scores", "probe"])
+def test_who_reads_images_for_minutes_is_waited_for(kind):
+    def work(rank):
+        accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
+        data, real = load_data(DataConfig("synthetic")), Pixels.centre_crops
+        network = build_model("resnet8", len(data.classes), data.size)
+
+        def slow(self, indices):
+            time.sleep(4 * rank)
+            yield from real(self, indices)
+
+        Pixels.centre_crops = slow
+        if kind == "scores":
+            return len(predict_logits(network, data.val, data, accelerator, 50))
+        seen = replace(data, probe=data)
+        return len(Probe(network, "resnet8", seen, "synthetic", accelerator, 50).features(data.val))
+
+    for end in two_nodes(work, local=True):
+        assert end.code == 0, end.log
+        assert end.answer == 100
 
 
 def test_the_first_process_of_a_machine_works_before_the_other(tmp_path):
@@ -228,7 +274,7 @@ def test_one_machine_has_the_run_and_both_have_the_teachers_logits(whole):
     assert not list((whole / "node1").glob("**/checkpoint")), "nothing of a run is written there"
     assert not (whole / "node1/run").exists()
     logits = caches(str(whole / "node0"))
-    assert logits.keys() == {"logits.npy", "manifest.json"}
+    assert logits.keys() == {"logits.npy", "manifest.json", "about.json"}
     assert caches(str(whole / "node1")) == logits
 
 
@@ -346,15 +392,50 @@ def test_a_teacher_and_a_start_that_one_machine_has_serve_both():
     assert codes(ended) == [0, 0], ended
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher and a packed cache of its logits, as one machine of two has them."""
+    folder = tmp_path_factory.mktemp("teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teach("--model", "resnet8", "--out", "big", "--epochs", "1")
+        distil("--student", "resnet8", "--teacher", "big", "--epochs", "1", *CACHED, "--out", "student", "kd")
+        (built,) = Path("runs/cache").iterdir()
+        kd.teachers.__main__.main(["pack", str(built), "packed"])
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [("kd", "--alpha", "1"), ("embed",)], ids=["kd", "embed"])
-def test_a_teacher_that_one_machine_has_serves_both_without_labels(method):
-    Path("node0").mkdir()
-    os.chdir("node0")
-    teach("--out", "big/one", "--epochs", "1", "--model", "resnet8")
-    os.chdir("..")
-    flags = ("--teacher", "big/one", "--no-labels", "--student", "resnet8", "--steps", "2", "--warmup-epochs", "0")
-    ended = run_nodes("distil", *flags, "--threads", "1", "--out", "run", *method)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*CACHED, "embed", "--queue", "100"),
+        ("--no-labels", "kd", "--alpha", "1"),
+    ],
+    ids=["embed", "no-labels"],
+)
+def test_a_teacher_that_one_machine_has_serves_what_needs_no_labels_on_both(teacher, flags):
+    shutil.copytree(teacher / "big", "node0/big")
+    ended = run_nodes("distil", "--student", "resnet8", "--teacher", "big", *TEACHER, *flags)
+    assert codes(ended) == [0, 0], ended
+    assert (Path("node0/run/summary.json").exists(), Path("node1/run").exists()) == (True, False)
+
+
+@pytest.mark.slow
+def test_shared_logits_that_one_machine_lacks_are_refused_within_seconds_and_else_serve_both(teacher):
+    shutil.copytree(teacher / "packed", "node0/packed")
+    flags = (*SMALL, "--student", "resnet8", "--views", "2", "--cache-teacher", "./packed", *TEACHER, "kd")
+
+    def student(rank):
+        distill_student.main(parse(distill_defaults, "", list(flags)))
+
+    started = time.monotonic()
+    ended = two_nodes(student)
+    assert time.monotonic() - started < QUICK
+    assert codes(ended) == [2, 2]
+    assert "error: process 1: --cache-teacher ./packed: no such folder" in ended[0].log
+    shutil.copytree(teacher / "packed", "node1/packed")
+    ended = two_nodes(student)
     assert codes(ended) == [0, 0], ended
 
 

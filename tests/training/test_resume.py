@@ -339,6 +339,19 @@ def test_a_fork_waits_for_the_thread_that_saves(tmp_path, monkeypatch):
     writer.wait()
 
 
+def test_a_fork_in_another_thread_does_not_lose_sight_of_a_newer_write(tmp_path):
+    """It waits for the thread that writes; when that is done, the training may have started the next one."""
+    writer, newer = checkpoint.Writer(tmp_path), threading.Thread(target=str)
+
+    class Written:
+        def join(self):
+            writer._thread = newer
+
+    writer._thread = Written()
+    writer.join()
+    assert writer._thread is newer
+
+
 def test_row_32_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
     real = files.write_weights
 
