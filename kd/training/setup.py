@@ -23,7 +23,7 @@ from kd.losses import Distiller, loss_class
 from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.libraries import checkpoint_gradients
-from kd.models.pretrained import is_pretrained, load_into, load_pretrained, origin_of
+from kd.models.pretrained import expand_user, is_pretrained, load_into, load_pretrained, origin_of
 from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
 from kd.training.optimizers import check_network
