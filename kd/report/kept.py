@@ -28,7 +28,17 @@ from kd.utils.system import cores
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # of a measurement: its heading's anchor as well
 FACTS = ("title", "machine", "date", "note")  # texts of measurement.json, beside its commands
-COLUMNS = [METRICS[key] for key in ("val_top1_last", "test_top1", "test_nll", "test_ece", "agreement")]
+SCORES = (
+    "val_top1_last",
+    "val_loss_last",
+    "test_top1",
+    "test_nll",
+    "test_ece",
+    "agreement",
+    "probe_knn",
+    "probe_linear",
+)
+COLUMNS = [METRICS[key] for key in SCORES]
 INTRODUCTION = (
     "Made from the files beside this page by `python -m kd.report --from docs/measurements`. Percent, NLL in nats; mean"
     " ± standard deviation over seeds, of the last epoch's weights. Gain: points of test accuracy against the student"
@@ -167,7 +177,7 @@ def _tables(groups: list[Group]) -> list[Block]:
     rows = [_row(group, columns, comparisons.get((group.label, group.model))) for group in groups]
     titles = ("gain (95% interval)", "p", "corrected") if comparisons else ()
     rows = [row if comparisons else row[: -len(("gain", "p", "corrected"))] for row in rows]
-    head = ("network", "model", "seeds", *(metric.report for metric in columns), "time", *titles)
+    head = ("network", "model", "seeds", *(metric.report or metric.title for metric in columns), "time", *titles)
     blocks: list[Block] = [Table(head, rows, words=2)]
     sharing = [group.label for group in groups if group.distilled and group.shares_a_teacher]
     if sharing:

@@ -19,6 +19,7 @@ def without_paths(summary: dict, config: dict) -> tuple[dict, dict]:
     names = [(summary, "teacher"), (summary, "control"), (summary, "init"), (config, "teacher"), *named_paths(flags)]
     names += [(member, "folder") for member in summary.get("teachers", [])]
     names += [(part.get("shared_cache", {}), "source") for part in (summary, config)]
+    names += [(summary, "probe_data"), (flags["run"], "probe")]
     for part, key in names:
         if part.get(key):
             part[key] = public_name(part[key])

@@ -319,12 +319,12 @@ def test_a_deployed_network_normalises(run):
 )
 def test_only_the_last_component_of_a_path_is_kept_and_public_names_whole(run, name, public):
     summary, config = read_json(run / "summary.json"), read_json(run / "config.json")
-    write_json(run / "summary.json", summary | {"teacher": [name, name], "init": name})
+    write_json(run / "summary.json", summary | {"teacher": [name, name], "init": name, "probe_data": name})
     flags = config["flags"] | {"origin": {"source": name}}
     write_json(run / "config.json", config | {"flags": flags, "teacher": [name]})
     main([str(run), "--formats", "safetensors", "--no-table"])
     summary, config = (read_json(run / "export" / name) for name in ("summary.json", "config.json"))
-    assert (summary["teacher"], summary["init"]) == ([public, public], public)
+    assert (summary["teacher"], summary["init"], summary["probe_data"]) == ([public, public], public, public)
     assert (config["flags"]["origin"]["source"], config["teacher"]) == (public, [public])
     assert f"follow {public}, {public}" in (run / "export" / "README.md").read_text().replace("\\", "")
 
