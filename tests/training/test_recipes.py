@@ -423,7 +423,8 @@ def test_row_1_kill_9_in_mid_epoch_with_adamw_average_and_accumulation():
     assert whole.returncode == 0, whole.stderr
     killed = script("tests/faults.py", "kill:29", str(ROOT / "train_teacher.py"), *args, "--out", "run")
     assert killed.returncode == -signal.SIGKILL
-    assert newest_checkpoint(Path("run")).name == "step-25"
+    saved = newest_checkpoint(Path("run")).name
+    assert saved in ("step-20", "step-25"), "the thread that writes may be killed too"
     resumed = script("train_teacher.py", *args, "--out", "run", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert differences(Path("whole"), Path("run")) == []
