@@ -152,12 +152,14 @@ def compare(measured: dict[str, dict]) -> dict:
 
 
 def verdict(numbers: dict) -> str:
-    """Which precision pays, in one line."""
+    """Which precision pays, in one line; undecided if the rounds do not agree."""
     ratio, (low, high) = numbers["bf16_over_fp32_cached"], numbers["bf16_over_fp32_cached_range"]
     live = numbers["bf16_over_fp32_live"]
     text = (
         f"{ratio:.2f} times as fast as fp32 ({low:.2f} to {high:.2f}) with a cached teacher, {live:.2f} with a live one"
     )
+    if low < 1 < high:
+        return f"bf16: undecided, {text}. Measure again with more --rounds, beside no other work."
     if min(ratio, live) >= PAYS:
         return f"bf16 pays: {text}. Add --mixed-precision bf16."
     return f"bf16 {'does not pay' if max(ratio, live) < PAYS else 'pays in part'}: {text}."

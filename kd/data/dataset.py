@@ -43,6 +43,13 @@ class Data:
     labelled: bool = True  # False: every label is -1, and nothing may depend on it
     probe: "Data | None" = None  # the labelled set of --probe
 
+    def close(self) -> None:
+        """End what the splits, the probe's too, keep between epochs; reading them starts it again."""
+        for split in filter(None, (self.train, self.val, self.test)):
+            split.close()
+        if self.probe is not None:
+            self.probe.close()
+
 
 def load_data(config: DataConfig, run: RunConfig = NO_PROBE, needs_labels: bool = True) -> Data:
     """Load the three splits of `config.source`, or its images alone with --no-labels, and those of the run's --probe.

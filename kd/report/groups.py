@@ -182,9 +182,8 @@ def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
     not_budget = {"role", "teacher", "label_smoothing"}
     not_budget |= {"cache_teacher", "cache_dtype", "cache_top_k", "cache_from", "shared_cache"}
     not_budget |= {*STRONG_VIEW, *first.method_flags}
-    not_budget |= {
-        key for key in recipe if key.endswith("layers")
-    }  # those compared, as DistillationLoss.identity has it
+    # Those compared, as DistillationLoss.identity has it.
+    not_budget |= {key for key in recipe if key.endswith("layers")}
     start = _start(first, by_path)
     fine_tuned = first.role in ("none", "teacher") and start is not None and start.role not in ("none", "teacher")
     not_budget |= {"init"} if fine_tuned else set()

@@ -17,7 +17,7 @@ from pathlib import Path
 from kd.errors import require
 from kd.models.cost import cpu_name
 from kd.report.document import Block, Heading, Lines, Paragraph, Table, markdown
-from kd.report.groups import Comparison, Group, by_data, compare_groups
+from kd.report.groups import ALONE, Comparison, Group, by_data, compare_groups
 from kd.report.opening import trained_on
 from kd.runs.comparison import Answers, format_p
 from kd.runs.public import without_paths
@@ -29,14 +29,8 @@ from kd.utils.system import cores
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # of a measurement: its heading's anchor as well
 FACTS = ("title", "machine", "date", "note")  # texts of measurement.json, beside its commands
 SCORES = (
-    "val_top1_last",
-    "val_loss_last",
-    "test_top1",
-    "test_nll",
-    "test_ece",
-    "agreement",
-    "probe_knn",
-    "probe_linear",
+    *("val_top1_last", "val_loss_last", "test_top1", "test_nll", "test_ece", "agreement"),
+    *("probe_knn", "probe_linear"),
 )
 COLUMNS = [METRICS[key] for key in SCORES]
 INTRODUCTION = (
@@ -63,9 +57,8 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
     kept = [_keep_run(run, names, folder) for run in runs]
     if commands or not about.exists():
         last = max((run.path / "summary.json").stat().st_mtime for run in runs)
-        known = (
-            read_json(about) if about.exists() else {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
-        )
+        known = {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
+        known |= read_json(about) if about.exists() else {}
         facts = {"machine": f"{cpu_name()}, {cores()} cores", "date": date.fromtimestamp(last).isoformat()}
         write_json(about, known | {"commands": list(commands)} | facts)
     return kept
@@ -168,16 +161,13 @@ def _tables(groups: list[Group]) -> list[Block]:
     _name_by_preset(groups)
     answers = Answers()
     comparisons = {
-        (one.group.label, one.group.model): one
-        for one in compare_groups(groups, answers)
-        if one.control.kind == "student alone"
+        (one.group.label, one.group.model): one for one in compare_groups(groups, answers) if one.control.kind == ALONE
     }
     require(not answers.notes, "; ".join(answers.notes))
     columns = [metric for metric in COLUMNS if any(group.values(metric.key) for group in groups)]
-    rows = [_row(group, columns, comparisons.get((group.label, group.model))) for group in groups]
-    titles = ("gain (95% interval)", "p", "corrected") if comparisons else ()
-    rows = [row if comparisons else row[: -len(("gain", "p", "corrected"))] for row in rows]
-    head = ("network", "model", "seeds", *(metric.report or metric.title for metric in columns), "time", *titles)
+    head = ("network", "model", "seeds", *(metric.report or metric.title for metric in columns), "time")
+    head += ("gain (95% interval)", "p", "corrected") if comparisons else ()
+    rows = [_row(group, columns, comparisons.get((group.label, group.model)))[: len(head)] for group in groups]
     blocks: list[Block] = [Table(head, rows, words=2)]
     sharing = [group.label for group in groups if group.distilled and group.shares_a_teacher]
     if sharing:

@@ -82,14 +82,8 @@ def show_results(student: Path, control: Path | None = None) -> None:
         wide.print(Text(line), soft_wrap=True)
     if summary.get("test_split") == "validation":
         wide.print(Text("test: the data's validation split, as it has no test split"))
-    if not is_labelled(summary):
-        pass  # no test split, and no student alone
-    elif any(run["test_top1"] is None for run in (summary, control) if run):
-        wide.print(Text("the test split was not read (--no-test)"))
-    elif control is None and summary["method"] != "none":
-        wide.print(Text("student alone: not measured; the same command with --control measures it"))
-    elif control is not None:
-        wide.print(Text(format_verdict(Result(student, summary), Result(Path(alone), control))))
+    if line := _beside_control(student, summary, control, alone):
+        wide.print(Text(line))
     wide.print(Text(f"run folder: {student}"), soft_wrap=True)
     related = [("teacher", folder) for folder in teachers_of(summary)]
     related += [("student alone", str(alone))] if alone and summary["method"] != "none" else []
@@ -97,6 +91,21 @@ def show_results(student: Path, control: Path | None = None) -> None:
         wide.print(Text(f"{name}: {folder}"), soft_wrap=True)
     trust = " --trust-code" if ":" in summary["model"] else ""
     wide.print(Text(f"next: python -m kd.export {shlex.quote(str(student))}{trust}"), soft_wrap=True)
+
+
+def _beside_control(student: Path, summary: dict, control: dict | None, alone: str | Path | None) -> str:
+    """How a run compares with the student alone, or why that is not known; empty without labels, as neither is tested.
+
+    `control` is the summary of the run in `alone`.
+    """
+    if not is_labelled(summary):
+        return ""
+    if any(run["test_top1"] is None for run in (summary, control) if run):
+        return "the test split was not read (--no-test)"
+    if control is not None:
+        return format_verdict(Result(student, summary), Result(Path(alone), control))
+    missing = "student alone: not measured; the same command with --control measures it"
+    return "" if summary["method"] == "none" else missing
 
 
 def averaged(summaries: list[dict]) -> list[Metric]:

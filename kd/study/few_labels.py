@@ -1,7 +1,5 @@
 """A study over shares of the labels: from scratch, taught with labels, and distilled on all images, then fine-tuned."""
 
-from pathlib import Path
-
 from kd.study.plan import Study, needs_own_teacher
 from kd.study.runner import Runner, Task
 
@@ -48,6 +46,6 @@ def _run_fine_tuning(runner: Runner, study: Study, share: str, pretraining: list
     """Fine-tune, with a share, what the same seed has distilled."""
     folders = {seed: task.folder for seed, task in zip(study.seeds, pretraining, strict=True)}
     ready = [study.fine_tuning(seed, share, str(folder)) for seed, folder in folders.items() if folder]
-    lost = [study.fine_tuning(seed, share, str(Path("RUN"))) for seed, folder in folders.items() if not folder]
+    lost = [study.fine_tuning(seed, share, "RUN") for seed, folder in folders.items() if not folder]
     runner.run(ready)
     runner.skip(lost, "not started: the run to start from failed")

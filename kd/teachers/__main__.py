@@ -64,9 +64,8 @@ def check(args: argparse.Namespace) -> None:
 def pack_into(args: argparse.Namespace) -> None:
     """Write the packed cache into a new folder, completely or not at all."""
     require(not args.folder.exists(), f"{args.folder}: is there already; name a new folder")
-    _pack(
-        args.cache, args.folder, f"./{args.folder}" if args.folder == Path(args.folder.name) else str(args.folder), args
-    )
+    alone = args.folder == Path(args.folder.name)  # without a slash it would be taken for a method
+    _pack(args.cache, args.folder, f"./{args.folder}" if alone else str(args.folder), args)
     print(f"packed: {args.folder}", flush=True)
 
 
@@ -86,12 +85,8 @@ def push(args: argparse.Namespace) -> None:
 
 def _beside(cache: str, name: str) -> Path:
     """Where a cache is packed before it is pushed: on its own disk, which has room for such a thing."""
-    path = Path(cache).expanduser()
-    return (
-        path.parent / f".{path.name}-for-{name.replace('/', '-')}"
-        if path.is_dir()
-        else Path(f".{name.replace('/', '-')}")
-    )
+    path, target = Path(cache).expanduser(), name.replace("/", "-")
+    return path.parent / f".{path.name}-for-{target}" if path.is_dir() else Path(f".{target}")
 
 
 def _pack(source: str, folder: Path, name: str, args: argparse.Namespace) -> None:

@@ -1,11 +1,9 @@
-"""The teacher's logits, computed once for K views of every image and reused by every student of every seed. So are the
-embeddings of a teacher of embeddings, in place of logits.
+"""The teacher's logits, or its embeddings, computed once for K views of every image and reused by every student.
 
 One memory-mapped file of logits [K, N, C] (or of the top k of each row), a second one of the strong views if the method
 has two, and a manifest with everything they depend on (teacher, rows, views, precision) and the sha256 of each view's
-block. A cache that does not match is refused, never
-overwritten. Stored targets for repeated views: FKD (Shen and Xing, arXiv:2112.01528); the same views for teacher and
-student: Beyer et al., arXiv:2106.05237.
+block. A cache that does not match is refused, never overwritten. Stored targets for repeated views: FKD (Shen and Xing,
+arXiv:2112.01528); the same views for teacher and student: Beyer et al., arXiv:2106.05237.
 """
 
 import hashlib

@@ -26,7 +26,7 @@ from kd.config import DataConfig, Job, ViewConfig
 from kd.config.flags import HUB
 from kd.data import Data
 from kd.data.augment import VERSION
-from kd.data.rows import DEVICE_SHARE
+from kd.data.rows import fits
 from kd.errors import UserError, require
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from kd.teachers.cache import ABOUT, FLAGS_OF_ROWS, LogitStore, Pieces
@@ -449,7 +449,7 @@ def _by_view(piece: Tensor, row: int, rows: int) -> Iterator[Tensor]:
 def _placed(pieces: list[Tensor], device: torch.device) -> Tensor | Pieces:
     """The array on the device if it fits there, else mapped from the disk."""
     total = sum(piece.nbytes for piece in pieces)
-    if device.type != "cuda" or total > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type != "cuda" or not fits(total, device):
         return pieces[0] if len(pieces) == 1 else Pieces(pieces)
     first, rows = pieces[0], sum(map(len, pieces))
     placed = torch.empty(rows, *first.shape[1:], dtype=first.dtype, device=device)

@@ -52,7 +52,7 @@ class Scorer:
         return max(min(own, math.ceil(self.rows / self.accelerator.num_processes)), 1)
 
     @cached_property
-    def _pixels(self) -> Pixels:
+    def pixels(self) -> Pixels:
         return Pixels(self.split, self.data, self.accelerator.device)
 
     @cached_property
@@ -60,7 +60,7 @@ class Scorer:
         """Where this process's batches start, and their rows. On a GPU all have one size, which is compiled once."""
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         starts = range(process * self.share, self.rows, processes * self.share)
-        place = self._pixels.split.labels.device  # an index from elsewhere would be copied there in every batch
+        place = self.pixels.split.labels.device  # an index from elsewhere would be copied there in every batch
         indices = [torch.arange(start, start + self.share, device=place) for start in starts]
         if self.on_cpu:
             return starts, [index[: self.rows - start] for start, index in zip(starts, indices)]
@@ -68,7 +68,7 @@ class Scorer:
 
     @property
     def labels(self) -> Int[Tensor, "n"]:
-        return self._pixels.split.labels
+        return self.pixels.split.labels
 
     @torch.no_grad()
     def logits(self, network: nn.Module) -> Float[Tensor, "n k"]:
@@ -82,7 +82,7 @@ class Scorer:
         broadcast_buffers(network)
         logits = torch.zeros(self.rows, len(self.data.classes), device=self.accelerator.device)
         starts, indices = self._indices
-        for start, images in zip(starts, self._pixels.centre_crops(indices)):
+        for start, images in zip(starts, self.pixels.centre_crops(indices)):
             with self.accelerator.autocast():
                 answers = run(images)
             logits[start : start + self.share] = answers[: self.rows - start].float()
@@ -115,22 +115,18 @@ def validation(data: Data, job: Job, accelerator: Accelerator) -> Scorer | None:
 
 
 @torch.no_grad()
-def distillation_loss(
-    distiller: Distiller, teacher: TeacherLogits, data: Data, accelerator: Accelerator, fit: FitConfig
-) -> dict[str, float]:
-    """The method's loss on the validation split of data without labels, and its measures; empty without that split.
+def distillation_loss(distiller: Distiller, teacher: TeacherLogits, scorer: Scorer, fit: FitConfig) -> dict[str, float]:
+    """The method's loss on the scorer's images, which have no labels, and its measures.
 
     Means over all images, in eval mode, of centre crops, which also stand for the strong view; weights that change with
     the epoch are those of the last. The images come in parts of nearly equal size, at most SCORED, each of which one
     process scores whole: the numbers are the same for any number of processes, also of losses that compare the images
     of a batch.
     """
-    if data.val is None:
-        return {}
-    rows, training, device = len(data.val.labels), distiller.training, accelerator.device
+    rows, pixels, accelerator = scorer.rows, scorer.pixels, scorer.accelerator
+    training, device = distiller.training, accelerator.device
     broadcast_buffers(distiller)
     distiller.eval()
-    pixels = Pixels(data.val, data, device)
     every = torch.arange(rows, device=pixels.split.labels.device)
     parts = every.tensor_split(math.ceil(rows / min(fit.batch_size, SCORED)))
     parts = parts[accelerator.process_index :: accelerator.num_processes]

@@ -53,6 +53,7 @@ def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Pat
         require(not bad, f"{run.path}: {', '.join(bad)} of the trained network is not finite: {LOWER_LR_ADVICE}")
         summary |= scores
     summary |= _probe_summary(trainer)
+    data.close()
     all_do(lambda: _write(trainer, summary, test_logits) if accelerator.is_main_process else None)
     trainer.tracker.finish(summary)
     return summary

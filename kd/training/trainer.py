@@ -41,7 +41,7 @@ from kd.utils.console import print_once
 from kd.utils.files import not_finite
 from kd.utils.system import StopRequests
 
-COMPILING = "the first step is compiled, which takes about a minute; the next start finds what was compiled on disk"
+COMPILING = "the first step takes longer, as it is compiled; the next start finds what was compiled on disk"
 LOWER_LR_ADVICE = "start another run with a lower --lr, or with --clip-norm"
 
 
@@ -114,8 +114,7 @@ class Trainer:
         return self
 
     def __exit__(self, *exception) -> None:
-        for split in filter(None, (self.data.train, self.data.val)):
-            split.close()
+        self.data.close()
         self._contexts.__exit__(*exception)
 
     def epochs(self) -> range:
@@ -249,7 +248,7 @@ class Trainer:
             return validate(self.distiller.deployed, self._scorer)
         if self.live is None:
             return {}
-        return distillation_loss(self.distiller, self.live, self.data, self.accelerator, self.job.fit)
+        return distillation_loss(self.distiller, self.live, self._scorer, self.job.fit)
 
     def _probe(self, epoch: int) -> dict[str, float]:
         """The scores of the embedding on the validation split of --probe, in epochs that are due."""

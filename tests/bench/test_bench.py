@@ -183,3 +183,9 @@ def test_the_verdict_names_the_precision_that_pays(cached, live, said):
     numbers = bench.compare({"fp32": full, "bf16": half})
     assert bench.verdict(numbers).startswith(said)
     assert ("Add --mixed-precision bf16" in bench.verdict(numbers)) == (said == "bf16 pays: 1.60 times")
+
+
+def test_rounds_that_do_not_agree_decide_nothing():
+    full = {"cached_seconds": [0.8, 1.6, 1.6, 0.7], "live_seconds": [2.0] * 4}
+    half = {"cached_seconds": [1.0] * 4, "live_seconds": [1.0] * 4}
+    assert bench.verdict(bench.compare({"fp32": full, "bf16": half})).startswith("bf16: undecided, 1.20 times")

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import kd.training.summary
 from kd.config import DataConfig, FitConfig, Job, NoneConfig, RunConfig, ViewConfig
 from kd.data import load_data
 from kd.data.cache import locked
@@ -270,6 +271,20 @@ def test_training_keeps_its_workers_over_epochs_and_leaves_none(folder, monkeypa
     assert len(seen[0] - before) == 2, "one for training, one for validation"
     assert seen[0] == seen[1] == seen[2]
     assert ended == [before]
+
+
+def test_no_worker_outlasts_the_scoring_of_the_test_splits(folder, monkeypatch):
+    """The data outlives it: a student's training has that of its teacher before it."""
+    left, before, real = [], decoders(), kd.training.summary.write_results
+
+    def noted(*args):
+        real(*args)
+        left.append(decoders())
+
+    monkeypatch.setattr("kd.training.summary.write_results", noted)
+    flags = ["--data", folder, "--image-size", "16", "--batch-size", "12", "--decode", "workers", "--workers", "1"]
+    teach(*flags, "--epochs", "1", "--probe", folder, "--out", "run")
+    assert left == [before]
 
 
 def test_a_broken_row_ends_the_workers(folder, monkeypatch):

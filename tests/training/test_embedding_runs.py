@@ -11,6 +11,7 @@ import kd
 from kd.errors import UserError
 from kd.export.__main__ import export, parse
 from kd.export.onnx_runtime import OnnxFile
+from tests.losses.test_methods import quick  # noqa: F401  the fixture: no curves, no waiting for the disk
 from tests.run_scripts import differences, distil, metrics_of, newest_checkpoint, script, teach, torchrun
 from tests.training.test_distributed import CPU
 from tests.training.test_resume import Killed, die_at
@@ -27,13 +28,6 @@ FLAGS = [
     "--save-every",
     "1",
 ]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Skip curves and fsync: not tested here, and half of the time."""
-    monkeypatch.setattr("kd.training.summary.draw_curves", lambda *args: None)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

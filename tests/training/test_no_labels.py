@@ -24,7 +24,7 @@ from kd.study import __main__ as study
 from kd.teachers.live import live_logits
 from kd.teachers.load import load_teacher
 from kd.training import evaluate
-from kd.training.evaluate import best_epoch, distillation_loss, predict_logits
+from kd.training.evaluate import best_epoch, distillation_loss, predict_logits, validation
 from kd.training.meter import Meter
 from kd.training.setup import build_distiller, name_classes
 from kd.types import Step
@@ -132,7 +132,8 @@ def scored(teacher):
 
 def loss_of(scored, teacher=None) -> dict[str, float]:
     live = live_logits(scored.teacher.network, scored.accelerator)
-    return distillation_loss(scored.distiller, teacher or live, scored.data, scored.accelerator, scored.job.fit)
+    scorer = validation(scored.data, scored.job, scored.accelerator)
+    return distillation_loss(scored.distiller, teacher or live, scorer, scored.job.fit)
 
 
 @pytest.mark.parametrize("limit", [1000, 50, 7, 1])

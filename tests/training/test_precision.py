@@ -75,10 +75,11 @@ def test_the_faster_precision_is_named_if_the_run_has_the_other(monkeypatch, cap
     assert printed.count("\n") == (said != "")
 
 
-def test_nothing_is_measured_on_a_cpu_without_bf16_that_computes_in_fp32(monkeypatch):
+def test_nothing_is_measured_on_a_cpu_without_bf16_that_computes_in_fp32(monkeypatch, capsys):
     monkeypatch.setattr(precision, "bf16_instructions", lambda: None)
     monkeypatch.setattr(precision, "bf16_speed", lambda: pytest.fail("it costs a tenth of a second"))
     launch.start(FitConfig(mixed_precision="no"), RunConfig(threads=1))
+    assert capsys.readouterr().out == ""
 
 
 def test_it_is_said_once_for_teacher_control_and_student(monkeypatch, capsys):
