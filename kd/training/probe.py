@@ -203,6 +203,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     require(args.batch_size >= 1, f"--batch-size {args.batch_size}: give 1 or more")
     require(args.seed >= 0, f"--seed {args.seed}: give 0 or more")
+    require(args.random or args.seed == 0, f"--seed {args.seed}: is for fresh weights; add --random, or leave it out")
     return args
 
 

@@ -191,13 +191,11 @@ def test_the_command_gives_the_runs_own_numbers(run, capsys):
     assert [scores["knn"], scores["linear"]] == [summary["probe_knn"], summary["probe_linear"]]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"{run}: kNN {scores['knn']:.2f}, linear probe {scores['linear']:.2f} percent of the test")
-    fresh = main([str(run), "--data", "synthetic", "--classes", "3", "--random"])
+    random = [str(run), "--data", "synthetic", "--classes", "3", "--random"]
+    fresh = main(random)
     assert fresh != scores
-    assert (
-        main([str(run), "--data", "synthetic", "--classes", "3", "--random"])
-        == fresh
-        != main([str(run), "--data", "synthetic", "--classes", "3", "--random", "--seed", "1"])
-    )
+    assert main(random) == fresh
+    assert main([*random, "--seed", "1"]) != fresh
     assert "resnet8 with fresh weights: kNN" in capsys.readouterr().out
 
 
@@ -206,6 +204,8 @@ def test_wrong_flags_and_data_are_named_as_they_were_typed(run):
         teach(*PROBED[2:], "--probe", "digitz")
     with pytest.raises(UserError, match="--data digitz: no such folder"):
         main([str(run), "--data", "digitz"])
+    with pytest.raises(UserError, match="--seed 1: is for fresh weights; add --random"):
+        main([str(run), "--data", "synthetic", "--seed", "1"])
     with pytest.raises(UserError, match="--probe-every 2: needs --probe DATA"):
         RunConfig(probe_every=2).check()
     with pytest.raises(UserError, match="--probe-label fine: needs --probe DATA"):
