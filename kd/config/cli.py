@@ -45,7 +45,7 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
     if file:
         default = _with_file(default, file | {"preset": preset}, Path(given.config), args)
     if "-h" in args or "--help" in args:
-        _print_and_exit(format_help(default, description, args, shutil.get_terminal_size().columns))
+        _print_and_exit(format_help(default, description, args, shutil.get_terminal_size((100, 24)).columns))
     if isinstance(default, DistillConfig) and (name := first_word(args, list_flags(default), is_named)):
         default = _with_method(named_method(name), default)
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
