@@ -108,8 +108,10 @@ def _check_summary(summary: dict) -> None:
         percentage = value is None or key not in PERCENT or 0 <= value <= 100
         require(percentage, f"summary.json has {key} {value!r}, which is no percentage")
     require(summary["params"] >= 1, f"summary.json has params {summary['params']!r}")
-    for key in ("teacher", "teacher_model", "control"):
+    for key in ("teacher", "teacher_model"):
         require(_are_names(summary.get(key)), f"summary.json has {key} {summary.get(key)!r}")
+    control = summary.get("control")  # one run at most
+    require(not isinstance(control, list) and _are_names(control), f"summary.json has control {control!r}")
     teachers = summary.get("teachers", [])
     require(isinstance(teachers, list) and all(map(_is_member, teachers)), f"summary.json has teachers {teachers!r}")
     present = [key for key in TESTED if summary.get(key) is not None]
