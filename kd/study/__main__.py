@@ -3,7 +3,7 @@
     python -m kd.study --preset digits --seeds 0 1 2
     python -m kd.study --methods kd dkd --seeds 0 1 2 --teacher-model resnet20 --student resnet8 --epochs 30
     python -m kd.study --preset digits --grid temperature=2,5,10 alpha=0.5,0.7,0.9
-    python -m kd.study --preset digits --label-shares 0.1 1 --pretrain mimic
+    python -m kd.study --preset digits --label-shares 0.1 1 --pretrain 'mimic --label-weight 0'
 
 Every run is `accelerate launch distill_student.py` with its own run folder. The first student trains the teacher. The
 same command started again continues: it reuses finished runs and resumes killed ones. All flags of distill_student.py

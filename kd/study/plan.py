@@ -5,10 +5,12 @@ import dataclasses
 import itertools
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from kd.config import named_method
+from kd.config import DistillConfig, named_method
 from kd.config.cli import parse
+from kd.config.methods import methods_without_labels
 from kd.config.presets import PRESETS, distill_defaults
 from kd.errors import UserError, nearest, require
 from kd.study.runner import Task, parse_launch_flags
@@ -71,11 +73,15 @@ class Study:
         """A method's runs with these flags, one a seed."""
         return [self.student(method, seed, *flags) for seed in self.seeds]
 
-    def controls(self) -> list[Task]:
-        """The student alone, without and with label smoothing; none without labels, which both are trained by."""
+    def controls(self, share: str | None = None) -> list[Task]:
+        """The student alone, without and with label smoothing, with all labels or a share of them.
+
+        None without labels, which both are trained by.
+        """
         if "--no-labels" in self.rest:
             return []
-        return [*self.students("none", ()), *self.students("none", ("--label-smoothing", SMOOTHING))]
+        flags = ("--label-share", share) if share else ()
+        return [*self.students("none", flags), *self.students("none", (*flags, "--label-smoothing", SMOOTHING))]
 
     def with_share(self, method: str, share: str, teacher: Path | None = None) -> list[Task]:
         """A method's runs with this share of the labels, one a seed; `teacher`: the run of one that was trained here.
@@ -245,26 +251,54 @@ def check_few_labels(study: Study) -> None:
     for share in study.shares:
         for method in ("none", *study.methods):
             study.with_share(method, share)
-    trains_teacher = needs_own_teacher(study, study.methods[0], ())
     if study.pretrain:
-        method = study.pretrain[0]
-        require(not method.startswith("-"), f"--pretrain {' '.join(study.pretrain)}: name the method first")
-        named_method(method)  # raises if there is none
-        require(method != "none", "--pretrain none: needs a method with a teacher; the student alone is a control")
-        study.pretraining(study.seeds[0])
-        study.fine_tuning(study.seeds[0], study.shares[0], "RUN")
-    trained = bool(study.pretrain) and needs_own_teacher(study, study.pretrain[0], study.pretrain[1:])
+        _check_pretraining(study)
     require(
-        not trains_teacher or trained or float(study.shares[-1]) == 1,
+        float(study.shares[-1]) == 1
+        or pretrains_own_teacher(study)
+        or not any(needs_own_teacher(study, method) for method in study.methods),
         f"--label-shares {' '.join(study.shares)}: add 1, whose run trains the teacher with all labels, or name a"
         " --teacher",
     )
 
 
-def needs_own_teacher(study: Study, method: str, flags: tuple[str, ...]) -> bool:
+def _check_pretraining(study: Study) -> None:
+    method, *flags = study.pretrain
+    given = f"--pretrain {' '.join(study.pretrain)}"
+    require(not method.startswith("-"), f"{given}: name the method first")
+    named_method(method)  # raises if there is none
+    require(method != "none", f"{given}: needs a method with a teacher; the student alone is a control")
+    study.pretraining(study.seeds[0])
+    study.fine_tuning(study.seeds[0], study.shares[0], "RUN")
+    config = _parsed(study, method, flags)
+    reads_labels = config.for_method().method.uses_labels and not config.data.no_labels
+    same_images = config.data.source == _parsed(study, "none").data.source
+    require(
+        float(study.shares[0]) == 1 or not (reads_labels and same_images),
+        f"{given}: learns from all labels, of which --label-shares takes shares; methods that need none:"
+        f" {methods_without_labels()}",
+    )
+
+
+def _parsed(study: Study, method: str, flags: Sequence[str] = ()) -> DistillConfig:
+    return parse(distill_defaults, "", [method, "--preset", study.preset, *study.rest, *flags])
+
+
+def needs_own_teacher(study: Study, method: str, flags: Sequence[str] = ()) -> bool:
     """Whether a run of this method trains the recipe's own teacher first, or finds it trained."""
-    config = parse(distill_defaults, "", [method, "--preset", study.preset, *study.rest, *flags])
+    config = _parsed(study, method, flags)
     return named_method(method).needs_teacher and not (config.teachers or config.cache.cache_from)
+
+
+def pretrains_own_teacher(study: Study) -> bool:
+    """Whether the first training's own teacher is the very one that the methods' recipe trains.
+
+    With other epochs or data for the first training it is another one, which does not teach the methods.
+    """
+    if not study.pretrain or not needs_own_teacher(study, study.pretrain[0], study.pretrain[1:]):
+        return False
+    first, recipe = _parsed(study, *study.pretrain[:1], study.pretrain[1:]), _parsed(study, "none")
+    return first.teacher_job() == recipe.teacher_job()
 
 
 def _number(value: str) -> float | str:

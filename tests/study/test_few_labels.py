@@ -20,6 +20,7 @@ from kd.utils.files import read_json, write_json
 from tests.report.test_report import edit, fake_run
 from tests.study.test_study import asked, calls, failures, fake  # noqa: F401  a fixture
 
+UNLABELLED = "simkd"  # reads no labels
 SHARES = ["--seeds", "0", "1", "--label-shares", "0.1", "1"]
 
 
@@ -31,20 +32,32 @@ def arms() -> list[str]:
 
 def test_every_share_runs_scratch_taught_and_fine_tuned(fake):  # noqa: F811
     done = study.run_study(
-        asked(*SHARES, "--methods", "dkd", "--pretrain", "kd --epochs 9", "--fine-tune", "--lr 0.01")
+        asked(*SHARES, "--methods", "dkd", "--pretrain", f"{UNLABELLED} --weight 2", "--fine-tune", "--lr 0.01")
     )
     assert failures(done) == {}
     both = lambda words: [words.format(seed) for seed in (0, 1)]  # noqa: E731
     assert arms() == [
-        "kd --seed 0 --epochs 9",
+        "simkd --seed 0 --weight 2",
         *both("none --seed {} --label-share 0.1"),
+        *both("none --seed {} --label-share 0.1 --label-smoothing 0.1"),
         *both("none --seed {} --label-share 1"),
-        "kd --seed 1 --epochs 9",
+        *both("none --seed {} --label-share 1 --label-smoothing 0.1"),
+        "simkd --seed 1 --weight 2",
         *both("dkd --seed {} --label-share 1 --teacher runs/teacher --trust-code"),
         *both("dkd --seed {} --label-share 0.1 --teacher runs/teacher --trust-code"),
         *both("none --seed {} --lr 0.01 --init FOLDER --label-share 0.1"),
         *both("none --seed {} --lr 0.01 --init FOLDER --label-share 1"),
     ]
+
+
+def test_a_first_training_of_other_length_teaches_only_itself(fake):  # noqa: F811
+    """Its teacher has its epochs; the methods' has the study's, and is trained by the first that needs it."""
+    study.run_study(asked(*SHARES, "--pretrain", f"{UNLABELLED} --epochs 9"))
+    assert "kd --seed 0 --label-share 1" in arms()
+
+
+def test_other_labelled_images_may_be_pretrained_on():
+    asked("--label-shares", "0.1", "1", "--pretrain", "mimic --data synthetic")
 
 
 @pytest.mark.parametrize("steps", [("--steps", "40"), ("--steps=40",)])
@@ -57,7 +70,7 @@ def test_epochs_of_the_first_training_win_over_the_studys_steps(fake, steps):  #
 
 
 def test_fine_tuning_starts_from_the_run_of_the_same_seed(fake):  # noqa: F811
-    done = study.run_study(asked(*SHARES, "--pretrain", "kd"))
+    done = study.run_study(asked(*SHARES, "--pretrain", UNLABELLED))
     folders = {task.label: str(task.folder) for task in done}
     for seed in (0, 1):
         starts = {
@@ -65,8 +78,8 @@ def test_fine_tuning_starts_from_the_run_of_the_same_seed(fake):  # noqa: F811
             for task in done
             if task.label.endswith(f"{seed}") and "--init" in task.args
         }
-        assert starts == {folders[f"kd to start from, seed {seed}"]}
-    assert "kd, then fine-tuned --label-share 0.1 seed 1" in folders
+        assert starts == {folders[f"simkd to start from, seed {seed}"]}
+    assert "simkd, then fine-tuned --label-share 0.1 seed 1" in folders
 
 
 def test_the_teacher_of_all_labels_teaches_every_share(fake):  # noqa: F811
@@ -80,16 +93,16 @@ def test_the_teacher_of_all_labels_teaches_every_share(fake):  # noqa: F811
 
 
 def test_a_failed_start_loses_the_fine_tuning_of_its_seed_only(fake, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("BREAKS", "dkd dkd --preset digits --wandb-group study-digits-resnet20-resnet8 --seed 1")
-    done = study.run_study(asked(*SHARES, "--pretrain", "dkd"))
+    monkeypatch.setenv("BREAKS", "simkd simkd --preset digits --wandb-group study-digits-resnet20-resnet8 --seed 1")
+    done = study.run_study(asked(*SHARES, "--pretrain", UNLABELLED))
     assert failures(done) == {
-        "dkd to start from, seed 1": "error: it broke",
+        "simkd to start from, seed 1": "error: it broke",
         **dict.fromkeys(
-            [f"dkd, then fine-tuned --label-share {share} seed 1" for share in ("0.1", "1")],
+            [f"simkd, then fine-tuned --label-share {share} seed 1" for share in ("0.1", "1")],
             "not started: the run to start from failed",
         ),
     }
-    assert len(done) == 2 + 4 + 4 + 4
+    assert len(done) == 2 + 8 + 4 + 4
 
 
 def test_without_a_teacher_no_small_share_trains_one(fake, monkeypatch):  # noqa: F811
@@ -119,6 +132,10 @@ def test_without_a_teacher_no_small_share_trains_one(fake, monkeypatch):  # noqa
         (["--pretrain", "kd 'x"], "quote it as for a shell"),
         (["--pretrain", "kd --epochs 0"], "--epochs 0: give 1 or more"),
         (["--pretrain", "embed"], "embed: needs --teacher"),
+        (["--label-shares", "0.1", "1", "--pretrain", "mimic"], "--pretrain mimic: learns from all labels"),
+        (["--label-shares", "0.1", "1", "--pretrain", "kd+at"], "--pretrain kd+at: learns from all labels"),
+        (["--label-shares", "0.1", "--methods", "tfkd", "kd"], "--label-shares 0.1: add 1, whose run trains"),
+        (["--label-shares", "0.1", "--pretrain", f"{UNLABELLED} --epochs 9"], "--label-shares 0.1: add 1, whose run"),
         (
             ["--label-shares", "0.1", "1", "--methods", "embed", "--teacher", "x"],
             "--methods embed: reads no labels, of which --label-shares takes shares; name it with --pretrain",
@@ -131,7 +148,7 @@ def test_wrong_flags_are_refused_before_anything_starts(flags, words):
 
 
 def test_a_batch_that_the_smallest_share_cannot_fill_is_refused_before_anything_starts():
-    few = ["--label-shares", "0.01", "1", "--pretrain", "mimic"]
+    few = ["--label-shares", "0.01", "1", "--pretrain", UNLABELLED]
     with pytest.raises(
         UserError, match=r"--label-shares 0\.01: --batch-size 64: larger than the training split of 10 im"
     ):
@@ -159,7 +176,7 @@ class InThisProcess(few_labels.Runner):
 
 TINY = ["--preset", "report", "--data", "synthetic", "--classes", "3", "--batch-size", "25", "--lr", "0.05", *SHARES]
 TINY += ["--teacher-model", "tests.networks:plain", "--student", "tests.networks:deep", "--epochs", "1"]
-TINY += ["--wandb", "disabled", "--threads", "1", "--pretrain", "mimic --epochs 2"]
+TINY += ["--wandb", "disabled", "--threads", "1", "--pretrain", "mimic --label-weight 0 --epochs 2"]
 
 
 @pytest.fixture(scope="module")

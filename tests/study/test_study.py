@@ -49,7 +49,7 @@ def train(role, folder, top1=80, loss=2.0):
 
 if text.startswith(os.environ.get("REFUSES", "nothing")):
     sys.exit("error: refused")
-if args[0] in ("kd", "dkd") and not pathlib.Path("runs/teacher/summary.json").exists():
+if args[0] in ("kd", "dkd", "simkd") and not pathlib.Path("runs/teacher/summary.json").exists():
     train("teacher", pathlib.Path("runs/teacher"))
 top1 = 90 - abs(float(args[args.index("--temperature") + 1]) - 5) if "--temperature" in args else 80
 name = "".join(c if c.isalnum() else "_" for c in text.replace(" --no-test", ""))
