@@ -127,6 +127,8 @@ class Distiller(nn.Module):
         self.student = loss.deployed(student)
         if self.student is not student:
             _check_deployed(loss, student, self.student)
+        inside = (name for name, part in self.named_modules() if part is student)
+        self.bare = next(inside, "student")  # the name of the student itself, which a method may have wrapped
         self.loss, self.compression = loss, compression or {}
         self.tap = Tap(self.student, loss.student_layers)
         self.held: tuple[nn.Parameter, ...] = ()  # of the student's, which --freeze-epochs keeps at first

@@ -88,10 +88,10 @@ def make_optimizer(distiller: Distiller, fit: FitConfig, model: str, accelerator
     return build(fit, groups, {"fused": True} if fused else {})
 
 
-def check_network(network: nn.Module, fit: FitConfig, model: str) -> None:
+def check_network(network: nn.Module, fit: FitConfig, model: str, headless: bool) -> None:
     """Raises UserError if the optimizer or --layer-decay cannot work on this network, before its teacher is trained."""
     if fit.optimizer == "muon":
-        _require_matrices(bool(muon_names(network, "muon")), model)
+        _require_matrices(bool(muon_names(network, "muon", headless)), model)
     if fit.layer_decay is not None:
         layer_scales(network, fit.layer_decay, model)
 
@@ -151,21 +151,23 @@ def _timm_optimizer(fit: FitConfig, groups: list[dict], options: dict) -> Optimi
 
 def group_parameters(distiller: Distiller, fit: FitConfig, model: str) -> dict[Kind, list[nn.Parameter]]:
     """The trainable parameters by what they have in common; one group by default."""
-    scales = {} if fit.layer_decay is None else layer_scales(distiller.deployed, fit.layer_decay, model)
+    student, prefix = distiller.get_submodule(distiller.bare), f"{distiller.bare}."
+    scales = {} if fit.layer_decay is None else layer_scales(student, fit.layer_decay, model)
     spared = set() if fit.decay_norm_and_bias else without_decay(distiller)
-    matrices = {f"student.{name}" for name in muon_names(distiller.student, fit.optimizer)}
+    headless = distiller.loss.config.embeds
+    matrices = {f"{prefix}{name}" for name in muon_names(student, fit.optimizer, headless)}
     groups: dict[Kind, list[nn.Parameter]] = {}
     for name, parameter in distiller.named_parameters():
         if parameter.requires_grad:
-            kind = Kind(scales.get(name.removeprefix("student."), 1.0), name not in spared, name in matrices)
+            kind = Kind(scales.get(name.removeprefix(prefix), 1.0), name not in spared, name in matrices)
             groups.setdefault(kind, []).append(parameter)
     return groups
 
 
 def without_decay(distiller: Distiller) -> set[str]:
     """Names of biases, weights of normalisation, and what timm's networks list themselves (positions, tokens)."""
-    listed = getattr(distiller.deployed, "no_weight_decay", set)()  # timm's name for it
-    patterns = [f"student.{pattern}" for pattern in listed]
+    listed = getattr(distiller.get_submodule(distiller.bare), "no_weight_decay", set)()  # timm's name for it
+    patterns = [f"{distiller.bare}.{pattern}" for pattern in listed]
     return {
         name
         for name, parameter in distiller.named_parameters()
@@ -173,17 +175,21 @@ def without_decay(distiller: Distiller) -> set[str]:
     }
 
 
-def muon_names(network: nn.Module, optimizer: str) -> set[str]:
-    """Names of the weights that are Muon's; its authors leave the classifier and embeddings to AdamW."""
+def muon_names(network: nn.Module, optimizer: str, headless: bool) -> set[str]:
+    """Names of the weights that are Muon's; its authors leave the classifier and embeddings to AdamW.
+
+    `headless`: whether the network has no classifier.
+    """
     if "muon" not in optimizer:
         return set()
     kinds = (nn.Linear,) if optimizer == "muon" else (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     modules = dict(network.named_modules())
-    classes = next((part.out_features for part in reversed(modules.values()) if isinstance(part, nn.Linear)), 0)
+    linear = [part for part in modules.values() if isinstance(part, nn.Linear)]
+    classes = linear[-1].out_features if linear and not headless else 0
     names = set()
     for name, module in modules.items():
         if isinstance(module, kinds) and getattr(module, "out_features", None) != classes:
-            names.add(f"{name}.weight")
+            names |= {f"{name}.weight", f"{name}.parametrizations.weight.original"}  # the latter if it is compressed
         if isinstance(module, nn.MultiheadAttention):
             names.add(f"{name}.in_proj_weight")
     return names & {name for name, _ in network.named_parameters()}

@@ -203,8 +203,10 @@ def build_distiller(
     student, compression = network or build_network(job, data)
     seed_everything(job.fit.seed, "method")
     loss = loss_class(job.method)(job.method, probe_networks(job, student, teacher, data))
+    held = held_at_first(student, job)  # by the student's names, before its method wraps it
     distiller = Distiller(student, loss, compression)
-    distiller.held = held_at_first(student, job)
+    left = set(distiller.student.parameters())  # a method may have taken layers away
+    distiller.held = tuple(part for part in held if part in left)
     return distiller
 
 
@@ -271,6 +273,7 @@ def _build_partner(name: str, job: Job, data: Data) -> nn.Module:
 def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelerator) -> None:
     """Raises UserError if `network` cannot be trained as `job` says: labels, layers, output folder."""
     loss = loss_class(job.method)
+    job.fit.check()  # again: its learning rate may have followed from the network or the data
     check_labels(job.method, job.role, data.labelled)
     require(
         not (job.views.mixes and loss.needs_hard_labels),
@@ -282,16 +285,18 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         print_once("--cache-dtype and --cache-top-k change nothing without --cache-teacher")
     if job.views.strong != ViewConfig().strong and not job.method.two_views:
         print_once(f"{job.role} sees one view of each image: the flags of the strong view change nothing")
+    weighed = loss.has_cross_entropy and job.method.uses_labels  # kd --alpha 1 has it, and multiplies it by 0
+    lacks = f"{job.role}{' with these flags' * (loss.has_cross_entropy and data.labelled)}"
+    lacks += f"{' without labels' * (not data.labelled)} has none"
     require(
-        (loss.has_cross_entropy and data.labelled) or job.method.label_smoothing == 0,
-        f"--label-smoothing {job.method.label_smoothing}: changes cross-entropy, and {job.role}"
-        f"{' without labels' * (not data.labelled)} has none; give 0",
+        (weighed and data.labelled) or job.method.label_smoothing == 0,
+        f"--label-smoothing {job.method.label_smoothing}: changes cross-entropy, and {lacks}; give 0",
     )
     require(
-        loss.has_cross_entropy or job.fit.balance in ("none", "sampler"),
-        f"--balance {job.fit.balance}: changes cross-entropy, and {job.role} has none; take --balance sampler",
+        weighed or job.fit.balance in ("none", "sampler"),
+        f"--balance {job.fit.balance}: changes cross-entropy, and {lacks}; take --balance sampler",
     )
-    check_network(network.module, job.fit, job.model)
+    check_network(network.module, job.fit, job.model, job.method.embeds)
     if line := few_for_batchnorm(network.module, job.fit, accelerator.num_processes):
         print_once(line)
     layers, _ = loss.layers(job.method, stages(job.model, network.module, len(data.classes)), None)
@@ -304,12 +309,14 @@ def few_for_batchnorm(network: nn.Module, fit: FitConfig, processes: int) -> str
     """A warning if each process normalises over few images, as BatchNorm sees a batch's share alone."""
     share = fit.batch_size // processes // fit.accumulate
     alone = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    if processes == 1 or share >= FEW_IMAGES or not alone or fit.sync_batchnorm:
+    cut = processes > 1 or fit.accumulate > 1
+    if not cut or share >= FEW_IMAGES or not alone or fit.sync_batchnorm:
         return None
-    parts = f"{processes} processes" + (f" and --accumulate {fit.accumulate}" if fit.accumulate > 1 else "")
+    cuts = [f"{processes} processes"] * (processes > 1) + [f"--accumulate {fit.accumulate}"] * (fit.accumulate > 1)
+    parts = " and ".join(cuts)
     return (
         f"warning: batch {fit.batch_size} over {parts} is {share} images each, and BatchNorm's statistics are of those"
-        f" {share}, not of the batch: give a larger --batch-size (and --lr), fewer processes, or --sync-batchnorm (on"
+        f" {share}, not of the batch: give a larger --batch-size (and --lr), fewer parts, or --sync-batchnorm (on"
         " GPUs)"
     )
 

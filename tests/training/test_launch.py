@@ -61,6 +61,7 @@ def test_ways_to_distribute_that_are_not_ours_are_refused(monkeypatch, kind):
         ({"batch_size": 64, "accumulate": 2}, 2, "over 2 processes and --accumulate 2 is 16 images each"),
         ({"batch_size": 64}, 2, None),
         ({"batch_size": 16}, 1, None),
+        ({"batch_size": 64, "accumulate": 16}, 1, "batch 64 over --accumulate 16 is 4 images each"),
         ({"batch_size": 64, "sync_batchnorm": True}, 8, None),
     ],
 )

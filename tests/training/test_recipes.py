@@ -13,19 +13,20 @@ from accelerate import Accelerator
 from torch import nn
 
 import kd
-from kd.config import FitConfig, NoneConfig
+from kd.config import DataConfig, FitConfig, NoneConfig
 from kd.config.cli import parse
 from kd.config.flags import TIMM_OPTIMIZERS, TORCH_OPTIMIZERS
-from kd.config.presets import settle, train_defaults
+from kd.config.presets import distill_defaults, settle, train_defaults
 from kd.data import load_data
 from kd.errors import UserError
 from kd.losses import CrossEntropy, Distiller
 from kd.models import build_model
 from kd.runs import checkpoint
+from kd.teachers.load import TeacherNetwork
 from kd.training import optimizers, trainer
 from kd.training.average import Average, too_long, weights_in
 from kd.training.schedule import lr_at
-from kd.training.setup import settle_by_data
+from kd.training.setup import build_distiller, settle_by_data
 from tests.conftest import ROOT
 from tests.pairs import batch_of
 from tests.run_scripts import TEACHER, differences, distil, metrics_of, newest_checkpoint, script, teach, torchrun
@@ -217,6 +218,44 @@ def test_layer_decay_by_the_stages_of_kds_networks():
     assert [scales[name] for name in names] == sorted(scales.values()), "rises with depth"
     with pytest.raises(UserError, match="--layer-decay: the order of mine's layers is not known"):
         optimizers.layer_scales(build_model("tests.networks:plain", 10, (32, 32)), 0.5, "mine")
+
+
+def two_heads(model: str) -> Distiller:
+    job = parse(distill_defaults, "", ["--student", model, "deit"]).job()
+    data = load_data(DataConfig("synthetic"))
+    teacher = TeacherNetwork(build_model("resnet8", 10, data.size), Path("x"), "y", {"model": "resnet8"}, 10)
+    return build_distiller(job, data, teacher)
+
+
+def test_a_students_layers_keep_their_scale_behind_a_second_head():
+    plain, wrapped = distiller_of("resnet8"), two_heads("resnet8")
+    assert wrapped.bare == "student.student"
+    found = []
+    for distiller in (plain, wrapped):
+        groups = optimizers.group_parameters(distiller, fit_of(layer_decay=0.5), "resnet8")
+        scales = {id(part): kind.lr_scale for kind, parts in groups.items() for part in parts}
+        named = distiller.get_submodule(distiller.bare).named_parameters()
+        found.append({name: scales[id(part)] for name, part in named})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 4
+
+
+def test_what_timm_does_not_decay_is_spared_behind_a_second_head():
+    pytest.importorskip("timm")
+    distiller = two_heads("timm/vit_tiny_patch16_224")
+    assert distiller.bare == "student.student"
+    spared = optimizers.without_decay(distiller)
+    assert {"student.student.pos_embed", "student.student.cls_token"} <= spared
+    assert "student.distillation_head.weight" not in spared
+
+
+def test_muon_of_an_embedder_and_of_compressed_weights():
+    """A network without a classifier has none to spare, and a quantised weight has another name."""
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6))
+    assert optimizers.muon_names(network, "muon", headless=False) == {"0.weight"}
+    assert optimizers.muon_names(network, "muon", headless=True) == {"0.weight", "2.weight", "4.weight"}
+    torch.nn.utils.parametrize.register_parametrization(network[0], "weight", nn.Identity())
+    assert optimizers.muon_names(network, "muon", headless=False) == {"0.parametrizations.weight.original"}
 
 
 def test_layer_decay_and_no_decay_are_timms_own():

@@ -18,10 +18,11 @@ from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
 from kd.data import load_data
 from kd.errors import UserError
+from kd.models import build_model
 from kd.models.pretrained import Flags
 from kd.runs.folder import run_identity
 from kd.teachers.live import live_logits
-from kd.teachers.load import load_teacher
+from kd.teachers.load import TeacherNetwork, load_teacher
 from kd.training.evaluate import predict_logits
 from kd.training.setup import build_distiller, build_network
 from kd.training.start import check_start, start_from
@@ -354,10 +355,24 @@ def test_held_layers_are_trained_alike_whether_their_gradients_are_computed_or_n
     assert same(*results) == results[0].keys()
 
 
-def test_a_method_that_wraps_the_student_still_holds_its_layers(data):
+def test_the_layers_that_are_named_are_held(data):
     job = parse(distill_defaults, "", ["--student", DEEP, "--freeze", "3", "--freeze-epochs", "1", "none"]).job()
     distiller = build_distiller(job, data)
     assert {id(part) for part in distiller.held} == {id(part) for part in distiller.student[3].parameters()}
+
+
+@pytest.mark.parametrize(("method", "held"), [("deit", {"layer1", "fc"}), ("simkd", {"layer1"})])
+def test_a_method_that_wraps_the_student_still_holds_its_layers(data, method, held):
+    """simkd takes the student's own classifier away, of which nothing is left to hold."""
+    job = parse(
+        distill_defaults, "", ["--student", "resnet8", "--freeze", "layer1", "fc", "--freeze-epochs", "1", method]
+    ).job()
+    network = build_model("resnet8", 10, data.size)
+    distiller = build_distiller(job, data, TeacherNetwork(network, Path("x"), "y", {"model": "resnet8"}, 10))
+    inner = distiller.get_submodule(distiller.bare)
+    assert distiller.bare == "student.student"
+    named = {id(part): name.partition(".")[0] for name, part in inner.named_parameters()}
+    assert {named[id(part)] for part in distiller.held} == held
 
 
 def test_what_its_author_froze_stays_frozen(data):
