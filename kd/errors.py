@@ -200,6 +200,11 @@ def remedy_for(error: BaseException) -> str | None:
             "some parameters got no gradient, which fails with several processes: freeze them (requires_grad_(False))"
             f" or train with one process ({text[-120:]})"
         )
+    if "Expected more than 1 value per channel" in text:
+        return (
+            "BatchNorm got a single value for each channel: give a larger --batch-size, fewer processes, a smaller"
+            " --accumulate, or larger images"
+        )
     if "OutOfMemory" in text or "MemoryError" in text or "can't allocate memory" in text:
         return f"out of memory: give a smaller --batch-size, which changes the recipe ({text[:200]})"
     if "DataLoader worker" in text:  # torch's name for a process that decodes images

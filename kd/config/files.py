@@ -12,7 +12,8 @@ import yaml
 
 from kd.errors import UserError, nearest, require
 
-NOT_REPEATED = ("out", "resume", "auto_resume", "resume_inexact", "extend")  # of a run's own config.json
+# Of a run's own config.json: another seed must not take its folder, nor its place on the Hub.
+NOT_REPEATED = ("out", "resume", "auto_resume", "resume_inexact", "extend", "push_to", "push_every")
 
 
 def read_flags(path: Path) -> dict[str, Any]:

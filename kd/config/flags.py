@@ -102,6 +102,10 @@ class DataConfig:
         require(self.classes is None or self.classes >= 2, f"--classes {self.classes}: give 2 or more")
         require(self.image_size is None or self.image_size >= 4, f"--image-size {self.image_size}: give 4 or more")
         require(self.shuffle_rows >= 1, f"--shuffle-rows {self.shuffle_rows}: give 1 or more")
+        require(
+            self.stream or self.shuffle_rows == DataConfig.shuffle_rows,
+            f"--shuffle-rows {self.shuffle_rows}: needs --stream; other data is shuffled whole",
+        )
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers}: give 0 or more")
         require(
             not self.stream or self.decode == "auto",
@@ -426,7 +430,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run is saved, resumed and logged. None of it changes the weights."""
+    """Where a run is saved, resumed and logged. None of it changes what is computed, but --threads the last bits."""
 
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Run folder; runs/<preset>/<method>-<model>-seed<seed>-<hash> if left out."""
@@ -437,7 +441,7 @@ class RunConfig:
     resume_inexact: bool = False
     """With --resume: allow another number of processes (same recipe, other bits)."""
     extend: bool = False
-    """With --resume and more --epochs: extend a finished run (the lr jumps)."""
+    """With --out, --resume and more --epochs: extend a finished run (the lr jumps)."""
     save_every: int = 0
     """Save a checkpoint every N steps too; 0: only after every epoch."""
     log_every: int = 50
@@ -492,6 +496,11 @@ class RunConfig:
         require(
             not self.resume_inexact or self.resume or self.auto_resume,
             "--resume-inexact: give --resume or --auto-resume with it",
+        )
+        require(not self.extend or self.out is not None, "--extend: name the finished run by --out")
+        require(
+            "wandb" in self.track or self.wandb in ("auto", "disabled"),
+            f"--wandb {self.wandb}: --track {' '.join(self.track)} leaves W&B out; add wandb to it",
         )
 
 

@@ -98,6 +98,10 @@ class FeatureFlags(MethodFlags):
         super().check()
         not_negative(self, "weight", "kd_weight")
         positive(self, "kd_temperature")
+        require(
+            self.kd_weight > 0 or self.kd_temperature == FeatureFlags.kd_temperature,
+            f"--kd-temperature {self.kd_temperature:g}: changes nothing without --kd-weight; give both",
+        )
 
 
 @dataclass(frozen=True)
@@ -531,6 +535,10 @@ class CCConfig(FeatureFlags):
     def check(self) -> None:
         super().check()
         positive(self, "width")
+        require(
+            self.definition == "neighbours" or self.width == CCConfig.width,
+            f"--width {self.width}: --definition paper learns no embeddings; leave one of them out",
+        )
 
 
 @dataclass(frozen=True)
@@ -618,6 +626,10 @@ class DeiTConfig(MethodFlags):
     def check(self) -> None:
         super().check()
         positive(self, "temperature")
+        require(
+            self.kind == "soft" or self.temperature == DeiTConfig.temperature,
+            f"--temperature {self.temperature:g}: changes nothing with hard labels; add --kind soft, or leave it out",
+        )
         if self.alpha is not None:
             share(self, "alpha")
 

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict] = {
         "method": KDConfig(temperature=4.0, alpha=0.9),
         "control": True,
     },
-    # scikit-learn's 1,797 digits of 8 x 8 pixels. Tuned on the validation split (README, "The digits preset").
+    # scikit-learn's 1,797 digits of 8 x 8 pixels. Tuned on the validation split (docs/measurements.md).
     "digits": {
         "data": DataConfig(source="digits", val_fraction=0.2),
         "views": ViewConfig(crop_padding=1, flip=False),
@@ -111,7 +111,7 @@ PRESETS: dict[str, dict] = {
         "pretrained": ("torchvision/resnet34",),
     },
     # Embeddings of a foundation model, without labels: the field's mixing and length; the batch follows from the number
-    # of images. Not tuned, not measured yet.
+    # of images. Not tuned; six epochs of it are in docs/measurements.md.
     "embed": {
         "views": ViewConfig(resized_crop=0.25, mixup=1.0),
         "fit": FitConfig(
@@ -157,6 +157,7 @@ def for_teacher(preset: str, part: str, flags: Flags) -> Flags:
     """One part of the flags, with the teacher's own values for those that are left at the preset's."""
     usual = PRESETS[preset].get(part, type(flags)())
     own = TEACHERS.get(preset, {}).get(part, {})
-    return dataclasses.replace(
-        flags, **{name: value for name, value in own.items() if getattr(flags, name) == getattr(usual, name)}
-    )
+    left = {name: value for name, value in own.items() if getattr(flags, name) == getattr(usual, name)}
+    if getattr(flags, "steps", None) is not None:  # the epochs follow from the steps
+        left.pop("epochs", None)
+    return dataclasses.replace(flags, **left)

@@ -105,9 +105,12 @@ def test_a_run_is_repeated_from_its_own_config(tmp_path):
 
     shutil.copy(OLD_RUNS / "student/config.json", tmp_path)
     content = json.loads((tmp_path / "config.json").read_text()) | {"teacher": ["runs/a", "runs/b"]}
+    content["flags"]["run"] |= {"push_to": "me/net", "push_every": 2}
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert student("--config", str(tmp_path / "config.json")).teacher == ("runs/a", "runs/b")
     assert student("--config", str(tmp_path / "config.json"), "--teacher", "c").teacher == ("c",)
+    again = student("--config", str(tmp_path / "config.json"), "--seed", "1").run
+    assert (again.push_to, again.push_every) == (None, 0), "another seed does not take its place on the Hub"
     teacher = parse(train_defaults, "", ["--config", str(OLD_RUNS / "teacher/config.json")])
     assert teacher.fit.epochs == json.loads((OLD_RUNS / "teacher/config.json").read_text())["flags"]["fit"]["epochs"]
 

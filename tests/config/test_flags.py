@@ -117,6 +117,12 @@ def test_students_of_several_seeds_share_one_teacher():
         (["none", "--label-smoothing", "1"], "--label-smoothing 1"),
         (["--resume", "--auto-resume"], "--resume and --auto-resume"),
         (["--momentum", "0", "--nesterov"], "--nesterov"),
+        (["at", "--kd-temperature", "8"], "--kd-temperature 8: changes nothing without --kd-weight"),
+        (["deit", "--temperature", "5"], "--temperature 5: changes nothing with hard labels; add --kind soft"),
+        (["cc", "--definition", "paper", "--width", "64"], "--width 64: --definition paper learns no embeddings"),
+        (["--extend"], "--extend: name the finished run by --out"),
+        (["--shuffle-rows", "100"], "--shuffle-rows 100: needs --stream"),
+        (["--track", "tensorboard", "--wandb", "online"], "--wandb online: --track tensorboard leaves W&B out"),
     ],
 )
 def test_row_44_values_out_of_range_are_named(args, words):

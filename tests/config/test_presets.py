@@ -165,6 +165,14 @@ def test_a_teacher_has_its_own_recipe_unless_a_flag_says_otherwise():
     assert cli.parse(train_defaults, "", ["--preset", "vit"]).fit == sgd
 
 
+def test_a_teachers_epochs_follow_from_the_steps():
+    """Its own 200 would cut a schedule of as many steps as the student's 300 epochs have."""
+    student = cli.parse(distill_defaults, "", ["--preset", "modern", "--steps", "105000"])
+    settled = dataclasses.replace(student, fit=settle(student.fit, 45_000, 1))
+    assert settled.fit.epochs == 300
+    assert settled.teacher_job().fit.epochs == 300
+
+
 def test_the_student_alone_is_smoothed_as_the_distilled_one_and_the_teacher_is_not():
     student = distill_defaults("quick")
     assert student.control_job().method.label_smoothing == student.method.label_smoothing == 0.1
