@@ -284,9 +284,9 @@ def _only_longer(existing: dict, wanted: dict) -> bool:
 def _extend(run: RunFolder, config: dict, job: Job) -> None:
     """Make a finished run one of more epochs that is to be resumed. Raises UserError if its schedule does not allow it.
 
-    With a constant learning rate the longer run is the one that would have been started as such. Any other schedule
-    would have had other learning rates from its first epoch on: --extend continues by those of the new length, and the
-    run's identity says so.
+    With a constant learning rate, and images mixed in all epochs or in none, the longer run is the one that would have
+    been started as such. Any other schedule would have had other learning rates from its first epoch on: --extend
+    continues by those of the new length, and the run's identity says so.
     """
     before, after = config["identity"]["epochs"], run.identity["epochs"]
     require(
@@ -295,12 +295,16 @@ def _extend(run: RunFolder, config: dict, job: Job) -> None:
     )
     require(run.resuming, f"{run.path} has no checkpoint left to extend it from; train anew in another --out")
     constant = job.fit.schedule == "constant"
+    unmixed = job.views.mixes and job.views.mix_off_epochs > 0
+    why = f"its {job.fit.schedule} schedule ended there" if not constant else "its last ones mixed no images"
+    jump = " (the learning rate jumps)" * (not constant)
+    exact = constant and not unmixed
     require(
-        constant or job.run.extend,
-        f"--epochs {after}: {run.path} has {before} epochs, and its {job.fit.schedule} schedule ended there; --extend"
-        f" continues by the schedule of {after} epochs (the learning rate jumps), or train anew in another --out",
+        exact or job.run.extend,
+        f"--epochs {after}: {run.path} has {before} epochs, and {why}; --extend continues by the schedule of"
+        f" {after} epochs{jump}, or train anew in another --out",
     )
-    if not constant:
+    if not exact:
         run.identity["extended_from"] = [*config["identity"].get("extended_from", []), before]
     config["flags"]["fit"]["epochs"] = after
     write_json(run.path / "config.json", config | {"identity": run.identity})

@@ -23,13 +23,15 @@ DROWNED_RATIO = 100.0  # ratio of gradient norms beyond which the weaker one is 
 
 
 def gradient_norms(
-    distiller: Distiller, batch: Batch, teacher_outputs: Outputs, accelerator: Accelerator
+    distiller: Distiller, batch: Batch, teacher_outputs: Outputs, accelerator: Accelerator, recomputes: bool = False
 ) -> Float[Tensor, "2"]:
     """Norms of the student's gradients: of all weighted distillation terms together, and of weighted cross-entropy.
 
     Both over the global batch; both 0 if either is not finite. Costs a forward and two backward passes beside the step;
     works on copies of the buffers (BatchNorm's statistics, a method's bank), so that training is not affected.
+    `recomputes`: whether backward runs parts of the student again (gradient checkpointing), which would move its own.
     """
+    before = [buffer.clone() for buffer in distiller.buffers()] if recomputes else []
     buffers = {name: buffer.clone() for name, buffer in distiller.named_buffers()}
     parameters = distiller.trained_parameters()
     with accelerator.autocast():
@@ -44,6 +46,10 @@ def gradient_norms(
         else:  # a term that is only logged
             gradients = [torch.zeros_like(part) for part in parameters]
         norms.append(accelerator.reduce(torch.cat([part.flatten() for part in gradients]), "mean").norm())
+    if recomputes:
+        with torch.no_grad():
+            for buffer, value in zip(distiller.buffers(), before, strict=True):
+                buffer.copy_(value)
     lengths = torch.stack(norms)
     return torch.where(lengths.isfinite().all(), lengths, 0)
 

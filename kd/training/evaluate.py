@@ -29,6 +29,8 @@ from kd.utils.processes import all_do, broadcast_buffers, nothing
 
 AT_ONCE = 256  # images of 224 x 224 that a GPU scores in one batch, which is more than it trains on; larger ones fewer
 PAYS = 10_000  # batches in a run from which compiling to score pays: half a minute for 2 to 3 ms each (an estimate)
+LAST_EPOCH = 2**20  # in which every ramp of a loss is at its end
+
 SCORED = 256  # images of which the distillation loss is computed at once
 
 
@@ -118,10 +120,10 @@ def validation(data: Data, job: Job, accelerator: Accelerator) -> Scorer | None:
 def distillation_loss(distiller: Distiller, teacher: TeacherLogits, scorer: Scorer, fit: FitConfig) -> dict[str, float]:
     """The method's loss on the scorer's images, which have no labels, and its measures.
 
-    Means over all images, in eval mode, of centre crops, which also stand for the strong view; weights that change with
-    the epoch are those of the last. The images come in parts of nearly equal size, at most SCORED, each of which one
-    process scores whole: the numbers are the same for any number of processes, also of losses that compare the images
-    of a batch.
+    Means over all images, in eval mode, of centre crops, which also stand for the strong view; weights that rise with
+    the epochs are the full ones, whatever the run's length. The images come in parts of nearly equal size, at most
+    SCORED, each of which one process scores whole: the numbers are the same for any number of processes, also of losses
+    that compare the images of a batch.
     """
     rows, pixels, accelerator = scorer.rows, scorer.pixels, scorer.accelerator
     training, device = distiller.training, accelerator.device
@@ -130,7 +132,7 @@ def distillation_loss(distiller: Distiller, teacher: TeacherLogits, scorer: Scor
     every = torch.arange(rows, device=pixels.split.labels.device)
     parts = every.tensor_split(math.ceil(rows / min(fit.batch_size, SCORED)))
     parts = parts[accelerator.process_index :: accelerator.num_processes]
-    view, epoch = (torch.full((), number, device=device) for number in (0, fit.epochs - 1))
+    view, epoch = (torch.full((), number, device=device) for number in (0, LAST_EPOCH))
     found: list[dict[str, Tensor]] = []
     with each_alone():
         for index, image in zip(parts, pixels.centre_crops(parts)):

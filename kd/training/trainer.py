@@ -186,7 +186,10 @@ class Trainer:
         every = self.job.run.diagnose_every
         due = every and (self.state.step - 1) % every == 0
         if due and teacher_outputs is not None and "ce" in result.terms and len(result.terms) > 1:
-            self.meter.add_gradients(gradient_norms(self.distiller, batch, teacher_outputs, self.accelerator))
+            recomputes = self.job.fit.gradient_checkpointing
+            self.meter.add_gradients(
+                gradient_norms(self.distiller, batch, teacher_outputs, self.accelerator, recomputes)
+            )
 
     def _log_and_save(self) -> None:
         """Read, show, save and stop where it is due."""

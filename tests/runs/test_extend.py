@@ -49,6 +49,15 @@ def test_another_schedule_wants_a_word_and_is_remembered(capsys):
     assert identity("run")["extended_from"] == [2, 3]
 
 
+def test_epochs_that_mixed_no_images_would_have_mixed_them_in_the_longer_run():
+    flags = ["--out", "run", "--schedule", "constant", "--mixup", "1", "--mix-off-epochs", "1"]
+    teach(*flags, "--epochs", "2")
+    with pytest.raises(UserError, match="run has 2 epochs, and its last ones mixed no images; --extend continues"):
+        teach(*flags, "--epochs", "3", "--resume")
+    teach(*flags, "--epochs", "3", "--resume", "--extend")
+    assert identity("run")["extended_from"] == [2]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

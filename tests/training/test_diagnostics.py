@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from scipy.special import log_softmax
 from scipy.stats import entropy
+from torch.utils.checkpoint import checkpoint
 
 from kd.config import METHODS, DataConfig
 from kd.data import load_data
@@ -57,6 +58,22 @@ def test_gradient_lengths_are_those_of_backward_and_leave_nothing_behind(method)
         distiller.zero_grad(set_to_none=True)
     torch.testing.assert_close(found, torch.stack(lengths))
     assert (found > 0).all()
+
+
+def test_what_backward_computes_again_moves_no_statistics():
+    """A network that saves memory runs its forward again in each backward, with its own BatchNorm."""
+    distiller, teacher = build("kd")
+    distiller.student[5] = torch.nn.BatchNorm1d(8)
+    inner = distiller.student.forward
+    distiller.student.forward = lambda image: checkpoint(inner, image, use_reentrant=False)
+    batch = batch_of(INDEX)
+    answer, training = teacher.of_batch(batch), distiller.train()
+    before = {name: tensor.clone() for name, tensor in training.state_dict().items()}
+    accelerator = Accelerator(cpu=True)
+    assert (gradient_norms(distiller, batch, answer, accelerator, recomputes=True) > 0).all()
+    assert all(torch.equal(before[name], tensor) for name, tensor in distiller.state_dict().items())
+    gradient_norms(distiller, batch, answer, accelerator)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in distiller.state_dict().items()), "it does move"
 
 
 def test_training_logs_them_and_ends_in_the_same_bytes_as_without():

@@ -169,11 +169,12 @@ def test_validation_changes_nothing(scored):
     assert all(part.grad is None for part in scored.distiller.parameters())
 
 
-def test_weights_that_change_with_the_epoch_are_those_of_the_last(scored):
+def test_weights_that_rise_with_the_epochs_are_the_full_ones(scored):
+    """Whatever the run's length: a run that is extended goes on with comparable losses."""
     epochs = []
     live = live_logits(scored.teacher.network, scored.accelerator)
     loss_of(scored, lambda batch: (epochs.append((int(batch.epoch), bool((batch.label == -1).all()))), live(batch))[1])
-    assert set(epochs) == {(scored.job.fit.epochs - 1, True)}
+    assert set(epochs) == {(evaluate.LAST_EPOCH, True)}
 
 
 def test_no_label_is_counted():
@@ -280,6 +281,26 @@ def test_row_3_row_25_two_processes_without_labels(teacher):
     resumed = script("distill_student.py", *plain, "--out", "run", "--resume", env=CPU, launcher=torchrun(2))
     assert resumed.returncode == 0, resumed.stderr
     assert differences(Path("kd-two"), Path("run")) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ["kd", "--alpha", "1", "--label-smoothing", "0.1"],
+            "--label-smoothing 0.1: .* kd with these flags has",
+        ),
+        (
+            ["mimic", "--label-weight", "0", "--balance", "weights"],
+            "--balance weights: .* mimic with these flag",
+        ),
+        (["pld", "--label-smoothing", "0.1"], "--label-smoothing 0.1: changes cross-entropy, and pld has none"),
+    ],
+)
+def test_row_44_what_changes_a_cross_entropy_of_weight_0_is_refused(teacher, args, words):
+    """On labelled images, too: the student would not change, and its control would."""
+    with pytest.raises(UserError, match=words):
+        distil("--teacher", str(teacher), "--trust-code", *args)
 
 
 @pytest.mark.parametrize(
