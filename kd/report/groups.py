@@ -18,6 +18,8 @@ SCORED = tuple(metric.key for metric in COLUMNS)  # what images without labels c
 
 LONGEST = 60  # letters of a setting in a label
 
+FLAG_NAMES = {"source": "data", "count": "views"}  # of flags that are called otherwise in the code
+
 RECIPE = {entry.name for kind in (FitConfig, ViewConfig) for entry in fields(kind)}  # flags of a training's recipe
 
 STRONG_VIEW = tuple(ViewConfig().strong)  # flags that a control without a second view need not share
@@ -169,7 +171,8 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
     for group in groups:
         alike = [other.flags for other in groups if (other.name, other.model) == (group.name, group.model)]
         differing = [key for key in sorted(group.flags) if len({_dump(flags.get(key)) for flags in alike}) > 1]
-        group.setting = ", ".join(f"{key.replace('_', ' ')} {_short(group.flags[key])}" for key in differing)
+        named = {key: FLAG_NAMES.get(key, key).replace("_", " ") for key in differing}
+        group.setting = ", ".join(f"{name} {_short(group.flags[key])}" for key, name in named.items())
         group.controls = [other for other in groups if _is_control(other, group)]
         if group.fine_tuned and not group.controls:  # by a recipe of its own
             group.controls = [other for other in groups if _is_control(other, group, "task")]

@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from kd.errors import require
+from kd.errors import UserError, require
 from kd.models.cost import cpu_name
 from kd.report.document import Block, Heading, Lines, Paragraph, Table, markdown
 from kd.report.groups import ALONE, Comparison, Group, by_data, compare_groups
 from kd.report.opening import trained_on
 from kd.runs.comparison import Answers, format_p
 from kd.runs.public import without_paths
-from kd.runs.results import Run, collect_runs, read_config, write_correct
+from kd.runs.results import Run, collect_runs, read_config, read_correct, write_correct
 from kd.runs.table import METRICS
-from kd.utils.files import read_json, write_atomically, write_json
+from kd.utils.files import read_json, write_atomically, write_folder, write_json
 from kd.utils.system import cores
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # of a measurement: its heading's anchor as well
@@ -44,24 +44,44 @@ INTRODUCTION = (
 def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Path]:
     """Keep the finished runs that `patterns` name in `folder`, and return their folders there.
 
-    measurement.json is written if there is none, with this machine and the day of the last run.
-    Raises UserError if a name does not serve, no run is finished, or no command is given for a new measurement.
+    What is no finished run is printed. measurement.json gets the commands that it lacks, and with any of them this
+    machine and the day of the last run.
+    Raises UserError if a name does not serve or is another run's, no run is finished, one lacks a file, or no command
+    is given for a new measurement.
     """
     fits = NAME.fullmatch(folder.name)
     require(bool(fits), f"--keep {folder}: name the folder in small letters, digits and single hyphens")
-    runs, _ = collect_runs(patterns)
+    runs, others = collect_runs(patterns)
+    for other in others:
+        print(f"left out: {other.path}, {other.state}: {other.why}", flush=True)
     require(bool(runs), f"{' '.join(patterns)}: no finished run to keep")
     about = folder / "measurement.json"
+    known = _read_about(about) if about.exists() else {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
     require(bool(commands) or about.exists(), f"--keep {folder}: add --command with what trained these runs")
     names = _names([run.path.resolve() for run in runs])
-    kept = [_keep_run(run, names, folder) for run in runs]
-    if commands or not about.exists():
+    for run in runs:
+        _check_keepable(run, folder / names[run.path.resolve()])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [_keep_run(run, names, folder) for run in runs]
+    except OSError as error:
+        raise UserError(f"--keep {folder}: cannot be written ({error.strerror}); name another folder") from error
+    if new := [command for command in commands if command not in known.get("commands", [])]:
         last = max((run.path / "summary.json").stat().st_mtime for run in runs)
-        known = {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
-        known |= read_json(about) if about.exists() else {}
         facts = {"machine": f"{cpu_name()}, {cores()} cores", "date": date.fromtimestamp(last).isoformat()}
-        write_json(about, known | {"commands": list(commands)} | facts)
+        write_json(about, known | {"commands": [*known.get("commands", []), *new]} | facts)
     return kept
+
+
+def _check_keepable(run: Run, target: Path) -> None:
+    """Raise UserError unless the run has what is kept of it, and `target` holds nothing else than this run."""
+    history = run.path / "metrics.jsonl"
+    require(history.is_file(), f"{run.path}: has no metrics.jsonl, as an export; name the run itself")
+    if run.tested:
+        read_correct(run.path, run.summary)
+    if (target / "summary.json").exists():
+        there, here = (read_json(path / "config.json").get("identity") for path in (target, run.path))
+        require(there == here, f"{target} is kept of another run; rename the folder of {run.path}")
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
@@ -75,16 +95,19 @@ def _names(paths: list[Path]) -> dict[Path, str]:
 
 def _keep_run(run: Run, names: dict[Path, str], parent: Path) -> Path:
     folder = parent / names[run.path.resolve()]
-    folder.mkdir(parents=True, exist_ok=True)
     summary, config = without_paths(run.summary, read_config(run.path))
     for key in ("teacher", "control"):
         if isinstance(name := run.summary.get(key), str):
             summary[key] = names.get(Path(name).resolve(), summary[key])
-    write_json(folder / "summary.json", summary)
-    write_json(folder / "config.json", config)
-    shutil.copyfile(run.path / "metrics.jsonl", folder / "metrics.jsonl")
-    if run.tested:
-        write_correct(run.path, run.summary, folder)
+
+    def write(partial: Path) -> None:
+        write_json(partial / "summary.json", summary)
+        write_json(partial / "config.json", config)
+        shutil.copyfile(run.path / "metrics.jsonl", partial / "metrics.jsonl")
+        if run.tested:
+            write_correct(run.path, run.summary, partial)
+
+    write_folder(folder, write)
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from kd.errors import UserError
 from kd.report.__main__ import main as report
 from kd.report.groups import by_data, compare_groups
-from kd.report.kept import keep, page
+from kd.report.kept import _beside, keep, page
 from kd.runs.comparison import Answers
 from kd.runs.results import collect_runs, read_correct
 from kd.utils.files import read_json
@@ -93,7 +93,9 @@ def test_the_page_has_a_row_for_each_group_with_its_gain_and_time(kept):
 def test_paths_are_cut_and_teachers_found_beside_the_run(kept):
     summary = read_json(kept / "a-study" / "kd0" / "summary.json")
     assert (summary["teacher"], summary["control"]) == ("teacher", "alone0")
-    assert "not among these runs" not in page(kept)
+    runs, _ = collect_runs([str(kept / "a-study")])
+    (groups,) = by_data([_beside(run) for run in runs]).values()
+    assert {group.external_teacher for group in groups} == {""}, "found among the runs that are kept"
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents_name(tmp_path, monkeypatch):
@@ -103,6 +105,37 @@ def test_runs_of_one_name_are_told_apart_by_their_parents_name(tmp_path, monkeyp
         Path(parent).mkdir()
         shutil.move(f"runs/{run}", f"{parent}/s0")
     assert sorted(path.name for path in keep(["a", "b"], Path("kept/x"), ["c"])) == ["a-s0", "b-s0"]
+
+
+def test_what_is_no_run_is_named_and_another_run_is_not_overwritten(kept, capsys):
+    Path("unfinished").mkdir()
+    Path("unfinished/config.json").write_text("{}")
+    capsys.readouterr()
+    keep(["runs/kd0", "unfinished"], kept / "a-study", [])
+    assert "left out: unfinished, " in capsys.readouterr().out
+    shutil.copytree("runs/kd1", "other/kd0")
+    before = (kept / "a-study/kd0/summary.json").read_bytes()
+    with pytest.raises(UserError, match=r"a-study/kd0 is kept of another run; rename the folder of other/kd0"):
+        keep(["other/kd0"], kept / "a-study", [])
+    assert (kept / "a-study/kd0/summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("metrics.jsonl", "has no metrics"), ("test_logits.safetensors", "logits")]
+)
+def test_a_run_that_lacks_a_file_leaves_nothing_half_kept(kept, file, words):
+    Path("runs/kd1", file).unlink()
+    with pytest.raises(UserError, match=words):
+        keep(["runs/kd0", "runs/kd1"], Path("kept/new"), ["a"])
+    assert not Path("kept/new").exists()
+
+
+def test_more_runs_add_their_command(kept):
+    keep(["runs/kd0"], kept / "a-study", ["python -m kd.study", "another"])
+    assert read_json(kept / "a-study/measurement.json")["commands"] == ["python -m kd.study", "another"]
+    Path("kept/file").touch()
+    with pytest.raises(UserError, match="--keep kept/file: cannot be written"):
+        keep(["runs/kd0"], Path("kept/file"), ["a"])
 
 
 def test_answers_that_do_not_fit_the_summary_are_refused(kept):
