@@ -13,6 +13,7 @@ from pathlib import Path
 from kd.compress import plain_weights
 from kd.config import Job
 from kd.runs.folder import RunFolder
+from kd.runs.public import without_paths
 from kd.training.summary import model_info
 from kd.training.trainer import Trainer
 from kd.utils.console import one_line
@@ -28,6 +29,8 @@ FILES = (
     "summary.json",
     "metrics.jsonl",
 )
+
+ABOUT = ("summary.json", "config.json")  # name folders of this machine
 
 GOES_ON = "; the training goes on"
 
@@ -83,12 +86,19 @@ def _said(name: str, what: str, remedy: str) -> Iterator[None]:
 
 
 def _gather(source: Path, files: Sequence[str], card: str, trainer: Trainer | None = None) -> Path:
-    """A new folder with the files that `source` has, the card, and with a trainer its weights as they are now."""
+    """A new folder with the files that `source` has, the card, and with a trainer its weights as they are now.
+
+    Summary and configuration lose the paths of this machine.
+    """
     folder = Path(tempfile.mkdtemp(prefix="kd-push-"))
     try:
         for file in files:
             if (source / file).exists():
                 shutil.copy(source / file, folder)
+        about = [read_json(folder / name) if (folder / name).exists() else {} for name in ABOUT]
+        for name, content in zip(ABOUT, without_paths(*about), strict=True):
+            if content:
+                write_json(folder / name, content)
         if trainer is not None:
             write_weights(folder / "model.safetensors", plain_weights(trainer.distiller.deployed))
             write_json(folder / "model.json", model_info(trainer))

@@ -15,7 +15,7 @@ from kd.config.presets import distill_defaults
 from kd.errors import UserError
 from kd.training import push
 from tests.hub_server import hub
-from tests.run_scripts import TEACHER, metrics_of, script, teach
+from tests.run_scripts import TEACHER, distil, metrics_of, script, teach
 
 
 @pytest.fixture
@@ -44,6 +44,17 @@ def test_the_weights_of_every_nth_epoch_and_the_finished_run_are_uploaded(upload
     assert early.keys() == {"model.safetensors", "model.json", "config.json", "metrics.jsonl", "README.md"}
     assert [json.loads(line)["epoch"] for line in early["metrics.jsonl"].decode().splitlines()] == [1, 2]
     assert "kd.load('me/net')" in last["README.md"].decode()
+
+
+def test_no_path_of_this_machine_is_uploaded(uploads, tmp_path):
+    teach("--epochs", "1", "--out", str(tmp_path / "teacher"))
+    known = ["--teacher", str(tmp_path / "teacher"), "--trust-code", "--control", "--out", str(tmp_path / "run")]
+    distil(*known, "--epochs", "2", "--push-to", "me/net", "--push-every", "1")
+    assert list(uploads) == ["kd: epoch 1", "kd: the finished run"]
+    for files in uploads.values():
+        for name, content in files.items():
+            assert str(tmp_path).encode() not in content, name
+    assert json.loads(uploads["kd: the finished run"]["summary.json"])["teacher"] == "teacher"
 
 
 def test_the_weights_of_an_epoch_are_that_epochs(uploads, tmp_path):
