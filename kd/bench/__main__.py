@@ -76,7 +76,15 @@ def main(config: BenchConfig) -> None:
     require(
         not config.cpu_time or config.threads == 1, "--cpu-time: adds up all threads' time; give --threads 1 with it"
     )
+    job = config.job(config.precisions[0])
+    job.fit.check()
+    job.run.check()
+    require(
+        config.json is None or config.json.absolute().parent.is_dir(),
+        f"--json {config.json}: its folder does not exist; make it, or name another",
+    )
     from kd.data import load_data
+    from kd.utils.files import write_json
 
     with tempfile.TemporaryDirectory() as folder:
         numbers = measure(config, load_data(DataConfig(source=config.data)), Path(folder))
@@ -84,7 +92,7 @@ def main(config: BenchConfig) -> None:
             numbers |= measure_starts(config, Path(folder))
     show(numbers)
     if config.json is not None:
-        config.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        write_json(config.json, numbers)
 
 
 def measure(config: BenchConfig, data, folder: Path) -> dict:
