@@ -24,7 +24,8 @@ INITIAL_STD = 0.02  # of the head's weights
 
 def queue_length(images: int) -> int:
     """The default length of the queue: the largest power of two that is at most half the training images, from 128 to
-    8,192. So a quarter to a half of the images is in it, and never one image twice, as far as those bounds allow."""
+    8,192. So a quarter to a half of an epoch is in it, within those bounds; at the start of the next epoch some images
+    are in it twice."""
     half = max(images // 2, 1)
     return min(max(2 ** int(math.log2(half)), SHORTEST), LONGEST)
 
@@ -72,7 +73,8 @@ class Embed(DistillationLoss):
     """The loss between the student's embedding through a linear head and the teacher's; no cross-entropy.
 
     `--form queue`: a step first pushes the global batch's teacher embeddings, the oldest fall out, and then compares
-    with the whole queue; so each image finds its own teacher embedding there. All processes hold the same queue, and
+    with the whole queue; so each image finds its own teacher embedding there, and a global batch (or part of an
+    accumulated one) that is longer than the queue is refused. All processes hold the same queue, and
     checkpoints include it. Places not filled yet do not count. Scoring on validation images pushes nothing.
     `--patches`: beside it weight * (1 - cosine similarity) of the last maps at each place, of the student through a
     1 x 1 convolution, both pooled to the smaller size.
@@ -128,8 +130,13 @@ class Embed(DistillationLoss):
 
     @torch.no_grad()
     def _push(self, teacher: Float[Tensor, "b d"]) -> None:
-        """Put the global batch before what the queue holds, whose end falls out; of a larger batch the first count."""
+        """Put the global batch before what the queue holds, whose end falls out."""
         fresh = F.normalize(global_batch(teacher), dim=1)
+        require(
+            len(fresh) <= len(self.queue),
+            f"embed: a batch of {len(fresh)} images does not fit the queue of {len(self.queue)}: give a smaller"
+            " --batch-size or a longer --queue",
+        )
         self.queue.copy_(torch.cat([fresh, self.queue])[: len(self.queue)])
         self.pushed += len(fresh)
 

@@ -79,7 +79,8 @@ class Pretrained(NamedTuple):
     def sha256(self) -> str:
         """Of everything that its logits depend on: model, weights and expectations."""
         expected = [self.classes, self.image_size, self.mean, self.std]
-        digest = hashlib.sha256(json.dumps([self.model, *expected]).encode())
+        arguments = [sorted(parse_model_args(self.model_args).items())] if self.model_args else []  # as ever without
+        digest = hashlib.sha256(json.dumps([self.model, *expected, *arguments]).encode())
         for name in sorted(self.weights):
             digest.update(name.encode())
             digest.update(self.weights[name].contiguous().flatten().view(torch.uint8).numpy())

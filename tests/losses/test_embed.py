@@ -65,11 +65,11 @@ def test_a_batch_is_pushed_before_it_is_compared_and_the_oldest_fall_out():
     assert int(part.pushed) == 15
 
 
-def test_of_a_batch_larger_than_the_queue_the_first_count():
-    part = method(queue=3)
+def test_a_batch_larger_than_the_queue_is_refused():
+    """Its last images would be compared with a queue that lacks their own embedding."""
     student, teacher = answers(0)
-    loss_of(part, student, teacher)
-    torch.testing.assert_close(part.queue, F.normalize(teacher.logits)[:3])
+    with pytest.raises(UserError, match=f"a batch of {len(teacher.logits)} images does not fit the queue of 3"):
+        loss_of(method(queue=3), student, teacher)
 
 
 def test_scoring_pushes_nothing_and_an_empty_queue_gives_no_loss():

@@ -323,7 +323,7 @@ def test_row_19_a_second_builder_waits_for_the_first_and_reuses_what_it_built(ca
         process.kill()
         process.communicate()
     assert "waiting for another process to finish" in said
-    assert "kept" not in said, "nothing was computed again"
+    assert "stored" not in said, "nothing was computed again"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from kd.errors import UserError
 from kd.export.measure import candidates
 from kd.export.source import read_source
 from kd.models import build_model
-from kd.models.pretrained import load_pretrained
+from kd.models.pretrained import Pretrained, load_pretrained
 from kd.runs.load import load_network
 from kd.teachers.load import load_teacher, load_teachers, match_classes
 from tests import checkpoints, networks
@@ -72,6 +72,14 @@ def test_a_file_sees_its_own_size_and_normalisation_and_answers_in_our_order(dat
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
     again = load_teachers([beside("big.safetensors", classes=names, mean=[0.5, 0.5, 0.5])], data, CPU, False, MODEL)
     assert again.sha256 != teacher.sha256, "what it expects is part of what it is"
+
+
+def test_the_arguments_of_its_constructor_are_part_of_what_it_is():
+    """--teacher-model-args change its logits and not its weights."""
+    expects = ("m", {"w": torch.ones(2)}, ("a", "b"), (4, 4), (0.5,), (0.5,))
+    plain, other = (Pretrained(*expects, model_args=given) for given in (None, "global_pool=max,b=1"))
+    same = Pretrained(*expects, model_args="b=1, global_pool=max")
+    assert plain.sha256 != other.sha256 == same.sha256
 
 
 def test_a_student_follows_it_and_the_table_names_it(data, capsys):

@@ -406,7 +406,7 @@ def test_check_tells_what_a_cache_is(packed, capsys):
         assert f"{name}: 2 of 2 views" in told
         assert "resnet8 (teacher, test top-1 " in told
         assert "synthetic: 900 training images, 16 x 16 pixels" in told
-        assert "--views 2 --no-flip --hue 0.1 --strong" not in told
+        assert "--hue 0.1 --no-flip --views 2; version" in told, "the flags of the views, and no others"
         assert "logits, float32, the 3 largest and the others' mass" in told
         assert told.endswith("complete; every view has the hash that it was stored with\n")
 
