@@ -125,7 +125,7 @@ def _load(config: DataConfig, revision: str | None) -> Data:
     _check_parts(parts, config)
     _print_summary(config, source.storage, parts, classes)
     source.check_images([split for split in (test, val) if split is not None])
-    # Of all training images: every --label-share normalises alike, and so as a run that it starts from (--init).
+    # Of all training images: every --label-share normalises alike, and as a labelled run that it starts from (--init).
     statistics = source.statistics(whole)
     if train is not whole:
         _print_share(config.label_share, len(whole.labels), train, val)

@@ -286,12 +286,24 @@ class ImageFolder:
         """The folders below a split's, or below the folder of all classes."""
         return place.below if place.split else place.below[self._prefix :]
 
+    def _named_like_splits(self) -> list[str]:
+        """The folders that would be splits of labelled images, if there are any for training and for scoring."""
+        folders = dict.fromkeys(os.path.dirname(path) for path in self._all_images())
+        places = [place for folder in folders if (place := find_place(folder)).split]
+        return sorted({place.top for place in places}) if len({place.split for place in places}) > 1 else []
+
     def _leave_labels_out(self) -> None:
         """Say which files with labels are not read."""
         if self.metadata:
             listed = _some([path for paths in self.metadata.values() for path in paths])
             self.notes.append(f"labels are not read ({listed})")
             self.metadata = {}
+        like = [] if self._in_splits else self._named_like_splits()
+        if like:
+            self.notes.append(
+                f"{_some(like)}: read as one set; only folders called exactly train, val and test are splits of images"
+                " without labels"
+            )
         found = Counter(ending_of(path) for group in self._used for path in (*group.images, *group.others))
         self._note_skipped({("", ""): found})
 

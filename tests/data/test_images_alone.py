@@ -63,6 +63,15 @@ def test_a_folder_called_train_makes_splits_and_the_test_split_is_not_read(tmp_p
     assert "splits that are not used: test" in capsys.readouterr().out
 
 
+def test_folders_that_are_splits_only_of_labelled_images_are_named(tmp_path, capsys):
+    folder = images(tmp_path / "set", (("training_set", 20), ("test_set", 9)))
+    data = unlabelled(folder, image_size=16)
+    assert len(data.train.labels) + len(data.val.labels) == 29
+    assert "test_set, training_set: read as one set; only folders called exactly train, val and test" in (
+        capsys.readouterr().out
+    )
+
+
 def test_lists_of_labels_beside_the_images_are_not_read(photos, capsys):
     (photos / "metadata.csv").write_text("file_name,label\nno/such.png,3\n")
     assert bare(unlabelled(photos))
