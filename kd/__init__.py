@@ -14,9 +14,9 @@ def load(folder: str | Path, trust_code: bool = False, weights: str = "last"):
     image to its input; `.classes`, their names; `.folder`, the run.
 
     `folder` is a run folder, also one copied from another machine, or a Hub id (user/name, user/name@revision) that
-    `kd.export --push` wrote. Only safetensors and JSON are read. A network of the user's own (`module:function`) is
-    imported and built only with `trust_code=True`. `weights`: of the "last" step, the "best" epoch on validation, or
-    the average that a run with --ema keeps ("ema").
+    `kd.export --push` or `--push-to` wrote. Only safetensors and JSON are read. A network of the user's own
+    (`module:function`) is imported and built only with `trust_code=True`. `weights`: of the "last" step, the "best"
+    epoch on validation, or the average that a run with --ema keeps ("ema").
 
     Raises: kd.errors.UserError (a ValueError) if there is no finished run or no such weights, or its code is not
     trusted.

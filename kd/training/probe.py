@@ -5,8 +5,8 @@
     python -m kd.training.probe USER/NAME --data photos      a network on the Hub; DATA is any value of --data
 
 The embedding is what enters a network's classifier, or the output of a network without one. Images are normalised and
-sized as the network was trained on them. Both scores learn from the labels of the training split (a tenth of it is
-left out, as validation split) and are measured on the test split.
+sized as the network was trained on them. Both scores learn from the labels of the training split and are measured on
+the test split. A set without a validation split leaves a tenth of its training images out.
 """
 
 import argparse
