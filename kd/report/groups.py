@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from kd.config import FitConfig, ViewConfig
+from kd.config import METHODS, FitConfig, ViewConfig
 from kd.report.statistics import cell, mean_and_deviation
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
@@ -21,6 +21,9 @@ LONGEST = 60  # letters of a setting in a label
 FLAG_NAMES = {"source": "data", "count": "views"}  # of flags that are called otherwise in the code
 
 RECIPE = {entry.name for kind in (FitConfig, ViewConfig) for entry in fields(kind)}  # flags of a training's recipe
+
+# A run of one method knows nothing of another's flags, but _recipe adds the newer ones at their defaults.
+OF_METHODS = {entry.name for kind in METHODS.values() for entry in fields(kind)}
 
 STRONG_VIEW = tuple(ViewConfig().strong)  # flags that a control without a second view need not share
 
@@ -38,6 +41,7 @@ class Group:
     flags: dict  # what distinguishes it from other groups of its name
     external_teacher: str = ""  # its teacher's name, if that is not among these runs
     setting: str = ""  # the flags that differ, in words
+    namesake: bool = False  # whether a group of another network has the same label
     task: str = ""  # what a control must share at least: data, network, share of the labels
     fine_tuned: bool = False  # from a distilled run
     controls: list["Group"] = field(default_factory=list)
@@ -61,6 +65,11 @@ class Group:
     @property
     def label(self) -> str:
         return f"{self.name}, {self.setting}" if self.setting else self.name
+
+    @property
+    def title(self) -> str:
+        """The label, with the network's name where that tells it from another group; for where no column has it."""
+        return f"{self.label}, {self.model}" if self.namesake else self.label
 
     @property
     def seeds(self) -> set[int]:
@@ -115,7 +124,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        return f"{self.group.label} against {self.control.label}"
+        return f"{self.group.title} against {self.control.title}"
 
     @property
     def verdict(self) -> str:
@@ -167,7 +176,8 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
     by_recipe: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.seed, str(run.path))):
         by_recipe.setdefault(_dump(_recipe(run, by_path)), []).append(run)
-    groups = [_group(members, by_path) for members in by_recipe.values()]
+    taught = {_budget(run, by_path) for run in runs if run.role not in ("none", "teacher")}
+    groups = [_group(members, by_path, taught) for members in by_recipe.values()]
     for group in groups:
         alike = [other.flags for other in groups if (other.name, other.model) == (group.name, group.model)]
         differing = [key for key in sorted(group.flags) if len({_dump(flags.get(key)) for flags in alike}) > 1]
@@ -176,23 +186,35 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
         group.controls = [other for other in groups if _is_control(other, group)]
         if group.fine_tuned and not group.controls:  # by a recipe of its own
             group.controls = [other for other in groups if _is_control(other, group, "task")]
+    labels = [group.label for group in groups]
+    for group in groups:
+        group.namesake = labels.count(group.label) > 1
     return sorted(groups, key=lambda group: (KINDS.index(group.kind), group.name, group.model, _numbers(group)))
 
 
-def _group(runs: list[Run], by_path: dict[str, Run]) -> Group:
+def _budget(run: Run, by_path: dict[str, Run], fine_tuned: bool = False, task: bool = False) -> str:
+    """What a control must share with a run: all flags but those of the method, its teacher and cache.
+
+    `fine_tuned`: whether it may have started elsewhere. `task`: nor need it share the recipe of the training.
+    """
+    recipe = _recipe(run, by_path)
+    left_out = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", "cache_from", "shared_cache"}
+    left_out |= {*STRONG_VIEW, *OF_METHODS, *run.method_flags}
+    left_out |= {key for key in recipe if key.endswith("layers")}  # those compared, as DistillationLoss.identity has it
+    left_out |= {"init"} if fine_tuned else set()
+    left_out |= RECIPE if task else set()
+    return _dump({key: value for key, value in recipe.items() if key not in left_out})
+
+
+def _group(runs: list[Run], by_path: dict[str, Run], taught: set[str]) -> Group:
+    """The group of some runs; `taught` holds the budgets of all distilled ones."""
     first = runs[0]
     recipe = _recipe(first, by_path)
-    not_budget = {"role", "teacher", "label_smoothing"}
-    not_budget |= {"cache_teacher", "cache_dtype", "cache_top_k", "cache_from", "shared_cache"}
-    not_budget |= {*STRONG_VIEW, *first.method_flags}
-    # Those compared, as DistillationLoss.identity has it.
-    not_budget |= {key for key in recipe if key.endswith("layers")}
     start = _start(first, by_path)
     fine_tuned = first.role in ("none", "teacher") and start is not None and start.role not in ("none", "teacher")
-    not_budget |= {"init"} if fine_tuned else set()
-    budget = {key: value for key, value in recipe.items() if key not in not_budget}
-    task = _dump({key: value for key, value in budget.items() if key not in RECIPE})
-    budget = _dump(budget)
+    if first.role == "none" and _budget(first, by_path) in taught:
+        fine_tuned = False  # one that is distilled further began as it did (--init): it is that one's control
+    budget, task = (_budget(first, by_path, fine_tuned, task) for task in (False, True))
     if fine_tuned:
         name = f"student ({start.role}, then fine-tuned)"
         return Group(METHOD, name, runs, budget, recipe, task=task, fine_tuned=True)

@@ -48,15 +48,15 @@ def headline(comparisons: list[Comparison]) -> str:
     found = [one for one in found if one.control.kind == ALONE] or found
     if not found:
         return ""
-    controls = list(dict.fromkeys(one.control.label for one in found))
-    return " ".join(_against(label, [one for one in found if one.control.label == label]) for label in controls)
+    controls = list(dict.fromkeys(one.control.title for one in found))
+    return " ".join(_against(title, [one for one in found if one.control.title == title]) for title in controls)
 
 
 def _against(control: str, found: list[Comparison]) -> str:
     """The verdicts on these methods, in a sentence each."""
     by_verdict: dict[str, list[str]] = {}
     for one in found:
-        by_verdict.setdefault(one.verdict, []).append(f"{one.group.label} {one.difference.mean:+.2f}")
+        by_verdict.setdefault(one.verdict, []).append(f"{one.group.title} {one.difference.mean:+.2f}")
     parts = [f"{verdict[0].upper()}{verdict[1:]}: {_named(names)}." for verdict, names in by_verdict.items()]
     more = len(parts) - VERDICTS
     rest = f" {more} more below." if more > 0 else ""

@@ -105,7 +105,7 @@ def gain_table(comparisons: list[Comparison]) -> Table | None:
         best = comparison.mean_gain("test_top1_best")
         numbers = (f"{found.mean:+.2f}", found.interval, format_p(found.p), format_p(comparison.corrected))
         seeds, best_gain = " ".join(map(str, found.seeds)), "" if best is None else f"{best:+.2f}"
-        rows.append((comparison.group.label, comparison.control.label, seeds, *numbers, best_gain, comparison.verdict))
+        rows.append((comparison.group.title, comparison.control.title, seeds, *numbers, best_gain, comparison.verdict))
         bounded += not found.by_image
         alone = alone or found.of_seeds is None
     if not rows:
@@ -130,9 +130,9 @@ def format_verdicts(groups: list[Group], comparisons: list[Comparison]) -> Lines
         lines += [_verdict_line(comparison) for comparison in comparisons if comparison.group is group]
         if not any(control.kind == ALONE for control in group.controls):
             lines.append(
-                f"{group.label}: no student alone by the same recipe among these runs, so its gain is unknown."
+                f"{group.title}: no student alone by the same recipe among these runs, so its gain is unknown."
             )
-    if sharing := [group.label for group in methods if group.shares_a_teacher]:
+    if sharing := [group.title for group in methods if group.shares_a_teacher]:
         whose = "each method" if 1 < len(sharing) == len(methods) else " and of ".join(sharing)
         lines.append(f"All seeds of {whose} share one teacher: this says nothing about other teachers.")
     return Lines(tuple(lines) or ("No distilled student with a test result among these runs.",))

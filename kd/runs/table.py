@@ -144,14 +144,21 @@ def unlabelled(summary: dict) -> tuple[Metric, ...]:
 
 def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
     """Each network of the result: its name in the table, and its summary or None if it was not measured."""
-    teachers = [_read(folder) for folder in teachers_of(summary)]
-    agreement = {member["folder"]: member["agreement"] for member in summary.get("teachers", [])}
-    for folder, teacher in zip(teachers_of(summary), teachers, strict=True):
+    members = {member["folder"]: member for member in summary.get("teachers", [])}
+    teachers = []
+    for folder in teachers_of(summary):
+        teacher, member = _read(folder), members.get(folder)
         if teacher:  # not its own agreement with a teacher that it was distilled from
-            teacher["agreement"] = agreement.get(folder)
-    if teachers and not agreement and not any(teachers):
+            teacher["agreement"] = member and member["agreement"]
+        elif member:  # a pretrained network: what this run measured of it
+            teacher = {"model": folder, "params": None, **member}
+        teachers.append(teacher)
+    if teachers and not members and not any(teachers):
         teachers = [_external_teacher(summary)]
     rows = [("teacher", teacher) for teacher in teachers]
+    if len(members) > 1 and summary.get("teacher_test_top1") is not None:
+        together = {"model": f"{len(members)} networks", "params": None, "test_top1": summary["teacher_test_top1"]}
+        rows.append(("teachers together", together | {"agreement": summary.get("agreement")}))
     alone = summary.get("control") or control
     if summary["method"] != "none" and is_labelled(summary):
         rows.append(("student alone", _read(str(alone)) if alone else None))

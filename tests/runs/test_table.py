@@ -26,3 +26,15 @@ def test_each_of_several_teachers_has_the_students_agreement_with_it(tmp_path):
     members = [{"folder": name, "agreement": value} for name, value in zip(names, (60.0, 70.0), strict=True)]
     rows = _rows(SUMMARY | {"teacher": names, "teachers": members})
     assert [row["agreement"] for name, row in rows if name == "teacher"] == [60.0, 70.0]
+
+
+def test_several_pretrained_teachers_show_what_the_run_measured_of_them_and_of_all_together():
+    names = ["timm/one", "other.pth"]
+    members = [{"folder": name, "agreement": 60.0, "test_top1": 70.0 + i} for i, name in enumerate(names)]
+    rows = _rows(SUMMARY | {"teacher": names, "teachers": members, "teacher_test_top1": 75.0})
+    assert [(name, row["model"], row["test_top1"]) for name, row in rows if name.startswith("teacher")] == [
+        ("teacher", "timm/one", 70.0),
+        ("teacher", "other.pth", 71.0),
+        ("teachers together", "2 networks", 75.0),
+    ]
+    assert dict(rows)["teachers together"]["agreement"] == 77.0
