@@ -90,10 +90,6 @@ def run_study(study: Study) -> list[Task]:
 
 def check_unlabelled(study: Study, config: DistillConfig) -> None:
     """Raise UserError for what a study of images without labels cannot do; it has no controls, which need them."""
-    require(
-        not any(len(study.settings(method)) > 1 for method in study.methods),
-        "--grid: picks by accuracy on validation, and --no-labels leaves none; give one value of each flag",
-    )
     for method in study.methods:
         task = study.students(method, study.settings(method)[0])[0]
         flags = parse(distill_defaults, "", task.args).method
@@ -181,9 +177,21 @@ def main(args: list[str] | None = None) -> list[Task]:
         config.data.val_fraction > 0 or not any(len(study.settings(method)) > 1 for method in study.methods),
         "--grid: picks on validation, which --val-fraction 0 leaves without images; give a larger fraction",
     )
+    for method in study.methods:
+        swept = len(study.settings(method)) > 1
+        unlabelled = parse(distill_defaults, "", study.student(method, 0).args).for_method().data.no_labels
+        require(
+            not (swept and unlabelled),
+            f"--grid: picks by accuracy on validation, which {method} without labels has none of; give one value of"
+            " each flag",
+        )
     if config.data.no_labels:
         check_unlabelled(study, config)
     check_networks(config, study.methods)
+    if study.pretrain:
+        first = parse(distill_defaults, "", study.pretraining(study.seeds[0]).args).for_method()
+        with reworded(lambda text: f"--pretrain {' '.join(study.pretrain)}: {text}"):
+            check_networks(first, study.pretrain[:1])
     check_batches(study)
     from kd.models.pretrained import is_pretrained  # imports torch, which --help need not wait for
     from kd.report.build import command_line, show, write_report

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kd.config import DistillConfig, named_method
 from kd.config.cli import parse
-from kd.config.methods import methods_without_labels
+from kd.config.methods import KDConfig, method_name, methods_without_labels
 from kd.config.presets import PRESETS, distill_defaults
 from kd.errors import UserError, nearest, require
 from kd.study.runner import Task, parse_launch_flags
@@ -32,14 +32,25 @@ STUDY_FLAGS = (
 )
 
 
-def _without_steps(rest: tuple[str, ...], flags: tuple[str, ...]) -> list[str]:
-    """The study's flags for a run with `flags` of its own: without --steps, which would win over these, if --epochs is
-    among them."""
-    words = [word for flag in rest for word in (flag.split("=", 1) if flag.startswith("--steps=") else [flag])]
-    if "--steps" not in words or not any(flag.split("=")[0] == "--epochs" for flag in flags):
-        return list(rest)
-    place = words.index("--steps")
-    return [*words[:place], *words[place + 2 :]]
+OF_OWN_TEACHER = ("--teacher-seed", "--teacher-init", "--teacher-model-args")
+
+
+def _without(rest: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words without these flags, each of which has one value."""
+    left, words = [], iter(rest)
+    for word in words:
+        if word in names:
+            next(words, None)
+        elif word.partition("=")[0] not in names:
+            left.append(word)
+    return left
+
+
+def _for_run(rest: tuple[str, ...], flags: tuple[str, ...]) -> list[str]:
+    """The study's flags for a run with `flags` of its own, without those that would win over them or exclude them."""
+    named = {flag.partition("=")[0] for flag in flags}
+    rest = _without(rest, ("--steps",)) if "--epochs" in named else list(rest)
+    return _without(rest, OF_OWN_TEACHER) if "--teacher" in named else rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +74,13 @@ class Study:
 
         Parsing its flags here refuses a bad one before anything starts.
         """
-        args = [method, "--preset", self.preset, *_without_steps(self.rest, flags), "--seed", str(seed)]
+        args = [method, "--preset", self.preset, *_for_run(self.rest, flags), "--seed", str(seed)]
         args += ["--auto-resume", "--no-control", *flags]
-        parse(distill_defaults, "", args).for_method()
+        config = parse(distill_defaults, "", args).for_method()
         label = label or " ".join([method, *(flag for flag in flags if flag != "--no-test"), f"seed {seed}"])
-        return Task(label, script_path("distill_student.py"), args, needs_teacher=named_method(method).needs_teacher)
+        needs = named_method(method).needs_teacher
+        own = None if config.teachers or config.cache.cache_from else config.teacher_job()
+        return Task(label, script_path("distill_student.py"), args, needs_teacher=needs, own_teacher=own)
 
     def students(self, method: str, flags: tuple[str, ...]) -> list[Task]:
         """A method's runs with these flags, one a seed."""
@@ -78,7 +91,7 @@ class Study:
 
         None without labels, which both are trained by.
         """
-        if "--no-labels" in self.rest:
+        if _parsed(self, "none").data.no_labels:
             return []
         flags = ("--label-share", share) if share else ()
         return [*self.students("none", flags), *self.students("none", (*flags, "--label-smoothing", SMOOTHING))]
@@ -174,8 +187,26 @@ def _check(given: argparse.Namespace, rest: list[str]) -> None:
         named_method(method)  # raises if there is none
     for flag in (word.split("=")[0] for word in rest):
         require(flag not in STUDY_FLAGS, f"{flag}: the study sets it itself; --seeds chooses the seeds")
+    for word in ("--push-to", "--push-every"):
+        require(word not in [flag.split("=")[0] for flag in rest], f"{word}: every run would replace the one before")
+    _check_file(given, rest)
     require(given.jobs >= 1, f"--jobs {given.jobs}: give 1 or more")
     require(not given.out.exists() or given.out.is_dir(), f"--out {given.out}: is a file; name a folder")
+
+
+def _check_file(given: argparse.Namespace, rest: list[str]) -> None:
+    """Raises UserError if a file of --config sets what the study sets itself."""
+    if not any(word.split("=")[0] == "--config" for word in rest):
+        return
+    config = parse(distill_defaults, "", rest)
+    run, method = config.run, method_name(config.method)
+    alone = run.test and run.out is None and run.push_to is None and not run.resume
+    require(
+        alone, "--config: has test, out, push-to or resume, which the study sets itself; leave them out of the file"
+    )
+    usual = method_name(PRESETS[config.preset].get("method", KDConfig()))
+    named = method in (*given.methods, usual)
+    require(named, f"--config: has the method {method}; a study's methods are those of --methods, with their defaults")
 
 
 def group_name(preset: str, rest: list[str]) -> str:
@@ -191,6 +222,10 @@ def cache_flags(preset: str, rest: list[str]) -> list[str]:
     The controls get them too: they are comparable only if they see the same views.
     """
     config = parse(distill_defaults, "", ["--preset", preset, *rest])
+    require(
+        "--no-cache-teacher" not in rest,
+        "--no-cache-teacher: the settings of a grid share one cache of the teacher's logits; leave it out",
+    )
     # --preset own leaves the epochs to the data, and has GRID_VIEWS of them at least; so does --steps.
     epochs = GRID_VIEWS if config.fit.steps else config.fit.epochs or GRID_VIEWS
     views = [] if config.views.count else ["--views", str(min(GRID_VIEWS, epochs))]
@@ -251,6 +286,7 @@ def check_few_labels(study: Study) -> None:
     for share in study.shares:
         for method in ("none", *study.methods):
             study.with_share(method, share)
+            study.with_share(method, share, Path("TEACHER") if needs_own_teacher(study, method) else None)
     if study.pretrain:
         _check_pretraining(study)
     require(

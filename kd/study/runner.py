@@ -62,6 +62,7 @@ class Task:
     folder: Path | None = None  # once it has finished
     failure: str = ""  # why it has failed, once it has
     needs_teacher: bool = False
+    own_teacher: object = None  # the job of the teacher that it trains first, or finds trained; None: another is named
     teachers: list[Path] = field(default_factory=list)  # finished runs of teachers that it trained, or found trained
 
 
@@ -92,7 +93,7 @@ class Runner:
         self.jobs, self.launch, self.logs = jobs, launch, logs
         self.done: list[Task] = []
         self._running: list[Running] = []
-        self._teacher_failure = ""
+        self._lost_teachers: list[tuple[object, str]] = []  # a teacher's job, and why its students are not started
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._total_bar = self._progress.add_task("runs of the study", total=total)
@@ -125,8 +126,9 @@ class Runner:
                 raise Preempted(self._requests.number, message)
             while waiting and len(self._running) < self.jobs:
                 task = waiting.pop(0)
-                if task.needs_teacher and self._teacher_failure:
-                    self.skip([task], self._teacher_failure)
+                failures = [why for teacher, why in self._lost_teachers if teacher == task.own_teacher]
+                if task.needs_teacher and failures:
+                    self.skip([task], failures[0])
                 else:
                     self._start(task)
             if self._running:
@@ -191,7 +193,7 @@ class Runner:
         role, folder = runs[-1] if runs else ("", None)
         if task.needs_teacher and role == "teacher" and not _is_finished(folder):
             task.failure = f"its teacher {folder} failed: {task.failure}"
-            self._teacher_failure = f"not started: the teacher of {task.label} failed"
+            self._lost_teachers.append((task.own_teacher, f"not started: the teacher of {task.label} failed"))
 
     def _report(self, task: Task, time_taken: str) -> None:
         self.done.append(task)

@@ -56,6 +56,29 @@ def test_a_first_training_of_other_length_teaches_only_itself(fake):  # noqa: F8
     assert "kd --seed 0 --label-share 1" in arms()
 
 
+def test_flags_of_the_recipes_own_teacher_are_left_out_where_the_study_names_it(fake):  # noqa: F811
+    done = study.run_study(asked(*SHARES, "--teacher-seed", "1", "--teacher-init=pretrained"))
+    assert failures(done) == {}
+    taught = [call for call in arms() if call.startswith("kd")]
+    assert all("--teacher-seed 1" in call and "--teacher-init=pretrained" in call for call in taught[:2])
+    assert all("--teacher runs/teacher" in call and "--teacher-" not in call for call in taught[2:])
+
+
+def test_a_lost_teacher_of_the_first_training_leaves_the_methods_theirs(fake, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("BREAKS", "teacher simkd")
+    failed = failures(study.run_study(asked(*SHARES, "--pretrain", f"{UNLABELLED} --epochs 9")))
+    assert failed["simkd to start from, seed 0"].startswith("its teacher runs/teacher failed")
+    assert failed["simkd to start from, seed 1"] == "not started: the teacher of simkd to start from, seed 0 failed"
+    assert not [label for label in failed if label.startswith("kd")]
+
+
+def test_the_teacher_of_the_first_training_is_looked_for_before_anything_starts():
+    missing = ["--preset", "digits", "--label-shares", "1", "--pretrain", "embed --preset embed --teacher no/such"]
+    with pytest.raises(UserError, match=r"--teacher no/such: .*no/such"):
+        study.main(missing)
+    assert not Path("runs").exists()
+
+
 def test_other_labelled_images_may_be_pretrained_on():
     asked("--label-shares", "0.1", "1", "--pretrain", "mimic --data synthetic")
 

@@ -265,12 +265,22 @@ def test_asked_to_stop_it_stops_what_it_runs():
         (["--teacher-model", "resnet9"], "unknown model 'resnet9'"),
         (["--teacher", "nosuch"], "no such run folder"),
         (["--teacher", "gone.pth"], "no such file"),
+        (["--push-to", "me/net"], "--push-to: every run would replace the one before"),
+        (["--grid", "temperature=1,2", "--no-cache-teacher"], "--no-cache-teacher: the settings of a grid share one"),
+        (["--config", "untested.yaml"], "--config: has test, out, push-to or resume"),
+        (["--config", "dkd.yaml"], "--config: has the method dkd; a study's methods are those of --methods"),
+        (
+            ["--methods", "embed", "--teacher", "x", "--grid", "temperature=0.1,0.2"],
+            "which embed without labels has none of",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_user_did_wrong_is_said_before_anything_runs(args, words, fake):
     Path("file").write_text("")
     Path("two.yaml").write_text("num_processes: 2\n")
+    Path("untested.yaml").write_text("test: false\n")
+    Path("dkd.yaml").write_text("method: dkd\n")
     with pytest.raises(UserError, match=words):
         study.main(["--preset", "digits", *args])
     assert not Path("calls.jsonl").exists()
