@@ -13,18 +13,14 @@ predicts otherwise than the network on too many images (--min-agreement).
 """
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from kd.errors import exit_code, nearest, require
 from kd.export import FILES, MIN_AGREEMENT
 from kd.export.onnx_runtime import import_extra
 from kd.utils.hub import check_id, push
-from kd.utils.system import Lock
+from kd.utils.system import Lock, sigterm_as_interrupt
 
 RUN_FILES = ("model.json", "summary.json", "config.json")
 EXPORT_FILES = {*FILES.values(), *RUN_FILES, "preprocessing.json", "README.md", "export.json", "export.md"}
@@ -157,20 +153,6 @@ def _check_target(folder: Path) -> None:
     require(
         not others, f"{folder}: contains {', '.join(sorted(others)[:3])}, not written by kd.export; move it elsewhere"
     )
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C inside the block, so that half-written files are removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """What a network costs to run: multiply-accumulates, and times measured in turns."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
+
+from kd.utils.system import cpu_name
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 PATIENCE = 30.0  # seconds, after which MIN_ROUNDS are enough
@@ -60,12 +60,3 @@ def time_rounds(
 def describe_machine(threads: int = THREADS) -> str:
     """What a latency was measured on: CPU, threads and torch version."""
     return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
-
-
-def cpu_name() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return name
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)

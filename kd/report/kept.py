@@ -15,7 +15,6 @@ from datetime import date
 from pathlib import Path
 
 from kd.errors import UserError, require
-from kd.models.cost import cpu_name
 from kd.report.document import Block, Heading, Lines, Paragraph, Table, markdown
 from kd.report.groups import ALONE, Comparison, Group, by_data, compare_groups
 from kd.report.opening import trained_on
@@ -24,7 +23,7 @@ from kd.runs.public import without_paths
 from kd.runs.results import Run, collect_runs, read_config, read_correct, write_correct
 from kd.runs.table import METRICS
 from kd.utils.files import read_json, write_atomically, write_folder, write_json
-from kd.utils.system import cores
+from kd.utils.system import cpu_name
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # of a measurement: its heading's anchor as well
 FACTS = ("title", "machine", "date", "note")  # texts of measurement.json, beside its commands
@@ -37,15 +36,15 @@ INTRODUCTION = (
     "Made from the files beside this page by `python -m kd.report --from docs/measurements`. Percent, NLL in nats; mean"
     " ± standard deviation over seeds, of the last epoch's weights. Gain: points of test accuracy against the student"
     " alone, paired by seed, with the 95% interval of seeds and test images; p corrected (Holm) for all comparisons of"
-    " its table. Time: the mean of a run."
+    " the methods with their controls, those with label smoothing too. Time: the mean of a run."
 )
 
 
 def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Path]:
     """Keep the finished runs that `patterns` name in `folder`, and return their folders there.
 
-    What is no finished run is printed. measurement.json gets the commands that it lacks, and with any of them this
-    machine and the day of the last run.
+    What is no finished run is printed. measurement.json gets the commands that it lacks, and with any of them the
+    runs' processors (this machine's, of older runs) and the day of the last one.
     Raises UserError if a name does not serve or is another run's, no run is finished, one lacks a file, or no command
     is given for a new measurement.
     """
@@ -68,7 +67,8 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
         raise UserError(f"--keep {folder}: cannot be written ({error.strerror}); name another folder") from error
     if new := [command for command in commands if command not in known.get("commands", [])]:
         last = max((run.path / "summary.json").stat().st_mtime for run in runs)
-        facts = {"machine": f"{cpu_name()}, {cores()} cores", "date": date.fromtimestamp(last).isoformat()}
+        cpus = dict.fromkeys(str(read_config(run.path).get("cpu") or cpu_name()) for run in runs)
+        facts = {"machine": ", ".join(cpus), "date": date.fromtimestamp(last).isoformat()}
         write_json(about, known | {"commands": [*known.get("commands", []), *new]} | facts)
     return kept
 

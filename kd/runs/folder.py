@@ -26,7 +26,7 @@ from kd.runs.nodes import share_run
 from kd.runs.results import PROBE_SCORES, finished_summary, read_config, weights_sha256
 from kd.utils.files import write_json
 from kd.utils.processes import all_do, from_main, node, wait_for
-from kd.utils.system import Lock
+from kd.utils.system import Lock, cpu_name
 
 # Flags added after the first runs. At these values they change nothing, so older runs keep their identity and folder.
 DEFAULTS_OF_NEWER_FLAGS = {
@@ -350,6 +350,7 @@ def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "device": str(accelerator.device),
+        "cpu": cpu_name(),
         "wandb_id": wandb_id,
     }
 

@@ -12,16 +12,18 @@ CACHE is a folder that --cache-teacher built, one that `pack` wrote, or hub:USER
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from kd.errors import UserError, exit_code, require
 from kd.utils.hub import check_id, push_dataset
-from kd.utils.system import Lock
+from kd.utils.system import Lock, sigterm_as_interrupt
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    {"check": check, "pack": pack_into, "push": push}[args.command](args)
+    with sigterm_as_interrupt():
+        {"check": check, "pack": pack_into, "push": push}[args.command](args)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,21 +74,14 @@ def pack_into(args: argparse.Namespace) -> None:
 def push(args: argparse.Namespace) -> None:
     """Pack the cache beside itself, upload that in one commit, and remove it again."""
     from kd.teachers.shared import FILES, MANIFEST
-    from kd.utils.files import remove_tree
 
-    folder = _beside(args.cache, args.name)
-    try:
+    beside = Path(args.cache).expanduser()
+    disk = beside.parent if beside.is_dir() else None  # its own disk has room for such a thing
+    with tempfile.TemporaryDirectory(prefix=".kd-push-", dir=disk) as parent:
+        folder = Path(parent, "packed")
         _pack(args.cache, folder, f"hub:{args.name}", args)
         url = push_dataset(folder, args.name, args.private, (FILES, MANIFEST))
-    finally:
-        remove_tree(folder)
     print(f"pushed: {url}\nto train on it: --cache-teacher hub:{args.name}", flush=True)
-
-
-def _beside(cache: str, name: str) -> Path:
-    """Where a cache is packed before it is pushed: on its own disk, which has room for such a thing."""
-    path, target = Path(cache).expanduser(), name.replace("/", "-")
-    return path.parent / f".{path.name}-for-{target}" if path.is_dir() else Path(f".{target}")
 
 
 def _pack(source: str, folder: Path, name: str, args: argparse.Namespace) -> None:

@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import platform
 import signal
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -106,3 +109,27 @@ class StopRequests:
             raise KeyboardInterrupt
         if self.number != signal.SIGINT:  # torchrun follows Ctrl-C up with SIGTERM
             self.number = number
+
+
+def cpu_name() -> str:
+    """The processor by its maker's name, as far as the system tells it."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return name
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C inside the block, so that half-written files are removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

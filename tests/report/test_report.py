@@ -352,6 +352,7 @@ def test_an_earlier_reports_figures_are_gone(no_figures):
     Path("report").mkdir()
     for name in ("data2_pareto.png", "grid3.png", "fig1_student.png", "mine.png"):
         Path("report", name).write_bytes(b"old")
+    Path("report/report.html").touch()
     report(["runs"])
     left = {path.name for path in Path("report").glob("*.png")}
     assert left >= {"mine.png", "pareto.png", "student_curves.png"}
@@ -580,6 +581,16 @@ def test_what_the_user_did_wrong(args, words):
     Path("file").write_text("")
     with pytest.raises(UserError, match=words):
         report(args)
+
+
+def test_pictures_of_somebody_elses_are_not_replaced(no_figures):
+    study(seeds=(0,))
+    Path("mine").mkdir()
+    Path("mine/gain.png").write_bytes(b"a holiday")
+    with pytest.raises(UserError, match=r"--out mine: has gain\.png and no earlier report"):
+        report(["runs", "--out", "mine"])
+    assert [path.name for path in Path("mine").iterdir()] == ["gain.png"]
+    assert Path("mine/gain.png").read_bytes() == b"a holiday"
 
 
 def test_real_runs_are_read_without_the_test_set(no_figures, monkeypatch):
