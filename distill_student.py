@@ -40,6 +40,7 @@ def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
     """The teacher: the `shared` logits of --cache-teacher SOURCE; else --teacher, with a new last layer if asked for;
     else what a pruned student was before; else the recipe's own, trained here unless it is already. `seen` is `data` as
     the student sees it."""
+    from kd.config.recipes import usual_teacher
     from kd.teachers.load import load_embedders, load_teachers
     from kd.teachers.shared import shared_teacher
     from kd.training.setup import head_job
@@ -54,7 +55,9 @@ def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
     trusted = config.trust_code or not config.teacher or all(jobs)  # what was trained here runs the user's own code
     model, arguments = config.teacher_model, config.teacher_model_args
     load = load_embedders if config.method.embeds else load_teachers
-    return load(names, seen, accelerator.device, trusted, model, arguments)
+    given = {"teacher_model": model} if model != usual_teacher(config.preset) else {}
+    given |= {} if arguments is None else {"teacher_model_args": arguments}
+    return load(names, seen, accelerator.device, trusted, model, arguments)._replace(flags=given)
 
 
 def main(config: DistillConfig) -> Path:

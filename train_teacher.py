@@ -33,7 +33,8 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
 
     taught = (teacher.sha256, teacher.folders) if teacher else (None, ())
     shared = teacher.shared.record if teacher and teacher.shared else {}
-    inputs = RunInputs(*taught, distiller.loss.identity() if distiller else {}, shared)
+    flags = teacher.flags if teacher else {}
+    inputs = RunInputs(*taught, distiller.loss.identity() if distiller else {}, shared, flags)
     run = open_run(job, data, accelerator, inputs)
     with run, same_threads():
         if run.summary is None:

@@ -41,10 +41,17 @@ def _flags_of_a_run(config: dict) -> dict[str, Any]:
     parts = {part: job[part] for part in ("data", "views", "fit", "run", "cache", "compress", "start") if part in job}
     flags = {name: value for part in parts.values() for name, value in part.items() if name not in NOT_REPEATED}
     flags |= {"data": flags.pop("source"), "views": flags.pop("count"), "preset": job["preset"]}
+    origin, start = job.get("origin"), job.get("compress", {}).get("init")
+    if origin and not start:  # of a teacher from elsewhere, on which a new last layer was trained
+        source = origin.get("source")
+        raise UserError(
+            f"--config: is of a new last layer on {source}; distill_student.py --teacher {source} --fine-tune-teacher"
+            " trains it"
+        )
     if job["role"] == "teacher":
         flags = {name: value for name, value in flags.items() if name not in parts.get("cache", {})}
         return flags | job["method"] | {"model": job["model"]}
-    teacher = {"teacher": config["teacher"]} if config.get("teacher") else {}
+    teacher = {"teacher": config["teacher"]} | config.get("teacher_flags", {}) if config.get("teacher") else {}
     return flags | job["method"] | teacher | {"student": job["model"], "method": job["role"]}
 
 

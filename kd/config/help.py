@@ -140,7 +140,8 @@ def first_word(args: list[str], flags: dict[str, Flag], wanted: Callable[[str], 
     """The first wanted word among the arguments; crd in `--preset crd` is no method."""
     alone = {f"--{name}" for name, flag in flags.items() if not flag.takes_value}
     alone |= {f"--no-{name}" for name in flags} | {"--help"}
-    takes = [word.startswith("--") and "=" not in word and word not in alone for word in ["", *args]]
+    dashed = [word.replace("_", "-") for word in ["", *args]]  # tyro takes --no_labels for --no-labels
+    takes = [word.startswith("--") and "=" not in word and word not in alone for word in dashed]
     return next((word for word, value in zip(args, takes) if not value and wanted(word)), None)
 
 

@@ -190,7 +190,7 @@ class DistillConfig(_Common):
         return dataclasses.replace(self.teacher_job(model), origin=origin)
 
     def control_job(self) -> "Job":
-        """The student alone, compressed alike: the same run as `distill_student.py none` makes."""
+        """The student alone, compressed and smoothed alike: what `distill_student.py none` makes of these flags."""
         job = self._side_job("none", self.student, self.fit)
         alone = NoneConfig(label_smoothing=self.method.label_smoothing)
         return dataclasses.replace(job, method=alone, compress=self.compress, start=self.start)

@@ -185,7 +185,10 @@ def with_usual(kind: type[MethodFlags], usual: MethodFlags) -> MethodFlags:
         return usual
     kinds = kind.kinds if issubclass(kind, CombinedFlags) else {}
     prefix = next((prefix for prefix, part in kinds.items() if type(usual) is part), None)
-    return kind(**{f"{prefix}_{name}": getattr(usual, name) for name in _own_fields(type(usual))} if prefix else {})
+    if prefix is None:
+        return kind()
+    own = {f"{prefix}_{name}": getattr(usual, name) for name in _own_fields(type(usual))}
+    return kind(**own, label_smoothing=usual.label_smoothing)
 
 
 def _combination(name: str) -> type[CombinedFlags]:

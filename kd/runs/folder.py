@@ -108,6 +108,7 @@ class RunInputs(NamedTuple):
     teachers: Sequence[str] = ()  # their folders or names, so that config.json can repeat the run (--config)
     method: dict = {}  # noqa: RUF012  DistillationLoss.identity(); never mutated
     shared_cache: dict = {}  # noqa: RUF012  source and sha256 of a teacher's logits from elsewhere; never mutated
+    teacher_flags: dict = {}  # noqa: RUF012  that --teacher needs beside it, for config.json; never mutated
 
 
 NO_INPUTS = RunInputs()
@@ -196,6 +197,7 @@ def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: 
         if run.summary is None and not run.resuming:
             run.wandb_id = uuid.uuid4().hex[:8]
             config = new_config(run.wandb_id) | {"teacher": list(inputs.teachers)}
+            config |= {"teacher_flags": inputs.teacher_flags} if inputs.teacher_flags else {}
             config |= {"shared_cache": inputs.shared_cache} if inputs.shared_cache else {}
             write_json(run.path / "config.json", config)
     except BaseException as error:

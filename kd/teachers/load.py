@@ -69,6 +69,7 @@ class TeacherNetwork(NamedTuple):
     classes: int  # of its own classifier, before they are matched with the data's; of embeddings, their width
     members: tuple["TeacherNetwork", ...] = ()  # of several teachers
     shared: SharedLogits | None = None
+    flags: dict = {}  # noqa: RUF012  those that --teacher needs beside it to have this teacher again; never mutated
 
     @property
     def names(self) -> list[str]:

@@ -109,10 +109,22 @@ def test_a_run_is_repeated_from_its_own_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert student("--config", str(tmp_path / "config.json")).teacher == ("runs/a", "runs/b")
     assert student("--config", str(tmp_path / "config.json"), "--teacher", "c").teacher == ("c",)
+    content["teacher_flags"] = {"teacher_model": "timm/vit", "teacher_model_args": "img_size=224"}
+    (tmp_path / "config.json").write_text(json.dumps(content | {"teacher": ["x.safetensors"]}))
+    same = student("--config", str(tmp_path / "config.json"))
+    assert (same.teacher_model, same.teacher_model_args) == ("timm/vit", "img_size=224")
     again = student("--config", str(tmp_path / "config.json"), "--seed", "1").run
     assert (again.push_to, again.push_every) == (None, 0), "another seed does not take its place on the Hub"
     teacher = parse(train_defaults, "", ["--config", str(OLD_RUNS / "teacher/config.json")])
     assert teacher.fit.epochs == json.loads((OLD_RUNS / "teacher/config.json").read_text())["flags"]["fit"]["epochs"]
+
+
+def test_a_new_last_layer_is_not_repeated_as_a_whole_network(tmp_path):
+    content = json.loads((OLD_RUNS / "teacher/config.json").read_text())
+    content["flags"] |= {"origin": {"source": "timm/x"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"distill_student\.py --teacher timm/x --fine-tune-teacher trains it"):
+        parse(train_defaults, "", ["--config", str(tmp_path / "config.json")])
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ def test_students_of_several_seeds_share_one_teacher():
     assert student("--teacher-seed", "3").teacher_job().fit.seed == 3
 
 
+@pytest.mark.parametrize("switch", ["--no-labels", "--no_labels"])
+def test_a_method_after_a_switch_is_found_however_that_is_written(switch):
+    assert student("--data", "photos", "--teacher", "timm/x", switch, "embed").preset == "embed"
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -119,6 +124,12 @@ def test_students_of_several_seeds_share_one_teacher():
         (["--momentum", "0", "--nesterov"], "--nesterov"),
         (["at", "--kd-temperature", "8"], "--kd-temperature 8: changes nothing without --kd-weight"),
         (["deit", "--temperature", "5"], "--temperature 5: changes nothing with hard labels; add --kind soft"),
+        (["fitnet", "--student-layers", "layer3"], "--student-layers and --teacher-layers: name a map of each network"),
+        (
+            ["fitnet", "--student-layers", "a", "--teacher-layers", "b", "--hint-stage", "1"],
+            "--hint-stage 1: layers are named in its place",
+        ),
+        (["cc", "--definition", "paper"], "--definition paper: 0.02 is the weight of neighbours"),
         (["cc", "--definition", "paper", "--width", "64"], "--width 64: --definition paper learns no embeddings"),
         (["--extend"], "--extend: name the finished run by --out"),
         (["--shuffle-rows", "100"], "--shuffle-rows 100: needs --stream"),
