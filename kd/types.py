@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
     image: Float[Tensor, "b 3 h w"]  # augmented and normalised
     label: Int[Tensor, "b"]  # -1 for each image of data without labels
-    index: Int[Tensor, "b"]  # rows of the training split
+    index: Int[Tensor, "b"]  # rows of the training split; -1 for images of another one
     view: Int[Tensor, ""]  # which augmented view of each image; the epoch, unless --views repeats a fixed number
     epoch: Int[Tensor, ""]  # view, epoch and step are 0-dim tensors: a compiled step would recompile for each int
     step: Int[Tensor, ""]

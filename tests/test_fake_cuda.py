@@ -247,6 +247,7 @@ class Toy(DistillationLoss):
     """A method without a fault, which those with one derive from."""
 
     config: ToyFlags
+    has_cross_entropy = False
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         return {"toy": self.term(student.logits, teacher.logits, batch)}

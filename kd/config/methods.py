@@ -82,7 +82,6 @@ class LogitFlags(MethodFlags):
 class FeatureFlags(MethodFlags):
     """Flags of every method that compares features."""
 
-    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 1.0
     """Weight of the method's loss."""
     student_layers: tuple[str, ...] = ()
@@ -446,6 +445,7 @@ class FitNetConfig(FeatureFlags):
     """Romero et al. 2015: match one middle feature map, through a regressor."""
 
     loss: ClassVar[str] = "kd.losses.fitnet:FitNet"
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 100.0
     """Weight of the mean squared difference of the maps."""
     hint_stage: int = 2
@@ -454,6 +454,12 @@ class FitNetConfig(FeatureFlags):
     def check(self) -> None:
         super().check()
         require(self.hint_stage >= 1, f"--hint-stage {self.hint_stage}: give 1 or more")
+        ours, theirs = bool(self.student_layers), bool(self.teacher_layers)
+        require(ours == theirs, "--student-layers and --teacher-layers: name a map of each network, or of none")
+        require(
+            not ours or self.hint_stage == FitNetConfig.hint_stage,
+            f"--hint-stage {self.hint_stage}: layers are named in its place; leave one of them out",
+        )
 
 
 @dataclass(frozen=True)
@@ -461,6 +467,7 @@ class ATConfig(FeatureFlags):
     """Zagoruyko & Komodakis 2017: match each stage's attention map, summed over channels."""
 
     loss: ClassVar[str] = "kd.losses.at:AttentionTransfer"
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 1000.0
     """Weight of the attention loss, summed over stages."""
 
@@ -470,6 +477,7 @@ class SPConfig(FeatureFlags):
     """Tung & Mori 2019: match which samples of a batch are similar."""
 
     loss: ClassVar[str] = "kd.losses.sp:SimilarityPreserving"
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 3000.0
     """Weight of the mean squared difference of the similarity matrices."""
 
@@ -479,6 +487,7 @@ class NSTConfig(FeatureFlags):
     """Huang & Wang 2017: match the distribution of each stage's channels."""
 
     loss: ClassVar[str] = "kd.losses.nst:NeuronSelectivity"
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 50.0
     """Weight of the discrepancy, summed over stages."""
 
@@ -488,6 +497,7 @@ class PKTConfig(FeatureFlags):
     """Passalis & Tefas 2018: match the probability that samples are neighbours."""
 
     loss: ClassVar[str] = "kd.losses.pkt:PKT"
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 30000.0
     """Weight of the divergence."""
 
@@ -497,6 +507,7 @@ class RKDConfig(FeatureFlags):
     """Park et al. 2019: match distances and angles between a batch's embeddings."""
 
     loss: ClassVar[str] = "kd.losses.rkd:RKD"
+    labels_in_ce_only: ClassVar[bool] = True
     distance_weight: float = 25.0
     """Weight of the distances between pairs."""
     angle_weight: float = 50.0
@@ -512,6 +523,7 @@ class VIDConfig(FeatureFlags):
     """Ahn et al. 2019: predict the teacher's maps with a learned variance."""
 
     loss: ClassVar[str] = "kd.losses.vid:VID"
+    labels_in_ce_only: ClassVar[bool] = True
     initial_variance: float = 5.0
     """Variance of every channel before training."""
 
@@ -525,6 +537,7 @@ class CCConfig(FeatureFlags):
     """Peng et al. 2019: match the correlation between a batch's samples."""
 
     loss: ClassVar[str] = "kd.losses.cc:CC"
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float = 0.02
     """Weight of the correlation loss."""
     definition: Literal["neighbours", "paper"] = "neighbours"
@@ -539,6 +552,11 @@ class CCConfig(FeatureFlags):
             self.definition == "neighbours" or self.width == CCConfig.width,
             f"--width {self.width}: --definition paper learns no embeddings; leave one of them out",
         )
+        require(
+            self.definition == "neighbours" or self.weight != CCConfig.weight,
+            f"--definition paper: {CCConfig.weight} is the weight of neighbours, by which this is at most 0.01; give a"
+            " --weight",
+        )
 
 
 @dataclass(frozen=True)
@@ -546,7 +564,6 @@ class CRDConfig(FeatureFlags):
     """Tian et al. 2020: tell the same sample from others, across the two networks."""
 
     loss: ClassVar[str] = "kd.losses.crd:CRD"
-    labels_in_ce_only: ClassVar[bool] = False  # it contrasts with samples of other classes
     weight: float = 0.8
     """Weight of both contrastive terms together."""
     width: int = 128
@@ -569,6 +586,7 @@ class ReviewKDConfig(FeatureFlags):
     """Chen et al. 2021: each stage learns from the teacher's earlier ones too."""
 
     loss: ClassVar[str] = "kd.losses.reviewkd:ReviewKD"
+    labels_in_ce_only: ClassVar[bool] = True
     weight: float | None = None
     """Weight of the maps' loss. If left out, the published one for the student: 0.6 for resnet20, 1 for resnet32, 5 for
     WRN, resnet8x4 and shufflenetv1, 8 for shufflenetv2 (with batch 128, lr 0.1, Nesterov); 1 for all others."""
@@ -583,7 +601,9 @@ class ReviewKDConfig(FeatureFlags):
     def settled(self, student: str) -> "ReviewKDConfig":
         if self.weight is not None:
             return self
-        return dataclasses.replace(self, weight=REVIEWKD_WEIGHTS.get(student, 1.0))
+        return dataclasses.replace(
+            self, weight=REVIEWKD_WEIGHTS.get(student, 5.0 if student.startswith("wrn-") else 1.0)
+        )
 
 
 # The authors' command lines (dvlab-research/ReviewKD, CIFAR-100/script/reviewKD.sh); their code's default is 1.
@@ -591,7 +611,6 @@ REVIEWKD_WEIGHTS = {
     "resnet20": 0.6,
     "resnet32": 1.0,
     "resnet8x4": 5.0,
-    **dict.fromkeys(("wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2"), 5.0),
     "shufflenetv1": 5.0,
     "shufflenetv2": 8.0,
 }
@@ -602,7 +621,6 @@ class SimKDConfig(FeatureFlags):
     """Chen et al. 2022: reuse the teacher's classifier; no cross-entropy."""
 
     loss: ClassVar[str] = "kd.losses.simkd:SimKD"
-    labels_in_ce_only: ClassVar[bool] = False  # it has no such term
     without_labels: ClassVar[str] = ""
 
     @property

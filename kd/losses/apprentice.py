@@ -27,7 +27,8 @@ class Apprentice(DistillationLoss):
     """alpha * the teacher's cross-entropy + beta * the student's + gamma * soft_cross_entropy.
 
     The last term has no gradient in the teacher, which learns from the labels alone. The teacher is a part of this
-    module: DDP, the optimizer and checkpoints include it, exports do not.
+    module: DDP, the optimizer and checkpoints include it, exports do not. As losses are, it is computed in float32,
+    whatever --mixed-precision says.
     """
 
     config: ApprenticeConfig

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd.config.methods import ATConfig
-from kd.losses.features import FeatureLoss, pair_layers, probed_maps, same_size
+from kd.losses.features import FeatureLoss, check_batches, pair_layers, probed_maps, same_size
 from kd.types import Batch, Outputs, Pair, Stages
 
 
@@ -16,8 +16,9 @@ def attention_transfer_loss(
 
     An attention map is the mean over channels of the squared activations, flattened and scaled to length 1. Maps of
     different sizes are average-pooled to the smaller one. Differs from the paper: the mean square, as in the authors'
-    code, instead of the norm.
+    code, instead of the norm. Raises ValueError if the batches differ.
     """
+    check_batches(student_map, teacher_map)
     student, teacher = (_attention(feature_map) for feature_map in same_size(student_map, teacher_map))
     return (student - teacher).square().mean()
 

@@ -39,7 +39,7 @@ class DistillationLoss(nn.Module, ABC):
     """
 
     needs_hard_labels = False  # True: refuses mixup and cutmix, whose images have two labels
-    has_cross_entropy = True  # False: no term for --balance to change
+    has_cross_entropy = True  # in a term called "ce"; False: none for --balance and --label-smoothing to change
 
     def __init__(self, config, pair: Pair):
         super().__init__()

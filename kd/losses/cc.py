@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd.config.methods import CCConfig
 from kd.losses.base import global_batch
-from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
+from kd.losses.features import FeatureLoss, check_batches, embeddings, probed_embeddings
 from kd.types import Batch, Outputs, Pair, Stages
 
 
@@ -18,8 +18,9 @@ def correlation_congruence_loss(
     """The paper's loss: mean squared difference of two kernel matrices.
 
     The kernel is the Gaussian exp(-gamma |x - y|^2) between embeddings of length 1, as a Taylor series in their inner
-    product up to `order`: exp(-2 gamma) * sum_p (2 gamma)^p / p! * (x . y)^p.
+    product up to `order`: exp(-2 gamma) * sum_p (2 gamma)^p / p! * (x . y)^p. Raises ValueError if the batches differ.
     """
+    check_batches(student_embedding, teacher_embedding)
     both = (student_embedding, teacher_embedding)
     student, teacher = (_kernel(F.normalize(embedding), gamma, order) for embedding in both)
     return (student - teacher).square().mean()
@@ -37,9 +38,13 @@ def neighbour_product_loss(
     """A different loss, which the code behind the literature's tables computes under this name (arXiv:1910.10699).
 
     With d_i the absolute difference of sample i's embeddings: the mean over i of the sum over features of
-    d_i * d_(i+1). It depends on the order of the batch, and compares no correlations.
+    d_i * d_(i+1). It depends on the order of the batch, and compares no correlations. 0 for one sample.
+    Raises ValueError if the batches differ.
     """
+    check_batches(student_embedding, teacher_embedding)
     difference = (student_embedding - teacher_embedding).abs()
+    if len(difference) == 1:
+        return 0 * difference.sum()
     return (difference[:-1] * difference[1:]).sum(dim=1).mean()
 
 

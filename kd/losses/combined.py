@@ -1,8 +1,8 @@
 """Several methods at once: `kd+at` minimises the sum of both methods' terms, with one cross-entropy.
 
 The literature adds methods so (kd to at, fitnet or crd: Tian et al., arXiv:1910.10699). Each method keeps its own
-weights. Cross-entropy is the first method's alone: kd+at is (1 - alpha) CE + alpha KD + 1000 AT, and at+kd is
-CE + 1000 AT + alpha KD.
+weights. Cross-entropy is that of the first method that has any: kd+at is (1 - alpha) CE + alpha KD + 1000 AT, and
+at+kd is CE + 1000 AT + alpha KD.
 """
 
 from functools import cache
@@ -62,7 +62,6 @@ class Combined(DistillationLoss):
         for name, flags in config.parts().items():
             with flags_of(name, type(flags)):
                 self.parts[name] = loss_class(flags)(flags, _pair_of(pair, *names[name]))
-        self._first = next((name for name, part in self.parts.items() if part.has_cross_entropy), None)
         # For each method: its names of the student's layers, and those in the deployed network.
         self._names = {name: {layer: layer for layer in part.student_layers} for name, part in self.parts.items()}
 
@@ -72,7 +71,7 @@ class Combined(DistillationLoss):
             features = {layer: student.features[tapped] for layer, tapped in self._names[name].items()}
             theirs = teacher and _only(teacher, part.teacher_layers)
             for term, value in part(student._replace(features=features), theirs, batch).items():
-                if term != CROSS_ENTROPY or name == self._first:
+                if term != CROSS_ENTROPY or term not in terms:
                     terms[f"{name}_{term}" if term in terms else term] = value
         return terms
 

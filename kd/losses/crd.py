@@ -83,6 +83,11 @@ class CRD(FeatureLoss):
 
     def __init__(self, config: CRDConfig, pair: Pair):
         super().__init__(config, pair)
+        require(
+            pair.balance != "sampler",
+            "crd: --balance sampler may draw an image twice in a batch, and on a GPU chance would say which one a bank"
+            " keeps; take --balance weights",
+        )
         self.embed = nn.ModuleList(Embed(width, config.width) for width in probed_embeddings(pair))
         samples, bound = len(pair.labels), 1 / math.sqrt(config.width / 3)  # the authors' start
         self.negatives = Negatives(pair.labels, config.negatives, int(torch.randint(2**62, ())))

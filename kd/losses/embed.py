@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd.config.methods import EmbedConfig
 from kd.errors import require
 from kd.losses.base import DistillationLoss, global_batch
-from kd.losses.features import same_size
+from kd.losses.features import check_batches, same_size
 from kd.types import Batch, Outputs, Pair, Stages
 
 SHORTEST, LONGEST = 128, 8192  # queue lengths by default
@@ -41,8 +41,9 @@ def embedding_queue_loss(
     section 3), averaged over the batch; not scaled by the squared temperature.
 
     `queue`: normalised embeddings of the teacher. `filled`: which of its places count; all if left out. If none does,
-    the loss is 0.
+    the loss is 0. Raises ValueError if the batches differ.
     """
+    check_batches(student, teacher)
     log_student, log_teacher = (
         _similarities(embedding, queue, temperature, filled).log_softmax(dim=1) for embedding in (student, teacher)
     )
@@ -60,12 +61,20 @@ def _similarities(
 
 
 def cosine_embedding_loss(student: Float[Tensor, "b d *s"], teacher: Float[Tensor, "b d *s"]) -> Float[Tensor, ""]:
-    """1 - cosine similarity over dimension 1, averaged over the batch, and over the places of maps."""
+    """1 - cosine similarity over dimension 1, averaged over the batch, and over the places of maps.
+
+    Raises ValueError if the batches differ.
+    """
+    check_batches(student, teacher)
     return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 
 def mse_embedding_loss(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """Mean squared difference over samples and dimensions, of embeddings as they are: not normalised."""
+    """Mean squared difference over samples and dimensions, of embeddings as they are: not normalised.
+
+    Raises ValueError if the batches differ.
+    """
+    check_batches(student, teacher)
     return F.mse_loss(student, teacher)
 
 

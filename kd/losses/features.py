@@ -131,6 +131,14 @@ def _probed(pair: Pair, only_one: bool) -> list[tuple[Tensor, Tensor]]:
     return list(pair_layers(pair.student, pair.teacher))
 
 
+def check_batches(student: Tensor, teacher: Tensor) -> None:
+    """Raise UserError (a ValueError) unless both have as many samples: what compares them would stretch one to many."""
+    require(
+        len(student) == len(teacher),
+        f"features of {len(student)} samples of the student and {len(teacher)} of the teacher; give the same batch",
+    )
+
+
 def same_size(
     student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]
 ) -> tuple[Float[Tensor, "b c h3 w3"], Float[Tensor, "b c2 h3 w3"]]:

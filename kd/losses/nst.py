@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd.config.methods import NSTConfig
-from kd.losses.features import FeatureLoss, pair_layers, probed_maps, same_size
+from kd.losses.features import FeatureLoss, check_batches, pair_layers, probed_maps, same_size
 from kd.types import Batch, Outputs, Pair, Stages
 
 
@@ -14,8 +14,9 @@ def nst_loss(student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "
 
     Each channel's map is flattened and scaled to length 1; the kernel is averaged over pairs of channels and the batch.
     Maps of different sizes are average-pooled to the smaller one. Memory: b * (c + c2)^2 numbers, 64 MB for 512
-    channels at b = 64.
+    channels at b = 64. Raises ValueError if the batches differ.
     """
+    check_batches(student_map, teacher_map)
     pooled = same_size(student_map, teacher_map)
     student, teacher = (F.normalize(feature_map.flatten(2), dim=2) for feature_map in pooled)
     return _kernel(teacher, teacher) + _kernel(student, student) - 2 * _kernel(student, teacher)

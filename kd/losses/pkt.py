@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kd.config.methods import PKTConfig
 from kd.losses.base import global_batch
-from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
+from kd.losses.features import FeatureLoss, check_batches, embeddings, probed_embeddings
 from kd.types import Batch, Outputs, Pair, Stages
 
 EPS = 1e-7  # the authors'
@@ -15,8 +15,10 @@ def pkt_loss(student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[T
     """Divergence between the probabilities that samples are neighbours: mean of p_t * log(p_t / p_s) over b * b pairs.
 
     A sample's probabilities are its cosine similarities s as (s + 1) / 2, scaled to sum 1.
-    Differs from the paper: the mean over pairs, as in the authors' code, instead of the sum.
+    Differs from the paper: the mean over pairs, as in the authors' code, instead of the sum. Raises ValueError if the
+    batches differ.
     """
+    check_batches(student_embedding, teacher_embedding)
     student, teacher = (_neighbours(embedding) for embedding in (student_embedding, teacher_embedding))
     return (teacher * ((teacher + EPS) / (student + EPS)).log()).mean()
 

@@ -66,7 +66,8 @@ class ReviewKD(FeatureLoss):
 
     As in the authors' code, the teacher's maps are taken before the ReLU that ends a stage, the student's after it.
     The weight rises linearly over the first epochs. Differs from the authors' code: counts them from 1, as dkd's
-    authors do, so that the first epoch has a twentieth of the weight and not none.
+    authors do, so that the first epoch has a twentieth of the weight and not none; and where a student's map is larger
+    than the teacher's, passes it on as it is and not in the teacher's size.
     """
 
     config: ReviewKDConfig

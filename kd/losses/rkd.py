@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd.config.methods import RKDConfig
 from kd.losses.base import global_batch
-from kd.losses.features import FeatureLoss, embeddings, probed_embeddings
+from kd.losses.features import FeatureLoss, check_batches, embeddings, probed_embeddings
 from kd.types import Batch, Outputs, Pair, Stages
 
 
@@ -20,7 +20,9 @@ def rkd_loss(
 
     Distances are divided by their mean over pairs. Finite for equal embeddings. Memory for each network: b * b * d for
     the differences and b^3 for the angles, about 4 MB and 1 MB at b = 64, 256 MB and 512 MB at b = 512 (d = 256).
+    Raises ValueError if the batches differ.
     """
+    check_batches(student_embedding, teacher_embedding)
     distances, angles = zip(*(_relations(embedding) for embedding in (student_embedding, teacher_embedding)))
     return distance_weight * F.smooth_l1_loss(*distances) + angle_weight * F.smooth_l1_loss(*angles)
 

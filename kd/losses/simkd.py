@@ -76,6 +76,11 @@ class SimKD(FeatureLoss):
             pair.head is not None and pair.student_stages.classifier is not None,
             "simkd: needs two networks that end in a linear layer over the classes; choose another method",
         )
+        require(
+            not pair.student_stages.heads,
+            f"simkd: the student has {len(pair.student_stages.heads)} heads, and simkd needs one linear layer;"
+            " choose another student or method",
+        )
         _check_classes(pair, teacher_map)
         _check_pooled(pair, teacher_map)
         self._head = {name: tensor.clone() for name, tensor in pair.head.state_dict().items()}

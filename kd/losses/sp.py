@@ -6,14 +6,18 @@ from torch import Tensor
 
 from kd.config.methods import SPConfig
 from kd.losses.base import global_batch
-from kd.losses.features import FeatureLoss, pair_layers
+from kd.losses.features import FeatureLoss, check_batches, pair_layers
 from kd.types import Batch, Outputs, Stages
 
 
 def similarity_preserving_loss(
     student_map: Float[Tensor, "b ..."], teacher_map: Float[Tensor, "b ..."]
 ) -> Float[Tensor, ""]:
-    """|G_t - G_s|^2 / b^2 between the row-normalised Gram matrices of the flattened maps."""
+    """|G_t - G_s|^2 / b^2 between the row-normalised Gram matrices of the flattened maps.
+
+    Raises ValueError if the batches differ.
+    """
+    check_batches(student_map, teacher_map)
     flattened = (student_map.flatten(1), teacher_map.flatten(1))
     student, teacher = (F.normalize(flat @ flat.T) for flat in flattened)
     return (teacher - student).square().mean()

@@ -137,7 +137,8 @@ def distillation_loss(distiller: Distiller, teacher: TeacherLogits, scorer: Scor
     with each_alone():
         for index, image in zip(parts, pixels.centre_crops(parts)):
             strong = image if distiller.loss.config.two_views else None
-            batch = Batch(image, pixels.labels(index), index.to(device), view, epoch, epoch, strong=strong)
+            no_rows = torch.full_like(index, -1, device=device)
+            batch = Batch(image, pixels.labels(index), no_rows, view, epoch, epoch, strong=strong)
             with accelerator.autocast():
                 result = distiller(batch, teacher(batch))
             found.append({"val/loss": sum(result.terms.values()), **_named(result.measures)})

@@ -137,8 +137,11 @@ class Meter:
         self._forget_rows()
 
 
-def check_terms(result: Step, method: str) -> None:
-    """Raise UserError unless the loss terms are scalars under names of their own, to train by. Reads no values."""
+def check_terms(result: Step, method: str, cross_entropy: bool = False) -> None:
+    """Raise UserError unless the loss terms are scalars under names of their own, to train by. Reads no values.
+
+    `cross_entropy`: whether the method says that it has one.
+    """
     terms = result.terms
     found = type(terms).__name__ if not isinstance(terms, dict) else "an empty dict" if not terms else ""
     require(not found, f"{method}: its forward returns {found}; return the loss terms by name: {{'ce': ..., ...}}")
@@ -149,6 +152,10 @@ def check_terms(result: Step, method: str) -> None:
     trains = any(term.requires_grad for term in terms.values())
     require(
         trains, f"{method}: no term has a gradient, so nothing would be trained; compute one from the student's logits"
+    )
+    require(
+        not cross_entropy or "ce" in terms,
+        f"{method}: has no term 'ce': give its cross-entropy that name, or its class has_cross_entropy = False",
     )
 
 

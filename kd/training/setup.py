@@ -205,9 +205,26 @@ def build_distiller(
     loss = loss_class(job.method)(job.method, probe_networks(job, student, teacher, data))
     held = held_at_first(student, job)  # by the student's names, before its method wraps it
     distiller = Distiller(student, loss, compression)
+    if distiller.student is not student:
+        freeze_unused(distiller, data.size)
     left = set(distiller.student.parameters())  # a method may have taken layers away
     distiller.held = tuple(part for part in held if part in left)
     return distiller
+
+
+def freeze_unused(distiller: Distiller, size: tuple[int, int]) -> None:
+    """Freeze the deployed network's parameters that no loss sees, such as those behind the map that simkd takes.
+
+    They would get no gradient, which DDP waits for.
+    """
+    network, training = distiller.student, distiller.student.training
+    trained = [part for part in network.parameters() if part.requires_grad]
+    network.eval()
+    outputs = distiller.tap(torch.zeros(2, 3, *size, device=trained[0].device))
+    seen = sum(part.sum() for part in (outputs.logits, *outputs.features.values()))
+    for part, gradient in zip(trained, torch.autograd.grad(seen, trained, allow_unused=True), strict=True):
+        part.requires_grad_(gradient is not None)
+    network.train(training)
 
 
 def probe_networks(job: Job, student: nn.Module, teacher: TeacherNetwork | None, data: Data) -> Pair:

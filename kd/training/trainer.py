@@ -152,7 +152,8 @@ class Trainer:
         """Forward and backward of a batch, or of a `share` of one; returns the forward pass's results."""
         result = self.model(batch, teacher_outputs)
         if not self.meter.terms:  # the first step
-            check_terms(result, self.job.role)
+            loss = self.distiller.loss
+            check_terms(result, self.job.role, loss.has_cross_entropy and loss.labelled)
         loss = reduce(operator.add, result.terms.values())
         self.backward(loss if share == 1 else loss * share)
         return result

@@ -109,6 +109,14 @@ def test_cross_entropy_is_the_first_methods_and_a_term_of_that_name_gets_its_met
     assert list(terms_of(*build("simkd+kd"), batch)) == ["simkd", "ce", "kd"], "simkd has none of its own"
 
 
+def test_cross_entropy_is_that_of_the_first_that_returns_one(monkeypatch):
+    """A class from outside may say that it has one, as is the default, and have none."""
+    real = loss_class(named_method("mimic")).forward
+    without = lambda *args: {name: term for name, term in real(*args).items() if name != "ce"}  # noqa: E731
+    monkeypatch.setattr(loss_class(named_method("mimic")), "forward", without)
+    assert list(terms_of(*build("mimic+kd"), batch_of(INDEX))) == ["mimic", "ce", "kd"]
+
+
 def test_each_sees_its_own_layers_also_inside_a_network_that_another_deploys():
     distiller, teacher = build("simkd+at+rkd")
     loss = distiller.loss
@@ -183,6 +191,8 @@ def test_on_the_command_line(capsys, monkeypatch):
     parts = student("--preset", "crd", "kd+at", "--label-smoothing", "0.1").method.parts()
     assert parts["kd"] == KDConfig(temperature=4.0, alpha=0.9, label_smoothing=0.1), "the preset's own"
     assert parts["at"].label_smoothing == 0.1
+    quick = student("--preset", "quick", "kd+at").method.parts()
+    assert quick["kd"].label_smoothing == quick["at"].label_smoothing == 0.1, "the preset's own, as for kd alone"
     with pytest.raises(UserError, match=r"^--kd-alpha 2.0: give a share"):
         student("kd+at", "--kd-alpha", "2")
     with pytest.raises(UserError, match=r"^--at-kd-weight -1.0: give 0 or more"):

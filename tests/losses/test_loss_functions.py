@@ -1,5 +1,6 @@
 """Every loss function: agrees with a naive loop, has its identity for equal networks, is finite for huge inputs."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd import losses
+from kd.errors import UserError
+from kd.losses.features import check_batches
 from tests import naive
+from tests.pairs import build
 
 
 class Case(NamedTuple):
@@ -162,6 +166,26 @@ def test_the_papers_correlation_depends_on_no_order_and_the_codes_does():
     congruence, product = losses.correlation_congruence_loss, losses.neighbour_product_loss
     torch.testing.assert_close(congruence(student[order], teacher[order]), congruence(student, teacher))
     assert not torch.isclose(product(student[order], teacher[order]), product(student, teacher))
+
+
+def test_one_image_has_no_neighbours():
+    """The mean over none would be no number: an accumulated batch may have parts of one image."""
+    one = torch.randn(1, 4, requires_grad=True)
+    losses.neighbour_product_loss(one, torch.randn(1, 4)).backward()
+    assert not one.grad.any()
+
+
+def test_features_of_another_batch_are_refused():
+    """Without the tests' checks of shapes, one sample would be compared with all."""
+    with pytest.raises(ValueError, match="features of 8 samples of the student and 1 of the teacher"):
+        check_batches(torch.ones(8, 3), torch.ones(1, 3))
+    for loss in (losses.at, losses.sp, losses.nst, losses.pkt, losses.rkd, losses.cc, losses.embed):
+        assert "check_batches(student" in inspect.getsource(loss)
+
+
+def test_crd_keeps_one_bank_row_an_image():
+    with pytest.raises(UserError, match="crd: --balance sampler may draw an image twice in a batch"):
+        build("crd", balance="sampler")
 
 
 def test_mimic_is_blind_to_offsets():

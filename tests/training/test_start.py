@@ -19,6 +19,7 @@ from kd.config.presets import distill_defaults, train_defaults
 from kd.data import load_data
 from kd.errors import UserError
 from kd.models import build_model
+from kd.models.features import Tap
 from kd.models.pretrained import Flags
 from kd.runs.folder import run_identity
 from kd.teachers.live import live_logits
@@ -373,6 +374,24 @@ def test_a_method_that_wraps_the_student_still_holds_its_layers(data, method, he
     assert distiller.bare == "student.student"
     named = {id(part): name.partition(".")[0] for name, part in inner.named_parameters()}
     assert {named[id(part)] for part in distiller.held} == held
+
+
+@pytest.mark.parametrize(("method", "frozen"), [("simkd", {"layer3"}), ("simkd+rkd", set())])
+def test_what_no_loss_sees_is_frozen(data, method, frozen):
+    """With several processes DDP would wait for its gradients; rkd sees what simkd leaves out."""
+    prefix = "--simkd" if "+" in method else "-"
+    layers = [f"{prefix}-student-layers", "layer2", f"{prefix}-teacher-layers", "layer3"]
+    job = parse(distill_defaults, "", ["--student", "resnet8", method, *layers]).job()
+    taught = TeacherNetwork(build_model("resnet20", 10, data.size), Path("x"), "y", {"model": "resnet20"}, 10)
+    torch.nn.init.normal_(taught.network.fc.weight)
+    taught.network.eval().requires_grad_(False)
+    distiller = build_distiller(job, data, taught)
+    inner = distiller.get_submodule(distiller.bare)
+    assert {name.partition(".")[0] for name, part in inner.named_parameters() if not part.requires_grad} == frozen
+    batch = batch_of(torch.arange(12))._replace(image=torch.randn(12, 3, *data.size))
+    outputs = Tap(taught.network, distiller.loss.teacher_layers)(batch.image)
+    sum(distiller.train()(batch, outputs).terms.values()).backward()
+    assert all(part.grad is not None for part in distiller.parameters() if part.requires_grad)
 
 
 def test_what_its_author_froze_stays_frozen(data):
