@@ -43,12 +43,14 @@ def pictures(): return {"train": Pictures(24), "test": Pictures(9)}
 def tensors(): return {"train": Tensors(24), "test": Tensors(9)}
 def floats(): return {"train": [(torch.zeros(3, 12, 12), 0)], "test": Pictures(9)}
 def random(): return {"train": RandomPictures(24), "test": Pictures(9)}
+def mostly(): return {"train": Seldom(24), "test": Pictures(9)}
 def listed(): return [Pictures(24), Pictures(9)]
 def no_train(): return {"test": Pictures(9)}
 def streams(): return {"train": iter([]), "test": iter([])}
 def numbers(): return {"train": [(Image.new("RGB", (12, 12)), "red")], "test": Pictures(9)}
 def many(): return {"train": Pictures(24), "test": [(Image.new("RGB", (12, 12)), 7)]}
 def broken(): return {"train": Broken(24), "test": Broken(9)}
+def mostly_broken(): return {"train": SeldomBroken(24), "test": Broken(9)}
 def few(): return {"train": Pictures(24), "test": Renamed(9, ["green", "blue", "red"])}
 def fewer(): return {"train": Pictures(24), "test": Renamed(9, ["blue", "green"])}
 def other(): return {"train": Pictures(24), "test": Renamed(9, ["black", "blue", "green"])}
@@ -62,6 +64,18 @@ class Renamed(Pictures):
     def __getitem__(self, row):
         label = row % len(self.classes)
         return Image.new("RGB", (12, 12), BY_NAME[self.classes[label]]), label
+
+class Seldom(Pictures):
+    # Every seventh reading is another image; the first two, those of row 0, are alike.
+    reads = 0
+    def __getitem__(self, row):
+        self.reads += 1
+        return Image.new("RGB", (12, 12), COLOURS[self.reads % 7 == 0]), row % 3
+
+class SeldomBroken(Seldom):
+    def __getitem__(self, row):
+        if row == 0: raise OSError("image file is truncated")
+        return super().__getitem__(row)
 
 class RandomPictures(Pictures):
     def __getitem__(self, row): return Image.effect_noise((12, 12), 50), row % 3
@@ -111,6 +125,8 @@ def test_the_fingerprint_is_that_of_the_same_images_elsewhere(tmp_path, module):
     [
         ("floats", r"train row 0: gives a float32 tensor of \(3, 12, 12\); give PIL images, .* without ToTensor"),
         ("random", "train row 0: differs when it is read again; leave random transforms out"),
+        ("mostly", "train row 3: differs when it is read again; leave random transforms out"),
+        ("mostly_broken", "train row 4: differs when it is read again; leave random transforms out"),
         ("listed", r"returned list; it must return \{\"train\": dataset"),
         ("no_train", "no train split; it has test"),
         ("streams", "its train is list_iterator, without a length"),
