@@ -53,7 +53,10 @@ def load_own(config: DataConfig) -> InMemory:
         )
         require(len(rows) > 0, f"--data {source}: the {name} split is empty")
     broken: dict[str, list[str]] = {}
-    splits = {name: _read_split(rows, name, config, broken.setdefault(name, [])) for name, rows in datasets.items()}
+    splits: dict[str, Arrays] = {}
+    for name, rows in datasets.items():  # train first
+        shape = splits["train"].images.shape[1:] if splits else None
+        splits[name] = _read_split(rows, name, config, broken.setdefault(name, []), shape)
     classes, differing = (), []
     if not config.no_labels:
         named = _named(datasets)
@@ -65,8 +68,11 @@ def load_own(config: DataConfig) -> InMemory:
     return data
 
 
-def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arrays:
-    """All images and labels of a split; what is wrong with those that cannot be read goes to `broken`."""
+def _read_split(rows, split: str, config: DataConfig, broken: list[str], shape: tuple[int, int, int] | None) -> Arrays:
+    """All images and labels of a split; what is wrong with those that cannot be read goes to `broken`.
+
+    Raises UserError for an image that is not of `shape`; if that is None, not of the first one's.
+    """
     size, source = config.stored_size or config.image_size, config.source
     images, labels = None, []
     for row, (pixels, label) in _pairs(rows, split, size, config, broken):
@@ -77,11 +83,12 @@ def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arra
                 f"--data {source}: {size_in_memory / 1e9:.3g} GB of {split} images do not fit half of"
                 f" {limit / 1e9:.3g} GB of memory; give a smaller --image-size, or save them as files",
             )
-            images = np.empty((len(rows), *pixels.shape), np.uint8)
+            shape = shape or pixels.shape
+            images = np.empty((len(rows), *shape), np.uint8)
         require(
-            pixels.shape == images.shape[1:],
-            f"--data {source}: {split} row {row} is {pixels.shape[2]} x {pixels.shape[1]}, others {images.shape[3]} x"
-            f" {images.shape[2]}; give --image-size N to bring all to one size",
+            pixels.shape == shape,
+            f"--data {source}: {split} row {row} is {pixels.shape[2]} x {pixels.shape[1]}, others {shape[2]} x"
+            f" {shape[1]}; give --image-size N to bring all to one size",
         )
         images[len(labels)] = pixels
         labels.append(label)

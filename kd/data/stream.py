@@ -68,6 +68,7 @@ class Streaming(DataSource):
         self.notes = (*loaded.notes, *unused_splits(streams, config), *index["notes"])
         size = config.stored_size or config.image_size
         threads = max(share_of_cores() if config.workers is None else config.workers, 1)
+        image_size = (size, size) if size else _first_size(streams["train"], column)
         self.splits = {}
         for name, starts in index["starts"].items():
             cells = open_undecoded(streams[name], column).select_columns([column])
@@ -77,7 +78,7 @@ class Streaming(DataSource):
                 column,
                 name,
                 resize_to=size,
-                image_size=(size, size) if size else _first_size(cells, column, name),
+                image_size=image_size,
                 window=config.shuffle_rows,
                 threads=threads,
                 starts=np.array(starts),
@@ -131,12 +132,12 @@ class Streaming(DataSource):
         return StreamedRows(split.images, torch.from_numpy(split.labels), self.fingerprint)
 
 
-def _first_size(cells: Iterable[dict], column: str, split: str) -> tuple[int, int]:
+def _first_size(train, column: str) -> tuple[int, int]:
     """Height and width of the first image that can be read."""
     broken = []
-    for row, cell in enumerate(cells):
+    for row, cell in enumerate(open_undecoded(train, column).select_columns([column])):
         try:
-            return decode(cell[column], None, split, row).shape[1:]
+            return decode(cell[column], None, "train", row).shape[1:]
         except BrokenImage as error:
             broken.append(error.what)
     raise broken_images(broken)
@@ -276,7 +277,7 @@ class StreamedImages(LazyImages):
                 pool.shutdown(cancel_futures=True)
 
     def find_broken(self) -> dict[int, str]:
-        """Place and message of each image that cannot be read."""
+        """Place and message of each image that cannot be read. Raises UserError for one of another size."""
         found: dict[int, str] = {}
         reader, pool = _Reader(self, [self.rows]), ThreadPoolExecutor(self.threads)
         blocks = np.array_split(np.arange(len(self.rows)), len(self.rows) // BLOCK + 1)
@@ -289,7 +290,7 @@ class StreamedImages(LazyImages):
 
     def _check(self, row: int, cell: dict | None) -> str:
         try:
-            decode(cell, self.resize_to, self.split, row)
+            decode_to(self.image_size, cell, self.resize_to, self.split, row)
         except BrokenImage as error:
             return error.what
         return ""

@@ -43,6 +43,9 @@ def pictures(): return {"train": Pictures(24), "test": Pictures(9)}
 def tensors(): return {"train": Tensors(24), "test": Tensors(9)}
 def floats(): return {"train": [(torch.zeros(3, 12, 12), 0)], "test": Pictures(9)}
 def random(): return {"train": RandomPictures(24), "test": Pictures(9)}
+def larger():
+    resized = [(image.resize((16, 14)), label) for image, label in map(Pictures(9).__getitem__, range(9))]
+    return {"train": Pictures(24), "test": resized}
 def mostly(): return {"train": Seldom(24), "test": Pictures(9)}
 def listed(): return [Pictures(24), Pictures(9)]
 def no_train(): return {"test": Pictures(9)}
@@ -147,6 +150,13 @@ def test_images_of_several_sizes_need_one_size(module):
     with pytest.raises(UserError, match="train row 1 is 16 x 12, others 12 x 12; give --image-size N"):
         load_data(DataConfig(source="mine:pictures"))
     assert load_data(DataConfig(source="mine:pictures", image_size=8)).size == (8, 8)
+
+
+def test_a_split_of_another_size_needs_one_size():
+    with pytest.raises(UserError, match="test row 0 is 16 x 14, others 12 x 12; give --image-size N"):
+        load_data(DataConfig(source="mine:larger"))
+    data = load_data(DataConfig(source="mine:larger", image_size=8))
+    assert data.train.size == data.test.size == (8, 8)
 
 
 def test_broken_images_are_left_out_and_counted(capsys):

@@ -257,6 +257,18 @@ def test_an_imagefolder_streams_too(tmp_path):
     assert torch.equal(memory.test.labels, stream.test.labels)
 
 
+@pytest.mark.parametrize("side", [12, 28])
+def test_a_split_of_another_size_needs_one_size(tmp_path, side):
+    source = images(tmp_path / "pictures", sides=(20, 21))
+    for file in Path(source).glob("test/*/*"):
+        Image.open(file).resize((side, side)).save(file)
+    flags = {"shuffle_rows": 8, "workers": 2, "stream": True}
+    with pytest.raises(UserError, match=rf"test row 0: is {side} x {side}, others 20 x 20; give --image-size N"):
+        load_data(DataConfig(source=source, **flags))
+    data = load_data(DataConfig(source=source, image_size=16, **flags))
+    assert data.train.size == data.test.size == (16, 16)
+
+
 def test_a_broken_row_is_named(tmp_path):
     source = shards(tmp_path / "parquet", broken=9)
     with pytest.raises(UserError, match=r"^train row 9 \(x.png\): not a readable image"):
