@@ -27,7 +27,7 @@ from kd.utils.console import one_line, print_once, root_cause
 from kd.utils.images import VERSION
 from kd.utils.users_own import is_users_own
 
-READER = 1  # version of how rows and labels are read from files; part of the key of every cache on disk
+READER = 2  # version of how rows and labels are read from files; part of the key of every cache on disk
 
 
 @dataclass(frozen=True)
