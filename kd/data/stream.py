@@ -43,7 +43,7 @@ from kd.utils.files import read_array, read_json, write_array, write_atomically,
 from kd.utils.images import BrokenImage, broken_images, decode, decode_to
 from kd.utils.system import share_of_cores
 
-MAX_SHARDS = 1024  # that are told apart; an imagefolder has one for each image
+MAX_SHARDS = 1024  # that are told apart; an imagefolder is one, whatever its number of files
 
 MAX_OPEN = 4  # shards that stay open for the next window, which goes on in those where the last one ended
 
