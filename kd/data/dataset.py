@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd.config import DataConfig, RunConfig
+from kd.config.presets import PRESETS
 from kd.data.cache import Arrays, trusting
 from kd.data.rows import Rows
 from kd.data.sources import BUILT_IN, find_revision, find_source, with_set_defaults
@@ -24,6 +25,9 @@ from kd.utils.console import print_once
 from kd.utils.processes import all_do, from_main, node, node_first
 
 NO_PROBE = RunConfig()
+
+OF_PRESETS = {preset["data"].val_fraction for preset in PRESETS.values() if "data" in preset}
+"""Values of --val-fraction that a preset may have set, so that they are no mistake of the user's."""
 
 TEST_SEED = 0  # of a test split that is held out: the same images for every --split-seed
 
@@ -140,10 +144,8 @@ def _size(config: DataConfig, train: Rows) -> tuple[int, int]:
 
 
 def _load_unlabelled(config: DataConfig, source: DataSource) -> Data:
-    """Training and validation split of images without labels; the validation split is the data's own if it has one."""
-    train, val = (source.splits.get(name) for name in SPLITS[:2])
-    if val is None:
-        train, val = hold_out(train, config.val_fraction, config.split_seed)
+    """Training and validation split of images without labels."""
+    train, val = _validation(*(source.splits.get(name) for name in SPLITS[:2]), config)
     parts = {"training": train, "validation": val}
     _check_parts(parts, config)
     sizes = " and ".join(f"{len(split.labels)} {name}" for name, split in parts.items() if split is not None)
@@ -208,9 +210,25 @@ def _three_splits(splits: dict[str, Arrays], config: DataConfig) -> tuple[Arrays
         )
         train, test = hold_out(train, fraction, TEST_SEED)
         print_once(f"data: only a train split: {fraction:g} of each class is held out for testing (--test-fraction)")
+    return *_validation(train, val, config), test, name
+
+
+def _validation(train: Arrays, val: Arrays | None, config: DataConfig) -> tuple[Arrays, Arrays | None]:
+    """Training and validation split: `val`, that of the data's own, unless --val-fraction 0; else held out."""
+    fraction = config.val_fraction
     if val is None:
-        train, val = hold_out(train, config.val_fraction, config.split_seed)
-    return train, val, test, name
+        return hold_out(train, fraction, config.split_seed)
+    if fraction == 0:
+        print_once("data: the validation split is left out, as --val-fraction 0 says")
+        return train, None
+    if fraction != DataConfig.val_fraction:
+        require(
+            fraction in OF_PRESETS,
+            f"--val-fraction {fraction}: {config.source} has a validation split of its own; leave it out, or give 0 to"
+            " train without validation",
+        )
+        print_once(f"data: a validation split of its own, so --val-fraction {fraction} has no effect")
+    return train, val
 
 
 def _check_parts(parts: dict[str, Arrays | None], config: DataConfig) -> None:

@@ -174,11 +174,25 @@ def _read_json_lines(path: Path) -> dict[str, list]:
 
 
 def _read_parquet(path: Path) -> tuple[dict[str, list], dict]:
+    """Classes as the file's own names: another file may number them otherwise."""
     import datasets
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    return table.to_pydict(), dict(datasets.Features.from_arrow_schema(table.schema))
+    columns, kinds = table.to_pydict(), dict(datasets.Features.from_arrow_schema(table.schema))
+    for name, kind in kinds.items():
+        if isinstance(kind, datasets.ClassLabel):
+            columns[name] = _class_names(columns[name], kind.names, name)
+            kinds[name] = datasets.Value("string")
+    return columns, kinds
+
+
+def _class_names(numbers: list[int | None], names: list[str], column: str) -> list[str | None]:
+    """The names that the numbers stand for; -1 is `datasets`' mark of a missing one."""
+    for number in numbers:
+        if number is not None and not -1 <= number < len(names):
+            raise ValueError(f"column {column} has the label {number}, and {len(names)} class names")
+    return [None if number in (None, -1) else names[number] for number in numbers]
 
 
 def _count_named(folder: ImageFolder, split: str, files: list[str], named: list[str]) -> list[str]:

@@ -15,12 +15,15 @@ from kd.config import DataConfig
 from kd.data.cache import Arrays, Decoded, Facts, hash_arrays
 from kd.data.columns import UNLABELLED, check_class_names
 from kd.data.storage import SHARE, InMemory, handle_broken, rename_splits, unused_splits, used_splits
+from kd.data.tables import shown_names
 from kd.errors import NoLabels, require
 from kd.utils.images import crop_and_resize, to_array, to_rgb
 from kd.utils.system import memory_limit
 from kd.utils.users_own import call_function, import_function
 
 FORM = '{"train": dataset, "test": dataset}, each giving (image, class number) pairs'
+
+READ_TWICE = 16  # readable rows of a split, to find random transforms: one row misses every second flip
 
 
 def load_own(config: DataConfig) -> InMemory:
@@ -50,16 +53,26 @@ def load_own(config: DataConfig) -> InMemory:
         )
         require(len(rows) > 0, f"--data {source}: the {name} split is empty")
     broken: dict[str, list[str]] = {}
-    splits = {name: _read_split(rows, name, config, broken.setdefault(name, [])) for name, rows in datasets.items()}
-    classes = () if config.no_labels else _class_names(datasets["train"], splits, source)
-    notes = (*unused_splits(every, config), *handle_broken(broken, config.skip_broken))
+    splits: dict[str, Arrays] = {}
+    for name, rows in datasets.items():  # train first
+        shape = splits["train"].images.shape[1:] if splits else None
+        splits[name] = _read_split(rows, name, config, broken.setdefault(name, []), shape)
+    classes, differing = (), []
+    if not config.no_labels:
+        named = _named(datasets)
+        classes = _class_names(named, splits, source)
+        splits, differing = _number_alike(splits, named, classes, source)
+    notes = (*unused_splits(every, config), *differing, *handle_broken(broken, config.skip_broken))
     data = InMemory(Decoded(splits, Facts(classes, notes=notes), hash_arrays(splits, classes)))
     data.storage = f"in memory, read from {source}"
     return data
 
 
-def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arrays:
-    """All images and labels of a split; what is wrong with those that cannot be read goes to `broken`."""
+def _read_split(rows, split: str, config: DataConfig, broken: list[str], shape: tuple[int, int, int] | None) -> Arrays:
+    """All images and labels of a split; what is wrong with those that cannot be read goes to `broken`.
+
+    Raises UserError for an image that is not of `shape`; if that is None, not of the first one's.
+    """
     size, source = config.stored_size or config.image_size, config.source
     images, labels = None, []
     for row, (pixels, label) in _pairs(rows, split, size, config, broken):
@@ -70,11 +83,12 @@ def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arra
                 f"--data {source}: {size_in_memory / 1e9:.3g} GB of {split} images do not fit half of"
                 f" {limit / 1e9:.3g} GB of memory; give a smaller --image-size, or save them as files",
             )
-            images = np.empty((len(rows), *pixels.shape), np.uint8)
+            shape = shape or pixels.shape
+            images = np.empty((len(rows), *shape), np.uint8)
         require(
-            pixels.shape == images.shape[1:],
-            f"--data {source}: {split} row {row} is {pixels.shape[2]} x {pixels.shape[1]}, others {images.shape[3]} x"
-            f" {images.shape[2]}; give --image-size N to bring all to one size",
+            pixels.shape == shape,
+            f"--data {source}: {split} row {row} is {pixels.shape[2]} x {pixels.shape[1]}, others {shape[2]} x"
+            f" {shape[1]}; give --image-size N to bring all to one size",
         )
         images[len(labels)] = pixels
         labels.append(label)
@@ -86,6 +100,7 @@ def _read_split(rows, split: str, config: DataConfig, broken: list[str]) -> Arra
 def _pairs(
     rows, split: str, size: int | None, config: DataConfig, broken: list[str]
 ) -> Iterator[tuple[int, tuple[UInt8[np.ndarray, "3 h w"], int]]]:
+    left = READ_TWICE
     for row in range(len(rows)):
         where = f"--data {config.source}: {split} row {row}"
         try:
@@ -95,7 +110,8 @@ def _pairs(
             continue
         image, number = _image_and_label(pair, where, config.no_labels)
         pixels = _pixels(image, size, where)
-        if row == 0:
+        if left > 0:
+            left -= 1
             again = _pixels(_image_and_label(rows[row], where, config.no_labels)[0], size, where)
             require(
                 np.array_equal(pixels, again),
@@ -134,14 +150,43 @@ def _pixels(image, size: int | None, where: str) -> UInt8[np.ndarray, "3 h w"]:
     return to_array(image if size is None else crop_and_resize(image, size, size))
 
 
-def _class_names(train, splits: dict[str, Arrays], source: str) -> tuple[str, ...]:
-    """The data set's own names (`classes`, as torchvision's have), else the numbers."""
-    most = max(int(split.labels.max()) for split in splits.values())
-    names = getattr(train, "classes", None)
-    if not isinstance(names, list | tuple):
-        names = range(most + 1)
-    classes = tuple(str(name) for name in names)
-    require(most < len(classes), f"--data {source}: there is the label {most}, and {len(classes)} class names")
+def _named(datasets: dict) -> dict[str, tuple[str, ...]]:
+    """Each split's own names of its classes (`classes`, as torchvision's sets have); none if train has none."""
+    listed = {name: getattr(rows, "classes", None) for name, rows in datasets.items()}
+    named = {name: tuple(map(str, names)) for name, names in listed.items() if isinstance(names, list | tuple)}
+    return named if "train" in named else {}
+
+
+def _class_names(named: dict[str, tuple[str, ...]], splits: dict[str, Arrays], source: str) -> tuple[str, ...]:
+    """The training split's names, else the numbers."""
+    most = {name: int(split.labels.max()) for name, split in splits.items()}
+    classes = named.get("train", tuple(map(str, range(max(most.values()) + 1))))
+    for name, label in most.items():
+        count = len(named.get(name, classes))
+        require(label < count, f"--data {source}: there is the label {label}, and {count} class names")
     require(len(set(classes)) == len(classes), f"--data {source}: two classes have one name ({', '.join(classes[:5])})")
     check_class_names(classes, source)
     return classes
+
+
+def _number_alike(
+    splits: dict[str, Arrays], named: dict[str, tuple[str, ...]], classes: tuple[str, ...], source: str
+) -> tuple[dict[str, Arrays], list[str]]:
+    """The splits with labels as numbers of `classes`, by the names of each, and sentences on those that differ."""
+    numbers, notes = {name: number for number, name in enumerate(classes)}, []
+    for split, names in named.items():
+        if names == classes:
+            continue
+        unknown = [name for name in names if name not in numbers]
+        require(
+            not unknown,
+            f"--data {source}: its {split} split has the class {(unknown or [''])[0]}, and train has"
+            f" {shown_names(classes)}; give both the same class names",
+        )
+        labels = np.array([numbers[name] for name in names])[splits[split].labels]
+        splits = splits | {split: splits[split]._replace(labels=labels)}
+        notes.append(
+            f"train and {split} name the classes differently ({shown_names(classes)} and {shown_names(names)}):"
+            " numbered alike, by name"
+        )
+    return splits, notes

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from kd.errors import require
 from kd.utils import rng
 
 BLOCK = 1024  # rows that are hashed at a time
@@ -198,9 +199,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def centre_crop(images: UInt8[Tensor, "b c m n"], size: tuple[int, int]) -> UInt8[Tensor, "b c h w"]:
-    """The central part of `size` (height, width), on which networks are scored."""
-    top, left = ((stored - seen) // 2 for stored, seen in zip(images.shape[2:], size))
-    return images[:, :, top : top + size[0], left : left + size[1]]
+    """The central part of `size` (height, width), on which networks are scored. Raises UserError for smaller images."""
+    (stored_height, stored_width), (height, width) = images.shape[2:], size
+    require(
+        stored_height >= height and stored_width >= width,
+        f"images of {stored_width} x {stored_height} pixels have no centre of {width} x {height}; give --image-size N"
+        " to bring all to one size",
+    )
+    top, left = (stored_height - height) // 2, (stored_width - width) // 2
+    return images[:, :, top : top + height, left : left + width]
 
 
 def normalize(

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from kd.utils.console import one_line, print_once, root_cause
 from kd.utils.images import VERSION
 from kd.utils.users_own import is_users_own
 
-READER = 1  # version of how rows and labels are read from files; part of the key of every cache on disk
+READER = 2  # version of how rows and labels are read from files; part of the key of every cache on disk
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _find_hub_set(config: DataConfig, revision: str | None) -> DataSource:
     source = config.source
     known = _hub_set(source)
     place = known.address if known.folder is None else f"{known.address}/{known.folder}"
-    key = _cache_key(config, place, revision)
+    key = _cache_key(config, place, revision or known.revision)
     return _open_source(config, key, key, lambda **options: _load_hub_set(known, revision, source, **options))
 
 
@@ -228,8 +229,31 @@ def _load_hub_set(known: HubSet, revision: str | None, source: str, **options) -
             " HF_HUB_OFFLINE=1 if it was downloaded before, or try --preset digits, which needs no download"
         ) from error
     splits = {name: rows for name, rows in splits.items() if name != known.unlabelled}
-    builder = lambda: datasets.load_dataset_builder(known.address, **place)  # noqa: E731
-    return compare_hub_files(splits, builder, source, options.get("streaming", False))
+    builder = cache(lambda: datasets.load_dataset_builder(known.address, **place))
+    notes = _check_fetched(builder, place["revision"], known, source)
+    loaded = compare_hub_files(splits, builder, source, options.get("streaming", False))
+    return loaded._replace(notes=(*notes, *loaded.notes))
+
+
+def _check_fetched(open_builder: Callable, asked: str | None, known: HubSet, source: str) -> tuple[str, ...]:
+    """What to say if the Hub cannot be reached: `datasets` then reads what was fetched last, of whatever revision.
+
+    Raises UserError if that is not the commit `asked`.
+    """
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        builder = open_builder()
+    except Exception:  # the HTTP client's own errors differ between versions of the library
+        return ()
+    if asked is None or not isinstance(builder, Cache) or builder.hash == asked:
+        return ()
+    require(
+        not _is_commit(asked),
+        f"--data {source}: the Hub cannot be reached, and the commit {builder.hash} was fetched last; check the"
+        f" network, or name {known.address}@{builder.hash}",
+    )
+    return (f"the Hub cannot be reached: the commit {builder.hash}, fetched before, is read and may not be {asked}",)
 
 
 def _terms_advice(known: HubSet) -> str:

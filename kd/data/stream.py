@@ -11,8 +11,9 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,11 @@ from kd.data.storage import (
 from kd.errors import UserError, require
 from kd.utils import rng
 from kd.utils.console import console, one_line, print_once
-from kd.utils.files import read_json, write_json
+from kd.utils.files import read_array, read_json, write_array, write_atomically, write_json
 from kd.utils.images import BrokenImage, broken_images, decode, decode_to
 from kd.utils.system import share_of_cores
 
-MAX_SHARDS = 1024  # that are told apart; an imagefolder has one for each image
+MAX_SHARDS = 1024  # that are told apart; an imagefolder is one, whatever its number of files
 
 MAX_OPEN = 4  # shards that stay open for the next window, which goes on in those where the last one ended
 
@@ -62,22 +63,22 @@ class Streaming(DataSource):
         streams = rename_splits(loaded.splits, config.source)
         with locked(f"{key}.stream") as self.folder:
             self.folder.mkdir(exist_ok=True)
-            index = _index(self.folder, streams, config, load)
+            index, numbers = _index(self.folder, streams, config, load)
         self.classes, column = tuple(index["classes"]), index["image"]
         self.storage = f"streamed, {config.shuffle_rows} rows at a time (as --stream says), {index['columns']}"
         self.notes = (*loaded.notes, *unused_splits(streams, config), *index["notes"])
         size = config.stored_size or config.image_size
         threads = max(share_of_cores() if config.workers is None else config.workers, 1)
+        image_size = (size, size) if size else _first_size(streams["train"], column)
         self.splits = {}
         for name, starts in index["starts"].items():
-            cells = open_undecoded(streams[name], column).select_columns([column])
-            labels = np.load(self.folder / f"{name}.npy")
+            cells, labels = open_undecoded(streams[name], column).select_columns([column]), numbers[name]
             images = StreamedImages(
                 cells,
                 column,
                 name,
                 resize_to=size,
-                image_size=(size, size) if size else _first_size(cells, column, name),
+                image_size=image_size,
                 window=config.shuffle_rows,
                 threads=threads,
                 starts=np.array(starts),
@@ -131,22 +132,21 @@ class Streaming(DataSource):
         return StreamedRows(split.images, torch.from_numpy(split.labels), self.fingerprint)
 
 
-def _first_size(cells: Iterable[dict], column: str, split: str) -> tuple[int, int]:
+def _first_size(train, column: str) -> tuple[int, int]:
     """Height and width of the first image that can be read."""
     broken = []
-    for row, cell in enumerate(cells):
+    for row, cell in enumerate(open_undecoded(train, column).select_columns([column])):
         try:
-            return decode(cell[column], None, split, row).shape[1:]
+            return decode(cell[column], None, "train", row).shape[1:]
         except BrokenImage as error:
             broken.append(error.what)
     raise broken_images(broken)
 
 
-def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> dict:
-    """Class names, columns and the first row of each split's shards, cached in `folder` with the labels."""
-    path = folder / "index.json"
-    if path.exists():
-        return read_json(path)
+def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> tuple[dict, dict[str, np.ndarray]]:
+    """Class names, columns and the first row of each split's shards, and each split's labels; cached in `folder`."""
+    with suppress(UserError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
+        return _known_index(folder)
     features = streams["train"].features
     require(features is not None, f"--data {config.source}: a stream without named columns; leave --stream out")
     read = {}
@@ -159,17 +159,28 @@ def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> d
 
     unique = lambda column: list(set(labels_of("train", column)[0]))  # noqa: E731
     columns = find_columns(features, unique, config)
-    starts, read_column = {}, columns.label or _cheapest(features, columns)
+    starts, sha256, read_column = {}, {}, columns.label or _cheapest(features, columns)
     for name in used_splits(config):
         if name in streams:
             check_columns(columns, streams[name].features, name, config.source)
             labels, starts[name] = labels_of(name, read_column)
             require(len(labels) > 0, f"--data {config.source}: the {name} split is empty")
             numbers = encode_labels(labels, columns, name) if columns.label else np.full(len(labels), UNLABELLED)
-            np.save(folder / f"{name}.npy", numbers)
+            write_atomically(folder / f"{name}.npy", partial(write_array, array=numbers))
+            sha256[name] = hashlib.sha256(numbers).hexdigest()
     facts = {"classes": columns.classes, "image": columns.image, "columns": str(columns)}
-    write_json(path, facts | {"notes": [columns.note] if columns.note else [], "starts": starts})
-    return read_json(path)
+    notes = [columns.note] if columns.note else []
+    write_json(folder / "index.json", facts | {"notes": notes, "starts": starts, "sha256": sha256})
+    return _known_index(folder)
+
+
+def _known_index(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """What _index wrote. Raises UserError, or any error of damaged JSON, if that is not what is there."""
+    index = read_json(folder / "index.json")
+    labels = {name: read_array(folder / f"{name}.npy") for name in index["starts"]}
+    found = {name: hashlib.sha256(numbers).hexdigest() for name, numbers in labels.items()}
+    require(index["sha256"] == found, f"{folder}: differs from what was written; check the disk")
+    return index, labels
 
 
 def _cheapest(features, columns: Columns) -> str:
@@ -276,7 +287,7 @@ class StreamedImages(LazyImages):
                 pool.shutdown(cancel_futures=True)
 
     def find_broken(self) -> dict[int, str]:
-        """Place and message of each image that cannot be read."""
+        """Place and message of each image that cannot be read. Raises UserError for one of another size."""
         found: dict[int, str] = {}
         reader, pool = _Reader(self, [self.rows]), ThreadPoolExecutor(self.threads)
         blocks = np.array_split(np.arange(len(self.rows)), len(self.rows) // BLOCK + 1)
@@ -289,7 +300,7 @@ class StreamedImages(LazyImages):
 
     def _check(self, row: int, cell: dict | None) -> str:
         try:
-            decode(cell, self.resize_to, self.split, row)
+            decode_to(self.image_size, cell, self.resize_to, self.split, row)
         except BrokenImage as error:
             return error.what
         return ""

@@ -145,7 +145,7 @@ def with_common_names(splits: dict, files: dict[str, list[File]], source: str, s
         one, other = list(lists.values())[:2]
         paths = f"{_short(one.path, other.path)} and {_short(other.path, one.path)}"
         differing = f"{paths} name the classes of {column} differently"
-        shown = f"({_shown(one.names[column])} and {_shown(other.names[column])})"
+        shown = f"({shown_names(one.names[column])} and {shown_names(other.names[column])})"
         require(
             not streaming and not bare,
             f"--data {source}: {differing} {shown}; leave --stream out, or write them anew with the same names",
@@ -162,7 +162,7 @@ def _short(path: str, other: str) -> str:
     return "/".join(parts[-2:] if parts[-1] == Path(other).name else parts[-1:])
 
 
-def _shown(names: tuple[str, ...]) -> str:
+def shown_names(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

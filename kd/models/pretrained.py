@@ -202,7 +202,7 @@ def _build(pretrained: Pretrained, classes: int, quiet: bool = False) -> nn.Modu
 
 
 def _require_classes(pretrained: Pretrained, name: str) -> None:
-    rows = rows_of_head(_weights(pretrained))
+    rows = rows_of_head(_weights(pretrained)) if pretrained.ordered else None
     outputs = f" of its {rows} outputs" if rows else ""
     require(
         bool(pretrained.classes),

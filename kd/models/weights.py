@@ -292,7 +292,7 @@ def misfit(weights: Weights, shapes: Shapes) -> str:
 
 
 def rows_of_head(weights: Weights) -> int | None:
-    """The number of outputs of the last linear layer in the file, if it has one."""
+    """The number of outputs of the last linear layer in the file, if it has one; a guess unless they are ordered."""
     return next((len(value) for value in reversed(weights.tensors.values()) if value.ndim == 2), None)
 
 

@@ -13,6 +13,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from kd.config import DataConfig
+from kd.config.presets import train_defaults
 from kd.data import Split, load_data
 from kd.data.cache import cache_root
 from kd.data.folder import COMMON
@@ -205,11 +206,40 @@ def test_a_set_with_validation_only_tests_on_it(tmp_path):
     assert data.test_split == "validation"
 
 
-def test_a_validation_split_of_the_datas_own_is_used(tmp_path):
+def of_three_splits(path) -> str:
     rows = {"img": [picture(n) for n in range(10)], "label": [0, 1] * 5}
-    source = parquet(tmp_path / "set", rows, FEATURES, ("train", "validation", "test"))
-    data = load_data(DataConfig(source=source))
+    return parquet(path, rows, FEATURES, ("train", "validation", "test"))
+
+
+def test_a_validation_split_of_the_datas_own_is_used(tmp_path):
+    data = load_data(DataConfig(source=of_three_splits(tmp_path / "set")))
     assert (len(data.train.labels), len(data.val.labels), len(data.test.labels)) == (10, 10, 10)
+
+
+@pytest.mark.parametrize("flags", [{}, {"no_labels": True}])
+def test_a_validation_fraction_is_not_ignored_beside_a_validation_split(tmp_path, flags, capsys):
+    source = of_three_splits(tmp_path / "set")
+    with pytest.raises(UserError, match=r"--val-fraction 0.3: \S+ has a validation split of its own; leave it out, or"):
+        load_data(DataConfig(source=source, val_fraction=0.3, **flags))
+    data = load_data(DataConfig(source=source, val_fraction=0.0, **flags))
+    assert (len(data.train.labels), data.val) == (10, None)
+    assert "data: the validation split is left out, as --val-fraction 0 says\n" in capsys.readouterr().out
+
+
+def test_a_presets_validation_fraction_may_stand_beside_a_validation_split(tmp_path, capsys):
+    fraction = train_defaults("digits").data.val_fraction
+    data = load_data(DataConfig(source=of_three_splits(tmp_path / "set"), val_fraction=fraction))
+    assert (len(data.train.labels), len(data.val.labels)) == (10, 10)
+    said = f"data: a validation split of its own, so --val-fraction {fraction} has no effect\n"
+    assert said in capsys.readouterr().out
+
+
+def test_a_validation_split_that_is_reported_is_kept(tmp_path):
+    rows = {"img": [picture(n) for n in range(10)], "label": [0, 1] * 5}
+    source = parquet(tmp_path / "set", rows, FEATURES, ("train", "validation"))
+    for fraction, count in ((0.0, 10), (0.4, 6)):
+        data = load_data(DataConfig(source=source, val_fraction=fraction))
+        assert (len(data.train.labels), len(data.test.labels)) == (count, 10)
 
 
 def move(folder, *pairs: tuple[str, str]) -> None:

@@ -251,6 +251,8 @@ def test_scoring_sees_the_centre():
     pixels = random_images(2, 16, 16)
     assert torch.equal(rows.centre_crop(pixels, (12, 12)), pixels[:, :, 2:14, 2:14])
     assert torch.equal(rows.centre_crop(pixels, (16, 16)), pixels)
+    with pytest.raises(UserError, match="images of 16 x 16 pixels have no centre of 17 x 16; give --image-size N"):
+        rows.centre_crop(pixels, (16, 17))
 
 
 def test_large_images_get_imagenets_stem():

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 COLOURS = [(220, 30, 30), (30, 220, 30), (30, 30, 220)]
+BY_NAME = {"red": COLOURS[0], "green": COLOURS[1], "blue": COLOURS[2], "black": (0, 0, 0)}
 
 class Pictures:
     classes = ["red", "green", "blue"]
@@ -42,15 +43,42 @@ def pictures(): return {"train": Pictures(24), "test": Pictures(9)}
 def tensors(): return {"train": Tensors(24), "test": Tensors(9)}
 def floats(): return {"train": [(torch.zeros(3, 12, 12), 0)], "test": Pictures(9)}
 def random(): return {"train": RandomPictures(24), "test": Pictures(9)}
+def larger():
+    resized = [(image.resize((16, 14)), label) for image, label in map(Pictures(9).__getitem__, range(9))]
+    return {"train": Pictures(24), "test": resized}
+def mostly(): return {"train": Seldom(24), "test": Pictures(9)}
 def listed(): return [Pictures(24), Pictures(9)]
 def no_train(): return {"test": Pictures(9)}
 def streams(): return {"train": iter([]), "test": iter([])}
 def numbers(): return {"train": [(Image.new("RGB", (12, 12)), "red")], "test": Pictures(9)}
 def many(): return {"train": Pictures(24), "test": [(Image.new("RGB", (12, 12)), 7)]}
 def broken(): return {"train": Broken(24), "test": Broken(9)}
+def mostly_broken(): return {"train": SeldomBroken(24), "test": Broken(9)}
+def few(): return {"train": Pictures(24), "test": Renamed(9, ["green", "blue", "red"])}
+def fewer(): return {"train": Pictures(24), "test": Renamed(9, ["blue", "green"])}
+def other(): return {"train": Pictures(24), "test": Renamed(9, ["black", "blue", "green"])}
 def marked():
     Path("ran").touch()
     return pictures()
+
+class Renamed(Pictures):
+    # Its colours are numbered as it names them.
+    def __init__(self, count, classes): self.count, self.classes = count, classes
+    def __getitem__(self, row):
+        label = row % len(self.classes)
+        return Image.new("RGB", (12, 12), BY_NAME[self.classes[label]]), label
+
+class Seldom(Pictures):
+    # Every seventh reading is another image; the first two, those of row 0, are alike.
+    reads = 0
+    def __getitem__(self, row):
+        self.reads += 1
+        return Image.new("RGB", (12, 12), COLOURS[self.reads % 7 == 0]), row % 3
+
+class SeldomBroken(Seldom):
+    def __getitem__(self, row):
+        if row == 0: raise OSError("image file is truncated")
+        return super().__getitem__(row)
 
 class RandomPictures(Pictures):
     def __getitem__(self, row): return Image.effect_noise((12, 12), 50), row % 3
@@ -79,6 +107,15 @@ def test_images_and_labels_are_those_of_the_users_data(function, classes, capsys
     assert load_data(DataConfig(source=f"mine:{function}", val_fraction=0.0)).fingerprint == data.fingerprint
 
 
+@pytest.mark.parametrize(("function", "shown"), [("few", "green, blue, red"), ("fewer", "blue, green")])
+def test_a_split_that_numbers_its_classes_otherwise_is_numbered_by_name(function, shown, capsys):
+    data = load_data(DataConfig(source=f"mine:{function}", val_fraction=0.0))
+    assert data.classes == ("red", "green", "blue")
+    assert data.test.labels.tolist() == data.test.images[:, :, 5, 5].int().argmax(1).tolist()
+    said = f"data: train and test name the classes differently (red, green, blue and {shown}): numbered alike, by name"
+    assert said in capsys.readouterr().out
+
+
 def test_the_fingerprint_is_that_of_the_same_images_elsewhere(tmp_path, module):
     data = load_data(DataConfig(source="mine:pictures", val_fraction=0.0))
     module.write_text(MODULE.replace("(220, 30, 30)", "(221, 30, 30)"))
@@ -91,11 +128,14 @@ def test_the_fingerprint_is_that_of_the_same_images_elsewhere(tmp_path, module):
     [
         ("floats", r"train row 0: gives a float32 tensor of \(3, 12, 12\); give PIL images, .* without ToTensor"),
         ("random", "train row 0: differs when it is read again; leave random transforms out"),
+        ("mostly", "train row 3: differs when it is read again; leave random transforms out"),
+        ("mostly_broken", "train row 4: differs when it is read again; leave random transforms out"),
         ("listed", r"returned list; it must return \{\"train\": dataset"),
         ("no_train", "no train split; it has test"),
         ("streams", "its train is list_iterator, without a length"),
         ("numbers", "train row 0: label 'red' is no class number"),
         ("many", "there is the label 7, and 3 class names"),
+        ("other", "its test split has the class black, and train has red, green, blue; give both the same class names"),
         ("nothing", "mine has no function nothing"),
         ("broken", r"7 images cannot be read: train row 1: not a readable image \(image file is truncated\).*--skip"),
     ],
@@ -110,6 +150,13 @@ def test_images_of_several_sizes_need_one_size(module):
     with pytest.raises(UserError, match="train row 1 is 16 x 12, others 12 x 12; give --image-size N"):
         load_data(DataConfig(source="mine:pictures"))
     assert load_data(DataConfig(source="mine:pictures", image_size=8)).size == (8, 8)
+
+
+def test_a_split_of_another_size_needs_one_size():
+    with pytest.raises(UserError, match="test row 0 is 16 x 14, others 12 x 12; give --image-size N"):
+        load_data(DataConfig(source="mine:larger"))
+    data = load_data(DataConfig(source="mine:larger", image_size=8))
+    assert data.train.size == data.test.size == (8, 8)
 
 
 def test_broken_images_are_left_out_and_counted(capsys):

@@ -1,8 +1,11 @@
 """Named sets: each is loaded from its address, with its own label column, splits and image size."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from kd.config import DataConfig
@@ -12,6 +15,7 @@ from kd.data.sources import HUB_SETS, _newest_revision
 from kd.errors import UserError
 
 SHA = "c" * 40
+FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
 COARSE = [f"coarse {number}" for number in range(2)]
 
 
@@ -102,6 +106,51 @@ def test_a_gated_set_tells_how_to_get_access(monkeypatch, hub):
     assert "terms" not in str(caught.value)
     with pytest.raises(UserError, match=r"did you mean .*imagenette"):
         load_data(DataConfig("imagenete"))
+
+
+def test_revisions_that_an_unreachable_hub_cannot_resolve_are_kept_apart(monkeypatch, tmp_path):
+    colours = {"v1": (200, 0, 0), "v2": (0, 200, 0)}
+
+    def load(address, revision, **how):
+        rows = {"image": [Image.new("RGB", (8, 8), colours[revision])] * 20, "label": [0, 1] * 10}
+        made = datasets.Dataset.from_dict(rows, features=datasets.Features(FEATURES))
+        return datasets.DatasetDict({"train": made, "test": made})
+
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("kd.data.sources._newest_revision", lambda name, branch: None)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset_builder", no_files)
+    for revision in colours:
+        assert load_data(DataConfig(f"me/set@{revision}")).train.images[0, :, 0, 0].tolist() == [*colours[revision]]
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """A Hub that cannot be reached, of whose set me/set `datasets` has the commit SHA."""
+    rows = {"image": pictures(20, (8, 8)), "label": [0, 1] * 10}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(FEATURES)).to_parquet(tmp_path / "rows.parquet")
+    cache, files = tmp_path / "fetched", {split: [str(tmp_path / "rows.parquet")] for split in ("train", "test")}
+    builder = Parquet(cache_dir=str(cache), dataset_name="set", config_name="default", hash=SHA, data_files=files)
+    builder.download_and_prepare()
+    (cache / "me___set").mkdir()
+    Path(builder.cache_dir).parent.parent.rename(cache / "me___set" / "default")
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("kd.data.sources._newest_revision", lambda name, branch: None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_commit_that_was_fetched_is_not_taken_for_the_one_asked_for(fetched, stream, capsys):
+    assert load_data(DataConfig(f"me/set@{SHA}", stream=stream)).classes == ("a", "b")
+    load_data(DataConfig("me/set", stream=stream))
+    assert "cannot be reached" not in capsys.readouterr().out
+    other = "d" * 40
+    with pytest.raises(UserError, match=rf"me/set@{other}: the Hub cannot be reached, and the commit {SHA} was"):
+        load_data(DataConfig(f"me/set@{other}", stream=stream))
+    load_data(DataConfig("me/set@v2", stream=stream))
+    said = f"data: the Hub cannot be reached: the commit {SHA}, fetched before, is read and may not be v2\n"
+    assert said in capsys.readouterr().out
 
 
 class ReadTimeout(Exception):

@@ -19,7 +19,7 @@ from kd.data.rows import normalize
 from kd.data.stream import stream_order
 from kd.errors import UserError
 from kd.runs.folder import run_identity
-from kd.utils import rng
+from kd.utils import files, rng
 from tests.data.test_workers import all_batches, images
 from tests.run_scripts import SMALL, differences, distil, metrics_of, script, teach, torchrun
 from tests.training.test_resume import Killed, die_at
@@ -257,10 +257,42 @@ def test_an_imagefolder_streams_too(tmp_path):
     assert torch.equal(memory.test.labels, stream.test.labels)
 
 
+@pytest.mark.parametrize("side", [12, 28])
+def test_a_split_of_another_size_needs_one_size(tmp_path, side):
+    source = images(tmp_path / "pictures", sides=(20, 21))
+    for file in Path(source).glob("test/*/*"):
+        Image.open(file).resize((side, side)).save(file)
+    flags = {"shuffle_rows": 8, "workers": 2, "stream": True}
+    with pytest.raises(UserError, match=rf"test row 0: is {side} x {side}, others 20 x 20; give --image-size N"):
+        load_data(DataConfig(source=source, **flags))
+    data = load_data(DataConfig(source=source, image_size=16, **flags))
+    assert data.train.size == data.test.size == (16, 16)
+
+
 def test_a_broken_row_is_named(tmp_path):
     source = shards(tmp_path / "parquet", broken=9)
     with pytest.raises(UserError, match=r"^train row 9 \(x.png\): not a readable image"):
         load_data(streamed(source, 8, val_fraction=0.0))
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1] + b"\1"], ids=["empty", "a bit"])
+@pytest.mark.parametrize("name", ["train.npy", "test.npy", "index.json"])
+def test_damaged_labels_of_a_stream_are_read_anew(folder, name, damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    labels = load_data(streamed(folder, 8)).train.labels
+    (file,) = (tmp_path / "cache").glob(f"data/*.stream/{name}")
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert torch.equal(load_data(streamed(folder, 8)).train.labels, labels)
+    assert file.read_bytes() == whole
+
+
+def test_labels_of_a_stream_are_flushed_to_the_disk_before_they_have_their_name(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    flushed, sync = [], files.sync_file
+    monkeypatch.setattr(files, "sync_file", lambda path: flushed.append(path.name) or sync(path))
+    load_data(streamed(folder, 8))
+    assert flushed[:3] == [".train.npy.partial", ".test.npy.partial", ".index.json.partial"]
 
 
 def test_a_stream_that_breaks_off_says_where_and_what_to_do(folder):

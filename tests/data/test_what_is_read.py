@@ -8,6 +8,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Features, Value
@@ -212,6 +214,40 @@ def test_labels_in_metadata_keep_their_names(tmp_path, form, how):
     data = load_data(DataConfig(source=str(tmp_path / "set"), val_fraction=0.0, **how))
     assert data.classes == names
     assert data.test.labels.tolist() == [0, 1, 2] * 4
+
+
+def listed(root: Path, split: str, colours: list[str], names: list[str], part: str = "") -> None:
+    """Images of these colours, and a parquet file in the same folder with their labels as numbers of `names`."""
+    for number, colour in enumerate(colours):
+        save(root / split / part / f"{number}.png", colour, number)
+    rows = {"file_name": [f"{number}.png" for number in range(len(colours))], "label": list(map(names.index, colours))}
+    kinds = Features({"file_name": Value("string"), "label": ClassLabel(names=names)})
+    datasets.Dataset.from_dict(rows, features=kinds).to_parquet(root / split / part / "metadata.parquet")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_classes_of_metadata_are_matched_by_name(tmp_path, how):
+    listed(tmp_path / "set", "train", ["red", "green"] * 4, ["red", "green", "blue"], "one")
+    listed(tmp_path / "set", "train", ["blue", "red"] * 4, ["blue", "red"], "other")
+    listed(tmp_path / "set", "test", ["green", "blue"] * 3, ["green", "blue"])
+    data = load_data(DataConfig(source=str(tmp_path / "set"), val_fraction=0.0, **how))
+    assert data.classes == ("blue", "green", "red")
+    assert labelled_by_colour(data)
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [(-1, "test row 1: label None is not one of the 2 classes"), (2, "label has the label 2, and 2 class names")],
+)
+def test_a_number_in_metadata_that_is_no_class_is_named(tmp_path, label, words):
+    for split in ("train", "test"):
+        listed(tmp_path / "set", split, ["red", "green"] * 4, ["red", "green"])
+    path = tmp_path / "set" / "test" / "metadata.parquet"
+    table = pq.read_table(path)
+    labels = pa.array([0, label, *[0] * 6], pa.int64())
+    pq.write_table(table.set_column(1, table.schema.field("label"), labels), path)
+    with pytest.raises(UserError, match=words):
+        load_data(DataConfig(source=str(tmp_path / "set")))
 
 
 def test_a_class_may_be_called_na(tmp_path):

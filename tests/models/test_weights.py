@@ -316,6 +316,13 @@ def test_a_new_last_layer_needs_no_classes(words, capsys):
     assert ("--teacher big.pth: matched " in capsys.readouterr().out) == (words is not dict)
 
 
+def test_the_outputs_of_a_file_without_order_are_not_guessed():
+    weights = {"fc.weight": torch.zeros(7, 64), "layers.0.weight": torch.zeros(256, 64)}  # sorted, as safetensors are
+    save_file(weights, "big.safetensors")
+    Path("big.json").write_text(json.dumps(EXPECTS))
+    assert 'list those, in order, as "classes" in big.json' in check("big.safetensors", "vgg8")
+
+
 def test_a_missing_json_says_what_weights_do_not_say():
     torch.save(weights_of("vgg8"), "big.pth.tar")
     assert "normalisation they expect, nor the names of their classes in order; write big.pth.json" in check(
