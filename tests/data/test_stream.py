@@ -231,13 +231,14 @@ def test_with_a_window_over_everything_the_weights_are_those_of_memory(folder, t
     assert not differences(tmp_path / "memory", tmp_path / "stream")
 
 
-def test_shuffle_rows_is_part_of_the_identity_of_streamed_runs_only():
+def test_shuffle_rows_is_part_of_the_identity_of_streamed_runs():
     data, accelerator = load_data(DataConfig(source="synthetic")), Accelerator(cpu=True)
 
     def identity(*flags: str) -> dict:
         return run_identity(parse(train_defaults, "", [*flags]).job(), data, accelerator)
 
-    assert identity("--shuffle-rows", "8") == identity()
+    with pytest.raises(UserError, match="--shuffle-rows 8: needs --stream"):
+        identity("--shuffle-rows", "8")
     assert identity("--stream", "--shuffle-rows", "8") != identity("--stream")
 
 
