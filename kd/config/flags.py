@@ -499,8 +499,8 @@ class RunConfig:
         )
         require(not self.extend or self.out is not None, "--extend: name the finished run by --out")
         require(
-            "wandb" in self.track or self.wandb in ("auto", "disabled"),
-            f"--wandb {self.wandb}: --track {' '.join(self.track)} leaves W&B out; add wandb to it",
+            "wandb" in self.track or self.wandb != "online",
+            f"--wandb online: --track {' '.join(self.track)} leaves W&B out; add wandb to it",
         )
 
 

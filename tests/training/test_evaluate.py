@@ -70,7 +70,8 @@ def test_a_gpu_scores_in_batches_of_its_own_all_of_one_size(trained, rows, size,
     network = Watched()
     with training(Setting()) as (trainer, _):
         data = dataclasses.replace(trainer.data, size=size)
-        scorer = Scorer(data.val, data, trainer.accelerator, trained)
+        split = Split(torch.zeros(rows, 3, *size, dtype=torch.uint8), torch.zeros(rows, dtype=torch.long))
+        scorer = Scorer(split, data, trainer.accelerator, trained)
         scorer.rows = rows
         scorer.share = scorer._share(trained)
         logits = scorer.logits(network)
