@@ -55,9 +55,10 @@ def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
     trusted = config.trust_code or not config.teacher or all(jobs)  # what was trained here runs the user's own code
     model, arguments = config.teacher_model, config.teacher_model_args
     load = load_embedders if config.method.embeds else load_teachers
-    given = {"teacher_model": model} if model != usual_teacher(config.preset) else {}
-    given |= {} if arguments is None else {"teacher_model_args": arguments}
-    return load(names, seen, accelerator.device, trusted, model, arguments)._replace(flags=given)
+    given = {"teacher_model": model, "teacher_model_args": arguments}
+    usual = {"teacher_model": usual_teacher(config.preset), "teacher_model_args": None}
+    flags = {name: value for name, value in given.items() if config.teachers and value != usual[name]}
+    return load(names, seen, accelerator.device, trusted, model, arguments)._replace(flags=flags)
 
 
 def main(config: DistillConfig) -> Path:

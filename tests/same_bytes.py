@@ -46,7 +46,7 @@ SHOWN, SHOWN_OF_FILE = 12, 2  # lines on one command, and on one of its files
 
 LEFT_OUT = {
     *(*CLOCK, "timing", "latency_ms"),
-    *("wandb_id", "git_commit", "versions"),
+    *("wandb_id", "git_commit", "versions", "cpu"),
     *("held", "notes"),  # sentences: how the images are stored, in config.json; what times amount to, in export.json
     "state.json",  # in a manifest: the sha256 of a file with times in it
 }

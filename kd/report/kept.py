@@ -192,10 +192,12 @@ def _tables(groups: list[Group]) -> list[Block]:
     head += ("gain (95% interval)", "p", "corrected") if comparisons else ()
     rows = [_row(group, columns, comparisons.get((group.label, group.model)))[: len(head)] for group in groups]
     blocks: list[Block] = [Table(head, rows, words=2)]
-    sharing = [group.label for group in groups if group.distilled and group.shares_a_teacher]
-    if sharing:
-        blocks.append(Lines(("All seeds of a student share one teacher: this says nothing about other teachers.",)))
-    return blocks
+    words = []
+    if any(one.difference and one.difference.of_seeds is None for one in comparisons.values()):
+        words.append("Without an interval the seeds' noise is unknown, and p holds that of the test images alone.")
+    if any(group.distilled and group.shares_a_teacher for group in groups):
+        words.append("All seeds of a student share one teacher: this says nothing about other teachers.")
+    return [*blocks, Lines(tuple(words))] if words else blocks
 
 
 def _name_by_preset(groups: list[Group]) -> None:
