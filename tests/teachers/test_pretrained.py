@@ -90,6 +90,7 @@ def test_a_student_follows_it_and_the_table_names_it(data, capsys):
     assert (summary["teacher"], summary["teacher_model"]) == ("big.safetensors", MODEL)
     row = next(line for line in capsys.readouterr().out.splitlines() if "teacher" in line and "│" in line)
     assert f"{measured:.2f}" in row
+    assert json.loads(Path("student/config.json").read_text())["teacher_flags"] == {"teacher_model": MODEL}, "--config"
     found, missing = candidates(Path("student"), read_source(Path("student"), True), data, True)
     assert (found[-1].name, missing) == ("teacher", ()), "an export measures what it costs"
 
