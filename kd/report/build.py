@@ -74,16 +74,17 @@ def _write(out: Path, blocks: list[Block]) -> None:
     from kd.report.figures import FILES
 
     figures = {block.file: block.png for block in blocks if isinstance(block, Figure)}
-    pictures = [path.name for path in out.iterdir() if FILES.fullmatch(path.name)]
+    earlier = [path for path in out.iterdir() if FILES.fullmatch(path.name)]
     require(
-        not pictures or (out / "report.html").exists(),
-        f"--out {out}: has {pictures and pictures[0]} and no earlier report, which it could be of; name another folder",
+        not earlier or (out / "report.html").exists(),
+        f"--out {out}: has {earlier and earlier[0].name} and no earlier report, which it could be of; name another"
+        " folder",
     )
     for name, png in figures.items():
         write_atomically(out / name, lambda partial, png=png: partial.write_bytes(png))
-    for path in out.iterdir():
-        if FILES.fullmatch(path.name) and path.name not in figures:
-            path.unlink()  # of an earlier report
+    for path in earlier:
+        if path.name not in figures:
+            path.unlink()
     texts = {"report.md": markdown(blocks), "report.html": page(TITLE, blocks)}
     for name, text in texts.items():
         write_atomically(out / name, lambda partial, text=text: _write_text(partial, text))

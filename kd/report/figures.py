@@ -69,7 +69,7 @@ class Gallery:
         for one in comparisons:
             if found := one.difference:
                 half = found.half() if found.interval else None
-                gains.append((self._title(one.group), self._title(one.control), found.mean, half))
+                gains.append((one.group.title, one.control.title, found.mean, half))
         if not gains:
             return []
         if len(gains) > plots.COMPARED:
@@ -118,13 +118,8 @@ class Gallery:
                 self.notes.append(str(error))
         return contents
 
-    def _title(self, group: Group) -> str:
-        """The group's label, with its model if another group has the same label."""
-        namesakes = [other for other in self.groups if other.label == group.label]
-        return group.label if len(namesakes) == 1 else f"{group.label}, {group.model}"
-
     def _curves(self, name: str, title: str, groups: list[Group]) -> None:
-        curves = {self._title(group): self._read(group.runs, read_history) for group in groups}
+        curves = {group.title: self._read(group.runs, read_history) for group in groups}
         curves = {label: histories for label, histories in curves.items() if histories}
         if curves:
             caption = "Mean over seeds. The training loss is the method's own sum of terms, on augmented images."
@@ -139,7 +134,7 @@ class Gallery:
             mean, deviation = mean_and_deviation(group.values("test_top1"))
             cost = self.costs.of(group.runs[0])
             params = group.runs[0].summary["params"]
-            points.append((self._title(group), params, cost and cost.milliseconds, mean, deviation or 0.0))
+            points.append((group.title, params, cost and cost.milliseconds, mean, deviation or 0.0))
         if len(points) > plots.POINTS:
             self.notes.append(f"accuracy against cost: the first {plots.POINTS} of {len(points)} networks are drawn")
             points = points[: plots.POINTS]

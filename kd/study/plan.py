@@ -286,7 +286,8 @@ def check_few_labels(study: Study) -> None:
     for share in study.shares:
         for method in ("none", *study.methods):
             study.with_share(method, share)
-            study.with_share(method, share, Path("TEACHER") if needs_own_teacher(study, method) else None)
+            if needs_own_teacher(study, method):  # which the study names once it is trained
+                study.with_share(method, share, Path("TEACHER"))
     if study.pretrain:
         _check_pretraining(study)
     require(

@@ -80,7 +80,10 @@ def test_the_teacher_of_the_first_training_is_looked_for_before_anything_starts(
 
 
 def test_other_labelled_images_may_be_pretrained_on():
-    asked("--label-shares", "0.1", "1", "--pretrain", "mimic --data synthetic")
+    allowed = asked("--label-shares", "0.1", "1", "--pretrain", "mimic --data synthetic")
+    assert allowed.pretraining(0).args[-2:] == ["--data", "synthetic"]
+    with pytest.raises(UserError, match="learns from all labels"):
+        asked("--label-shares", "0.1", "1", "--pretrain", "mimic --data digits")
 
 
 @pytest.mark.parametrize("steps", [("--steps", "40"), ("--steps=40",)])
