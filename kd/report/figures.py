@@ -31,7 +31,8 @@ def grids(groups: list[Group]) -> list[tuple[list[Group], list[str]]]:
             similar.setdefault((group.name, group.budget, str(group.flags["teacher"])), []).append(group)
     swept = []
     for members in similar.values():
-        flags = [key for key in members[0].runs[0].method_flags if len({str(m.flags[key]) for m in members}) > 1]
+        common = [key for key in members[0].runs[0].method_flags if all(key in member.flags for member in members)]
+        flags = [key for key in common if len({str(member.flags[key]) for member in members}) > 1]
         if flags:
             swept.append((members, flags))
     return swept

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -17,6 +18,8 @@ NOT_READ = "not read"  # in place of a test score, after --no-test
 SCORED = tuple(metric.key for metric in COLUMNS)  # what images without labels cannot give
 
 LONGEST = 60  # letters of a setting in a label
+
+SHA256 = re.compile("[0-9a-f]{64}")
 
 FLAG_NAMES = {"source": "data", "count": "views"}  # of flags that are called otherwise in the code
 
@@ -195,13 +198,17 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
 def _budget(run: Run, by_path: dict[str, Run], fine_tuned: bool = False, task: bool = False) -> str:
     """What a control must share with a run: all flags but those of the method, its teacher and cache.
 
-    `fine_tuned`: whether it may have started elsewhere. `task`: nor need it share the recipe of the training.
+    `fine_tuned`: whether it goes on from a distilled run; then what counts is where that one began. `task`: nor need
+    it share the recipe of the training.
     """
     recipe = _recipe(run, by_path)
+    if fine_tuned:
+        began = _recipe(_start(run, by_path), by_path)
+        recipe = {key: value for key, value in recipe.items() if key != "init"}
+        recipe |= {"init": began["init"]} if "init" in began else {}
     left_out = {"role", "teacher", "cache_teacher", "cache_dtype", "cache_top_k", "cache_from", "shared_cache"}
     left_out |= {*STRONG_VIEW, *OF_METHODS, *run.method_flags}
     left_out |= {key for key in recipe if key.endswith("layers")}  # those compared, as DistillationLoss.identity has it
-    left_out |= {"init"} if fine_tuned else set()
     left_out |= RECIPE if task else set()
     return _dump({key: value for key, value in recipe.items() if key not in left_out})
 
@@ -252,7 +259,14 @@ def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | N
     """Each teacher's name, its model ("" if not recorded), and its run (None if it is not among these runs)."""
     names, models = teachers_of(run.summary), teachers_of(run.summary, "teacher_model")
     models += [""] * (len(names) - len(models))
-    return [(name, model, by_path.get(_resolved(name))) for name, model in zip(names, models, strict=False)]
+    return [(name, model, _named(run, name, by_path)) for name, model in zip(names, models, strict=False)]
+
+
+def _named(run: Run, name: str, by_path: dict[str, Run]) -> Run | None:
+    """The run of the folder that this one calls `name`: from here, or from where it was trained, if elsewhere."""
+    places = (Path(), *run.path.resolve().parents)
+    found = (by_path.get(_resolved(place / name)) for place in places)
+    return next((teacher for teacher in found if teacher is not None), None)
 
 
 def _family(teacher: Run) -> str:
@@ -296,4 +310,6 @@ def _dump(value: object) -> str:
 
 def _short(value: object) -> str:
     text = str(value) if isinstance(value, str | int | float | bool | None) else _dump(value)
-    return text if len(text) <= LONGEST else text[:8]
+    if len(text) <= LONGEST:
+        return text
+    return text[:8] if SHA256.fullmatch(text) else f"{text[:40]}… {_hash(value)}"

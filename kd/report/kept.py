@@ -7,6 +7,7 @@ A measurement is a folder with measurement.json (title, commands, machine, date)
 metrics.jsonl, summary.json and test_correct.json: no weights, and no paths of the machine.
 """
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -58,6 +59,8 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
     known = _read_about(about) if about.exists() else {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
     require(bool(commands) or about.exists(), f"--keep {folder}: add --command with what trained these runs")
     names = _names([run.path.resolve() for run in runs])
+    kept_as = {_dump(read_config(path.parent)["identity"]): path.parent.name for path in folder.glob("*/summary.json")}
+    names |= {run.path.resolve(): kept_as[key] for run in runs if (key := _dump(run.identity)) in kept_as}
     for run in runs:
         _check_keepable(run, folder / names[run.path.resolve()])
     try:
@@ -139,7 +142,9 @@ def section(folder: Path) -> list[Block]:
     """Heading, commands, machine and tables of one measurement."""
     about = _read_about(folder / "measurement.json")
     runs, others = collect_runs([str(folder)])
-    require(bool(runs) and not others, f"{folder}: {others[0] if others else 'has no run'}; keep its runs again")
+    require(bool(runs) or bool(others), f"{folder}: has no run; keep its runs again")
+    if others:
+        raise UserError(f"{others[0].path}: {others[0].why}; remove that folder, or keep its run again")
     runs = [_beside(run) for run in runs]
     machines = ", ".join(dict.fromkeys(trained_on(read_config(run.path)) for run in runs))
     blocks: list[Block] = [Markdown(f'<a id="{folder.name}"></a>'), Heading(2, about["title"])]
@@ -167,6 +172,10 @@ def _beside(run: Run) -> Run:
     return run
 
 
+def _dump(identity: dict) -> str:
+    return json.dumps(identity, sort_keys=True)
+
+
 def _resolved(names: str | list | None, folder: Path) -> str | list | None:
     if isinstance(names, list):
         return [_resolved(name, folder) for name in names]
@@ -183,14 +192,12 @@ def _tables(groups: list[Group]) -> list[Block]:
     """Accuracies of all groups with their gains, and the sentences that must stand below them."""
     _name_by_preset(groups)
     answers = Answers()
-    comparisons = {
-        (one.group.label, one.group.model): one for one in compare_groups(groups, answers) if one.control.kind == ALONE
-    }
+    comparisons = {id(one.group): one for one in compare_groups(groups, answers) if one.control.kind == ALONE}
     require(not answers.notes, "; ".join(answers.notes))
     columns = [metric for metric in COLUMNS if any(group.values(metric.key) for group in groups)]
     head = ("network", "model", "seeds", *(metric.report or metric.title for metric in columns), "time")
     head += ("gain (95% interval)", "p", "corrected") if comparisons else ()
-    rows = [_row(group, columns, comparisons.get((group.label, group.model)))[: len(head)] for group in groups]
+    rows = [_row(group, columns, comparisons.get(id(group)))[: len(head)] for group in groups]
     blocks: list[Block] = [Table(head, rows, words=2)]
     words = []
     if any(one.difference and one.difference.of_seeds is None for one in comparisons.values()):

@@ -101,6 +101,8 @@ def teachers_of(summary: dict, key: str = "teacher") -> list[str]:
 
 
 def _check_summary(summary: dict) -> None:
+    for key in (*TESTED, "best_epoch"):  # others index them; a run writes null for what it has not
+        summary.setdefault(key, None)
     for key, (types, may_be_null) in KEYS.items():
         value = summary.get(key)
         right_type = is_number(value) if types is NUMBER else isinstance(value, types)
@@ -138,8 +140,8 @@ def read_config(folder: Path) -> dict:
     identity, flags = config.get("identity"), config.get("flags")
     valid = isinstance(identity, dict) and isinstance(identity.get("classes"), int | None)
     valid = valid and all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
-    valid = valid and isinstance(flags, dict) and _are_flags(flags)
-    valid = valid and all(isinstance(config.get(key, {}), dict) for key in ("versions", "data"))
+    valid = valid and "teacher" in identity and isinstance(flags, dict) and _are_flags(flags)
+    valid = valid and all(isinstance(config.get(key, {}), dict) for key in ("versions", "data", "teacher_flags"))
     require(valid, f"{path}: is not a run's configuration; copy the whole run folder again")
     return config
 

@@ -69,3 +69,39 @@ def test_the_control_of_a_distilled_student_that_is_compressed_is_a_control():
     written("runs/tuned", "none", init="its", label_share=0.1)
     tuned = next(group for group in groups() if group.runs[0].path.name == "tuned")
     assert (tuned.kind, tuned.fine_tuned) == (METHOD, True)
+
+
+def test_a_fine_tuned_student_is_compared_with_those_that_began_where_its_first_training_did():
+    """Published weights are no gain of the first training's."""
+    written("runs/scratch", "none")
+    start = written("runs/start", "mimic", init="published")
+    edit(start / "summary.json", weights_sha256="its")
+    written("runs/tuned", "none", init="its")
+    by_folder = {group.runs[0].path.name: group for group in groups()}
+    assert by_folder["tuned"].fine_tuned
+    assert by_folder["tuned"].controls == [by_folder["start"]]
+    written("runs/from-published", "none", init="published")
+    by_folder = {group.runs[0].path.name: group for group in groups()}
+    assert by_folder["tuned"].controls == [by_folder["from-published"], by_folder["start"]]
+
+
+def test_settings_that_are_long_and_begin_alike_have_labels_of_their_own():
+    for last in ("blocks.5", "blocks.7"):
+        written(f"runs/{last}", "kd", freeze=["patch_embed", *(f"blocks.{i}" for i in range(5)), last])
+    labels = {group.label for group in groups()}
+    assert len(labels) == 2
+    assert all("freeze" in label and len(label) < 120 for label in labels)
+
+
+def test_the_teacher_is_found_from_any_folder(monkeypatch):
+    """Runs that were copied from another machine name it from where they were trained."""
+    for seed in (0, 1):
+        fake_run(f"project/runs/big{seed}", "teacher", seed)
+        taught = written(f"project/runs/taught{seed}", "kd", teacher=f"its weights {seed}")
+        edit(taught / "summary.json", teacher=f"runs/big{seed}")
+    for here, pattern in ((".", "project/runs"), ("project/runs", ".")):
+        monkeypatch.chdir(here)
+        (found,) = by_data(collect_runs([pattern])[0]).values()
+        (group,) = [group for group in found if group.kind == METHOD]
+        assert len(group.runs) == 2, "teachers that differ only in their seed are the same"
+        assert group.external_teacher == ""

@@ -114,6 +114,7 @@ def test_what_is_no_run_is_named_and_another_run_is_not_overwritten(kept, capsys
     keep(["runs/kd0", "unfinished"], kept / "a-study", [])
     assert "left out: unfinished, " in capsys.readouterr().out
     shutil.copytree("runs/kd1", "other/kd0")
+    edit(Path("other/kd0/config.json"), identity=read_json(Path("other/kd0/config.json"))["identity"] | {"lr": 0.7})
     before = (kept / "a-study/kd0/summary.json").read_bytes()
     with pytest.raises(UserError, match=r"a-study/kd0 is kept of another run; rename the folder of other/kd0"):
         keep(["other/kd0"], kept / "a-study", [])
@@ -170,3 +171,22 @@ def test_the_command_writes_the_page(kept, capsys):
     assert "wrote kept/README.md" in capsys.readouterr().out
     report(["--keep", "kept/a-study", "runs"])  # again, with the title and commands that are there
     assert read_json(kept / "a-study" / "measurement.json")["commands"] == ["python -m kd.study"]
+
+
+def test_a_run_that_is_kept_already_keeps_its_name_there(kept):
+    shutil.copytree("runs", "others")
+    for path in Path("others").glob("*/config.json"):
+        content = read_json(path)
+        edit(path, identity=content["identity"] | {"lr": 0.7})
+    keep(["runs", "others"], Path("kept/a-study"), [])
+    names = {path.parent.name for path in Path("kept/a-study").glob("*/summary.json")}
+    assert names == {path.name for path in Path("runs").iterdir()} | {
+        f"others-{path.name}" for path in Path("runs").iterdir()
+    }
+    assert "# Measurements" in page(kept)
+
+
+def test_two_copies_of_a_run_in_a_measurement_are_named(kept):
+    shutil.copytree("kept/a-study/kd0", "kept/a-study/twice")
+    with pytest.raises(UserError, match=r"a-study/twice: the same run as .*kd0; counted once; remove that folder"):
+        page(kept)

@@ -487,10 +487,11 @@ def test_a_damaged_file_costs_its_figures_only(no_figures, name):
 
 
 ODD = (None, [], {"x": 1}, "x", -1, 0, True, 1e400, ["a"])
+GONE = object()
 
 
 def test_odd_values_end_in_no_traceback():
-    """Every value of every JSON file of a run, one run each, replaced by what should not be there."""
+    """Every value of every JSON file of a run, one run each, replaced by what should not be there, or missing."""
     study(seeds=(0,))
     source, count = Path("runs/kd0"), 100
     records = {name: json.loads((source / f"{name}.json").read_text()) for name in ("summary", "config", "model")}
@@ -498,12 +499,15 @@ def test_odd_values_end_in_no_traceback():
     places += [("config", ("identity", key)) for key in records["config"]["identity"]]
     places += [("config", ("flags", "method")), ("config", ("flags", "data"))]
     for name, keys in places:
-        for odd in ODD:
+        for odd in (*ODD, GONE):
             folder = Path(f"runs/odd{count}")
             folder.mkdir()
             changed = json.loads(json.dumps(records))
             changed["summary"]["seed"] = changed["config"]["identity"]["seed"] = count  # no copies of one another
-            (changed[name] if len(keys) == 1 else changed[name][keys[0]])[keys[-1]] = odd
+            part = changed[name] if len(keys) == 1 else changed[name][keys[0]]
+            part[keys[-1]] = odd
+            if odd is GONE:
+                del part[keys[-1]]
             for part, content in changed.items():
                 (folder / f"{part}.json").write_text(json.dumps(content))
             count += 1
@@ -630,3 +634,12 @@ def test_a_student_that_compares_named_layers_has_its_control(key):
     edit_identity(fake_run("runs/review", "reviewkd", 0, weight=1.0), **{key: [["layer1"], ["layer1.input"]]})
     build.write_report(["runs/*"], Path("report"))
     assert "student (reviewkd) against student alone" in Path("report/report.md").read_text()
+
+
+def test_a_flag_that_a_method_got_later_is_in_no_grid_of_older_runs():
+    for seed in (0, 1):
+        fake_run(f"runs/alone{seed}", "none", seed, label_smoothing=0.0)
+        fake_run(f"runs/old{seed}", "kd", seed, temperature=4.0)
+        fake_run(f"runs/new{seed}", "kd", seed, temperature=4.0, a_margin=0.1)
+    report(["runs"])
+    assert "6 finished runs" in Path("report/report.html").read_text()
