@@ -174,6 +174,11 @@ class DistillConfig(_Common):
         named = () if own and self.teacher == PRESETS[self.preset].get("pretrained") else self.teacher
         return named or ((self.compress.init,) if pruned else ())
 
+    @property
+    def is_taught_by_named(self) -> bool:
+        """Whether --teacher's networks teach, and neither --init's nor the recipe's own, whose code is the user's."""
+        return bool(self.teachers) and self.teachers == self.teacher
+
     def teacher_job(self, model: str | None = None) -> "Job":
         """The recipe's teacher (or another network like it): in its own default folder, and resumed without --resume.
 

@@ -104,33 +104,37 @@ def check_unlabelled(study: Study, config: DistillConfig) -> None:
     )
 
 
-def check_networks(config: DistillConfig, methods: tuple[str, ...]) -> None:
+def check_networks(config: DistillConfig) -> None:
     """Check that student and teachers exist and can be built, before any time goes into the controls.
 
     Raises UserError as the runs themselves would.
     """
     from kd.models import check_name, pretrained  # imports torch
     from kd.runs.load import load_network
+    from kd.teachers.load import check_teachers
     from kd.training.start import TEACHER_START, check_start
     from kd.utils.hub import local_folder
+    from kd.utils.users_own import is_users_own
 
     check_name(config.student)
     check_start(config.job())
-    if config.cache.cache_from or not any(named_method(method).needs_teacher for method in methods):
+    if config.cache.cache_from or not config.method.needs_teacher:
         return
     if not config.teachers:
         check_name(config.teacher_model)
         check_start(config.teacher_job(), TEACHER_START)
+    check_teachers(config)
     for name in config.teachers:
+        if config.method.embeds and is_users_own(name):
+            continue  # built for the size of the images, which are not read yet
         if not pretrained.is_pretrained(name):
-            load_network(local_folder(name), config.trust_code or not config.teacher)  # --init is the user's own
-            continue
-        arguments = config.teacher_model_args
-        pretrained.check_pretrained(name, config.teacher_model, config.fine_tune_teacher, model_args=arguments)
-        network = pretrained.load_pretrained(name, config.teacher_model, model_args=arguments)
-        check_name(network.model)
-        if not config.fine_tune_teacher:
-            pretrained.build_pretrained(network, name)
+            load_network(local_folder(name), config.trust_code or not config.is_taught_by_named)
+        elif pretrained.is_of_library(name):  # else it has been built
+            network = pretrained.load_pretrained(name, config.teacher_model)
+            if config.method.embeds:
+                pretrained.build_embedder(network, name)
+            elif not config.fine_tune_teacher:
+                pretrained.build_pretrained(network, name)
 
 
 def check_batches(study: Study) -> None:
@@ -187,11 +191,13 @@ def main(args: list[str] | None = None) -> list[Task]:
         )
     if config.data.no_labels:
         check_unlabelled(study, config)
-    check_networks(config, study.methods)
+    kinds = {(named_method(method).embeds, named_method(method).needs_teacher): method for method in study.methods}
+    for method in kinds.values():
+        check_networks(parse(distill_defaults, "", [method, "--preset", study.preset, *study.rest]).for_method())
     if study.pretrain:
         first = parse(distill_defaults, "", study.pretraining(study.seeds[0]).args).for_method()
         with reworded(lambda text: f"--pretrain {' '.join(study.pretrain)}: {text}"):
-            check_networks(first, study.pretrain[:1])
+            check_networks(first)
     check_batches(study)
     from kd.models.pretrained import is_pretrained  # imports torch, which --help need not wait for
     from kd.report.build import command_line, show, write_report
@@ -214,7 +220,7 @@ def track_report(blocks: list[Block], out: Path, config: RunConfig) -> None:
     """Log the report's tables, figures and page as one more run of the study's group, of job type `study`."""
     from kd.training.tracking import start_wandb, wandb_mode  # imports torch
 
-    if (mode := wandb_mode(config.wandb)) == "disabled":
+    if "wandb" not in config.track or (mode := wandb_mode(config.wandb)) == "disabled":
         return
     # The same study written again is the same run.
     run_id = hashlib.sha256(f"{out.resolve()} {config.wandb_group}".encode()).hexdigest()[:8]

@@ -46,10 +46,17 @@ def _without(rest: Sequence[str], names: Sequence[str]) -> list[str]:
     return left
 
 
+# By a run's own flag, those that would win over it: left out, and None in place of what a file of --config says.
+WINNING = {"--epochs": "--steps", "--lr": "--lr-per-256"}
+
+
 def _for_run(rest: tuple[str, ...], flags: tuple[str, ...]) -> list[str]:
     """The study's flags for a run with `flags` of its own, without those that would win over them or exclude them."""
     named = {flag.partition("=")[0] for flag in flags}
-    rest = _without(rest, ("--steps",)) if "--epochs" in named else list(rest)
+    winning = [other for flag, other in WINNING.items() if flag in named and other not in named]
+    rest = _without(rest, winning)
+    if any(word.partition("=")[0] == "--config" for word in rest):
+        rest += [word for flag in winning for word in (flag, "None")]
     return _without(rest, OF_OWN_TEACHER) if "--teacher" in named else rest
 
 
@@ -152,12 +159,14 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     rest = [_with_dashes(word) for word in rest]
     _check(given, rest)
     launch = parse_launch_flags(given.launch, given.jobs)
-    preset = given.preset or parse(distill_defaults, "", rest).preset  # which follows from --data
-    if given.jobs > 1 and not any(word.startswith("--threads") for word in rest):
+    embeds = all(named_method(method).embeds for method in given.methods)
+    typed = parse(distill_defaults, "", [*given.methods[:1], *rest] if embeds else rest)
+    preset = given.preset or typed.preset  # which follows from --data, and from a method that embeds
+    if given.jobs > 1 and typed.run.threads is None:
         rest += ["--threads", str(max(cores() // given.jobs, 1))]
     methods, seeds = tuple(dict.fromkeys(given.methods)), tuple(dict.fromkeys(given.seeds))
     grid = read_grid(given.grid, methods)
-    if not any(word.startswith("--wandb-group") for word in rest):
+    if typed.run.wandb_group is None:
         rest += ["--wandb-group", group_name(preset, rest)]
     if grid:
         rest += cache_flags(preset, rest)
@@ -278,6 +287,11 @@ def check_few_labels(study: Study) -> None:
         require(flag not in ("--label-share", "--seed"), f"{flag}: the study sets it itself; leave it out")
     for flag in (word.split("=")[0] for word in study.fine_tune):
         require(flag != "--init", "--fine-tune --init: the study sets it itself; leave it out")
+    require(
+        not study.pretrain or _parsed(study, "none").compress.prune == 0,
+        "--prune: the fine-tuning after --pretrain would prune once more; prune a student first, and name its run with"
+        " --init",
+    )
     for method in study.methods:
         require(
             not named_method(method).embeds or float(study.shares[0]) == 1,

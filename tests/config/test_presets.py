@@ -179,6 +179,22 @@ def test_the_student_alone_is_smoothed_as_the_distilled_one_and_the_teacher_is_n
     assert student.teacher_job().method.label_smoothing == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], False),
+        (["--teacher", "runs/x"], True),
+        (["--preset", "imagenet"], True),
+        (["--preset", "imagenet", "--teacher-model", "mine:net"], False),
+        (["--init", "runs/x", "--prune", "0.5"], False),
+        (["--preset", "imagenet", "--teacher-model", "mine:net", "--init", "runs/x", "--prune", "0.5"], False),
+    ],
+)
+def test_what_was_trained_here_is_the_users_own_code(flags, named):
+    """A preset's own teacher that has given way to another is no --teacher, whose code --trust-code is for."""
+    assert cli.parse(distill_defaults, "", flags).is_taught_by_named == named
+
+
 def test_imagenets_teacher_is_torchvisions():
     assert distill_defaults("imagenet").teachers == ("torchvision/resnet34",)
     assert cli.parse(distill_defaults, "", ["--preset", "imagenet", "--teacher", "runs/x"]).teachers == ("runs/x",)

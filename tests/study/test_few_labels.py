@@ -50,6 +50,23 @@ def test_every_share_runs_scratch_taught_and_fine_tuned(fake):  # noqa: F811
     ]
 
 
+def test_what_a_runs_own_flags_say_wins_over_what_the_study_says_otherwise():
+    """--lr-per-256 and --steps win over --lr and --epochs in one command line."""
+    Path("mine.yaml").write_text("steps: 400\nlr_per_256: 0.1\n")
+    first, then = f"{UNLABELLED} --epochs 9", "--lr 0.001"
+    for given in (["--steps", "400", "--lr-per-256", "0.1"], ["--config", "mine.yaml"]):
+        plan = asked(*SHARES, *given, "--pretrain", first, "--fine-tune", then)
+        fit = lambda task: parse(distill_defaults, "", task.args).fit  # noqa: E731
+        pretraining, fine_tuning = fit(plan.pretraining(0)), fit(plan.fine_tuning(0, "1", "RUN"))
+        assert (pretraining.steps, pretraining.epochs, pretraining.lr_per_256) == (None, 9, 0.1)
+        assert (fine_tuning.steps, fine_tuning.lr_per_256, fine_tuning.peak_lr) == (400, None, 0.001)
+
+
+def test_pruning_is_not_repeated_by_the_fine_tuning():
+    with pytest.raises(UserError, match="--prune: the fine-tuning after --pretrain would prune once more"):
+        asked(*SHARES, "--init", "runs/full", "--prune", "0.5", "--teacher", "x", "--pretrain", UNLABELLED)
+
+
 def test_a_first_training_of_other_length_teaches_only_itself(fake):  # noqa: F811
     """Its teacher has its epochs; the methods' has the study's, and is trained by the first that needs it."""
     study.run_study(asked(*SHARES, "--pretrain", f"{UNLABELLED} --epochs 9"))

@@ -22,6 +22,8 @@ from kd.runs.handover import FOLDERS_FILE, announce, announced
 from kd.study import __main__ as study
 from kd.study import plan, runner
 from kd.study.runner import Runner, Task
+from kd.utils.files import write_json, write_weights
+from tests import networks
 from tests.conftest import ROOT
 from tests.report.test_report import edit, fake_run
 from tests.run_scripts import teach
@@ -200,7 +202,7 @@ def test_row_49_a_strangers_code_is_not_run_by_the_report_either(fake, resnet8_r
     monkeypatch.setattr(study, "run_study", lambda asked: [Task("kd seed 0", Path(), [], ours)])
     with pytest.raises(UserError, match="--trust-code"):
         study.main(["--preset", "digits", "--teacher", "stranger"])
-    monkeypatch.setattr(study, "check_networks", lambda config, methods: None)
+    monkeypatch.setattr(study, "check_networks", lambda config: None)
     study.main(["--preset", "digits", "--teacher", "stranger"])
     assert not Path("exploded").exists()
     text = Path("report/report.md").read_text()
@@ -267,6 +269,8 @@ def test_asked_to_stop_it_stops_what_it_runs():
         (["--teacher", "gone.pth"], "no such file"),
         (["--push-to", "me/net"], "--push-to: every run would replace the one before"),
         (["--grid", "temperature=1,2", "--no-cache-teacher"], "--no-cache-teacher: the settings of a grid share one"),
+        (["--methods", "embed", "--teacher", "nosuch"], "no such run folder"),
+        (["--methods", "embed"], "embed: needs --teacher"),
         (["--config", "untested.yaml"], "--config: has test, out, push-to or resume"),
         (["--config", "dkd.yaml"], "--config: has the method dkd; a study's methods are those of --methods"),
         (
@@ -299,6 +303,41 @@ def test_a_method_that_is_not_swept_is_named(fake, capsys):
     said = capsys.readouterr().out
     assert "kd: not swept; it has no beta" in said
     assert "dkd: not swept" not in said
+
+
+def test_a_studys_own_defaults_give_way_to_those_of_a_file():
+    Path("mine.yaml").write_text("wandb_group: mine\nthreads: 1\n")
+    rest = asked("--jobs", "2", "--config", "mine.yaml").rest
+    assert [word for word in rest if word.startswith("--")] == ["--config"]
+    rest = asked("--jobs", "2").rest
+    assert [word for word in rest if word.startswith("--")] == ["--threads", "--wandb-group"]
+
+
+def test_the_usual_preset_of_a_method_is_the_studys():
+    assert plan.read_command_line(["--data", "x", "--teacher", "t", "--methods", "embed"]).preset == "embed"
+    assert plan.read_command_line(["--data", "x", "--teacher", "t", "--methods", "kd", "embed"]).preset == "own"
+
+
+def test_the_teacher_of_embed_may_be_of_any_classes_or_none(monkeypatch):
+    """A file without class names, and a function of one's own, are refused as teachers of logits alone."""
+    write_weights(Path("w.safetensors"), networks.plain(10).state_dict())
+    write_json(Path("w.json"), {"image_size": [16, 16], "mean": [0.5] * 3, "std": [0.5] * 3})
+    monkeypatch.setattr(study, "run_study", lambda asked: [Task("embed seed 0", Path(), [], None, "tried")])
+    common = ["--data", "synthetic", "--teacher-model", "tests.networks:plain", "--student", "resnet8"]
+    for teacher in ("w.safetensors", "tests.networks:plain"):
+        (task,) = study.main([*common, "--methods", "embed", "--teacher", teacher, "--trust-code"])
+        assert task.failure == "tried"
+    with pytest.raises(UserError, match="its classes have no names"):
+        study.main([*common, "--methods", "kd", "--teacher", "w.safetensors"])
+
+
+def test_the_report_goes_where_the_runs_go(monkeypatch):
+    """--track tensorboard: nothing is uploaded."""
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr("kd.training.tracking.start_wandb", lambda *given: pytest.fail("started W&B"))
+    fake_run("runs/alone", "none", 0, label_smoothing=0.0)
+    monkeypatch.setattr(study, "run_study", lambda asked: [Task("none seed 0", Path(), [], Path("runs/alone"))])
+    study.main(["--preset", "digits", "--track", "tensorboard", "--wandb", "offline"])
 
 
 def test_an_underscore_hides_no_flag():
