@@ -24,6 +24,7 @@ from kd.report.document import Table
 from kd.teachers.load import load_teachers
 from kd.utils.console import console
 from kd.utils.processes import same_threads
+from kd.utils.users_own import is_users_own
 
 SCORING_BATCH = 256
 THROUGHPUT_BATCH = 64
@@ -94,7 +95,13 @@ def _teacher_candidate(source: ExportedRun, data: Data, trust_code: bool) -> Can
     named, model = (source.summary.get(key) for key in ("teacher", "teacher_model"))
     names, models = (value if isinstance(value, list) else [value] for value in (named, model))
     teacher_model = next((str(model) for name, model in zip(names, models) if is_pretrained(name)), "")
-    teacher = load_teachers(names, data, torch.device("cpu"), trust_code, teacher_model)
+    require(
+        trust_code or not is_users_own(teacher_model),
+        f"building {teacher_model} runs its author's code; --trust-code says that you trust it",
+    )
+    arguments = source.config.get("teacher_flags", {}).get("teacher_model_args")
+    arguments = None if arguments is None else str(arguments)
+    teacher = load_teachers(names, data, torch.device("cpu"), trust_code, teacher_model, arguments)
     same = teacher.sha256 == source.config["identity"].get("teacher")
     require(same, f"{teacher.folder}: is no longer the network that taught this student")
     params = count_params(teacher.network)

@@ -395,6 +395,35 @@ def test_the_teachers_row_needs_the_network_that_taught(chain, resnet8_run):
         shutil.copytree(resnet8_run, "big", dirs_exist_ok=True)
 
 
+def test_row_49_a_strangers_teacher_runs_no_code_either(chain):
+    """Row 49 of the faults: a run names the network of its teacher's file."""
+    shutil.copytree(chain / "run", "stranger")
+    Path("strangers_teacher.py").write_text("import os; os.mkdir('exploded')")
+    shutil.copyfile("stranger/model.safetensors", "stranger/w.safetensors")
+    expects = {"image_size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "classes": list("0123456789")}
+    write_json(Path("stranger/w.json"), expects)
+    summary = read_json(Path("stranger/summary.json"))
+    named = {"teacher": "stranger/w.safetensors", "teacher_model": "strangers_teacher:build"}
+    write_json(Path("stranger/summary.json"), summary | named)
+    main(["stranger", "--formats", "safetensors"])
+    (note,) = read_json(Path("stranger/export/export.json"))["notes"]
+    assert "building strangers_teacher:build runs its author's code; --trust-code" in note
+    assert not Path("exploded").exists()
+
+
+def test_a_teacher_is_built_with_the_arguments_of_its_training():
+    model, size = "tests.networks:dropped", (16, 16)
+    arguments = {"rate": 0.25, "width": 6}
+    write_weights(Path("w.safetensors"), build_model(model, 10, size, arguments=arguments).state_dict())
+    classes = [f"picture {number}" for number in range(10)]
+    write_json(Path("w.json"), {"image_size": size, "mean": [0.5] * 3, "std": [0.5] * 3, "classes": classes})
+    taught = ("--teacher", "w.safetensors", "--teacher-model", model, "--teacher-model-args", "rate=0.25,width=6")
+    distil(*taught, "--student", "resnet8", "--epochs", "1", "--out", "run")
+    main(["run", "--formats", "safetensors", "--trust-code"])
+    table = read_json(Path("run/export/export.json"))
+    assert ([row["name"] for row in table["rows"]], table["notes"]) == (["model.safetensors", "teacher"], [])
+
+
 def test_a_teachers_accuracy_is_the_same_in_its_run_and_in_its_students(chain):
     summary = read_json(chain / "run" / "summary.json")
     assert summary["teacher_test_top1"] == read_json(chain / "big" / "summary.json")["test_top1"]
