@@ -75,6 +75,7 @@ def load_data(config: DataConfig, run: RunConfig = NO_PROBE, needs_labels: bool 
     digest = _digest(data, config)
     alike = digest == from_main(lambda: digest)
     all_do(lambda: require(alike, f"--data {config.source}: {node()} has other data than the main process; copy it"))
+    data = _named_as_on_main(data) if config.stream else data
     if run.probe:
         data = dataclasses.replace(data, probe=load_probe(run.probe, config, data.size, run.probe_label))
     return data
@@ -91,6 +92,14 @@ def _load_with_or_without(config: DataConfig, revision: str | None, needs_labels
     without = dataclasses.replace(config, no_labels=True)
     without.check()
     return _load(without, revision)
+
+
+def _named_as_on_main(data: Data) -> Data:
+    """The same stream by the main process's name for it, which has the times of the files there."""
+    fingerprint = from_main(lambda: data.fingerprint)
+    splits = {name: getattr(data, name) for name in ("train", "val", "test")}
+    named = {name: rows and dataclasses.replace(rows, fingerprint=fingerprint) for name, rows in splits.items()}
+    return dataclasses.replace(data, fingerprint=fingerprint, **named)
 
 
 def _digest(data: Data, config: DataConfig) -> str:

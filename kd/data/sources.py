@@ -166,7 +166,10 @@ def _find_hub_set(config: DataConfig, revision: str | None) -> DataSource:
     source = config.source
     known = _hub_set(source)
     place = known.address if known.folder is None else f"{known.address}/{known.folder}"
-    key = _cache_key(config, place, revision or known.revision)
+    commit = revision or known.revision
+    if not _is_commit(commit):  # the Hub could not be asked
+        commit = _fetched_last(known) or commit
+    key = _cache_key(config, place, commit)
     return _open_source(config, key, key, lambda **options: _load_hub_set(known, revision, source, **options))
 
 
@@ -176,6 +179,8 @@ def _open_source(config: DataConfig, key: str, content: str, load: Callable, lis
     `listed`: `load` is quick, as it has the list of files already.
     """
     key = hashlib.sha256(f"{key}/{config.image}/{config.skip_broken}/{READER}".encode()).hexdigest()[:16]
+    if config.image is not None:  # another column has other images
+        content = hashlib.sha256(f"{content}/{config.image}".encode()).hexdigest()[:16]
     if not config.stream:
         return choose_storage(config, key, load if listed else lambda: open_dataset(key, load))
     return Streaming(config, key, content, load)
@@ -216,6 +221,25 @@ def _newest_revision(name: str, branch: str | None) -> str | None:
         return None
 
 
+def _fetched_last(known: HubSet) -> str | None:
+    """The commit that `datasets` reads if the Hub cannot be asked for the newest one; None if there is none.
+
+    Prints what to say if it may not be the branch that was asked for.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    place = {"revision": known.revision} | ({"data_dir": known.folder} if known.folder else {})
+    try:
+        builder = datasets.load_dataset_builder(known.address, **place)
+    except Exception:  # what is wrong shows when the set is loaded
+        return None
+    if known.revision is not None and isinstance(builder, Cache):
+        said = f"the commit {builder.hash}, fetched before, is read and may not be {known.revision}"
+        print_once(f"data: the Hub cannot be reached: {said}")
+    return builder.hash
+
+
 def _load_hub_set(known: HubSet, revision: str | None, source: str, **options) -> Loaded:
     import datasets
 
@@ -230,30 +254,24 @@ def _load_hub_set(known: HubSet, revision: str | None, source: str, **options) -
         ) from error
     splits = {name: rows for name, rows in splits.items() if name != known.unlabelled}
     builder = cache(lambda: datasets.load_dataset_builder(known.address, **place))
-    notes = _check_fetched(builder, place["revision"], known, source)
-    loaded = compare_hub_files(splits, builder, source, options.get("streaming", False))
-    return loaded._replace(notes=(*notes, *loaded.notes))
+    if _is_commit(place["revision"]):
+        _check_fetched(builder, place["revision"], known, source)
+    return compare_hub_files(splits, builder, source, options.get("streaming", False))
 
 
-def _check_fetched(open_builder: Callable, asked: str | None, known: HubSet, source: str) -> tuple[str, ...]:
-    """What to say if the Hub cannot be reached: `datasets` then reads what was fetched last, of whatever revision.
-
-    Raises UserError if that is not the commit `asked`.
-    """
+def _check_fetched(open_builder: Callable, commit: str, known: HubSet, source: str) -> None:
+    """Raise UserError if the Hub cannot be reached and `datasets` read what was fetched last, which is not `commit`."""
     from datasets.packaged_modules.cache.cache import Cache
 
     try:
         builder = open_builder()
     except Exception:  # the HTTP client's own errors differ between versions of the library
-        return ()
-    if asked is None or not isinstance(builder, Cache) or builder.hash == asked:
-        return ()
+        return
     require(
-        not _is_commit(asked),
+        not isinstance(builder, Cache) or builder.hash == commit,
         f"--data {source}: the Hub cannot be reached, and the commit {builder.hash} was fetched last; check the"
         f" network, or name {known.address}@{builder.hash}",
     )
-    return (f"the Hub cannot be reached: the commit {builder.hash}, fetched before, is read and may not be {asked}",)
 
 
 def _terms_advice(known: HubSet) -> str:

@@ -1,5 +1,6 @@
 """Named sets: each is loaded from its address, with its own label column, splits and image size."""
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -151,6 +152,25 @@ def test_another_commit_that_was_fetched_is_not_taken_for_the_one_asked_for(fetc
     load_data(DataConfig("me/set@v2", stream=stream))
     said = f"data: the Hub cannot be reached: the commit {SHA}, fetched before, is read and may not be v2\n"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_newer_commit_that_was_fetched_is_not_taken_for_what_was_decoded_before(fetched, stream, tmp_path):
+    """Without the Hub the newest commit is not known: what `datasets` reads is, and must be what is trained on."""
+    before = load_data(DataConfig("me/set", stream=stream))
+    rows = {"image": pictures(20, (8, 8)), "label": [1, 0] * 10}
+    path = tmp_path / "newer.parquet"
+    datasets.Dataset.from_dict(rows, features=datasets.Features(FEATURES)).to_parquet(path)
+    files = {split: [str(path)] for split in ("train", "test")}
+    builder = Parquet(
+        cache_dir=str(tmp_path / "newer"), dataset_name="set", config_name="default", hash="d" * 40, data_files=files
+    )
+    builder.download_and_prepare()
+    (version,) = (tmp_path / "fetched/me___set/default").iterdir()
+    shutil.move(builder.cache_dir, version)  # read now, as it was fetched last
+    after = load_data(DataConfig("me/set", stream=stream))
+    assert before.fingerprint != after.fingerprint
+    assert after.test.labels.tolist() == [1, 0] * 10
 
 
 class ReadTimeout(Exception):

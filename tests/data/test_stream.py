@@ -200,6 +200,18 @@ def test_a_shard_cut_short_is_named_while_labels_are_read(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_another_column_of_images_is_other_data(tmp_path):
+    """A cache of the teacher's answers to one is refused for the other."""
+    features = Features({"depth": ImageFeature(), "rgb": ImageFeature(), "label": ClassLabel(names=["ape", "bee"])})
+    pictures = [Image.new("RGB", (8, 8), (10 * row, 0, 0)) for row in range(20)]
+    rows = {"depth": pictures, "rgb": pictures[::-1], "label": [0, 1] * 10}
+    for split in ("train", "test"):
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    both = [load_data(streamed(str(tmp_path), 8, image=name)) for name in ("depth", "rgb")]
+    assert len({data.fingerprint for data in both}) == 2
+    assert len({data.train.sha256 for data in both}) == 2
+
+
 def test_killed_and_resumed_it_ends_in_the_same_bytes(folder, monkeypatch):
     flags = ["--data", folder, "--image-size", "16", "--batch-size", "5", "--workers", "2", "--epochs", "2"]
     flags += ["--stream", "--shuffle-rows", "12", "--save-every", "2"]

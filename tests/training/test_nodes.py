@@ -36,6 +36,7 @@ from kd.training.probe import Probe
 from kd.training.trainer import Trainer
 from kd.utils import processes
 from kd.utils.processes import all_do, from_main, node_first
+from tests.data.test_stream import shards
 from tests.nodes import Ended, run_nodes, two_nodes
 from tests.pairs import batch_of, build
 from tests.run_scripts import SMALL, differences, distil, teach
@@ -204,6 +205,21 @@ def test_one_process_of_a_machine_hashes_and_counts_and_one_of_all_asks_the_hub(
     apart = [end.answer for end in two_nodes(counted_load)]
     assert [counts["count_levels"] for counts in apart] == [1, 1], "each machine keeps its own"
     assert [counts["commits"] for counts in apart] == [["the answer to process 0"]] * 2
+
+
+def test_machines_may_stream_copies_of_one_folder(tmp_path):
+    """Their files have other times, which tell one machine whether its own have changed."""
+    shards(tmp_path / "node0" / "set")
+    shutil.copytree("node0/set", "node1/set", copy_function=shutil.copyfile)
+
+    def work(rank):
+        Accelerator(cpu=True)
+        data = load_data(DataConfig("set", stream=True, image_size=16))
+        return data.fingerprint, data.train.sha256
+
+    first, second = two_nodes(work)
+    assert (first.code, second.code) == (0, 0), second.log
+    assert first.answer == second.answer
 
 
 def test_machines_with_different_data_are_refused():
