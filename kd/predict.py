@@ -204,17 +204,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_images(names: list[str]) -> list[Path]:
-    """Files as named; for a folder, all files below it with an image suffix, sorted.
+    """Files as named; for a folder, all files below it with an image suffix, sorted, but hidden ones.
 
     Raises: UserError for a name that does not exist, or a folder without images.
     """
-    images, suffixes = [], set(Image.registered_extensions())
+    images, suffixes = [], {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
     for name in names:
         path = Path(name)
         require(path.exists(), f"{name}: no such file or folder")
         files = [path]
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            files = [file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
             require(bool(files), f"{name}: no file in or below it has an image suffix (.png, .jpg, ...)")
         images += files
     return images

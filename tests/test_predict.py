@@ -208,6 +208,16 @@ def test_an_onnx_file_with_wrong_metadata_is_refused(colours, text):
         main(["other.onnx", "x.png"])
 
 
+def test_hidden_files_and_what_only_looks_like_an_image_are_passed_over(colours, capsys):
+    """Such as macOS leaves beside each file, and documents that Pillow can write and not read."""
+    Path("all/.trash").mkdir(parents=True)
+    Image.new("RGB", (4, 4), (0, 255, 0)).save("all/x.png")
+    for name in ("all/._x.png", "all/.trash/y.png", "all/notes.pdf"):
+        Path(name).write_text("no image")
+    main([str(colours), "all"])
+    assert capsys.readouterr().out == "all/x.png: green 57.61%\n"
+
+
 def test_the_suffix_may_be_in_capitals(colours, capsys):
     Image.new("RGB", (4, 4), (0, 255, 0)).save("x.png")
     main([str(colours.rename("M.ONNX")), "x.png"])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import Origin
-from kd.config.model_args import asked_size, parse_model_args
+from kd.config.model_args import asked_size, format_model_args, parse_model_args
 from kd.errors import UserError, require
 from kd.models import (
     LIBRARIES,
@@ -157,7 +157,8 @@ def load_pretrained(name: str, model: str, flags: Flags = TEACHER, model_args: s
     path = expand_user(name, flags.weights)
     if path.is_dir():
         pretrained = _from_folder(path, model, flags)
-        return pretrained._replace(flags=flags, model_args=model_args if pretrained.model == model else None)
+        given = model_args if pretrained.model == model else None
+        return pretrained._replace(flags=flags, model_args=given or pretrained.model_args)
     check_name(model)
     expected = read_expected(path, flags)
     weights = read_file(path)
@@ -204,10 +205,13 @@ def _build(pretrained: Pretrained, classes: int, quiet: bool = False) -> nn.Modu
 def _require_classes(pretrained: Pretrained, name: str) -> None:
     rows = rows_of_head(_weights(pretrained)) if pretrained.ordered else None
     outputs = f" of its {rows} outputs" if rows else ""
+    key, file = "classes", Path(name).with_suffix(".json").name
+    if not is_of_library(name) and expand_user(name).is_dir():
+        key, file = "id2label" if pretrained.saved_by else "label_names", f"{name}/config.json"
     require(
         bool(pretrained.classes),
         f"{pretrained.flags.weights} {name}: its classes have no names to match with the data's; list those{outputs},"
-        f' in order, as "classes" in {Path(name).with_suffix(".json").name}; or {NEW_HEAD_ADVICE}',
+        f' in order, as "{key}" in {file}; or {NEW_HEAD_ADVICE}',
     )
 
 
@@ -406,14 +410,28 @@ def _from_folder(path: Path, model: str, flags: Flags) -> Pretrained:
     classes = tuple(labels[key] for key in sorted(labels, key=int)) if isinstance(labels, dict) else tuple(labels)
     classes = tuple(map(str, classes))
     if isinstance(config.get("architecture"), str):
-        model, saved_by = f"timm/{config['architecture']}", ""
+        model, saved_by, arguments = f"timm/{config['architecture']}", "", _arguments_of_timm(path, config)
         expected = _of_timm(path, config.get("pretrained_cfg"))
         classes = classes or _imagenet_classes(config)
     else:
-        saved_by = ", ".join(map(str, config["architectures"] or ("network",)))
+        saved_by, arguments = ", ".join(map(str, config["architectures"] or ("network",))), None
         expected = _of_preprocessor(path / "preprocessor_config.json", saved_by, flags)
     check_name(model)
-    return Pretrained(model, weights.tensors, classes, *expected, weights.ordered, weights.notes, saved_by)
+    return Pretrained(model, weights.tensors, classes, *expected, weights.ordered, weights.notes, saved_by, arguments)
+
+
+def _arguments_of_timm(path: Path, config: dict) -> str | None:
+    """The arguments that timm built the network with, as --teacher-model-args has them; None without any.
+
+    Its classes and the size of its images are said elsewhere. Raises UserError for what is no such argument.
+    """
+    asked = f"{path / 'config.json'}: model_args"
+    given = config.get("model_args") or {}
+    require(isinstance(given, dict), f"{asked} {given!r} is no object; download the folder again")
+    kept = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans", "img_size")}
+    text = format_model_args({key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()})
+    parse_model_args(text, asked)
+    return text or None
 
 
 def _imagenet_classes(config: dict) -> tuple[str, ...]:

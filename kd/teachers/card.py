@@ -1,5 +1,6 @@
 """What a cache is, in words: for `python -m kd.teachers check`, and the card of one that is pushed."""
 
+import itertools
 import math
 import shlex
 from pathlib import Path
@@ -42,7 +43,7 @@ def facts(cache: SharedCache) -> dict[str, str]:
     identity, about, store = cache.identity, cache.about, cache.store
     classes = identity["class_names"]
     named = f" ({', '.join(map(str, classes[:3]))}{', ...' if len(classes) > 3 else ''})" if classes else ""
-    views = [flag for flag in flags_to_train(cache) if not flag.startswith("--data ")]
+    views = [shlex.join(words) for words in flags_to_train(cache) if words[0] != "--data"]
     size = about.get("image_size")
     pixels = f", {size[1]} x {size[0]} pixels" if size else ""
     source = about.get("data", {}).get("source", "not recorded")
@@ -83,8 +84,7 @@ def command(cache: SharedCache, source: str) -> str:
     method = METHODS.get(cache.kind, "mlkd" if "strong" in cache.identity else "kd")
     usual = default_preset(data, method)
     preset = [] if usual == default_preset(None, method) else ["--preset", usual]
-    flags = flags_to_train(cache, PRESETS[usual].get("views", ViewConfig()))
-    flags = [word for flag in flags for word in flag.split(" ")]
+    flags = itertools.chain.from_iterable(flags_to_train(cache, PRESETS[usual].get("views", ViewConfig())))
     where = [] if data else ["--data", "FOLDER"]
     return shlex.join([*preset, *where, *flags, "--cache-teacher", source, method])
 

@@ -40,6 +40,8 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
         pair = [modules.get(n.target) for n in (source, node) if isinstance(n, torch.fx.Node) and n.op == "call_module"]
         if [type(module) for module in pair] != [nn.Conv2d, nn.BatchNorm2d] or len(source.users) > 1:
             continue
+        if pair[1].running_mean is None:  # it normalises by each batch
+            continue
         if calls[source.target] == calls[node.target] == 1:  # one that runs twice would be folded for both
             traced.set_submodule(source.target, fuse_conv_bn_eval(*pair))
             node.replace_all_uses_with(source)

@@ -21,6 +21,7 @@ from kd.config import METHODS, DistillConfig, is_named
 from kd.config.recipes import usual_teacher
 from kd.data import Data
 from kd.errors import UserError, require
+from kd.losses.deit import TwoHeads
 from kd.models import build_model, is_users_own, without_classifier
 from kd.models.adapt import Renormalize, resize_input
 from kd.models.pretrained import (
@@ -209,6 +210,7 @@ def _load_embedder(
     else:
         folder, here = share_run(name)
         network, info, sha256, summary = load_network(here, trust_code)
+        network = network.student if isinstance(network, TwoHeads) else network  # both heads take its embedding
         if info["num_classes"]:
             without_classifier(network, info["model"], info["num_classes"])
     adapt_input(network, info, data, device)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from kd.config import DataConfig, Job, ViewConfig
 from kd.config.flags import HUB
+from kd.config.recipes import PRESETS
 from kd.data import Data
 from kd.data.augment import VERSION
 from kd.data.rows import fits
@@ -306,7 +308,8 @@ def check_views(cache: SharedCache, job: Job) -> None:
     differ = [key for key in ours if key not in left_out and key in theirs and ours[key] != theirs[key]]
     if differ:
         said = ", ".join(f"{_flag(key)} {theirs[key]} there, {ours[key]} here" for key in differ)
-        raise UserError(f"{name}: is of other views ({said}); {_advice(differ, theirs)}")
+        advice = _advice(differ, theirs, _usual(job, "views", PLAIN))
+        raise UserError(f"{name}: is of other views ({said}); {advice}")
 
 
 def check_rows(cache: SharedCache, job: Job, data: Data) -> None:
@@ -379,33 +382,39 @@ def _flags_that_differ(cache: SharedCache, job: Job) -> str:
     """The flags of the data to give, --data aside; empty if they are the same."""
     theirs, ours = cache.about.get("data", {}), _as_json(asdict(job.data))
     differ = [key for key in FLAGS_OF_ROWS if key in theirs and key != "source" and ours[key] != theirs[key]]
-    return _advice(differ, theirs)
+    return _advice(differ, theirs, _usual(job, "data", DataConfig()))
 
 
-def _advice(names: list[str], values: dict) -> str:
-    """The flags that set these fields, and those to leave out."""
-    out = [name for name in names if values[name] is None or (name.startswith("no_") and not values[name])]
-    given = [as_flag(name, values[name]) for name in names if name not in out]
+def _usual(job: Job, part: str, plain: object) -> dict:
+    """What the flags of a part of the configuration are if they are left out."""
+    return _as_json(asdict(PRESETS[job.preset].get(part, plain)))
+
+
+def _advice(names: list[str], values: dict, usual: dict) -> str:
+    """The flags that set these fields, and those to leave out: `usual` are the values without them."""
+    unset = lambda name: values[name] is None or (name.startswith("no_") and not values[name])  # noqa: E731
+    out = [name for name in names if unset(name) or values[name] == usual[name]]
+    given = [shlex.join(as_flag(name, values[name])) for name in names if name not in out]
     absent = [_flag(name) for name in out]
     parts = [f"give {' '.join(given)}"] if given else []
     return " and ".join([*parts, *([f"leave {' and '.join(absent)} out"] if absent else [])])
 
 
-def as_flag(name: str, value: object) -> str:
-    """A field of views or data as on the command line."""
+def as_flag(name: str, value: object) -> list[str]:
+    """A field of views or data as the words of a command line, which give the very same value."""
     flag = _flag(name)
     if isinstance(value, bool):
-        return flag if value else flag.replace("--", "--no-", 1)
+        return [flag if value else flag.replace("--", "--no-", 1)]
     values = value if isinstance(value, list | tuple) else [value]
-    return " ".join([flag, *(f"{part:.6g}" if isinstance(part, float) else str(part) for part in values)])
+    return [flag, *(repr(part).removesuffix(".0") if isinstance(part, float) else str(part) for part in values)]
 
 
 def _flag(field: str) -> str:
     return f"--{ {'count': 'views', 'source': 'data'}.get(field, field).replace('_', '-') }"
 
 
-def flags_to_train(cache: SharedCache, usual: ViewConfig = PLAIN) -> list[str]:
-    """The flags of data and views that a student of this cache needs whose preset has `usual` views."""
+def flags_to_train(cache: SharedCache, usual: ViewConfig = PLAIN) -> list[list[str]]:
+    """The flags of data and views, each as words, that a student of this cache needs whose preset has `usual` views."""
     data = {name: value for name, value in cache.about.get("data", {}).items() if name in FLAGS_OF_ROWS}
     default = _as_json(asdict(DataConfig()))
     given = [as_flag("source", data["source"])] if data.get("source") else []

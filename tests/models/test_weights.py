@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kd.config.model_args import parse_model_args
 from kd.errors import UserError
 from kd.models import MODELS, build_model
-from kd.models.pretrained import check_pretrained, is_pretrained
+from kd.models.pretrained import build_pretrained, check_pretrained, is_pretrained, load_pretrained
 from kd.models.weights import SUFFIXES, Weights, find_fit, misfit, read_file, read_folder
 from tests import checkpoints
 from tests.networks import plain
@@ -365,5 +366,16 @@ def test_a_folder_of_timm(prefix):
     (folder / "config.json").write_text(json.dumps(config))
     save_file(checkpoints.wrapped(weights_of(name), prefix), folder / "model.safetensors")
     check_pretrained("net", "resnet34")
+    arguments = {"num_classes": 7, "in_chans": 3, "img_size": None, "global_pool": "max", "stem_chs": [8, 16]}
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
+    found = load_pretrained("net", "resnet34")
+    assert parse_model_args(found.model_args) == {"global_pool": "max", "stem_chs": (8, 16)}
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": {"global_pool": "max"}}))
+    images = torch.randn(2, 3, 32, 32)
+    wanted = build_model(name, 7, (32, 32), arguments={"global_pool": "max"}).eval()
+    wanted.load_state_dict(weights_of(name))
+    torch.testing.assert_close(build_pretrained(load_pretrained("net", ""), "net").eval()(images), wanted(images))
+    (folder / "config.json").write_text(json.dumps(config | {"label_names": None}))
+    assert 'list those, in order, as "label_names" in net/config.json' in check("net", "resnet34")
     (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
     assert "its pretrained_cfg has no input_size, mean and std" in check("net", "resnet34")

@@ -21,7 +21,7 @@ from kd.teachers.live import live_logits
 from kd.teachers.load import load_embedders, load_teachers
 from kd.types import Batch
 from tests import networks
-from tests.run_scripts import STUDENT, teach
+from tests.run_scripts import STUDENT, distil, teach
 from tests.teachers.test_pretrained import EXPECTS, MODEL, beside, file_of, raw_of, weights_of
 
 CPU = torch.device("cpu")
@@ -244,3 +244,16 @@ def test_timms_networks_teach_at_a_size_that_is_asked_for(published, data):
     assert smaller.network.pos_embed.shape == (1, 1 + 4, 192)
     assert smaller.sha256 != own.sha256
     assert torch.equal(smaller.network.blocks[0].mlp.fc1.weight, network.blocks[0].mlp.fc1.weight)
+
+
+def test_a_student_of_deit_answers_with_what_both_of_its_heads_are_given(run, data):
+    distil("--teacher", run, "--student", "resnet8", "--classes", "4", "--epochs", "1", "--out", "d", "deit")
+    own, info, _, _ = load_network(Path("d"), trust_code=False)
+    assert info["deployed"]["method"] == "deit"
+    teacher, (images, _) = load_embedders(["d"], data, CPU, trust_code=False), raw_of(data)
+    numbers = (data.mean, data.std, info["mean"], info["std"])
+    mean, std, own_mean, own_std = (torch.tensor(part)[:, None, None] for part in numbers)
+    theirs = (images * std + mean - own_mean) / own_std
+    expected = given_to(own, "distillation_head", theirs)
+    torch.testing.assert_close(teacher.network(images), expected, rtol=1e-4, atol=1e-5)
+    assert teacher.classes == 64

@@ -155,3 +155,12 @@ def test_in_full_precision_nothing_is_cast(monkeypatch):
     monkeypatch.setattr(live, "HalfWeights", None)
     network, batch = settled("resnet8"), batch_of(torch.randn(12, 3, 32, 32))
     torch.testing.assert_close(live_logits(network, Accelerator(cpu=True))(batch).logits, network(batch.image))
+
+
+def test_a_batchnorm_that_keeps_no_statistics_is_not_folded():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten()).eval()
+    folded, images = live.fold_batchnorm(network), torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)
+    assert [type(module) for module in folded.modules()].count(nn.BatchNorm2d) == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from kd.data.rows import Split
 from kd.errors import UserError
 from kd.export.__main__ import main as export
 from kd.runs.folder import RunInputs, run_identity
-from kd.teachers import shared
+from kd.teachers import card, shared
 from kd.teachers.__main__ import main as teachers
 from kd.teachers.cache import ROOT, cached_logits
 from kd.teachers.load import load_teacher
@@ -225,8 +226,8 @@ def test_row_17_other_images_order_or_classes_are_refused_in_one_line(packed, da
 @pytest.mark.parametrize(
     ("flags", "advice"),
     [
-        (["--val-fraction", "0.2"], "is of 900 training images, and yours are 800; give --val-fraction 0.1"),
-        (["--split-seed", "3"], r"is of other training images .*; give --split-seed 0"),
+        (["--val-fraction", "0.2"], "is of 900 training images, and yours are 800; leave --val-fraction out"),
+        (["--split-seed", "3"], r"is of other training images .*; leave --split-seed out"),
         (["--classes", "9"], "has 10 classes, and your data 9; leave --classes out"),
         (["--no-labels"], r"is of other training images .*; leave --no-labels out$"),
     ],
@@ -258,13 +259,13 @@ def test_a_size_to_leave_out_is_named(packed, data):
     ("flags", "advice"),
     [
         (["--views", "3"], r"--views 2 there, 3 here\); give --views 2$"),
-        (["--view-seed", "4"], r"give --view-seed 0$"),
+        (["--view-seed", "4"], r"leave --view-seed out$"),
         (
             ["--flip", "--policy", "rand", "--policy-ops", "3"],
-            "give --no-flip --policy none and leave --policy-ops out$",
+            "give --no-flip and leave --policy and --policy-ops out$",
         ),
-        (["--resized-crop", "0.5", "--crop-ratio", "0.5", "2"], "give --resized-crop 0 --crop-ratio 0.75 1.33333$"),
-        (["--mixup", "1", "--mix-off-epochs", "1"], "give --mixup 0 --mix-off-epochs 0$"),
+        (["--resized-crop", "0.5", "--crop-ratio", "0.5", "2"], "leave --resized-crop and --crop-ratio out$"),
+        (["--mixup", "1", "--mix-off-epochs", "1"], "leave --mixup and --mix-off-epochs out$"),
     ],
 )
 def test_row_16_other_views_are_refused_with_the_flags_to_give(packed, flags, advice):
@@ -279,7 +280,7 @@ def test_without_views_the_flags_to_give_are_named(packed):
 
 def test_flags_of_the_strong_view_count_for_methods_that_see_it(packed):
     opened("two", *VIEWS, "--strong-ops", "4", "kd")
-    with pytest.raises(UserError, match="give --strong-ops 2"):
+    with pytest.raises(UserError, match="leave --strong-ops out"):
         opened("two", *VIEWS, "--strong-ops", "4", "mlkd")
 
 
@@ -413,13 +414,23 @@ def test_check_tells_what_a_cache_is(packed, capsys):
 
 def test_the_command_of_the_card_is_the_one_to_give(packed, data):
     for name in ("plain", "two"):
-        card = Path(name, "README.md").read_text()
-        assert card.startswith("---\nlicense: mit\n")
-        (line,) = [line for line in card.splitlines() if line.startswith("    accelerate launch")]
+        text = Path(name, "README.md").read_text()
+        assert text.startswith("---\nlicense: mit\n")
+        (line,) = [line for line in text.splitlines() if line.startswith("    accelerate launch")]
         config = parse(distill_defaults, "", line.split()[3:])
         cache = shared.find_shared(config.job())
         shared.check_rows(cache, config.job(), load_data(config.data))
         assert config.cache.cache_from == f"./{name}"
+
+
+def test_flags_keep_their_digits_and_their_spaces(packed, data):
+    cache = shared.find_shared(job(*VIEWS, "--cache-teacher", "./plain"))
+    cache.about["data"] |= {"source": "my photos", "label": "the class"}
+    cache.identity["views"].update(crop_ratio=[4 / 3 - 0.6, 4 / 3], resized_crop=0.25)
+    config = parse(distill_defaults, "", shlex.split(card.command(cache, "./plain")))
+    assert (config.data.source, config.data.label) == ("my photos", "the class")
+    assert config.views.crop_ratio == (4 / 3 - 0.6, 4 / 3)
+    assert config.views.resized_crop == 0.25
 
 
 def test_what_is_pushed_has_no_path_of_this_machine(here, data, tmp_path):
@@ -559,9 +570,9 @@ def test_row_21_embeddings_are_shared_as_logits_are(made, tmp_path, monkeypatch,
     student(*flags, "--teacher", str(made / "teacher"), "--cache-teacher", "--out", "local", "embed")
     (built,) = ROOT.iterdir()
     teachers(["pack", str(built), "packed"])
-    card = Path("packed/README.md").read_text()
-    assert "# Embeddings of resnet8 (teacher, " in card
-    (line,) = [line for line in card.splitlines() if line.startswith("    accelerate launch")]
+    text = Path("packed/README.md").read_text()
+    assert "# Embeddings of resnet8 (teacher, " in text
+    (line,) = [line for line in text.splitlines() if line.startswith("    accelerate launch")]
     config = parse(distill_defaults, "", line.split()[3:])
     assert config.preset == "embed"
     shared.find_shared(config.job())
