@@ -52,7 +52,8 @@ def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
     names = names or [train(*start_from(config.teacher_job(), data, TEACHER_START), accelerator)]
     jobs = [head_job(config, name, data) for name in names]
     names = [train(*job, accelerator) if job else name for name, job in zip(names, jobs, strict=True)]
-    trusted = config.trust_code or not config.is_taught_by_named or all(jobs)  # else it runs the user's own code
+    own = not config.is_taught_by_named or all(jobs)  # trained here, or named by --init
+    trusted = config.trust_code or own
     model, arguments = config.teacher_model, config.teacher_model_args
     load = load_embedders if config.method.embeds else load_teachers
     given = {"teacher_model": model, "teacher_model_args": arguments}

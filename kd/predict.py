@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_images(names: list[str]) -> list[Path]:
-    """Files as named; for a folder, all files below it with an image suffix, sorted, but hidden ones.
+    """Files as named; for a folder, all files below it that have an image suffix and are not hidden, sorted.
 
     Raises: UserError for a name that does not exist, or a folder without images.
     """

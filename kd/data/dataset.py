@@ -103,14 +103,14 @@ def _named_as_on_main(data: Data) -> Data:
 
 
 def _digest(data: Data, config: DataConfig) -> str:
-    """Of all that must be the same on every machine. Of a stream the files' times are left out."""
+    """Of all that must be the same on every machine. Of a stream the files' times need not be."""
     content = [
         data.classes,
         data.mean,
         data.std,
         data.size,
         data.test_split,
-        None if config.stream else data.fingerprint,
+        data.train.alike if config.stream else data.fingerprint,
     ]
     digest = hashlib.sha256(json.dumps(content).encode())
     for split in (data.train, data.val, data.test):

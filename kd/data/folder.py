@@ -48,17 +48,19 @@ class Listing(NamedTuple):
     """All files of a folder."""
 
     sha256: str | None  # of their names, sizes and times; None without any
+    alike: str  # of their names and sizes, which a copy elsewhere has too
     files: list[str]  # paths relative to the folder
     empty: list[str]  # folders without a file
 
 
 def scan_folder(folder: Path) -> Listing:
     """List the folder. Raises UserError for a link to a folder or a broken link."""
-    digest, files = hashlib.sha256(), []
+    digest, alike, files = hashlib.sha256(), hashlib.sha256(), []
     for path, status in iter_files(folder):
         files.append(path)
+        alike.update(f"{path}/{status.st_size}\n".encode(errors="surrogateescape"))
         digest.update(f"{path}/{status.st_size}/{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return Listing(digest.hexdigest() if files else None, files, _empty_folders(folder))
+    return Listing(digest.hexdigest() if files else None, alike.hexdigest(), files, _empty_folders(folder))
 
 
 def iter_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:

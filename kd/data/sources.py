@@ -21,7 +21,7 @@ from kd.data.metadata import Loaded, read_folder
 from kd.data.own import load_own
 from kd.data.splits import hold_out
 from kd.data.storage import DataSource, InMemory, WithoutLabels, choose_storage
-from kd.data.stream import Streaming
+from kd.data.stream import Content, Streaming
 from kd.data.tables import TableFolder, compare_hub_files, load_folder
 from kd.errors import UserError, nearest, require
 from kd.utils.console import one_line, print_once, root_cause
@@ -102,12 +102,16 @@ def with_set_defaults(config: DataConfig) -> DataConfig:
 
 
 def find_revision(config: DataConfig) -> str | None:
-    """The commit of a Hub set that is to be read; None for other data, or if the Hub cannot be reached."""
+    """The commit of a Hub set that is to be read: the newest, or if the Hub cannot be asked, the one that was fetched
+    last. None for other data, or if there is none.
+    """
     source = config.source
     if source in BUILT_IN or _expand(source).is_dir() or is_users_own(source) or not _looks_like_id(source):
         return None
     known = _hub_set(source)
-    return known.revision if _is_commit(known.revision) else _newest_revision(known.address, known.revision)
+    if _is_commit(known.revision):
+        return known.revision
+    return _newest_revision(known.address, known.revision) or _fetched_last(known)
 
 
 def find_source(config: DataConfig, revision: str | None) -> DataSource:
@@ -154,7 +158,8 @@ def _find_folder(config: DataConfig, path: Path) -> DataSource:
     images = ImageFolder(path, listing, config.source, labelled=not config.no_labels)
     for note in images.notes:
         print_once(f"data: {note}")
-    key, content = _cache_key(config, str(path.resolve()), listing.sha256), _cache_key(config, listing.sha256)
+    key = _cache_key(config, str(path.resolve()), listing.sha256)
+    content = Content(_cache_key(config, listing.sha256), _cache_key(config, listing.alike))
     if images.is_one:
         return _open_source(config, key, content, lambda **options: read_folder(images, **options), listed=True)
     check_archives(path, listing, config.source)
@@ -166,21 +171,18 @@ def _find_hub_set(config: DataConfig, revision: str | None) -> DataSource:
     source = config.source
     known = _hub_set(source)
     place = known.address if known.folder is None else f"{known.address}/{known.folder}"
-    commit = revision or known.revision
-    if not _is_commit(commit):  # the Hub could not be asked
-        commit = _fetched_last(known) or commit
-    key = _cache_key(config, place, commit)
-    return _open_source(config, key, key, lambda **options: _load_hub_set(known, revision, source, **options))
+    key = _cache_key(config, place, revision or known.revision)
+    return _open_source(
+        config, key, Content(key, key), lambda **options: _load_hub_set(known, revision, source, **options)
+    )
 
 
-def _open_source(config: DataConfig, key: str, content: str, load: Callable, listed: bool = False) -> DataSource:
+def _open_source(config: DataConfig, key: str, content: Content, load: Callable, listed: bool = False) -> DataSource:
     """`key` identifies the data and where it is; `content` the data alone, as far as known without reading it.
 
     `listed`: `load` is quick, as it has the list of files already.
     """
     key = hashlib.sha256(f"{key}/{config.image}/{config.skip_broken}/{READER}".encode()).hexdigest()[:16]
-    if config.image is not None:  # another column has other images
-        content = hashlib.sha256(f"{content}/{config.image}".encode()).hexdigest()[:16]
     if not config.stream:
         return choose_storage(config, key, load if listed else lambda: open_dataset(key, load))
     return Streaming(config, key, content, load)
@@ -224,7 +226,7 @@ def _newest_revision(name: str, branch: str | None) -> str | None:
 def _fetched_last(known: HubSet) -> str | None:
     """The commit that `datasets` reads if the Hub cannot be asked for the newest one; None if there is none.
 
-    Prints what to say if it may not be the branch that was asked for.
+    A line says so if it may not be the branch that was asked for.
     """
     import datasets
     from datasets.packaged_modules.cache.cache import Cache

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,10 +55,17 @@ BLOCK = 256  # rows of the sample at a time
 WELL_MIXED = 0.7  # of the classes that a window of shuffled rows has; with fewer, batches differ too much
 
 
+class Content(NamedTuple):
+    """Two hashes of data, as far as it is known without reading it."""
+
+    here: str  # changes if one of the files does
+    alike: str  # that of a copy on another machine too, whose files have other times
+
+
 class Streaming(DataSource):
     """A `datasets` set that `load` opens with streaming=True."""
 
-    def __init__(self, config: DataConfig, key: str, content: str, load: Callable):
+    def __init__(self, config: DataConfig, key: str, content: Content, load: Callable):
         self.key = key
         loaded = load(streaming=True)
         streams = rename_splits(loaded.splits, config.source)
@@ -90,7 +98,10 @@ class Streaming(DataSource):
             self.notes += handle_broken({name: list(found.values()) for name, found in broken.items()}, skip=True)
             self.splits = {name: without_rows(split, broken[name]) for name, split in self.splits.items()}
         self.skips_broken = config.skip_broken
-        self.fingerprint = hashlib.sha256(json.dumps([content, index["starts"], self.classes]).encode()).hexdigest()
+        self.fingerprint, self.alike = (
+            hashlib.sha256(json.dumps([part, index["starts"], self.classes]).encode()).hexdigest() for part in content
+        )
+        self.image = config.image or ""
 
     def check_images(self, splits: list[Arrays]) -> None:
         """Decode these splits once, as their broken images would else be found after the training only."""
@@ -129,7 +140,7 @@ class Streaming(DataSource):
         return Statistics(tuple(known["mean"]), tuple(known["std"]), self.fingerprint)
 
     def rows(self, split: Arrays) -> Rows:
-        return StreamedRows(split.images, torch.from_numpy(split.labels), self.fingerprint)
+        return StreamedRows(split.images, torch.from_numpy(split.labels), self.fingerprint, self.alike, self.image)
 
 
 def _first_size(train, column: str) -> tuple[int, int]:
@@ -319,6 +330,8 @@ class StreamedRows(Rows):
     images: StreamedImages
     labels: Int[Tensor, "n"]
     fingerprint: str
+    alike: str  # the fingerprint of any copy of the same files
+    image: str  # the column of --image; empty if it was left out
 
     @property
     def size(self) -> tuple[int, int]:
@@ -327,7 +340,8 @@ class StreamedRows(Rows):
     @property
     def sha256(self) -> str:
         """Hash of the stream's fingerprint and these rows' numbers: the content is never read at once."""
-        return hashlib.sha256(self.fingerprint.encode() + self.images.rows.tobytes()).hexdigest()
+        source = f"{self.fingerprint}{self.image}".encode()
+        return hashlib.sha256(source + self.images.rows.tobytes()).hexdigest()
 
     def order(self, seed: int, epoch: int) -> Int[Tensor, "n"]:
         return torch.from_numpy(self.images.order(seed, epoch))

@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="with --push: create the repository as private")
     parser.add_argument("--license", default="unknown", help="license id of the model card, as on the Hub (e.g. mit)")
     parser.add_argument(
-        "--trust-code", action="store_true", help="allow a network, and data, that are a module:function"
+        "--trust-code", action="store_true", help="allow networks, and data, that are a module:function"
     )
     args = parser.parse_args(argv)
     require(not (args.all and args.formats), "--all and --formats: give one of them")

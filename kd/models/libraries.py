@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError, is_users_own, require
@@ -78,6 +79,15 @@ def from_timm(name: str, num_classes: int, image_size: tuple[int, int], argument
         remedy = f"timm.create_model({name!r}, img_size={image_size}, patch_size={_patch_for(image_size)}, ...)"
         _check_patches(first.patch_size, image_size, remedy)
     return network
+
+
+def pool_of_timm(name: str) -> str | None:
+    """How an architecture of timm's pools its last map if nothing else is asked for; None if that has no name."""
+    with torch.device("meta"):
+        network = timm_library().create_model(name)
+    pools = (getattr(part, "global_pool", None) for part in (network, getattr(network, "head", None)))
+    names = (pool if isinstance(pool, str) else getattr(pool, "pool_type", None) for pool in pools)
+    return next((pool for pool in names if pool is not None), None)
 
 
 def timm_library():

@@ -410,8 +410,9 @@ def _from_folder(path: Path, model: str, flags: Flags) -> Pretrained:
     classes = tuple(labels[key] for key in sorted(labels, key=int)) if isinstance(labels, dict) else tuple(labels)
     classes = tuple(map(str, classes))
     if isinstance(config.get("architecture"), str):
-        model, saved_by, arguments = f"timm/{config['architecture']}", "", _arguments_of_timm(path, config)
-        expected = _of_timm(path, config.get("pretrained_cfg"))
+        model, saved_by = f"timm/{config['architecture']}", ""
+        check_name(model)
+        arguments, expected = _arguments_of_timm(path, config), _of_timm(path, config)
         classes = classes or _imagenet_classes(config)
     else:
         saved_by, arguments = ", ".join(map(str, config["architectures"] or ("network",))), None
@@ -423,12 +424,15 @@ def _from_folder(path: Path, model: str, flags: Flags) -> Pretrained:
 def _arguments_of_timm(path: Path, config: dict) -> str | None:
     """The arguments that timm built the network with, as --teacher-model-args has them; None without any.
 
-    Its classes and the size of its images are said elsewhere. Raises UserError for what is no such argument.
+    Not its classes, the size of its images, and the pooling that it has without them. Raises UserError for what is no
+    such argument.
     """
     asked = f"{path / 'config.json'}: model_args"
     given = config.get("model_args") or {}
     require(isinstance(given, dict), f"{asked} {given!r} is no object; download the folder again")
     kept = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans", "img_size")}
+    if kept.get("global_pool") == libraries.pool_of_timm(config["architecture"]):  # timm writes it of every network
+        kept.pop("global_pool", None)
     text = format_model_args({key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()})
     parse_model_args(text, asked)
     return text or None
@@ -440,9 +444,12 @@ def _imagenet_classes(config: dict) -> tuple[str, ...]:
     return tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else ()
 
 
-def _of_timm(path: Path, settings: object) -> tuple:
+def _of_timm(path: Path, config: dict) -> tuple:
     try:
+        settings, built = config["pretrained_cfg"], (config.get("model_args") or {}).get("img_size")
         size, mean, std = (settings[key] for key in ("input_size", "mean", "std"))
+        if built is not None:  # older versions of timm left the size of the first training in its settings
+            size = built if isinstance(built, list) else [built, built]
         return _image_settings(size[-2:], mean, std)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(

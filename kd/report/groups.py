@@ -259,14 +259,14 @@ def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | N
     """Each teacher's name, its model ("" if not recorded), and its run (None if it is not among these runs)."""
     names, models = teachers_of(run.summary), teachers_of(run.summary, "teacher_model")
     models += [""] * (len(names) - len(models))
-    return [(name, model, _named(run, name, by_path)) for name, model in zip(names, models, strict=False)]
+    return [(name, model, _named(run, name, model, by_path)) for name, model in zip(names, models, strict=False)]
 
 
-def _named(run: Run, name: str, by_path: dict[str, Run]) -> Run | None:
+def _named(run: Run, name: str, model: str, by_path: dict[str, Run]) -> Run | None:
     """The run of the folder that this one calls `name`: from here, or from where it was trained, if elsewhere."""
-    places = (Path(), *run.path.resolve().parents)
+    places = (*run.path.resolve().parents, Path())
     found = (by_path.get(_resolved(place / name)) for place in places)
-    return next((teacher for teacher in found if teacher is not None), None)
+    return next((teacher for teacher in found if teacher and model in ("", teacher.identity["model"])), None)
 
 
 def _family(teacher: Run) -> str:

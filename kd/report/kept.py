@@ -59,7 +59,7 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
     known = _read_about(about) if about.exists() else {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
     require(bool(commands) or about.exists(), f"--keep {folder}: add --command with what trained these runs")
     names = _names([run.path.resolve() for run in runs])
-    kept_as = {_dump(read_config(path.parent)["identity"]): path.parent.name for path in folder.glob("*/summary.json")}
+    kept_as = {key: path.parent.name for path in folder.glob("*/summary.json") if (key := _identity(path.parent))}
     names |= {run.path.resolve(): kept_as[key] for run in runs if (key := _dump(run.identity)) in kept_as}
     for run in runs:
         _check_keepable(run, folder / names[run.path.resolve()])
@@ -83,8 +83,8 @@ def _check_keepable(run: Run, target: Path) -> None:
     if run.tested:
         read_correct(run.path, run.summary)
     if (target / "summary.json").exists():
-        there, here = (read_json(path / "config.json").get("identity") for path in (target, run.path))
-        require(there == here, f"{target} is kept of another run; rename the folder of {run.path}")
+        same = _identity(target) in (None, _dump(run.identity))  # a damaged one is kept anew
+        require(same, f"{target} is kept of another run; rename the folder of {run.path}")
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
@@ -170,6 +170,14 @@ def _beside(run: Run) -> Run:
         {key: _resolved(run.summary.get(key), run.path.parent) for key in ("teacher", "control") if key in run.summary}
     )
     return run
+
+
+def _identity(folder: Path) -> str | None:
+    """Of the run that is kept there; None if it cannot be read."""
+    try:
+        return _dump(read_config(folder)["identity"])
+    except UserError:
+        return None
 
 
 def _dump(identity: dict) -> str:

@@ -123,6 +123,7 @@ def check_networks(config: DistillConfig) -> None:
     if not config.teachers:
         check_name(config.teacher_model)
         check_start(config.teacher_job(), TEACHER_START)
+        return
     check_teachers(config)
     for name in config.teachers:
         if config.method.embeds and is_users_own(name):

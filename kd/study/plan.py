@@ -160,8 +160,9 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     _check(given, rest)
     launch = parse_launch_flags(given.launch, given.jobs)
     embeds = all(named_method(method).embeds for method in given.methods)
-    typed = parse(distill_defaults, "", [*given.methods[:1], *rest] if embeds else rest)
-    preset = given.preset or typed.preset  # which follows from --data, and from a method that embeds
+    words = [*given.methods[:embeds], *(["--preset", given.preset] if given.preset else []), *rest]
+    typed = parse(distill_defaults, "", words)
+    preset = typed.preset  # if left out, it follows from --data, and from methods that embed
     if given.jobs > 1 and typed.run.threads is None:
         rest += ["--threads", str(max(cores() // given.jobs, 1))]
     methods, seeds = tuple(dict.fromkeys(given.methods)), tuple(dict.fromkeys(given.seeds))
@@ -285,6 +286,10 @@ def check_few_labels(study: Study) -> None:
     require(not study.grid, "--grid: leave --label-shares and --pretrain out; a grid's settings are picked first")
     for flag in (word.split("=")[0] for word in (*study.rest, *study.pretrain, *study.fine_tune)):
         require(flag not in ("--label-share", "--seed"), f"{flag}: the study sets it itself; leave it out")
+    for flag in (word.split("=")[0] for word in study.pretrain):
+        require(
+            flag != "--init", "--pretrain: nothing that it is compared with begins with --init; give it to the study"
+        )
     for flag in (word.split("=")[0] for word in study.fine_tune):
         require(flag != "--init", "--fine-tune --init: the study sets it itself; leave it out")
     require(

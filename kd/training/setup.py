@@ -190,6 +190,7 @@ def head_job(config: DistillConfig, name: str | Path, data: Data) -> tuple[Job, 
     model, arguments = config.teacher_model, config.teacher_model_args
     pretrained = all_do(lambda: load_pretrained(str(name), model, model_args=arguments))
     job = config.head_job(pretrained.model, origin_of(pretrained, str(name)))
+    job = dataclasses.replace(job, start=dataclasses.replace(job.start, model_args=pretrained.model_args))
     return job, dataclasses.replace(data, mean=pretrained.mean, std=pretrained.std)
 
 

@@ -366,6 +366,11 @@ def test_a_folder_of_timm(prefix):
     (folder / "config.json").write_text(json.dumps(config))
     save_file(checkpoints.wrapped(weights_of(name), prefix), folder / "model.safetensors")
     check_pretrained("net", "resnet34")
+    plain = load_pretrained("net", "").sha256
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": {"num_classes": 7, "global_pool": "avg"}}))
+    assert load_pretrained("net", "").sha256 == plain, "what timm writes of every network changes none"
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": {"img_size": [64, 96]}}))
+    assert load_pretrained("net", "").image_size == (64, 96)
     arguments = {"num_classes": 7, "in_chans": 3, "img_size": None, "global_pool": "max", "stem_chs": [8, 16]}
     (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
     found = load_pretrained("net", "resnet34")

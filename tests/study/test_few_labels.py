@@ -62,6 +62,11 @@ def test_what_a_runs_own_flags_say_wins_over_what_the_study_says_otherwise():
         assert (fine_tuning.steps, fine_tuning.lr_per_256, fine_tuning.peak_lr) == (400, None, 0.001)
 
 
+def test_a_first_training_begins_where_those_that_it_is_compared_with_do():
+    with pytest.raises(UserError, match="--pretrain: nothing that it is compared with begins with --init"):
+        asked(*SHARES, "--pretrain", f"{UNLABELLED} --init pretrained")
+
+
 def test_pruning_is_not_repeated_by_the_fine_tuning():
     with pytest.raises(UserError, match="--prune: the fine-tuning after --pretrain would prune once more"):
         asked(*SHARES, "--init", "runs/full", "--prune", "0.5", "--teacher", "x", "--pretrain", UNLABELLED)

@@ -340,6 +340,27 @@ def test_the_report_goes_where_the_runs_go(monkeypatch):
     study.main(["--preset", "digits", "--track", "tensorboard", "--wandb", "offline"])
 
 
+@pytest.mark.parametrize(
+    ("preset", "flags"),
+    [
+        ("strong", ["--min-lr", "0.01"]),
+        ("modern", ["--mix-off-epochs", "15"]),
+        ("crd", ["--milestones", "0.5", "0.75"]),
+        ("imagenet", ["--fine-tune-teacher"]),
+    ],
+)
+def test_flags_are_checked_against_the_preset_that_was_given(preset, flags):
+    assert plan.read_command_line(["--preset", preset, *flags]).preset == preset
+
+
+def test_flags_of_the_recipes_own_teacher_are_accepted(fake, monkeypatch, capsys):
+    monkeypatch.setattr(study, "run_study", lambda asked: [Task("kd seed 0", Path(), [], None, "tried")])
+    flags = ["--teacher-model", "tests.networks:dropped", "--teacher-model-args", "width=6"]
+    (task,) = study.main(["--preset", "digits", *flags])
+    assert task.failure == "tried"
+    assert "changes nothing" not in capsys.readouterr().out
+
+
 def test_an_underscore_hides_no_flag():
     assert [word for word in asked("--wandb_group=my_name").rest if "group" in word] == ["--wandb-group=my_name"]
 

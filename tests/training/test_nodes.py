@@ -220,6 +220,11 @@ def test_machines_may_stream_copies_of_one_folder(tmp_path):
     first, second = two_nodes(work)
     assert (first.code, second.code) == (0, 0), second.log
     assert first.answer == second.answer
+    (part,) = Path("node1/set").rglob("train-00003*")  # as many rows and labels, and other bytes
+    part.rename(part.with_name(part.name.replace("train-00003", "train-00009")))
+    ended = two_nodes(work)
+    assert codes(ended) == [2, 2]
+    assert "has other data than the main process" in ended[1].log
 
 
 def test_machines_with_different_data_are_refused():
