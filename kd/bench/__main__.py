@@ -8,6 +8,7 @@ counted as often as it does it. Then measures the time to the first step from a 
 memory. Weights are random: speed does not depend on them.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -34,6 +35,10 @@ class BenchConfig:
     """The student."""
     teacher_model: str = "resnet32x4"
     """The teacher."""
+    image_size: int | None = None
+    """Side of the square images; needed if sizes differ."""
+    label: str | None = None
+    """Column of the class, if there are several."""
     batch_size: int = 64
     """Images per step."""
     steps: int = 20
@@ -61,9 +66,11 @@ class BenchConfig:
         fit = FitConfig(lr=1e-6, mixed_precision=precision, **same)
         cache = CacheConfig(cache_teacher=True)
         run = RunConfig(threads=self.threads, wandb="disabled")
-        return Job(
-            "kd", "report", self.model, KDConfig(), DataConfig(source=self.data), ViewConfig(count=1), fit, run, cache
-        )
+        return Job("kd", "report", self.model, KDConfig(), self.images, ViewConfig(count=1), fit, run, cache)
+
+    @property
+    def images(self) -> DataConfig:
+        return DataConfig(self.data, image_size=self.image_size, label=self.label)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -87,7 +94,7 @@ def main(config: BenchConfig) -> None:
     from kd.utils.files import write_json
 
     with tempfile.TemporaryDirectory() as folder:
-        numbers = measure(config, load_data(DataConfig(source=config.data)), Path(folder))
+        numbers = measure(config, load_data(config.images), Path(folder))
         if config.starts:
             numbers |= measure_starts(config, Path(folder))
     show(numbers)
@@ -107,6 +114,7 @@ def measure(config: BenchConfig, data, folder: Path) -> dict:
     sides = {}
     for precision in config.precisions:
         accelerator = start_in(precision, config)
+        data = dataclasses.replace(data, train=data.train.on(accelerator.device))  # one copy for all trainings
         workloads = Workloads(config.job(precision), config.teacher_model, config.steps, data, accelerator)
         sides[precision] = accelerator, workloads.all(folder / precision)
     on_cpu = accelerator.device.type == "cpu"
@@ -174,7 +182,7 @@ def verdict(numbers: dict) -> str:
 
 
 def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
-    """What the numbers depend on, and the GPU's peak memory."""
+    """What the numbers depend on."""
     import torch
 
     from kd.models.cost import describe_machine
@@ -191,13 +199,23 @@ def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
         "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if on_gpu else describe_machine(threads),
         "threads": threads,
         "torch": torch.__version__,
-        "gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
 
 
 def measure_starts(config: BenchConfig, folder: Path) -> dict:
     """Import time, first-step time and peak memory of new processes, without and with decoded data on disk."""
-    fields = ("data", "model", "teacher_model", "batch_size", "compile", "channels_last", "mixed_precision", "threads")
+    fields = (
+        "data",
+        "image_size",
+        "label",
+        "model",
+        "teacher_model",
+        "batch_size",
+        "compile",
+        "channels_last",
+        "mixed_precision",
+        "threads",
+    )
     flags = json.dumps({name: getattr(config, name) for name in fields})
     env = {**os.environ, "KD_CACHE": str(folder / "decoded"), "HF_DATASETS_CACHE": str(folder / "datasets")}
     numbers = {}

@@ -15,6 +15,8 @@ def main(flags: dict) -> dict[str, float]:
     from kd.bench.measure import Workloads  # imports torch
 
     imported = time.perf_counter()
+    import torch
+
     from kd.data import load_data
     from kd.training.launch import start
 
@@ -22,13 +24,16 @@ def main(flags: dict) -> dict[str, float]:
     job = config.job(config.mixed_precision or "no")
     accelerator = start(job.fit, job.run)
     data = load_data(job.data)
-    Workloads(job, config.teacher_model, 1, data, accelerator).bare().run()
+    Workloads(job, config.teacher_model, 1, data, accelerator).bare().work()
     first = time.perf_counter()
     workloads = Workloads(job, config.teacher_model, 30, data, accelerator)
     workloads.bare().run()
     workloads.evaluation().run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"import_seconds": imported - begin, "first_step_seconds": first - imported, "peak_gib": peak}
+    numbers = {"import_seconds": imported - begin, "first_step_seconds": first - imported, "peak_gib": peak}
+    if accelerator.device.type == "cuda":
+        numbers["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return numbers
 
 
 if __name__ == "__main__":

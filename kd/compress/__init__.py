@@ -1,5 +1,7 @@
 """Compressed networks: pruned channels, sparse weights, few bits; compressing a network, and rebuilding one."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -33,7 +35,7 @@ def compress(network: nn.Module, job: Job, image_size: tuple[int, int], classes:
     recipe = {"shapes": changed, "macs_before": macs_before, "layers": []}
     recipe |= {key: getattr(config, key) for key in ("weight_bits", "activation_bits", "sparsity")}
     if config.sparsity or config.weight_bits < 32 or config.activation_bits < 32:
-        layers = inner_layers(network, image_size, job.model)
+        layers = inner_layers(network, image_size, job.model, classes)
         recipe["layers"] = list(layers)
         if config.sparsity:
             sparsify(network, layers, config.sparsity)
@@ -57,14 +59,23 @@ def rebuild(network: nn.Module, recipe: dict) -> nn.Module:
 
 @torch.no_grad()
 def plain_weights(network: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """State dict under the plain network's names, with rounded and masked values; `state` defaults to network's own."""
+    """State dict under the plain network's names, with rounded and masked values; `state` defaults to network's own.
+
+    Parametrizations that the network brings itself (weight norm) stay: a new network has them too.
+    """
     weights = dict(network.state_dict() if state is None else state)
     for name, module in network.named_modules():
         for tensor, chain in module.parametrizations.items() if is_parametrized(module) else ():
+            if not _is_ours(chain):
+                continue
             prefix = f"{name}.parametrizations.{tensor}."
             parts = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
             weights[f"{name}.{tensor}"] = functional_call(chain, parts, ())
     return weights
+
+
+def _is_ours(chain: Iterable[nn.Module]) -> bool:
+    return all(isinstance(part, Masked | Quantized) for part in chain)
 
 
 @torch.no_grad()
@@ -80,14 +91,13 @@ def compression_summary(network: nn.Module, job: Job, recipe: dict, image_size: 
     total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     zeros = counted = 0
     for name, module in network.named_modules():
-        if not is_parametrized(module, "weight"):
+        if not is_parametrized(module, "weight") or not _is_ours(module.parametrizations["weight"]):
             continue
         weight, chain = weights[f"{name}.weight"], list(module.parametrizations["weight"])
         bits = next((part.bits for part in chain if isinstance(part, Quantized)), 32)
         if bits < 32:
             total += weight.numel() * bits // 8 + len(weight) * SCALE_BYTES - weight.numel() * weight.element_size()
-        if any(isinstance(part, Masked | Quantized) for part in chain):
-            zeros, counted = zeros + int((weight == 0).sum()), counted + weight.numel()
+        zeros, counted = zeros + int((weight == 0).sum()), counted + weight.numel()
     return {
         "init": job.compress.init,
         "weight_bits": recipe["weight_bits"],

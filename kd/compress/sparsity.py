@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from kd.errors import require
-from kd.models import probe
+from kd.models import head_layers, probe
 
 KINDS = (nn.Conv2d, nn.Linear)
 
@@ -52,13 +52,13 @@ def sparsify(network: nn.Module, layers: tuple[str, ...], sparsity: float) -> No
         register_parametrization(modules[name], "weight", Masked(mask))
 
 
-def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str) -> tuple[str, ...]:
+def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str, classes: int) -> tuple[str, ...]:
     """Dotted names of the layers to compress, in the order in which they run.
 
-    The first and the last layer stay as they are, as in arXiv:1711.05852 and arXiv:1709.01134: they have few of the
-    weights, and rounding them costs the most accuracy. Layers that never run as a module, such as the projections in
-    nn.MultiheadAttention, are left out.
-    Raises: UserError if no layer is left.
+    The first and the last layer, of two heads over the classes both, stay as they are, as in arXiv:1711.05852 and
+    arXiv:1709.01134: they have few of the weights, and rounding them costs the most accuracy. Layers that never run as
+    a module, such as the projections in nn.MultiheadAttention, are left out.
+    Raises: UserError if no layer is left, or one computes its weight from others (weight norm).
     """
     called: list[str] = []
     layers = {key: module for key, module in network.named_modules() if isinstance(module, KINDS)}
@@ -70,7 +70,11 @@ def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str) -> 
             hook.remove()
     order = tuple(dict.fromkeys(called))
     require(len(order) > 2, f"model {name}: has no layer between its first and its last one to compress")
-    return order[1:-1]
+    heads = head_layers(name, network, classes)
+    inner = tuple(layer for layer in order[1:-1] if layer not in heads)
+    own = [layer for layer in inner if is_parametrized(layers[layer])]
+    require(not own, f"model {name}: {', '.join(own[:3])} has a parametrization of its own; compress it without")
+    return inner
 
 
 def _append_name(called: list[str], key: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:

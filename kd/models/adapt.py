@@ -1,9 +1,14 @@
-"""Layers put before a pretrained network, so that it takes the student's images: other normalisation, other size."""
+"""Layers put before a pretrained network, so that it takes the student's images: other normalisation, other size.
+And BatchNorm over all processes in place of a network's own."""
+
+import sys
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from kd.errors import require
 
 
 class Renormalize(nn.Module):
@@ -34,3 +39,31 @@ def resize_input(network: nn.Module, size: tuple[int, int]) -> None:
     """Resize images to `size` before anything else that happens to the network's input."""
     resize = Resize(size)
     network.register_forward_pre_hook(lambda _, images: resize(*images), prepend=True)
+
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def synchronise_batchnorm(network: nn.Module) -> None:
+    """Make each BatchNorm normalise over the batches of all processes, in place; hooks on it stay.
+
+    timm's BatchNorm with an activation inside becomes timm's own. Raises: UserError for a BatchNorm that computes
+    something else: PyTorch's conversion would leave that out.
+    """
+    before, timm = dict(network.named_modules()), sys.modules.get("timm")  # if it built the network, it is imported
+    own = (timm.layers.BatchNormAct2d,) if timm else ()
+    norms = {name: module for name, module in before.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    usual = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+    other = [name for name, norm in norms.items() if not isinstance(norm, own) and type(norm).forward not in usual]
+    names = ", ".join(other[:3])
+    require(not other, f"--sync-batchnorm: {names} computes more than BatchNorm does; leave the flag out")
+    convert = timm.layers.convert_sync_batchnorm if timm else nn.SyncBatchNorm.convert_sync_batchnorm
+    convert(network)
+    for name, module in network.named_modules():
+        old = before.get(name, module)
+        if old is not module:
+            for kind in HOOKS:
+                getattr(module, kind).update(getattr(old, kind))

@@ -16,6 +16,8 @@ from kd.runs.results import Run
 from kd.utils.files import read_json, write_json
 from kd.utils.processes import same_threads
 
+COUNTED = 2  # how; 1 left out a fused attention
+
 TIMING_SECONDS = 3.0  # roughly, for each network
 
 # Flags that change a network's cost, beside its model and data.
@@ -53,7 +55,8 @@ class Costs:
             try:
                 stored = read_json(path)
                 networks = {key: Cost(*values) for key, values in stored["networks"].items()}
-                self._measured = networks if stored["machine"] == self.machine else {}
+                alike = (stored["machine"], stored.get("counted", 1)) == (self.machine, COUNTED)
+                self._measured = networks if alike else {}
             except (UserError, KeyError, TypeError, AttributeError):
                 self._measured = {}  # malformed: measured again
 
@@ -68,5 +71,5 @@ class Costs:
             except Exception as error:  # anybody's code may raise anything; the report goes on
                 self.notes[str(run.path)] = str(error)
                 return None
-            write_json(self.path, {"machine": self.machine, "networks": self._measured})
+            write_json(self.path, {"machine": self.machine, "counted": COUNTED, "networks": self._measured})
         return self._measured[key]

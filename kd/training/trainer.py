@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from kd.config import FitConfig, Job
@@ -21,6 +21,7 @@ from kd.data import Data
 from kd.data.loader import Batches
 from kd.errors import Preempted, UserError
 from kd.losses.base import Distiller
+from kd.models.adapt import synchronise_batchnorm
 from kd.runs import checkpoint
 from kd.runs.checkpoint import State, Weights, check_position
 from kd.runs.folder import RunFolder
@@ -368,7 +369,7 @@ def prepare_distiller(distiller: Distiller, job: Job, accelerator: Accelerator) 
     """Move `distiller` to the device in place, as it will be trained; returns its optimizer."""
     config = job.fit
     if config.sync_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+        synchronise_batchnorm(distiller)
     distiller.to(accelerator.device, memory_format=memory_format(config))
     if accelerator.scaler is not None:  # of fp16: a teacher trained before in this process must leave no trace
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())

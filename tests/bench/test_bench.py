@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kd.bench import __main__ as bench
-from kd.bench import measure
+from kd.bench import measure, startup
 from kd.bench.measure import Loop, Shape, Workload, Workloads, shape_of, summarise, time_in_turns
 from kd.config import DataConfig
 from kd.data import Split, load_data, loader
@@ -39,6 +39,31 @@ PLAIN = "tests.networks:plain"
 def test_wrong_flags_are_refused_before_any_data_is_read(flags, words):
     with pytest.raises(UserError, match=words):
         bench.main(bench.BenchConfig(data="no such data", **flags))
+
+
+def test_the_time_to_the_first_step_is_that_of_one(monkeypatch):
+    steps = []
+    monkeypatch.setattr(measure.Workloads, "evaluation", lambda self: Workload(lambda: None))
+    monkeypatch.setattr(measure.Workloads, "_distiller", counted(measure.Workloads._distiller, steps))
+    clock = iter(map(float, range(100)))
+    monkeypatch.setattr(startup.time, "perf_counter", lambda: (steps.append("clock"), next(clock))[1])
+    startup.main({"data": "synthetic", "model": PLAIN, "teacher_model": PLAIN, "threads": 1})
+    first = [number for number, what in enumerate(steps) if what == "clock"][1:3]
+    assert steps[first[0] : first[1]].count("step") == 1
+
+
+def counted(build, steps: list):
+    def built(self):
+        distiller = build(self)
+        distiller.register_forward_hook(lambda *_: steps.append("step"))
+        return distiller
+
+    return built
+
+
+def test_images_of_several_sizes_are_brought_to_one():
+    config = bench.BenchConfig(data="photos", image_size=32, label="kind")
+    assert config.job().data == config.images == DataConfig("photos", image_size=32, label="kind")
 
 
 @pytest.mark.slow

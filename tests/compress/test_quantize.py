@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import kd
@@ -107,13 +108,29 @@ def test_values_are_rounded_to_the_last_bit_and_gradients_are_not():
 
 
 def test_inner_layers_are_all_but_the_first_and_the_last():
-    assert inner_layers(networks.deep(4), (8, 8), "deep") == ("3", "6")
-    names = inner_layers(build_model("resnet8", 4, (8, 8)), (8, 8), "resnet8")
+    assert inner_layers(networks.deep(4), (8, 8), "deep", 4) == ("3", "6")
+    names = inner_layers(build_model("resnet8", 4, (8, 8)), (8, 8), "resnet8", 4)
     assert names[0] == "layer1.0.conv1"
     assert {"conv1", "fc"}.isdisjoint(names)
     assert "layer3.0.shortcut.0" in names
     with pytest.raises(UserError, match="plain: has no layer between its first and its last one"):
-        inner_layers(networks.plain(4), (8, 8), "plain")
+        inner_layers(networks.plain(4), (8, 8), "plain", 4)
+
+
+def test_a_layer_that_computes_its_weight_is_not_compressed():
+    network = networks.deep(4)
+    weight_norm(network[3])
+    with pytest.raises(UserError, match="deep: 3 has a parametrization of its own; compress it without"):
+        inner_layers(network, (8, 8), "deep", 4)
+
+
+@pytest.mark.timm
+def test_both_heads_of_a_distilled_transformer_stay_as_they_are():
+    arguments = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    name = "timm/deit_tiny_distilled_patch16_224"
+    layers = inner_layers(build_model(name, 4, (32, 32), arguments=arguments), (32, 32), name, 4)
+    assert {"patch_embed.proj", "head", "head_dist"}.isdisjoint(layers)
+    assert "blocks.1.mlp.fc2" in layers
 
 
 def test_a_low_precision_student_resumes_to_the_same_bytes_and_is_saved_with_its_levels(trained, monkeypatch):

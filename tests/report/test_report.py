@@ -376,6 +376,10 @@ def test_figures_are_there_and_embedded(monkeypatch):
     monkeypatch.setattr(plots, "render", lambda *_: b"png")
     report(["runs"])
     assert json.loads(Path("report/costs.json").read_text())["networks"] == costs, "measured once"
+    edit(Path("report/costs.json"), counted=1, networks={key: [1, 1, 1.0] for key in costs})
+    report(["runs", "--trust-code"])
+    again = json.loads(Path("report/costs.json").read_text())["networks"]
+    assert [cost[0] for cost in again.values()] == [cost[0] for cost in costs.values()], "counted as it is now"
 
 
 def place(text: str, *parts: str) -> list[int]:
