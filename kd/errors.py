@@ -195,6 +195,8 @@ def remedy_for(error: BaseException) -> str | None:
             "cannot write to disk: free some space, then continue with --resume (saved checkpoints are intact)"
             f" ({text[:200]})"
         )
+    if isinstance(error, PermissionError):
+        return f"no permission ({error.strerror}: {error.filename}); name another path, or change its permissions"
     if "Expected to have finished reduction" in text:
         return (
             "some parameters got no gradient, which fails with several processes: freeze them (requires_grad_(False))"

@@ -4,6 +4,7 @@ import os
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 
 def plain(num_classes: int) -> nn.Module:
@@ -224,3 +225,25 @@ def pooled_product(num_classes: int) -> nn.Module:
             return image.mean(dim=(2, 3)) @ self.weight
 
     return Product()
+
+
+class Inside(nn.Module):
+    """All of it in a part that is called as DDP calls its own."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.module = normalised(num_classes)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.module(image)
+
+
+def inside_module(num_classes: int) -> nn.Module:
+    return Inside(num_classes)
+
+
+def weight_normed(num_classes: int) -> nn.Module:
+    """A convolution whose weight is computed from a length and a direction."""
+    network = plain(num_classes)
+    weight_norm(network[0])
+    return network

@@ -22,6 +22,11 @@ from tests.run_scripts import script
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "give a smaller --batch-size"),
         (torch._dynamo.exc.Unsupported("no"), 2, "add --no-compile"),
         (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write to disk: free some space, then continue with"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            2,
+            "no permission (Permission denied: /x)",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -30,6 +30,13 @@ def read_flags(path: Path) -> dict[str, Any]:
     require(valid, f"--config {path}: holds no flags; write one a line, as in `epochs: 3`")
     flags = _flags_of_a_run(content) if {"flags", "identity"} <= content.keys() else content
     flags = {name.removeprefix("--").replace("_", "-"): value for name, value in flags.items()}
+    for name in ("preset", "data", "method"):  # read before the others, whose defaults depend on them
+        value = flags.get(name)
+        require(
+            value is None or (isinstance(value, str | int | float) and not isinstance(value, bool)),
+            f"--config {path}: {name} is {value!r}; give one word",
+        )
+        flags |= {} if value is None else {name: str(value)}
     if isinstance(source := flags.get("cache-teacher"), str):  # as in `--cache-teacher hub:USER/NAME`
         flags |= {"cache-teacher": True, "cache-from": source}
     return flags

@@ -9,12 +9,13 @@ import importlib.util
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from kd.config.model_args import format_model_args, parse_model_args
-from kd.errors import nearest, require
+from kd.errors import UserError, nearest, require
 
 MAX_PADDING = 4096  # pixels
 
@@ -472,6 +473,11 @@ class RunConfig:
     probe_label: Annotated[str | None, arg(metavar="COLUMN")] = None
     """Label column of --probe, if there are several."""
 
+    @property
+    def folder(self) -> Path | None:
+        """--out, with ~ expanded. Raises RuntimeError if that user does not exist."""
+        return Path(self.out).expanduser() if self.out else None
+
     def check(self) -> None:
         require(self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more")
         require(self.diagnose_every >= 0, f"--diagnose-every {self.diagnose_every}: give 0 or more")
@@ -498,6 +504,10 @@ class RunConfig:
             "--resume-inexact: give --resume or --auto-resume with it",
         )
         require(not self.extend or self.out is not None, "--extend: name the finished run by --out")
+        try:
+            self.folder  # noqa: B018
+        except RuntimeError as error:
+            raise UserError(f"--out {self.out}: {error}; write the whole path") from error
         require(
             "wandb" in self.track or self.wandb != "online",
             f"--wandb online: --track {' '.join(self.track)} leaves W&B out; add wandb to it",

@@ -529,7 +529,8 @@ class VIDConfig(FeatureFlags):
 
     def check(self) -> None:
         super().check()
-        positive(self, "initial_variance")
+        value = self.initial_variance
+        require(1e-5 < value <= 700, f"--initial-variance {value}: give a number above 1e-5, up to 700")
 
 
 @dataclass(frozen=True)

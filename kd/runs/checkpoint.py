@@ -25,7 +25,7 @@ from kd.utils.files import (
     host_copies,
     is_number,
     read_json,
-    read_weights,
+    read_tensors,
     remove_tree,
     sha256_file,
     sync_folder,
@@ -249,7 +249,7 @@ def read(checkpoint: Path) -> Saved:
     """Raises UserError naming the file that cannot be read."""
     optional = [path for path in (checkpoint / "best.safetensors", checkpoint / AVERAGE) if path.exists()]
     files = [checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors", *optional]
-    return Saved(read_json(checkpoint / "state.json"), {path.stem: read_weights(path) for path in files})
+    return Saved(read_json(checkpoint / "state.json"), {path.stem: read_tensors(path) for path in files})
 
 
 def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[State, Weights]:

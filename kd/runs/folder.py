@@ -157,7 +157,7 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs =
     _check_alike(identity)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.role}-{job.model}-seed{job.fit.seed}-{digest}".replace("/", ".").replace(":", ".")
-    run = RunFolder(Path(job.run.out) if job.run.out else Path("runs") / job.preset / name, identity)
+    run = RunFolder(job.run.folder or Path("runs") / job.preset / name, identity)
     new_config = lambda wandb_id: run_config(job, run.identity, wandb_id, data, accelerator)  # noqa: E731
 
     def claim() -> tuple:
@@ -184,11 +184,9 @@ def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: 
     """Lock the folder and find out what is in it; a new run's config.json is written."""
     try:
         announce(job.role, run.path)
-        require(
-            run.path.exists() or not job.run.resume,
-            f"--resume: {run.path} has no checkpoint; leave the flag out to start",
-        )
-        run.lock = _make_folder(run.path)
+        check_folder(run.path, job.run.resume)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.lock = Lock(run.path / "lock")
         if job.run.auto_resume:  # another student may be training this very teacher or control: wait and share it
             wait_for(run.lock, f"waiting for another process to finish {run.path}")
         else:
@@ -207,16 +205,17 @@ def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: 
         raise
 
 
-def _make_folder(path: Path) -> Lock:
-    """Make the folder, or check that it is a run's; returns its lock, not yet acquired."""
-    path.mkdir(parents=True, exist_ok=True)
+def check_folder(path: Path, resume: bool) -> None:
+    """Raise UserError if there is nothing to `resume`, or the folder is there and no run's."""
+    require(path.exists() or not resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
+    if not path.exists():
+        return
     # A kill during the very first write leaves these two; they are of no value.
     names = sorted(entry.name for entry in path.iterdir() if entry.name not in ("lock", ".config.json.partial"))
     require(
         not names or "config.json" in names,
         f"{path} is not a run folder (it has {', '.join(names[:3])}); choose another --out",
     )
-    return Lock(path / "lock")
 
 
 def _read_state(run: RunFolder, job: Job, labelled: bool = True) -> None:

@@ -132,7 +132,7 @@ def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) ->
     method = f"{job.model} with {job.role}" if job.method.needs_teacher else f"{job.model} with cross-entropy"
     taught = f", teacher {' + '.join(teachers)}" if teachers else ""
     beside = ", and alone for comparison" if control else ""
-    out = job.run.out or f"runs/{job.preset}/"
+    out = job.run.folder or f"runs/{job.preset}/"
     own = job.preset == default_preset(job.data.source) == "own"
     chosen = "; --preset own, the default for data other than CIFAR-100" if own else ""
     begun = f" from {job.compress.init}" if job.compress.init else ""

@@ -231,8 +231,12 @@ def check_optimizer(fit: FitConfig) -> None:
         optimizer = build(dataclasses.replace(fit, lr=fit.lr or 0.1), {Kind(1.0, True, True): parameters}, {})
         from timm.optim import get_optimizer_info
 
+        known = get_optimizer_info(short)
+        for flag, taken in (("betas", known.has_betas), ("eps", known.has_eps)):
+            given = getattr(fit, flag) not in ((), None)
+            require(taken or not given, f"--{flag}: {fit.optimizer} has none; leave it out")
         require(
-            not get_optimizer_info(short).second_order,
+            not known.second_order,
             f"--optimizer {fit.optimizer}: needs second derivatives, which no step here computes; take another one",
         )
         sum((parameter**2).sum() for parameter in parameters).backward()

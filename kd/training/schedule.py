@@ -19,7 +19,9 @@ def lr_at(step: int, steps_per_epoch: int, config: FitConfig) -> float:
         warmup = ONE_CYCLE_RISE * steps
     top, bottom, start = config.lr, config.min_lr, config.warmup_start
     if step < warmup:
-        return top * (step + 1) / warmup if start is None else start + (top - start) * step / warmup
+        if start is not None:
+            return start + (top - start) * step / warmup
+        return top * (step + 1) / warmup if step + 1 <= warmup else top  # in the last part of a step it has arrived
     if config.schedule == "cosine":
         return bottom + (top - bottom) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
     if config.schedule == "one-cycle":

@@ -1,6 +1,8 @@
 """What a training needs before its first step: the network, its method, and checks before anything slow."""
 
 import dataclasses
+import errno
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.libraries import checkpoint_gradients
 from kd.models.pretrained import expand_user, is_pretrained, load_into, load_pretrained, origin_of
+from kd.runs.folder import check_folder
 from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
 from kd.training.optimizers import check_network
@@ -319,8 +322,8 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         print_once(line)
     layers, _ = loss.layers(job.method, stages(job.model, network.module, len(data.classes)), None)
     probe(network.module, data.size, "student", layers)
-    if job.run.out:
-        from_main(lambda: check_writable(Path(job.run.out)))
+    if job.run.folder is not None:
+        from_main(lambda: check_writable(job.run.folder, job.run.resume))
 
 
 def few_for_batchnorm(network: nn.Module, fit: FitConfig, processes: int) -> str | None:
@@ -339,11 +342,14 @@ def few_for_batchnorm(network: nn.Module, fit: FitConfig, processes: int) -> str
     )
 
 
-def check_writable(out: Path) -> None:
-    """Raises UserError if a new folder `out` could not be made; leaves nothing behind."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+def check_writable(out: Path, resume: bool = False) -> None:
+    """Raises UserError if no run can be written to, or resumed in, the folder `out`; leaves nothing behind."""
     try:
-        if there != out or not out.is_dir():  # a folder that exists already is checked when the run is opened
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        check_folder(out, resume)
+        if there != out:
             tempfile.TemporaryDirectory(dir=there).cleanup()
+        elif not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error}); choose another --out") from error

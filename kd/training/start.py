@@ -35,7 +35,7 @@ from kd.runs.nodes import is_elsewhere, share_run
 from kd.runs.results import checked_weights_sha256, read_model
 from kd.teachers.load import match_classes
 from kd.utils.console import print_once
-from kd.utils.files import read_weights
+from kd.utils.files import read_tensors
 from kd.utils.processes import all_do, from_main
 
 PUBLISHED = "pretrained"  # as --init: the weights that the library publishes for the job's own network
@@ -156,7 +156,7 @@ def _read_run(name: str, job: Job, flags: Flags) -> Start:
     )
     size = tuple(info.get("resized") or info["image_size"])
     expected = tuple(info["classes"]), size, tuple(info["mean"]), tuple(info["std"])
-    weights = Pretrained(model, read_weights(folder / "model.safetensors"), *expected, ordered=False)
+    weights = Pretrained(model, read_tensors(folder / "model.safetensors"), *expected, ordered=False)
     return Start(weights._replace(flags=flags, model_args=info.get("model_args")), sha256, info)
 
 

@@ -137,16 +137,17 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_atomically(path, save)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, without the prefixes of DDP and torch.compile in their names.
-
-    Raises UserError naming the file if it cannot be read.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, under the names that it has. Raises UserError naming the file if it cannot be read."""
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    return without_prefixes(weights, path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """As read_tensors, without the prefixes of DDP and torch.compile in the names, for files that others wrote."""
+    return without_prefixes(read_tensors(path), path)
 
 
 def without_prefixes(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -161,7 +162,9 @@ def without_prefixes(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:
     """Load weights strictly: all must be there, fit and be finite. Raises UserError naming the first that do not."""
-    weights = read_weights(path)
+    weights = read_tensors(path)
+    if weights.keys() != network.state_dict().keys():  # a network may have parts that are called as the wrappers are
+        weights = without_prefixes(weights, path)
     if bad := not_finite(weights):
         raise UserError(f"{path}: {bad} holds NaN or infinity; no trained network has such weights")
     try:

@@ -167,3 +167,21 @@ def test_a_wrong_value_is_refused_as_if_typed(tmp_path, capsys):
 def test_a_run_of_the_other_script_is_named_as_such(run, defaults, name):
     with pytest.raises(UserError, match=f"config.json: has the flags of {name}; give it to that"):
         parse(defaults, "", ["--config", str(OLD_RUNS / run / "config.json")])
+
+
+def test_a_file_without_a_method_is_for_any_of_them(tmp_path):
+    common = yaml_file(tmp_path, "label-smoothing: 0.1\ntemperature: 3\nepochs: 7\n")
+    kd, dkd, none = (student("--config", common, *method) for method in ([], ["dkd"], ["none"]))
+    assert {config.fit.epochs for config in (kd, dkd, none)} == {7}
+    assert {config.method.label_smoothing for config in (kd, dkd, none)} == {0.1}
+    assert (kd.method.temperature, dkd.method.temperature) == (3, 3)
+    assert student("--config", common, "dkd", "--temperature", "5").method.temperature == 5
+    own = yaml_file(tmp_path, "method: kd\nlabel-smoothing: 0.1\n")
+    assert student("--config", own, "dkd").method.label_smoothing == 0, "another method than the file's"
+
+
+@pytest.mark.parametrize("name", ["preset", "data", "method"])
+def test_what_defaults_depend_on_is_one_word(name, tmp_path):
+    with pytest.raises(UserError, match=rf"{name} is \['own'\]; give one word"):
+        student("--config", yaml_file(tmp_path, f"{name}: [own]\n"))
+    assert student("--config", yaml_file(tmp_path, "data: 2024\n")).data.source == "2024"

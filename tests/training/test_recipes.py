@@ -25,6 +25,7 @@ from kd.runs import checkpoint
 from kd.teachers.load import TeacherNetwork
 from kd.training import optimizers, trainer
 from kd.training.average import Average, too_long, weights_in
+from kd.training.optimizers import check_optimizer
 from kd.training.schedule import lr_at
 from kd.training.setup import build_distiller, settle_by_data
 from tests.conftest import ROOT
@@ -480,7 +481,7 @@ def test_row_25_row_46_two_processes_accumulate_and_average_as_one_does():
     assert one.returncode == 0, one.stderr
     for line, other in zip(metrics_of(Path("one")), metrics_of(Path("two")), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
-    tensors = [checkpoint.read_weights(newest_checkpoint(Path(name)) / "ema.safetensors") for name in ("one", "two")]
+    tensors = [checkpoint.read_tensors(newest_checkpoint(Path(name)) / "ema.safetensors") for name in ("one", "two")]
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-5)
 
@@ -496,7 +497,7 @@ def test_gradient_checkpointing_computes_the_same():
     args += ["--val-fraction", "0.9", "--optimizer", "adamw", "--ema", "0.9", "--lr", "0.0001"]
     teach("--out", "plain", *args)
     teach("--out", "twice", *args, "--gradient-checkpointing")
-    ours, theirs = (checkpoint.read_weights(Path(name, "model.safetensors")) for name in ("plain", "twice"))
+    ours, theirs = (checkpoint.read_tensors(Path(name, "model.safetensors")) for name in ("plain", "twice"))
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
 
@@ -600,3 +601,29 @@ def test_checkpoints_of_impossible_steps_are_refused():
     checkpoint.check_position(checkpoint.State(step=9, history=[{}, {}, {}]), 4, 9)
     with pytest.raises(UserError, match="impossible"):
         checkpoint.check_position(checkpoint.State(step=9, history=[{}] * 4), 4, 9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"epochs": 1, "warmup_epochs": 0.04}, 10),
+        ({"epochs": 2, "warmup_epochs": 0.5}, 5),
+        ({"epochs": 1, "schedule": "one-cycle"}, 4),
+        ({"epochs": 1, "warmup_epochs": 0.07}, 100),
+    ],
+)
+def test_no_step_of_a_warm_up_is_above_the_peak(flags, steps):
+    """It may end within a step."""
+    fit = FitConfig(lr=0.2, **flags)
+    rates = [lr_at(step, steps, fit) for step in range(fit.total_steps(steps))]
+    assert max(rates) <= 0.2
+    assert max(rates) == pytest.approx(0.2, rel=0.2)
+
+
+@pytest.mark.timm
+@pytest.mark.parametrize("flags", [{"betas": (0.9, 0.99)}, {"eps": 1e-3}])
+def test_timms_optimizers_refuse_what_they_do_not_have(flags):
+    (name,) = flags
+    with pytest.raises(UserError, match=f"--{name}: timm/sgdw has none; leave it out"):
+        check_optimizer(FitConfig(lr=0.1, optimizer="timm/sgdw", **flags))
+    check_optimizer(FitConfig(lr=0.1, optimizer="timm/adamw", **flags))

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import distill_student
+import kd
 from kd.errors import Preempted, UserError
 from kd.runs import checkpoint
 from kd.runs.checkpoint import State
@@ -478,6 +480,38 @@ def test_row_24_prefixes_of_wrappers_are_stripped_and_a_part_called_module_is_no
     assert files.read_weights(path).keys() == {"a", "b"}
     files.write_weights(path, {"module.a": torch.zeros(2), "fc": torch.ones(1)})
     assert files.read_weights(path).keys() == {"module.a", "fc"}
+
+
+@pytest.mark.parametrize("network", ["inside_module", "weight_normed"])
+def test_a_network_keeps_its_names_whatever_they_are(network, monkeypatch):
+    """One whose parts are called as wrappers are, and one that computes its weights from others."""
+    flags = ["--model", f"tests.networks:{network}", "--ema", "0.9"]
+    assert differs_when_killed(monkeypatch, lambda *args: teach(*flags, *args), 7) == []
+    kd.load("run", trust_code=True)
+    teach(*flags[:2], "--init", "run", "--epochs", "1", "--out", "again")
+
+
+def test_row_33_where_nothing_can_be_written_is_said_before_a_teacher_is_trained(monkeypatch):
+    monkeypatch.setattr(distill_student, "train", lambda *_: pytest.fail("trained"))
+    Path("results").mkdir()
+    Path("results/notes.txt").touch()
+    for flags, message in (
+        (["--out", "results"], r"results is not a run folder \(it has notes.txt\)"),
+        (["--out", "new", "--resume"], "--resume: new has no checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distil(*flags)
+    Path("closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path))
+    with pytest.raises(UserError, match=r"cannot write to closed \(.*Permission denied\); choose another --out"):
+        distil("--out", "closed")
+
+
+def test_a_home_folder_is_where_it_was_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    teach("--epochs", "1", "--out", "~/runs/x")
+    assert (tmp_path / "home/runs/x/summary.json").exists()
+    assert not Path("~").exists()
 
 
 def test_row_1_with_two_views_killed_in_the_middle_of_an_epoch(monkeypatch):
