@@ -187,6 +187,12 @@ def _telling() -> Iterator[None]:
         raise
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether it says so, of a device or of the host. Its first note is the batch size, if that is known."""
+    text = f"{type(error).__name__}: {error}"
+    return any(words in text for words in ("OutOfMemory", "MemoryError", "can't allocate memory"))
+
+
 def remedy_for(error: BaseException) -> str | None:
     """The message for an error of torch or the system that the user can mend; None for any other."""
     text = f"{type(error).__name__}: {error}"
@@ -207,8 +213,9 @@ def remedy_for(error: BaseException) -> str | None:
             "BatchNorm got a single value for each channel: give a larger --batch-size, fewer processes, a smaller"
             " --accumulate, or larger images"
         )
-    if "OutOfMemory" in text or "MemoryError" in text or "can't allocate memory" in text:
-        return f"out of memory: give a smaller --batch-size, which changes the recipe ({text[:200]})"
+    if is_out_of_memory(error):
+        now = "".join(f" than {note}" for note in getattr(error, "__notes__", ())[:1])
+        return f"out of memory: give a smaller --batch-size{now}, which changes the recipe ({text[:200]})"
     if "DataLoader worker" in text:  # torch's name for a process that decodes images
         return (
             f"a worker that decodes images died: give fewer --workers, or 0, and continue with --resume ({text[:200]})"

@@ -12,11 +12,13 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from kd import metrics
 from kd.config import DataConfig, DistillConfig
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults
@@ -231,9 +233,12 @@ def test_the_report_reads_a_run_right_or_lists_it(finished, data, name):
     runs, others = results.collect_runs(["copy"])
     assert len(runs) + len(others) == 1
     for run in runs:
-        assert isinstance(run, results.Run)
         refused(lambda run=run: results.read_history(run))
-        refused(lambda run=run: results.read_test_logits(run.path, run.summary))
+        read = []
+        if not refused(lambda run=run, read=read: read.append(results.read_test_logits(run.path, run.summary))):
+            ((logits, labels),) = read
+            assert len(labels) == run.summary["test_images"]
+            assert abs(metrics.top_k(logits, labels, 1) - run.summary["test_top1"]) < 1e-6
     if name == "summary.json":
         refused(lambda: show_results(Path("copy")))
 
@@ -278,7 +283,10 @@ def test_decoded_data_is_believed_only_if_it_is_whole(data):
     sound = Path("copy", name).read_bytes()
     Path("copy", name).write_bytes(data.draw(broken(json.loads(sound)) if name == "meta.json" else damaged(sound)))
     found = cache._load(Path("copy"))
-    assert found is None or found[2] == wanted.fingerprint
+    if found is not None:
+        assert found[2] == wanted.fingerprint
+        assert np.array_equal(found[0]["test"].images, wanted.test.images)
+        assert np.array_equal(found[0]["test"].labels, wanted.test.labels)
 
 
 FLAGS = ["--lr", "--epochs", "--batch-size", "--momentum", "--weight-decay", "--warmup-epochs", "--clip-norm", "--seed"]

@@ -5,6 +5,7 @@
 
 import glob
 import logging
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,6 +54,11 @@ def load_folder(folder: TableFolder, streaming: bool = False, **options) -> Load
     except UserError:
         raise
     except Exception as error:  # each format has errors of its own
+        empty = re.search(r'Instruction "(\w+)" corresponds to no data', str(error))
+        if empty:
+            raise UserError(
+                f"--data {path}: the {empty[1]} split is empty; give it rows, or delete its file"
+            ) from error
         raise UserError(
             f"--data {path}: no readable image data ({folder.described}; {one_line(root_cause(error))}); give folders"
             " of images named after their classes in train/ and test/, or parquet files"

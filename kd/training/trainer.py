@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from kd.config import FitConfig, Job
 from kd.data import Data
 from kd.data.loader import Batches
-from kd.errors import Preempted, UserError
+from kd.errors import Preempted, UserError, is_out_of_memory
 from kd.losses.base import Distiller
 from kd.models.adapt import synchronise_batchnorm
 from kd.runs import checkpoint
@@ -114,9 +115,11 @@ class Trainer:
             self._contexts = contexts.pop_all()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if is_out_of_memory(error):
+            error.add_note(str(self.job.fit.batch_size))
         self.data.close()
-        self._contexts.__exit__(*exception)
+        self._contexts.__exit__(kind, error, trace)
 
     def epochs(self) -> range:
         """The epochs that are left to train, from 0."""

@@ -106,11 +106,14 @@ def test_the_second_start_decodes_nothing(folder, monkeypatch):
 def test_a_bit_flipped_in_the_decoded_data_is_noticed(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     first = load_data(DataConfig(source=str(folder)))
+    before = first.train.images.clone()
     (path,) = cache_root().glob("data/*/train.images.npy")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert load_data(DataConfig(source=str(folder))).fingerprint == first.fingerprint
+    again = load_data(DataConfig(source=str(folder)))
+    assert again.fingerprint == first.fingerprint
+    assert torch.equal(again.train.images, before)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
@@ -146,7 +149,7 @@ def test_label_columns_of_names_and_numbers(tmp_path):
     [
         ({"label": [0]}, {"label": ClassLabel(names=["a"])}, "no image column; it has label"),
         ({"img": [picture(0)], "text": ["x"]}, {"img": ImageFeature(), "text": Value("string")}, "no label column"),
-        ({"img": [], "label": []}, FEATURES, "corresponds to no data"),
+        ({"img": [], "label": []}, FEATURES, "the train split is empty"),
         ({"img": [picture(0), None], "label": [0, 1]}, FEATURES, r"train row 1 .*: not a readable image"),
         (
             {"img": [{"bytes": b"junk", "path": "x.png"}], "label": [0]},

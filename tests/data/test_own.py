@@ -48,6 +48,7 @@ def larger():
     return {"train": Pictures(24), "test": resized}
 def mostly(): return {"train": Seldom(24), "test": Pictures(9)}
 def listed(): return [Pictures(24), Pictures(9)]
+def empty(): return {"train": Pictures(24), "test": []}
 def no_train(): return {"test": Pictures(9)}
 def streams(): return {"train": iter([]), "test": iter([])}
 def numbers(): return {"train": [(Image.new("RGB", (12, 12)), "red")], "test": Pictures(9)}
@@ -132,6 +133,7 @@ def test_the_fingerprint_is_that_of_the_same_images_elsewhere(tmp_path, module):
         ("mostly_broken", "train row 4: differs when it is read again; leave random transforms out"),
         ("listed", r"returned list; it must return \{\"train\": dataset"),
         ("no_train", "no train split; it has test"),
+        ("empty", "the test split is empty"),
         ("streams", "its train is list_iterator, without a length"),
         ("numbers", "train row 0: label 'red' is no class number"),
         ("many", "there is the label 7, and 3 class names"),

@@ -155,13 +155,16 @@ def test_data_that_does_not_fit_is_decoded_by_workers(folder, monkeypatch, capsy
     assert "data: in memory, decoded once (0.0384 MB, which fit half of" in capsys.readouterr().out
 
 
-def test_row_45_a_killed_worker_ends_in_one_line_with_the_remedy():
+def test_row_45_a_killed_worker_ends_in_one_line_with_the_remedy(capsys):
     """The next test kills a real worker, in a process of its own: torch raises from a signal handler at any place."""
 
     def fail() -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     assert exit_code(fail) == 2
+    said = capsys.readouterr().err
+    assert "give fewer --workers, or 0, and continue with --resume" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from kd.export.__main__ import main
 from kd.export.deployed import Deployed, bake
 from kd.export.int8 import Quantized
 from kd.export.measure import candidates, format_verdicts, measure_files
+from kd.export.source import read_source
 from kd.models import build_model
 from kd.models.cost import count_params
 from kd.predict import main as predict
@@ -546,6 +547,15 @@ def test_a_file_kept_on_request_carries_a_warning_everywhere(run, flags, agreeme
         assert "1 of 9 layers stay in float32 (conv1)" in text
     assert printed.err.startswith("warning: model.int8.onnx predicts otherwise") == warned
     assert warned or printed.err == ""
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_float_file_that_answers_otherwise_is_refused(run, rounding):
+    source = read_source(run, False)
+    right = lambda images: source.network(torch.from_numpy(images)).detach().numpy()  # noqa: E731
+    assert build.compare_with_torch(source, rounding, "model.onnx", right) == 0
+    with pytest.raises(UserError, match=r"model.onnx: its logits differ from torch's by up to 1 .*nothing was written"):
+        build.compare_with_torch(source, rounding, "model.onnx", lambda images: right(images) + 1)
 
 
 def test_a_slower_file_is_called_slower():

@@ -25,7 +25,7 @@ import kd
 from kd.data import Data, Split
 from kd.errors import Preempted, UserError, exit_code
 from kd.report.__main__ import main as report
-from kd.runs import checkpoint
+from kd.runs import checkpoint, results
 from kd.teachers.cache import LogitStore
 from kd.training.evaluate import predict_logits
 from kd.training.meter import Meter
@@ -285,10 +285,12 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json", "summary.json", "test_logits.safetensors"])
 def test_row_49_nothing_of_a_strangers_is_unpickled(finished, name):
     shutil.copytree(finished, "stranger")
-    Path("stranger", name).write_bytes(pickle.dumps(Bomb()))
-    if not name.startswith("test"):
-        with pytest.raises(UserError, match=name):
-            kd.load("stranger")
+    path, summary = Path("stranger", name), json.loads((finished / "summary.json").read_text())
+    path.write_bytes(pickle.dumps(Bomb()))
+    if name == "model.safetensors":  # whose hash fits, as a stranger's would
+        Path("stranger/summary.json").write_text(json.dumps(summary | {"weights_sha256": files.sha256_file(path)}))
+    with pytest.raises(UserError, match=f"{name}: |{name} "):
+        results.read_test_logits(Path("stranger"), summary) if name.startswith("test") else kd.load("stranger")
     report(["stranger", "--out", "told"])
     assert not Path("exploded").exists()
 
@@ -296,13 +298,32 @@ def test_row_49_nothing_of_a_strangers_is_unpickled(finished, name):
 def test_row_49_no_checkpoint_of_a_strangers_is_unpickled(finished):
     shutil.copytree(finished, "stranger")
     Path("stranger/summary.json").unlink()
-    for saved in Path("stranger/checkpoint").iterdir():
-        for part in saved.iterdir():
-            part.write_bytes(pickle.dumps(Bomb()))
+    saved = Path("stranger/checkpoint")
+    optimizer = saved / f"step-{checkpoint.steps(saved)[0]}/optimizer.safetensors"
+    optimizer.write_bytes(pickle.dumps(Bomb()))
+    manifest = json.loads((optimizer.parent / "manifest.json").read_text())
+    rehashed = manifest | {optimizer.name: files.sha256_file(optimizer)}
+    (optimizer.parent / "manifest.json").write_text(json.dumps(rehashed))
+    with pytest.raises(UserError, match=r"optimizer.safetensors: cannot be read"):
+        teach("--out", "stranger", "--model", "resnet8", "--epochs", "1", "--resume")
+    for part in saved.glob("*/*"):
+        part.write_bytes(pickle.dumps(Bomb()))
     every = pytest.raises(UserError, match="every checkpoint in stranger/checkpoint is damaged")
     with pytest.warns(UserWarning, match="is damaged"), every:
         teach("--out", "stranger", "--model", "resnet8", "--epochs", "1", "--resume")
     assert not Path("exploded").exists()
+
+
+def test_row_24_weights_that_lack_one_are_not_loaded(finished):
+    """With a hash that fits, as of a network whose author has added a layer since."""
+    shutil.copytree(finished, "changed")
+    path, summary = Path("changed/model.safetensors"), json.loads((finished / "summary.json").read_text())
+    weights = files.read_tensors(path)
+    weights.pop("fc.bias")
+    files.write_weights(path, weights)
+    Path("changed/summary.json").write_text(json.dumps(summary | {"weights_sha256": files.sha256_file(path)}))
+    with pytest.raises(UserError, match=r"does not fit the network: of its \d+ tensors, 1 missing \(fc.bias\)"):
+        kd.load("changed")
 
 
 def test_row_49_a_strangers_function_is_not_even_imported(finished, tmp_path):
@@ -322,9 +343,12 @@ def test_row_49_an_answers_file_of_objects_is_refused(tmp_path):
     np.save(tmp_path / "logits.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"logits.npy: cannot be read"):
         store.open("logits", "r")
-    (tmp_path / "logits.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"logits.npy: cannot be read"):
-        store.open("logits", "r")
+        files.read_array(tmp_path / "logits.npy")  # labels are read so, at once
+    for content in (b"", pickle.dumps(Bomb())):
+        (tmp_path / "logits.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"logits.npy: cannot be read"):
+            store.open("logits", "r")
     assert not Path("exploded").exists()
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from kd.config import FitConfig, RunConfig
 from kd.errors import UserError
@@ -18,8 +19,9 @@ from kd.models import build_model
 from kd.study.runner import LAUNCHER, _last_words
 from kd.training.launch import start, warn_of_slow_threads
 from kd.training.setup import few_for_batchnorm
+from kd.utils.files import read_json
 from kd.utils.system import StopRequests
-from tests.run_scripts import script
+from tests.run_scripts import script, teach
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
@@ -38,6 +40,15 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
         ("ACCELERATE_MIXED_PRECISION", "fp8", "give --mixed-precision no, bf16 or fp16"),
         ("ACCELERATE_DOWNCAST_BF16", "yes", "--mixed-precision bf16"),
         ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "--mixed-precision bf16"),
+        ("DNNL_DEFAULT_FPMATH_MODE", "BF16", ""),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1", ""),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", ""),
+        ("ACCELERATE_USE_SAGEMAKER", "true", ""),
+        ("ACCELERATE_IN_TPU_POD", "true", ""),
+        ("XLA_USE_BF16", "1", ""),
+        ("XLA_DOWNCAST_BF16", "1", ""),
+        ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "True", ""),
+        ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "True", ""),
         ("NVIDIA_TF32_OVERRIDE", "0", "--deterministic"),
     ],
 )
@@ -45,6 +56,22 @@ def test_what_would_change_the_arithmetic_is_refused_with_its_remedy(monkeypatch
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}={value}.*{remedy}"):
         start(FitConfig(), RunConfig())
+
+
+def test_row_41_fp16_by_the_launcher_is_refused_on_a_cpu_too(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="a CPU would silently compute in fp32"):
+        start(FitConfig(), RunConfig())
+
+
+def test_a_launchers_precision_is_part_of_the_runs_identity(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    teach("--out", "run", "--epochs", "1")
+    assert read_json(Path("run/config.json"))["identity"]["mixed_precision"] == "bf16"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match=r"has another run \(mixed-precision bf16 there, no here"):
+        teach("--out", "run", "--epochs", "1", "--resume")
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "XLA", "TP"])

@@ -239,6 +239,22 @@ def test_row_6_row_7_row_8_a_damaged_checkpoint_is_passed_over_for_the_one_befor
     assert differences(whole_teacher, Path("run")) == []
 
 
+def test_row_6_every_file_of_a_checkpoint_is_hashed(monkeypatch):
+    """The average is state of the training, and the best weights are what a run ends with."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 30)
+        teach("--out", "run", "--save-every", "7", "--ema", "0.9")
+    saved = Path("run/checkpoint/step-28")
+    names = {path.name for path in saved.iterdir()} - {"manifest.json"}
+    assert names >= {"model.safetensors", "optimizer.safetensors", "best.safetensors", "ema.safetensors", "state.json"}
+    for name in sorted(names):
+        sound = (saved / name).read_bytes()
+        (saved / name).write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        assert checkpoint._fault(saved) == f"{name} changed since it was saved"
+        (saved / name).write_bytes(sound)
+    assert checkpoint._fault(saved) is None
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_row_9_where_every_checkpoint_is_damaged_nothing_starts_again_silently(monkeypatch, damage):
     saved = half_a_run(monkeypatch)

@@ -246,6 +246,13 @@ def test_an_init_that_cannot_be_is_refused_before_any_data_is_read(model, args, 
         check_start(job_of(*args, model=model), Flags("--teacher-init", "--teacher-model"))
 
 
+def test_row_44_an_unknown_network_is_named_before_any_data_is_read(monkeypatch):
+    monkeypatch.setattr("kd.data.load_data", None)
+    for train, flag in ((teach, "--model"), (distil, "--student"), (distil, "--teacher-model")):
+        with pytest.raises(UserError, match=r"unknown model 'resnet9': did you mean resnet8"):
+            train(flag, "resnet9")
+
+
 def test_the_scripts_check_it_before_any_data_is_read(monkeypatch):
     monkeypatch.setattr("kd.data.load_data", None)
     with pytest.raises(UserError, match=r"--init none.pth: no such file"):

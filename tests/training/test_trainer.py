@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kd
 from kd.config import DataConfig, FitConfig
 from kd.data import Split, load_data
-from kd.errors import UserError
+from kd.errors import UserError, exit_code
 from kd.losses.base import Distiller
 from kd.models import build_model
 from kd.models.features import Tap
@@ -140,8 +140,18 @@ def test_row_27_a_loss_that_is_not_finite_stops_and_nothing_from_it_on_is_saved(
 
     monkeypatch.setattr(Trainer, "record", step)
     with pytest.raises(UserError, match="not finite at step 19; the last good checkpoint is step 18"):
-        teach("--out", "run", "--save-every", "9", "--log-every", "100")
+        teach("--out", "run", "--save-every", "9", "--log-every", "7")
     assert checkpoint.steps(Path("run/checkpoint")) == [18, 9]
+    assert count == 21, "the next log point"
+
+
+def test_row_47_out_of_memory_names_the_batch(monkeypatch, capsys):
+    def step(self, result, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "record", step)
+    assert exit_code(lambda: teach("--out", "run", "--batch-size", "45")) == 2
+    assert "give a smaller --batch-size than 45, which changes the recipe" in capsys.readouterr().err
 
 
 def test_a_batch_larger_than_the_data_is_refused():
