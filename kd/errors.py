@@ -201,7 +201,7 @@ def remedy_for(error: BaseException) -> str | None:
             "cannot write to disk: free some space, then continue with --resume (saved checkpoints are intact)"
             f" ({text[:200]})"
         )
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) and error.filename:
         return f"no permission ({error.strerror}: {error.filename}); name another path, or change its permissions"
     if "Expected to have finished reduction" in text:
         return (

@@ -84,6 +84,7 @@ def main(config: BenchConfig) -> None:
         not config.cpu_time or config.threads == 1, "--cpu-time: adds up all threads' time; give --threads 1 with it"
     )
     job = config.job(config.precisions[0])
+    job.data.check()
     job.fit.check()
     job.run.check()
     require(

@@ -24,7 +24,7 @@ from kd.data.loader import Batches
 from kd.data.rows import iter_centre_crops
 from kd.losses.base import Distiller
 from kd.models import build_model
-from kd.models.cost import attention_in_the_open, time_rounds
+from kd.models.cost import time_rounds, unfused_attention
 from kd.runs.folder import RunFolder
 from kd.teachers.cache import LogitStore
 from kd.teachers.live import TeacherLogits, live_logits
@@ -218,7 +218,7 @@ class Workloads:
 
         seed_everything(0, "network")
         network = build_model(self.job.model, len(self.data.classes), self.data.size)
-        with attention_in_the_open(), FlopCounterMode(display=False) as counter:
+        with unfused_attention(), FlopCounterMode(display=False) as counter:
             network(torch.randn(8, 3, *self.data.size)).sum().backward()
         return counter.get_total_flops() / 8
 

@@ -12,7 +12,7 @@ import time
 def main(flags: dict) -> dict[str, float]:
     begin = time.perf_counter()
     from kd.bench.__main__ import BenchConfig
-    from kd.bench.measure import Workloads  # imports torch
+    from kd.bench.measure import Workloads, wait  # imports torch
 
     imported = time.perf_counter()
     import torch
@@ -25,6 +25,7 @@ def main(flags: dict) -> dict[str, float]:
     accelerator = start(job.fit, job.run)
     data = load_data(job.data)
     Workloads(job, config.teacher_model, 1, data, accelerator).bare().work()
+    wait(accelerator.device)
     first = time.perf_counter()
     workloads = Workloads(job, config.teacher_model, 30, data, accelerator)
     workloads.bare().run()

@@ -72,6 +72,7 @@ def inner_layers(network: nn.Module, image_size: tuple[int, int], name: str, cla
     require(len(order) > 2, f"model {name}: has no layer between its first and its last one to compress")
     heads = head_layers(name, network, classes)
     inner = tuple(layer for layer in order[1:-1] if layer not in heads)
+    require(bool(inner), f"model {name}: has no layer between its first and its last one to compress")
     own = [layer for layer in inner if is_parametrized(layers[layer])]
     require(not own, f"model {name}: {', '.join(own[:3])} has a parametrization of its own; compress it without")
     return inner

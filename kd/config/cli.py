@@ -109,19 +109,14 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     for network, name in (("model", "train_teacher.py"), ("student", "distill_student.py")):
         require(network in flags or network not in file, f"--config {path}: has the flags of {name}; give it to that")
     if isinstance(default, DistillConfig):
-        written = file.pop("method", None)
-        method = str(written or method_name(default.method))
+        written, named = file.pop("method", None), first_word(args, flags, is_method)
+        method = str(written or named or method_name(default.method))  # without one, its flags are of the typed one
         with reworded(lambda text: f"--config {path}: {text}"):
             kind = named_method(method)
-        named = first_word(args, flags, is_method)
         flags = without_method(flags, default)
         own = list_flags(with_usual(kind, default.method))
         chosen = {name: value for name, value in file.items() if name in own}
         file = {name: value for name, value in file.items() if name not in own}
-        if named not in (None, method) and written is None:  # the file is for any method: its flags for this one too
-            method, kind = named, named_method(named)
-            own = list_flags(with_usual(kind, default.method))
-            chosen = {name: value for name, value in chosen.items() if name in own}
         if named in (None, method):
             words = [method, *as_arguments(chosen, own, path)]
             default = default if method in METHODS else _with_method(kind, default)

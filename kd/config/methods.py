@@ -7,6 +7,7 @@ cross-entropy has weight 1.
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Union
 
@@ -518,6 +519,9 @@ class RKDConfig(FeatureFlags):
         not_negative(self, "distance_weight", "angle_weight")
 
 
+VID_EPS = 1e-5  # smallest variance, added to those that are learned, as in the authors' code
+
+
 @dataclass(frozen=True)
 class VIDConfig(FeatureFlags):
     """Ahn et al. 2019: predict the teacher's maps with a learned variance."""
@@ -529,8 +533,8 @@ class VIDConfig(FeatureFlags):
 
     def check(self) -> None:
         super().check()
-        value = self.initial_variance
-        require(1e-5 < value <= 700, f"--initial-variance {value}: give a number above 1e-5, up to 700")
+        value, most = self.initial_variance, math.floor(math.log(sys.float_info.max))
+        require(VID_EPS < value <= most, f"--initial-variance {value}: give a number above {VID_EPS:g}, up to {most}")
 
 
 @dataclass(frozen=True)

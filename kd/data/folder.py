@@ -48,7 +48,7 @@ class Listing(NamedTuple):
     """All files of a folder."""
 
     sha256: str | None  # of their names, sizes and times; None without any
-    alike: str  # of their names and sizes, which a copy elsewhere has too
+    alike: str  # of names and sizes of those that are not hidden, which a copy elsewhere has too
     files: list[str]  # paths relative to the folder
     empty: list[str]  # folders without a file
 
@@ -58,7 +58,8 @@ def scan_folder(folder: Path) -> Listing:
     digest, alike, files = hashlib.sha256(), hashlib.sha256(), []
     for path, status in iter_files(folder):
         files.append(path)
-        alike.update(f"{path}/{status.st_size}\n".encode(errors="surrogateescape"))
+        if not is_hidden(path):
+            alike.update(f"{path}/{status.st_size}\n".encode(errors="surrogateescape"))
         digest.update(f"{path}/{status.st_size}/{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return Listing(digest.hexdigest() if files else None, alike.hexdigest(), files, _empty_folders(folder))
 

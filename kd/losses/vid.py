@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kd.config.methods import VIDConfig
+from kd.config.methods import VID_EPS, VIDConfig
 from kd.losses.features import FeatureLoss, pair_layers, probed_maps, same_size
 from kd.types import Batch, Outputs, Pair, Stages
-
-EPS = 1e-5  # smallest variance
 
 
 def vid_loss(
@@ -39,11 +37,11 @@ class Predictor(nn.Module):
             nn.Conv2d(channels, channels, 1, bias=False),
         )
         # Before softplus. A registered parameter: in a plain list it would be neither trained nor saved.
-        self.spread = nn.Parameter(torch.full((channels,), math.log(math.expm1(initial_variance - EPS))))
+        self.spread = nn.Parameter(torch.full((channels,), math.log(math.expm1(initial_variance - VID_EPS))))
 
     def forward(self, student_map: Float[Tensor, "b c h w"], teacher_map: Float[Tensor, "b c2 h2 w2"]) -> Tensor:
         student_map, teacher_map = same_size(student_map, teacher_map)
-        return vid_loss(self.mean(student_map), teacher_map, F.softplus(self.spread) + EPS)
+        return vid_loss(self.mean(student_map), teacher_map, F.softplus(self.spread) + VID_EPS)
 
 
 class VID(FeatureLoss):

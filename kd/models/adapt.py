@@ -50,16 +50,10 @@ HOOKS = (
 def synchronise_batchnorm(network: nn.Module) -> None:
     """Make each BatchNorm normalise over the batches of all processes, in place; hooks on it stay.
 
-    timm's BatchNorm with an activation inside becomes timm's own. Raises: UserError for a BatchNorm that computes
-    something else: PyTorch's conversion would leave that out.
+    timm's BatchNorm with an activation inside becomes timm's own. Raises: UserError as check_batchnorm.
     """
+    check_batchnorm(network)
     before, timm = dict(network.named_modules()), sys.modules.get("timm")  # if it built the network, it is imported
-    own = (timm.layers.BatchNormAct2d,) if timm else ()
-    norms = {name: module for name, module in before.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    usual = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
-    other = [name for name, norm in norms.items() if not isinstance(norm, own) and type(norm).forward not in usual]
-    names = ", ".join(other[:3])
-    require(not other, f"--sync-batchnorm: {names} computes more than BatchNorm does; leave the flag out")
     convert = timm.layers.convert_sync_batchnorm if timm else nn.SyncBatchNorm.convert_sync_batchnorm
     convert(network)
     for name, module in network.named_modules():
@@ -67,3 +61,14 @@ def synchronise_batchnorm(network: nn.Module) -> None:
         if old is not module:
             for kind in HOOKS:
                 getattr(module, kind).update(getattr(old, kind))
+
+
+def check_batchnorm(network: nn.Module) -> None:
+    """Raises UserError for a BatchNorm that computes something else too: a conversion would leave that out."""
+    before, timm = dict(network.named_modules()), sys.modules.get("timm")
+    own = (timm.layers.BatchNormAct2d,) if timm else ()
+    norms = {name: module for name, module in before.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    usual = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+    other = [name for name, norm in norms.items() if not isinstance(norm, own) and type(norm).forward not in usual]
+    names = ", ".join(other[:3])
+    require(not other, f"--sync-batchnorm: {names} computes more than BatchNorm does; leave the flag out")

@@ -21,7 +21,7 @@ def count_params(network: nn.Module) -> int:
 
 
 @contextmanager
-def attention_in_the_open() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """Inside, attention runs as the matrix products that it is made of: PyTorch's counter knows none that is fused."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,7 +41,7 @@ def count_macs(network: nn.Module, image_size: tuple[int, int]) -> int:
 
     training, device = network.training, next(network.parameters()).device
     network.eval()
-    with attention_in_the_open(), FlopCounterMode(display=False) as counter:
+    with unfused_attention(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, *image_size, device=device))
     network.train(training)
     return counter.get_total_flops() // 2  # the counter takes a multiply-accumulate for two operations

@@ -82,9 +82,12 @@ def from_timm(name: str, num_classes: int, image_size: tuple[int, int], argument
 
 
 def pool_of_timm(name: str) -> str | None:
-    """How an architecture of timm's pools its last map if nothing else is asked for; None if that has no name."""
-    with torch.device("meta"):
-        network = timm_library().create_model(name)
+    """How an architecture of timm's pools its last map if nothing else is asked for; None if that is not known."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = timm_library().create_model(name)
+    except Exception:  # each network of timm's fails in its own way
+        return None
     pools = (getattr(part, "global_pool", None) for part in (network, getattr(network, "head", None)))
     names = (pool if isinstance(pool, str) else getattr(pool, "pool_type", None) for pool in pools)
     return next((pool for pool in names if pool is not None), None)

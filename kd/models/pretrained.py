@@ -424,15 +424,16 @@ def _from_folder(path: Path, model: str, flags: Flags) -> Pretrained:
 def _arguments_of_timm(path: Path, config: dict) -> str | None:
     """The arguments that timm built the network with, as --teacher-model-args has them; None without any.
 
-    Not its classes, the size of its images, and the pooling that it has without them. Raises UserError for what is no
+    Leaves out classes, image size, and a pooling equal to the architecture's default. Raises UserError for what is no
     such argument.
     """
     asked = f"{path / 'config.json'}: model_args"
     given = config.get("model_args") or {}
     require(isinstance(given, dict), f"{asked} {given!r} is no object; download the folder again")
     kept = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans", "img_size")}
-    if kept.get("global_pool") == libraries.pool_of_timm(config["architecture"]):  # timm writes it of every network
-        kept.pop("global_pool", None)
+    pool = kept.get("global_pool")
+    if pool is not None and pool == libraries.pool_of_timm(config["architecture"]):  # timm writes it of every network
+        del kept["global_pool"]
     text = format_model_args({key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()})
     parse_model_args(text, asked)
     return text or None

@@ -165,10 +165,13 @@ def by_data(runs: list[Run]) -> dict[str, list[Group]]:
     by_path = {_resolved(run.path): run for run in runs}
     tasks: dict[tuple, list[Run]] = {}
     for run in runs:
-        tasks.setdefault((run.identity["data"], run.identity.get("classes")), []).append(run)
+        # The fingerprint of a stream does not have the images.
+        column = run.identity.get("image") if run.identity.get("stream") else None
+        tasks.setdefault((run.identity["data"], run.identity.get("classes"), column), []).append(run)
     named = {}
-    for (fingerprint, classes), members in tasks.items():
+    for (fingerprint, classes, column), members in tasks.items():
         name = f"{members[0].source}, {classes} classes" if classes else members[0].source
+        name += f", {column}" if column else ""
         name += "" if is_labelled(members[0].summary) else f", {NO_LABELS}"
         named[name if name not in named else f"{name} ({str(fingerprint)[:6]})"] = group_runs(members, by_path)
     return named

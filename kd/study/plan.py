@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kd.config import DistillConfig, named_method
 from kd.config.cli import parse
+from kd.config.files import read_flags
 from kd.config.methods import KDConfig, method_name, methods_without_labels
 from kd.config.presets import PRESETS, distill_defaults
 from kd.errors import UserError, nearest, require
@@ -159,9 +160,7 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     rest = [_with_dashes(word) for word in rest]
     _check(given, rest)
     launch = parse_launch_flags(given.launch, given.jobs)
-    embeds = all(named_method(method).embeds for method in given.methods)
-    words = [*given.methods[:embeds], *(["--preset", given.preset] if given.preset else []), *rest]
-    typed = parse(distill_defaults, "", words)
+    typed = _typed(given, rest)
     preset = typed.preset  # if left out, it follows from --data, and from methods that embed
     if given.jobs > 1 and typed.run.threads is None:
         rest += ["--threads", str(max(cores() // given.jobs, 1))]
@@ -177,6 +176,13 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     study = Study(*own, shares, pretrain, fine_tune)
     check_few_labels(study)
     return study
+
+
+def _typed(given: argparse.Namespace, rest: list[str]) -> DistillConfig:
+    """The study's common flags, parsed with its preset, or with the usual one of its data and methods."""
+    embeds = all(named_method(method).embeds for method in given.methods)
+    preset = ["--preset", given.preset] if given.preset else []
+    return parse(distill_defaults, "", [*given.methods[:embeds], *preset, *rest])
 
 
 def _with_dashes(word: str) -> str:
@@ -206,9 +212,10 @@ def _check(given: argparse.Namespace, rest: list[str]) -> None:
 
 def _check_file(given: argparse.Namespace, rest: list[str]) -> None:
     """Raises UserError if a file of --config sets what the study sets itself."""
-    if not any(word.split("=")[0] == "--config" for word in rest):
+    words = [word for number, word in enumerate(rest) if "--config" in (word.partition("=")[0], rest[number - 1])]
+    if not words:
         return
-    config = parse(distill_defaults, "", rest)
+    config, file = _typed(given, rest), read_flags(Path(words[-1].removeprefix("--config=")))
     run, method = config.run, method_name(config.method)
     alone = run.test and run.out is None and run.push_to is None and not run.resume
     require(
@@ -217,6 +224,12 @@ def _check_file(given: argparse.Namespace, rest: list[str]) -> None:
     usual = method_name(PRESETS[config.preset].get("method", KDConfig()))
     named = method in (*given.methods, usual)
     require(named, f"--config: has the method {method}; a study's methods are those of --methods, with their defaults")
+    own = file.keys() & {entry.name.replace("_", "-") for entry in dataclasses.fields(config.method)}
+    require(
+        "method" in file or not own,
+        f"--config: has {', '.join(sorted(own))}, which is of methods, and the study's controls have none; leave it"
+        " out, or name the method in the file",
+    )
 
 
 def group_name(preset: str, rest: list[str]) -> str:

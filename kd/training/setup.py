@@ -23,7 +23,7 @@ from kd.data.loader import check_batch
 from kd.errors import UserError, require
 from kd.losses import Distiller, loss_class
 from kd.models import build_model, head_layers, probe, stages
-from kd.models.adapt import resize_input
+from kd.models.adapt import check_batchnorm, resize_input
 from kd.models.libraries import checkpoint_gradients
 from kd.models.pretrained import expand_user, is_pretrained, load_into, load_pretrained, origin_of
 from kd.runs.folder import check_folder
@@ -318,6 +318,8 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         f"--balance {job.fit.balance}: changes cross-entropy, and {lacks}; take --balance sampler",
     )
     check_network(network.module, job.fit, job.model, job.method.embeds)
+    if job.fit.sync_batchnorm:
+        check_batchnorm(network.module)
     if line := few_for_batchnorm(network.module, job.fit, accelerator.num_processes):
         print_once(line)
     layers, _ = loss.layers(job.method, stages(job.model, network.module, len(data.classes)), None)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from kd.bench import __main__ as bench
 from kd.bench import measure, startup
@@ -34,6 +35,7 @@ PLAIN = "tests.networks:plain"
         ({"threads": -1}, "--threads -1: give 1 to 1024"),
         ({"json": Path("no/such/numbers.json")}, "--json no/such/numbers.json: its folder does not exist"),
         ({"steps": 0}, "--steps 0: give 1 or more"),
+        ({"image_size": 2}, "--image-size 2: give 4 or more"),
     ],
 )
 def test_wrong_flags_are_refused_before_any_data_is_read(flags, words):
@@ -62,8 +64,19 @@ def counted(build, steps: list):
 
 
 def test_images_of_several_sizes_are_brought_to_one():
-    config = bench.BenchConfig(data="photos", image_size=32, label="kind")
-    assert config.job().data == config.images == DataConfig("photos", image_size=32, label="kind")
+    for split, size in (("train", 12), ("train", 14), ("test", 16)):
+        for name in "ab":
+            folder = Path("photos", split, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(20):
+                Image.new("RGB", (size, size)).save(folder / f"{size}-{number}.png")
+    flags = {"model": PLAIN, "teacher_model": PLAIN, "batch_size": 8, "steps": 2, "rounds": 1, "threads": 1}
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "show", said.append)
+        bench.main(bench.BenchConfig("photos", image_size=8, **flags))
+    assert said[0]["image_size"] == [8, 8]
+    assert said[0]["warm_first_step_seconds"] > 0
 
 
 @pytest.mark.slow

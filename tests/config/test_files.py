@@ -169,13 +169,16 @@ def test_a_run_of_the_other_script_is_named_as_such(run, defaults, name):
         parse(defaults, "", ["--config", str(OLD_RUNS / run / "config.json")])
 
 
-def test_a_file_without_a_method_is_for_any_of_them(tmp_path):
-    common = yaml_file(tmp_path, "label-smoothing: 0.1\ntemperature: 3\nepochs: 7\n")
+def test_a_file_without_a_method_has_flags_of_the_one_that_is_typed(tmp_path):
+    common = yaml_file(tmp_path, "label-smoothing: 0.1\nepochs: 7\n")
     kd, dkd, none = (student("--config", common, *method) for method in ([], ["dkd"], ["none"]))
     assert {config.fit.epochs for config in (kd, dkd, none)} == {7}
     assert {config.method.label_smoothing for config in (kd, dkd, none)} == {0.1}
-    assert (kd.method.temperature, dkd.method.temperature) == (3, 3)
-    assert student("--config", common, "dkd", "--temperature", "5").method.temperature == 5
+    assert student("--config", common, "dkd", "--label-smoothing", "0.2").method.label_smoothing == 0.2
+    beta = yaml_file(tmp_path, "beta: 2\n")
+    assert student("--config", beta, "dkd").method.beta == 2
+    with pytest.raises(UserError, match="there is no flag beta"):
+        student("--config", beta)
     own = yaml_file(tmp_path, "method: kd\nlabel-smoothing: 0.1\n")
     assert student("--config", own, "dkd").method.label_smoothing == 0, "another method than the file's"
 

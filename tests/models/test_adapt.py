@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kd.config.cli import parse
+from kd.config.presets import distill_defaults
+from kd.data import load_data
 from kd.errors import UserError
 from kd.models import build_model
 from kd.models.adapt import synchronise_batchnorm
 from kd.models.cost import count_macs
 from kd.models.features import Tap
+from kd.training.setup import build_network, check_job
 
 
 def settled(network: nn.Module, size: int = 32) -> nn.Module:
@@ -82,3 +87,16 @@ def test_fused_attention_is_counted():
     arguments = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
     network = build_model("timm/vit_tiny_patch16_224", 10, (32, 32), arguments=arguments)
     assert count_macs(network, (32, 32)) == by_hand(17, 32, 64, 2, 8, 10)
+
+
+def test_it_is_refused_before_a_teacher_is_trained():
+    flags = ["--data", "synthetic", "--sync-batchnorm", "--student", "tests.models.test_adapt:doubled"]
+    config = parse(distill_defaults, "", flags)
+    data, job = load_data(config.data), config.job()
+    with pytest.raises(UserError, match="computes more than BatchNorm does"):
+        check_job(job, build_network(job, data), data, Accelerator(cpu=True))
+
+
+def doubled(num_classes: int) -> nn.Module:
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4), *pooled)

@@ -369,6 +369,10 @@ def test_a_folder_of_timm(prefix):
     plain = load_pretrained("net", "").sha256
     (folder / "config.json").write_text(json.dumps(config | {"model_args": {"num_classes": 7, "global_pool": "avg"}}))
     assert load_pretrained("net", "").sha256 == plain, "what timm writes of every network changes none"
+    for network, pool in (("regnety_002", "avg"), ("vit_tiny_patch16_224", "token")):
+        other = {"architecture": network, "model_args": {"global_pool": pool}}
+        (folder / "config.json").write_text(json.dumps(config | other))
+        assert load_pretrained("net", "").model_args is None, network
     (folder / "config.json").write_text(json.dumps(config | {"model_args": {"img_size": [64, 96]}}))
     assert load_pretrained("net", "").image_size == (64, 96)
     arguments = {"num_classes": 7, "in_chans": 3, "img_size": None, "global_pool": "max", "stem_chs": [8, 16]}

@@ -105,3 +105,10 @@ def test_the_teacher_is_found_from_any_folder(monkeypatch):
         (group,) = [group for group in found if group.kind == METHOD]
         assert len(group.runs) == 2, "teachers that differ only in their seed are the same"
         assert group.external_teacher == ""
+
+
+def test_streams_of_two_columns_are_two_data_sets():
+    for column in ("rgb", "depth"):
+        written(f"runs/{column}", "none", stream=True, image=column)
+    found = by_data(collect_runs(["runs"])[0])
+    assert [name.rpartition(", ")[2] for name in found] == ["depth", "rgb"]

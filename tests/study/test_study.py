@@ -272,6 +272,8 @@ def test_asked_to_stop_it_stops_what_it_runs():
         (["--methods", "embed", "--teacher", "nosuch"], "no such run folder"),
         (["--methods", "embed"], "embed: needs --teacher"),
         (["--config", "untested.yaml"], "--config: has test, out, push-to or resume"),
+        (["--config", "smooth.yaml"], "--config: has label-smoothing, which is of methods"),
+        (["--config=smooth.yaml"], "--config: has label-smoothing, which is of methods"),
         (["--config", "dkd.yaml"], "--config: has the method dkd; a study's methods are those of --methods"),
         (
             ["--methods", "embed", "--teacher", "x", "--grid", "temperature=0.1,0.2"],
@@ -285,6 +287,7 @@ def test_what_the_user_did_wrong_is_said_before_anything_runs(args, words, fake)
     Path("two.yaml").write_text("num_processes: 2\n")
     Path("untested.yaml").write_text("test: false\n")
     Path("dkd.yaml").write_text("method: dkd\n")
+    Path("smooth.yaml").write_text("label_smoothing: 0.1\n")
     with pytest.raises(UserError, match=words):
         study.main(["--preset", "digits", *args])
     assert not Path("calls.jsonl").exists()
@@ -351,6 +354,8 @@ def test_the_report_goes_where_the_runs_go(monkeypatch):
 )
 def test_flags_are_checked_against_the_preset_that_was_given(preset, flags):
     assert plan.read_command_line(["--preset", preset, *flags]).preset == preset
+    Path("more.yaml").write_text("val_fraction: 0.2\n")
+    assert plan.read_command_line(["--preset", preset, "--config", "more.yaml", *flags]).preset == preset
 
 
 def test_flags_of_the_recipes_own_teacher_are_accepted(fake, monkeypatch, capsys):

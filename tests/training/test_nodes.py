@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from datasets import Dataset
 from torch import distributed
 
 import distill_student
@@ -36,6 +37,7 @@ from kd.training.probe import Probe
 from kd.training.trainer import Trainer
 from kd.utils import processes
 from kd.utils.processes import all_do, from_main, node_first
+from tests.data.test_dataset import picture
 from tests.data.test_stream import shards
 from tests.nodes import Ended, run_nodes, two_nodes
 from tests.pairs import batch_of, build
@@ -220,8 +222,11 @@ def test_machines_may_stream_copies_of_one_folder(tmp_path):
     first, second = two_nodes(work)
     assert (first.code, second.code) == (0, 0), second.log
     assert first.answer == second.answer
-    (part,) = Path("node1/set").rglob("train-00003*")  # as many rows and labels, and other bytes
-    part.rename(part.with_name(part.name.replace("train-00003", "train-00009")))
+    Path("node1/set/.DS_Store").write_text("no data")
+    assert [end.code for end in two_nodes(work)] == [0, 0]
+    (part,) = Path("node1/set").rglob("train-00003*")
+    rows = Dataset.from_parquet(str(part))  # as many rows of the same labels, and other images
+    rows.map(lambda row: {"image": picture(9, size=row["image"].size)}).to_parquet(part)
     ended = two_nodes(work)
     assert codes(ended) == [2, 2]
     assert "has other data than the main process" in ended[1].log
