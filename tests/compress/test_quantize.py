@@ -126,6 +126,7 @@ def test_a_layer_that_computes_its_weight_is_not_compressed():
 
 @pytest.mark.timm
 def test_both_heads_of_a_distilled_transformer_stay_as_they_are():
+    pytest.importorskip("timm")
     arguments = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     name = "timm/deit_tiny_distilled_patch16_224"
     layers = inner_layers(build_model(name, 4, (32, 32), arguments=arguments), (32, 32), name, 4)

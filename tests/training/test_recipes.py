@@ -621,6 +621,7 @@ def test_no_step_of_a_warm_up_is_above_the_peak(flags, steps):
 @pytest.mark.timm
 @pytest.mark.parametrize("flags", [{"betas": (0.9, 0.99)}, {"eps": 1e-3}])
 def test_timms_optimizers_refuse_what_they_do_not_have(flags):
+    pytest.importorskip("timm")
     (name,) = flags
     with pytest.raises(UserError, match=f"--{name}: timm/sgdw has none; leave it out"):
         check_optimizer(FitConfig(lr=0.1, optimizer="timm/sgdw", **flags))
