@@ -205,19 +205,7 @@ def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
 
 def measure_starts(config: BenchConfig, folder: Path) -> dict:
     """Import time, first-step time and peak memory of new processes, without and with decoded data on disk."""
-    fields = (
-        "data",
-        "image_size",
-        "label",
-        "model",
-        "teacher_model",
-        "batch_size",
-        "compile",
-        "channels_last",
-        "mixed_precision",
-        "threads",
-    )
-    flags = json.dumps({name: getattr(config, name) for name in fields})
+    flags = json.dumps(dataclasses.asdict(config) | {"json": None})
     env = {**os.environ, "KD_CACHE": str(folder / "decoded"), "HF_DATASETS_CACHE": str(folder / "datasets")}
     numbers = {}
     for name in ("cold", "warm"):

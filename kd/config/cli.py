@@ -101,6 +101,12 @@ def _first_pass(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return first.parse_known_args(rest, given)[0], rest
 
 
+def file_of(args: list[str]) -> dict[str, Any]:
+    """The flags in the file of --config among arguments; empty without one."""
+    given, _ = _first_pass(args)
+    return read_flags(Path(given.config)) if given.config else {}
+
+
 def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     """`default` with the flags of --config; its method's own are left out if `args` name another method."""
     flags, words = list_flags(default), []

@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from kd.config.model_args import format_model_args, parse_model_args
-from kd.errors import UserError, nearest, require
+from kd.errors import nearest, require
+from kd.utils.system import expand_user
 
 MAX_PADDING = 4096  # pixels
 
@@ -475,8 +476,8 @@ class RunConfig:
 
     @property
     def folder(self) -> Path | None:
-        """--out, with ~ expanded. Raises RuntimeError if that user does not exist."""
-        return Path(self.out).expanduser() if self.out else None
+        """--out, with ~ expanded. Raises UserError if that user does not exist."""
+        return expand_user(self.out, "--out") if self.out else None
 
     def check(self) -> None:
         require(self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more")
@@ -504,10 +505,8 @@ class RunConfig:
             "--resume-inexact: give --resume or --auto-resume with it",
         )
         require(not self.extend or self.out is not None, "--extend: name the finished run by --out")
-        try:
-            self.folder  # noqa: B018
-        except RuntimeError as error:
-            raise UserError(f"--out {self.out}: {error}; write the whole path") from error
+        if self.out:
+            expand_user(self.out, "--out")
         require(
             "wandb" in self.track or self.wandb != "online",
             f"--wandb online: --track {' '.join(self.track)} leaves W&B out; add wandb to it",

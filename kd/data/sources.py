@@ -26,6 +26,7 @@ from kd.data.tables import TableFolder, compare_hub_files, load_folder
 from kd.errors import UserError, nearest, require
 from kd.utils.console import one_line, print_once, root_cause
 from kd.utils.images import VERSION
+from kd.utils.system import expand_user
 from kd.utils.users_own import is_users_own
 
 READER = 2  # version of how rows and labels are read from files; part of the key of every cache on disk
@@ -106,7 +107,12 @@ def find_revision(config: DataConfig) -> str | None:
     last. None for other data, or if there is none.
     """
     source = config.source
-    if source in BUILT_IN or _expand(source).is_dir() or is_users_own(source) or not _looks_like_id(source):
+    if (
+        source in BUILT_IN
+        or expand_user(source, "--data").is_dir()
+        or is_users_own(source)
+        or not _looks_like_id(source)
+    ):
         return None
     known = _hub_set(source)
     if _is_commit(known.revision):
@@ -116,7 +122,7 @@ def find_revision(config: DataConfig) -> str | None:
 
 def find_source(config: DataConfig, revision: str | None) -> DataSource:
     """Open the data of `config.source`, stored as the flags say or as it fits; `revision` is that of find_revision."""
-    source, path = config.source, _expand(config.source)
+    source, path = config.source, expand_user(config.source, "--data")
     if path.is_dir() and source in BUILT_IN:
         print_once(f"data: the built-in set {source}, not the folder, which ./{source} names")
     elif path.is_dir() and source in HUB_SETS:
@@ -194,13 +200,6 @@ def _cache_key(config: DataConfig, *identity: str | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _expand(source: str) -> Path:
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"--data {source}: no such folder ({error})") from error
-
-
 def _hub_set(source: str) -> HubSet:
     """The named set, or a set made from a Hub id, user/name or user/name@revision."""
     if source in HUB_SETS:
@@ -223,6 +222,11 @@ def _newest_revision(name: str, branch: str | None) -> str | None:
         return None
 
 
+def _place(known: HubSet, revision: str | None) -> dict:
+    """Where `datasets` finds the set in its repository."""
+    return {"revision": revision} | ({"data_dir": known.folder} if known.folder else {})
+
+
 def _fetched_last(known: HubSet) -> str | None:
     """The commit that `datasets` reads if the Hub cannot be asked for the newest one; None if there is none.
 
@@ -231,9 +235,8 @@ def _fetched_last(known: HubSet) -> str | None:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
-    place = {"revision": known.revision} | ({"data_dir": known.folder} if known.folder else {})
     try:
-        builder = datasets.load_dataset_builder(known.address, **place)
+        builder = datasets.load_dataset_builder(known.address, **_place(known, known.revision))
     except Exception:  # what is wrong shows when the set is loaded
         return None
     if known.revision is not None and isinstance(builder, Cache):
@@ -245,7 +248,7 @@ def _fetched_last(known: HubSet) -> str | None:
 def _load_hub_set(known: HubSet, revision: str | None, source: str, **options) -> Loaded:
     import datasets
 
-    place = {"revision": revision or known.revision} | ({"data_dir": known.folder} if known.folder else {})
+    place = _place(known, revision or known.revision)
     try:
         splits = datasets.load_dataset(known.address, **place, **options)
     except Exception as error:  # the HTTP client's own errors differ between versions of the library

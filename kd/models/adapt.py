@@ -65,10 +65,10 @@ def synchronise_batchnorm(network: nn.Module) -> None:
 
 def check_batchnorm(network: nn.Module) -> None:
     """Raises UserError for a BatchNorm that computes something else too: a conversion would leave that out."""
-    before, timm = dict(network.named_modules()), sys.modules.get("timm")
+    timm, norm = sys.modules.get("timm"), nn.modules.batchnorm._BatchNorm
     own = (timm.layers.BatchNormAct2d,) if timm else ()
-    norms = {name: module for name, module in before.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    usual = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
-    other = [name for name, norm in norms.items() if not isinstance(norm, own) and type(norm).forward not in usual]
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, norm)}
+    usual = (norm.forward, nn.SyncBatchNorm.forward)
+    other = [name for name, each in norms.items() if not isinstance(each, own) and type(each).forward not in usual]
     names = ", ".join(other[:3])
     require(not other, f"--sync-batchnorm: {names} computes more than BatchNorm does; leave the flag out")

@@ -22,7 +22,7 @@ def count_params(network: nn.Module) -> int:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Inside, attention runs as the matrix products that it is made of: PyTorch's counter knows none that is fused."""
+    """A block in which attention runs as plain matrix products: PyTorch's counter misses those that are fused."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     before = torch.backends.mha.get_fastpath_enabled()

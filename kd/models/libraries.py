@@ -4,6 +4,7 @@ By default both build transformers for images of 224 pixels, in patches that may
 are given the image size. timm is an optional dependency. Either is imported only when one of its networks is named.
 """
 
+import functools
 import math
 import re
 import sys
@@ -81,6 +82,7 @@ def from_timm(name: str, num_classes: int, image_size: tuple[int, int], argument
     return network
 
 
+@functools.cache
 def pool_of_timm(name: str) -> str | None:
     """How an architecture of timm's pools its last map if nothing else is asked for; None if that is not known."""
     try:

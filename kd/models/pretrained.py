@@ -32,6 +32,7 @@ from kd.models import (
 from kd.models.weights import SUFFIXES, Weights, find_fit, misfit, read_file, read_folder, rows_of_head
 from kd.utils.console import clip, one_line, print_once
 from kd.utils.files import not_finite, read_json
+from kd.utils.system import expand_user
 
 NEW_HEAD_ADVICE = "--fine-tune-teacher trains a new last layer for them"
 
@@ -362,14 +363,6 @@ def _unreachable(asked: str, error: Exception, remedy: str) -> str:
     )
 
 
-def expand_user(name: str, flag: str = TEACHER.weights) -> Path:
-    """`name` with ~ expanded. Raises UserError if that user does not exist."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{flag} {name}: no such file or folder ({error})") from error
-
-
 def read_expected(path: Path, flags: Flags = TEACHER) -> Expected:
     """Read FILE.json beside a file of weights. Raises UserError if it is missing, malformed or of another scale."""
     require(path.is_file(), f"{flags.weights} {path}: no such file")
@@ -411,7 +404,6 @@ def _from_folder(path: Path, model: str, flags: Flags) -> Pretrained:
     classes = tuple(map(str, classes))
     if isinstance(config.get("architecture"), str):
         model, saved_by = f"timm/{config['architecture']}", ""
-        check_name(model)
         arguments, expected = _arguments_of_timm(path, config), _of_timm(path, config)
         classes = classes or _imagenet_classes(config)
     else:

@@ -7,7 +7,6 @@ A measurement is a folder with measurement.json (title, commands, machine, date)
 metrics.jsonl, summary.json and test_correct.json: no weights, and no paths of the machine.
 """
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -59,8 +58,9 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
     known = _read_about(about) if about.exists() else {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
     require(bool(commands) or about.exists(), f"--keep {folder}: add --command with what trained these runs")
     names = _names([run.path.resolve() for run in runs])
-    kept_as = {key: path.parent.name for path in folder.glob("*/summary.json") if (key := _identity(path.parent))}
-    names |= {run.path.resolve(): kept_as[key] for run in runs if (key := _dump(run.identity)) in kept_as}
+    kept_as = {path.parent.name: _identity(path.parent) for path in folder.glob("*/summary.json")}
+    for run in runs:
+        names |= {run.path.resolve(): name for name, identity in kept_as.items() if identity == run.identity}
     for run in runs:
         _check_keepable(run, folder / names[run.path.resolve()])
     try:
@@ -83,7 +83,7 @@ def _check_keepable(run: Run, target: Path) -> None:
     if run.tested:
         read_correct(run.path, run.summary)
     if (target / "summary.json").exists():
-        same = _identity(target) in (None, _dump(run.identity))  # a damaged one is kept anew
+        same = _identity(target) in (None, run.identity)  # a damaged one is kept anew
         require(same, f"{target} is kept of another run; rename the folder of {run.path}")
 
 
@@ -172,16 +172,12 @@ def _beside(run: Run) -> Run:
     return run
 
 
-def _identity(folder: Path) -> str | None:
-    """Of the run that is kept there; None if it cannot be read."""
+def _identity(folder: Path) -> dict | None:
+    """The identity of the run that is kept there; None if it cannot be read."""
     try:
-        return _dump(read_config(folder)["identity"])
+        return read_config(folder)["identity"]
     except UserError:
         return None
-
-
-def _dump(identity: dict) -> str:
-    return json.dumps(identity, sort_keys=True)
 
 
 def _resolved(names: str | list | None, folder: Path) -> str | list | None:

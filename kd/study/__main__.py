@@ -138,6 +138,17 @@ def check_networks(config: DistillConfig) -> None:
                 pretrained.build_pretrained(network, name)
 
 
+def check_all_networks(study: Study) -> None:
+    """`check_networks` for the methods, once for those that use a teacher alike, and for the first training."""
+    kinds = {(named_method(method).embeds, named_method(method).needs_teacher): method for method in study.methods}
+    for method in kinds.values():
+        check_networks(parse(distill_defaults, "", [method, "--preset", study.preset, *study.rest]).for_method())
+    if study.pretrain:
+        first = parse(distill_defaults, "", study.pretraining(study.seeds[0]).args).for_method()
+        with reworded(lambda text: f"--pretrain {' '.join(study.pretrain)}: {text}"):
+            check_networks(first)
+
+
 def check_batches(study: Study) -> None:
     """Check that a batch fits the images that the smallest share of the labels leaves, before anything is trained.
 
@@ -192,13 +203,7 @@ def main(args: list[str] | None = None) -> list[Task]:
         )
     if config.data.no_labels:
         check_unlabelled(study, config)
-    kinds = {(named_method(method).embeds, named_method(method).needs_teacher): method for method in study.methods}
-    for method in kinds.values():
-        check_networks(parse(distill_defaults, "", [method, "--preset", study.preset, *study.rest]).for_method())
-    if study.pretrain:
-        first = parse(distill_defaults, "", study.pretraining(study.seeds[0]).args).for_method()
-        with reworded(lambda text: f"--pretrain {' '.join(study.pretrain)}: {text}"):
-            check_networks(first)
+    check_all_networks(study)
     check_batches(study)
     from kd.models.pretrained import is_pretrained  # imports torch, which --help need not wait for
     from kd.report.build import command_line, show, write_report

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.config import DistillConfig, named_method
-from kd.config.cli import parse
-from kd.config.files import read_flags
+from kd.config.cli import file_of, parse
 from kd.config.methods import KDConfig, method_name, methods_without_labels
 from kd.config.presets import PRESETS, distill_defaults
 from kd.errors import UserError, nearest, require
@@ -56,7 +55,7 @@ def _for_run(rest: tuple[str, ...], flags: tuple[str, ...]) -> list[str]:
     named = {flag.partition("=")[0] for flag in flags}
     winning = [other for flag, other in WINNING.items() if flag in named and other not in named]
     rest = _without(rest, winning)
-    if any(word.partition("=")[0] == "--config" for word in rest):
+    if file_of(rest):
         rest += [word for flag in winning for word in (flag, "None")]
     return _without(rest, OF_OWN_TEACHER) if "--teacher" in named else rest
 
@@ -180,9 +179,9 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
 
 def _typed(given: argparse.Namespace, rest: list[str]) -> DistillConfig:
     """The study's common flags, parsed with its preset, or with the usual one of its data and methods."""
-    embeds = all(named_method(method).embeds for method in given.methods)
+    method = given.methods[:1] if all(named_method(name).embeds for name in given.methods) else []
     preset = ["--preset", given.preset] if given.preset else []
-    return parse(distill_defaults, "", [*given.methods[:embeds], *preset, *rest])
+    return parse(distill_defaults, "", [*method, *preset, *rest])
 
 
 def _with_dashes(word: str) -> str:
@@ -212,10 +211,9 @@ def _check(given: argparse.Namespace, rest: list[str]) -> None:
 
 def _check_file(given: argparse.Namespace, rest: list[str]) -> None:
     """Raises UserError if a file of --config sets what the study sets itself."""
-    words = [word for number, word in enumerate(rest) if "--config" in (word.partition("=")[0], rest[number - 1])]
-    if not words:
+    if not (file := file_of(rest)):
         return
-    config, file = _typed(given, rest), read_flags(Path(words[-1].removeprefix("--config=")))
+    config = _typed(given, rest)
     run, method = config.run, method_name(config.method)
     alone = run.test and run.out is None and run.push_to is None and not run.resume
     require(

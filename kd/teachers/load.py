@@ -32,7 +32,6 @@ from kd.models.pretrained import (
     build_pretrained,
     check_embedder,
     check_pretrained,
-    expand_user,
     is_of_library,
     is_pretrained,
     load_pretrained,
@@ -44,6 +43,7 @@ from kd.teachers.live import TeacherLogits
 from kd.utils.console import print_once
 from kd.utils.hub import local_folder
 from kd.utils.processes import all_do, from_main
+from kd.utils.system import expand_user
 
 
 class SharedLogits(NamedTuple):

@@ -1,7 +1,6 @@
 """What a training needs before its first step: the network, its method, and checks before anything slow."""
 
 import dataclasses
-import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from kd.losses import Distiller, loss_class
 from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import check_batchnorm, resize_input
 from kd.models.libraries import checkpoint_gradients
-from kd.models.pretrained import expand_user, is_pretrained, load_into, load_pretrained, origin_of
+from kd.models.pretrained import is_pretrained, load_into, load_pretrained, origin_of
 from kd.runs.folder import check_folder
 from kd.runs.results import read_model
 from kd.teachers.load import TeacherNetwork
@@ -36,6 +35,7 @@ from kd.utils.console import print_once
 from kd.utils.hub import local_folder
 from kd.utils.processes import all_do, from_main
 from kd.utils.rng import seed_everything
+from kd.utils.system import expand_user
 
 FEW_IMAGES = 32  # of a process; with fewer BatchNorm's error rises (Wu and He, arXiv:1803.08494, figure 1)
 
@@ -351,7 +351,6 @@ def check_writable(out: Path, resume: bool = False) -> None:
         check_folder(out, resume)
         if there != out:
             tempfile.TemporaryDirectory(dir=there).cleanup()
-        elif not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        require(there != out or os.access(out, os.W_OK | os.X_OK), f"cannot write to {out}; choose another --out")
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error}); choose another --out") from error

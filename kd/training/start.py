@@ -23,7 +23,6 @@ from kd.models.pretrained import (
     Flags,
     Pretrained,
     check_pretrained,
-    expand_user,
     fits,
     is_of_library,
     is_pretrained,
@@ -37,6 +36,7 @@ from kd.teachers.load import match_classes
 from kd.utils.console import print_once
 from kd.utils.files import read_tensors
 from kd.utils.processes import all_do, from_main
+from kd.utils.system import expand_user
 
 PUBLISHED = "pretrained"  # as --init: the weights that the library publishes for the job's own network
 

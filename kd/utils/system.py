@@ -12,7 +12,15 @@ from types import FrameType
 
 import psutil
 
-from kd.errors import require
+from kd.errors import UserError, require
+
+
+def expand_user(name: str, flag: str = "--teacher") -> Path:
+    """`name` with ~ expanded, as the value of `flag`. Raises UserError if that user does not exist."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{flag} {name}: no such file or folder ({error})") from error
 
 
 def cores() -> int:

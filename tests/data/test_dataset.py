@@ -364,7 +364,7 @@ def test_a_missing_name_is_an_error_of_one_line(tmp_path, stream):
 
 
 def test_an_unknown_users_home_is_named():
-    with pytest.raises(UserError, match="--data ~nobodyx/foo: no such folder"):
+    with pytest.raises(UserError, match="--data ~nobodyx/foo: no such file or folder"):
         load_data(DataConfig(source="~nobodyx/foo"))
 
 
