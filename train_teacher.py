@@ -7,7 +7,7 @@
     accelerate launch train_teacher.py --resume            continue the first after a kill
 
 resnet20 on digits: 99.44% test top-1 (seed 0, last epoch, one CPU core);
-resnet34 on CIFAR-100 at full length: not measured yet
+resnet34 on CIFAR-100, the report's ten epochs: 29.57% (seed 0, last epoch, bf16, two CPU cores)
 """
 
 from pathlib import Path
@@ -24,11 +24,7 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     kd.teachers.load.TeacherNetwork; `control` the run of the student alone, for the summary.
     """
     from kd.runs.folder import RunInputs, open_run
-    from kd.teachers.cache import teacher_logits, validation_teacher
-    from kd.training.push import push_epoch, push_run
-    from kd.training.setup import build_distiller
-    from kd.training.summary import write_results
-    from kd.training.trainer import Trainer
+    from kd.training.push import push_run
     from kd.utils.processes import same_threads
 
     taught = (teacher.sha256, teacher.folders) if teacher else (None, ())
@@ -38,21 +34,32 @@ def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Pa
     run = open_run(job, data, accelerator, inputs)
     with run, same_threads():
         if run.summary is None:
-            distiller = distiller or build_distiller(job, data)
-            layers = distiller.loss.teacher_layers
-            logits = teacher and teacher_logits(teacher, data, job, accelerator, layers)
-            live = teacher and validation_teacher(teacher, logits, data, job, accelerator, layers)
-            with Trainer(job, data, accelerator, run, distiller, logits, live) as trainer:
-                for epoch in trainer.epochs():
-                    for batch in trainer.batches(epoch):
-                        trainer.step(batch)
-                    trainer.end_epoch(epoch)
-                    push_epoch(trainer, epoch)
-            write_results(trainer, teacher, control)
-            accelerator.free_memory()
+            run_epochs(job, data, accelerator, run, distiller, teacher, control)
+            accelerator.free_memory()  # what the training held on the GPU is out of use by now
         if accelerator.is_main_process:
             push_run(job, run)
     return run.path
+
+
+def run_epochs(job: Job, data, accelerator, run, distiller=None, teacher=None, control: Path | None = None) -> None:
+    """The training loop, from the run's last checkpoint if it has one; then the results. Arguments as for `train`."""
+    from kd.teachers.cache import teacher_logits, validation_teacher
+    from kd.training.push import push_epoch
+    from kd.training.setup import build_distiller
+    from kd.training.summary import write_results
+    from kd.training.trainer import Trainer
+
+    distiller = distiller or build_distiller(job, data)
+    layers = distiller.loss.teacher_layers
+    logits = teacher and teacher_logits(teacher, data, job, accelerator, layers)
+    live = teacher and validation_teacher(teacher, logits, data, job, accelerator, layers)
+    with Trainer(job, data, accelerator, run, distiller, logits, live) as trainer:
+        for epoch in trainer.epochs():
+            for batch in trainer.batches(epoch):
+                trainer.step(batch)
+            trainer.end_epoch(epoch)
+            push_epoch(trainer, epoch)
+    write_results(trainer, teacher, control)
 
 
 def main(config: TrainConfig) -> Path:

@@ -156,7 +156,9 @@ def share_of_matrix_rate(workloads, measured: dict[str, dict]) -> dict:
 
 def compare(measured: dict[str, dict]) -> dict:
     """How many times as fast as fp32 bf16 trains, with the range of the middle half of the rounds."""
-    from kd.bench.measure import median, middle_half
+    from statistics import median
+
+    from kd.bench.measure import middle_half
 
     if not {"fp32", "bf16"} <= measured.keys():
         return {}
@@ -206,12 +208,13 @@ def describe(config: BenchConfig, size: tuple[int, int], accelerator) -> dict:
 def measure_starts(config: BenchConfig, folder: Path) -> dict:
     """Import time, first-step time and peak memory of new processes, without and with decoded data on disk."""
     flags = json.dumps(dataclasses.asdict(config) | {"json": None})
-    env = {**os.environ, "KD_CACHE": str(folder / "decoded"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    caches = ("KD_CACHE", "HF_DATASETS_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # none is warm
+    env = {**os.environ, **{name: str(folder / name.lower()) for name in caches}}
     numbers = {}
     for name in ("cold", "warm"):
         command = [sys.executable, "-m", "kd.bench.startup", flags]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        require(done.returncode == 0, f"the {name} start failed: {done.stderr[-300:]}")
+        require(done.returncode == 0, f"the {name} start failed: {done.stderr[-300:]}; mend that, or add --no-starts")
         numbers |= {f"{name}_{key}": value for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
     return numbers
 
@@ -264,4 +267,5 @@ def _with_range(value: float, bounds: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(tyro.cli(BenchConfig, description=__doc__))))
+    remedy = "nothing was written; the same command starts over"
+    sys.exit(exit_code(lambda: main(tyro.cli(BenchConfig, description=__doc__)), remedy))

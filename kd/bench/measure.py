@@ -6,11 +6,11 @@ happens, so that no figure depends on how long a window is.
 """
 
 import dataclasses
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import NamedTuple
 
@@ -363,15 +363,11 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
     return [one / other for one, other in zip(above, below, strict=True)]
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
-
-
 def middle_half(values: list[float]) -> list[float]:
     """The range of the middle half of the values; the value itself if there is only one."""
     if len(values) == 1:
         return [values[0], values[0]]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, _, high = quantiles(values, n=4, method="inclusive")
     return [low, high]
 
 

@@ -132,8 +132,9 @@ class TrainingImages(Pixels):
         super().__init__(data.train, data, device)
         self.config, self.seed, self.epochs = config, draws.view_seed(config, seed), epochs
         self.rows, self.two_views = len(data.train.labels), two_views
-        if compiled and config.moves_only:
-            self._weak = torch.compile(self._weak, fullgraph=True, dynamic=False)
+        weak = TrainingImages._weak  # not self._weak: a cycle would keep the pixels on the device after the training
+        moved = compiled and config.moves_only
+        self._weakly = torch.compile(weak, fullgraph=True, dynamic=False) if moved else weak
         self.draws = Draws(config, Sizes(data.train.size, data.size), self.seed, two_views)
 
     def augmented(self, indices: Sequence[Tensor], number: int) -> Iterator[Augmented]:
@@ -165,8 +166,8 @@ class TrainingImages(Pixels):
         self, images: UInt8[Tensor, "m c p q"], index: Int[Tensor, "m"], labels: Int[Tensor, "m"], drawn: BatchDraws
     ) -> Augmented:
         """A batch of stored images, and of their partners if they are mixed."""
-        kinds, mixed = (self._weak, self._strong), None
-        views = [view(images, of) for view, of in zip(kinds, drawn.views)]
+        kinds, mixed = (self._weakly, TrainingImages._strong), None
+        views = [view(self, images, of) for view, of in zip(kinds, drawn.views)]
         if drawn.mixing is not None:  # both views alike, for they have one label
             views = [augment.mix(*view.chunk(2), drawn.mixing) for view in views]
             (index, _), (labels, others) = index.chunk(2), labels.chunk(2)

@@ -168,7 +168,10 @@ def iter_centre_crops(
 
 def fits(size: int, device: torch.device) -> bool:
     """Whether `size` bytes fit in the device's memory, beside the networks."""
-    return device.type != "cuda" or size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    if device.type != "cuda":
+        return True
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of an earlier training
+    return size <= DEVICE_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def copy_rows(

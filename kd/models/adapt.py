@@ -37,7 +37,7 @@ class Resize(nn.Module):
 
 def resize_input(network: nn.Module, size: tuple[int, int]) -> None:
     """Resize images to `size` before anything else that happens to the network's input."""
-    resize = Resize(size)
+    resize = Resize(size).forward  # as a module outside of the network, it could not be traced, nor BatchNorm folded
     network.register_forward_pre_hook(lambda _, images: resize(*images), prepend=True)
 
 

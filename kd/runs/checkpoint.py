@@ -238,18 +238,11 @@ def _fault(checkpoint: Path) -> str | None:
     return f"{', '.join(wrong)} changed since it was saved" if wrong else None
 
 
-class Saved(NamedTuple):
-    """A checkpoint as it is read."""
-
-    content: dict  # of state.json
-    weights: Weights  # by the name of their file
-
-
-def read(checkpoint: Path) -> Saved:
-    """Raises UserError naming the file that cannot be read."""
+def read(checkpoint: Path) -> tuple[dict, Weights]:
+    """What state.json holds, and the tensors by the name of their file. Raises UserError naming what cannot be read."""
     optional = [path for path in (checkpoint / "best.safetensors", checkpoint / AVERAGE) if path.exists()]
     files = [checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors", *optional]
-    return Saved(read_json(checkpoint / "state.json"), {path.stem: read_tensors(path) for path in files})
+    return read_json(checkpoint / "state.json"), {path.stem: read_tensors(path) for path in files}
 
 
 def restore(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> tuple[State, Weights]:
@@ -300,10 +293,14 @@ def is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+KERNELS = {"fused", "foreach"}  # how an optimizer computes, which the device decides
+
+
 def _join_optimizer(tensors: dict[str, Tensor], rest: dict, optimizer: Optimizer) -> dict:
     state = {int(index): dict(entries) for index, entries in rest["state"].items()}
     groups = [
         {name: tuple(value) if isinstance(fresh.get(name), tuple) else value for name, value in (fresh | group).items()}
+        | {name: fresh[name] for name in KERNELS & fresh.keys()}
         for group, fresh in zip(rest["param_groups"], optimizer.param_groups, strict=True)
     ]
     for key, tensor in tensors.items():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,10 @@ from kd.utils.system import StopRequests
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 
+ALONE = ("--num_processes", "1")  # without --launch: the launcher would take all GPUs, and BatchNorm see an eighth
+
 POLL = 0.2  # seconds
+PATIENCE = 30  # seconds for all jobs together to save, once they are asked to stop
 
 EPOCH = re.compile(r" epoch (\d+)/(\d+) ")  # for the bars: the last one in a log is how far its script is
 
@@ -111,11 +115,20 @@ class Runner:
 
     def __exit__(self, *exception) -> None:
         self._progress.stop()
-        for running in self._running:
-            _stop(running.process)
-            running.output.close()
+        self._stop()
         self._requests.__exit__()
         self._announcements.cleanup()
+
+    def _stop(self) -> None:
+        """Ask all launchers and scripts to stop; a script saves first, and keeps its folder locked until it has."""
+        for running in self._running:
+            with suppress(ProcessLookupError):
+                os.killpg(running.process.pid, signal.SIGTERM)
+        end = time.monotonic() + PATIENCE
+        for running in self._running:
+            with suppress(subprocess.TimeoutExpired):
+                running.process.wait(timeout=max(end - time.monotonic(), 0))
+            running.output.close()
 
     def run(self, tasks: list[Task]) -> None:
         """Return once each task has finished or failed. Raises Preempted if the study was asked to stop."""
@@ -147,7 +160,7 @@ class Runner:
         name = re.sub(r"[^A-Za-z0-9.=-]+", "_", task.label)
         log = self.logs / f"{name}.log"
         folders = Path(self._announcements.name, f"{len(self.done)}-{slot}")  # a new name: its slot was freed by a task
-        command = [*LAUNCHER, *self.launch, str(task.script), *task.args]
+        command = [*LAUNCHER, *(self.launch or ALONE), str(task.script), *task.args]
         with open(log, "w", encoding="utf-8") as file:
             file.write(f"{shlex.join(command)}\n")
             file.flush()
@@ -221,15 +234,6 @@ def _gpu_of(slot: int, jobs: int) -> dict[str, str]:
     else:
         gpus = [name for name in visible.split(",") if name]
     return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """Ask launcher and script to stop; the script saves first, and keeps its folder locked until it has."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
 
 
 def _last_words(text: str, code: int) -> str:

@@ -16,6 +16,7 @@ from kd.data import Data
 from kd.data.loader import Pixels
 from kd.data.rows import Rows
 from kd.data.splits import is_imbalanced
+from kd.data.workers import WorkerRows
 from kd.losses.base import Distiller, each_alone
 from kd.metrics import rare_class_scores
 from kd.runs.checkpoint import Weights
@@ -47,6 +48,8 @@ class Scorer:
 
     def _share(self, trained: int) -> int:
         """Images of a batch of one process, which trains on batches of `trained`."""
+        if isinstance(self.split, WorkerRows):
+            return trained  # larger ones might not fit the memory that the workers share
         if self.on_cpu:
             return trained  # small batches are summed in another order: the last bits depend on their size
         height, width = self.data.size

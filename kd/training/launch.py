@@ -49,7 +49,7 @@ HARMLESS = {
     "ONEDNN_DEFAULT_FPMATH_MODE": (("strict",), "remove it; --mixed-precision bf16 computes in bf16"),
     "DNNL_DEFAULT_FPMATH_MODE": (("strict",), "remove it; --mixed-precision bf16 computes in bf16"),
     "NVIDIA_TF32_OVERRIDE": ((), "remove it; TF32 is used unless --deterministic is given"),
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ((), "remove it; TF32 is used unless --deterministic is given"),
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (("1",), "remove it; TF32 is used unless --deterministic is given"),
 }
 
 
@@ -61,17 +61,18 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
     """
     check_environment()
     check_optimizer(fit)
+    on_cpu = asked_for_cpu() or not torch.accelerator.is_available()
     torch.set_num_threads(run.threads or default_threads())
     if fit.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False
+    elif not on_cpu and torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True  # every batch has one shape: searching for the fastest kernels pays
         torch.set_float32_matmul_precision("high")  # TF32, if the precision is not half already
     precision = fit.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     require(precision in PRECISIONS, f"ACCELERATE_MIXED_PRECISION={precision}: give --mixed-precision no, bf16 or fp16")
-    on_cpu = asked_for_cpu() or not torch.accelerator.is_available()
     require(
         not (on_cpu and precision == "fp16"),
         "--mixed-precision fp16: a CPU would silently compute in fp32; use bf16, or no",

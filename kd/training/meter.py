@@ -166,8 +166,8 @@ def _is_number(term: object) -> bool:
 class Clock:
     """Times training steps alone, from the eleventh of this process on, into `timing` (images, seconds)."""
 
-    def __init__(self, timing: dict[str, float]):
-        self.timing = timing
+    def __init__(self, timing: dict[str, float], device: torch.device):
+        self.timing, self.device = timing, device
         for key in ("images", "seconds"):
             timing.setdefault(key, 0.0)
         self._steps = 0
@@ -175,8 +175,8 @@ class Clock:
 
     def step(self, images: int) -> None:
         self._steps += 1
-        if self._steps == SETTLING and torch.cuda.is_available():
-            torch.cuda.synchronize()  # once a process: the clock starts when the device has caught up
+        if self._steps == SETTLING and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # once a process: the clock starts when the device has caught up
         if self._since is None and self._steps >= SETTLING:
             self._since = time.monotonic()
         elif self._since is not None:

@@ -12,6 +12,8 @@ the test split. A set without a validation split leaves a tenth of its training 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +95,11 @@ class Probe:
         device = features[0].device
         labels = [part.labels.to(device) for part in (train, rows)]
         ours, theirs = zip((features[0], features[1].to(device)), labels, strict=True)
-        return {
-            "knn": knn_accuracy(*ours, *theirs, told=told),
-            "linear": linear_probe_accuracy(*ours, *theirs, told=told),
-        }
+        with full_precision():
+            return {
+                "knn": knn_accuracy(*ours, *theirs, told=told),
+                "linear": linear_probe_accuracy(*ours, *theirs, told=told),
+            }
 
     @torch.no_grad()
     def features(self, split: Rows, told: Told = silent) -> Float[Tensor, "n d"]:
@@ -174,6 +177,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return scores
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Without TF32 inside, which a training on a GPU uses: its products have three digits, too few for ranks."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def fresh_network(info: dict, seed: int) -> nn.Module:
     """The network of a model.json, with fresh weights and without what compression and its method added."""
     from kd.config.model_args import parse_model_args
@@ -208,4 +222,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(exit_code(main, "the same command starts over"))

@@ -122,10 +122,10 @@ def choose_penalty(
 
 
 class Standardise:
-    """Subtracts the mean of the features that it was made of and divides by their deviation; in float64 on a CPU."""
+    """Subtracts the mean of the features that it was made of and divides by their deviation; float64, but for MPS."""
 
     def __init__(self, features: Float[Tensor, "n d"]):
-        self.dtype = torch.float64 if features.device.type == "cpu" else torch.float32
+        self.dtype = torch.float32 if features.device.type == "mps" else torch.float64  # MPS has no float64
         total, squares = 0.0, 0.0
         for part in features.split(_block(features)):
             total = total + part.to(self.dtype).sum(dim=0)

@@ -1,7 +1,9 @@
 """Flags of the views beside crop and random flip: colours, blur, flips, crops, mixing switched off at the end."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from kd.config import DataConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
 from kd.data import augment, draws, load_data, policies
-from kd.data.loader import Batches
+from kd.data.loader import Batches, TrainingImages
 from kd.errors import UserError
 from kd.runs.folder import without_newer_defaults
 from kd.teachers.cache import LogitStore
@@ -256,3 +258,15 @@ def test_a_cache_has_the_unmixed_views_too(views, off, stored, tmp_path):
 def test_the_recipes_teacher_leaves_mixing_out_in_its_last_epochs_too():
     config = parse(distill_defaults, "", [*OFF, "--views", "2"])
     assert config.teacher_job().views == ViewConfig(mixup=1.0, mix_off_epochs=3)
+
+
+def test_the_pixels_of_a_compiled_training_are_gone_with_it():
+    """A compiled method of its own would keep them on the GPU until Python collects cycles."""
+    images = TrainingImages(load_data(DataConfig("synthetic")), ViewConfig(), 0, torch.device("cpu"), compiled=True)
+    alive = weakref.ref(images)
+    gc.disable()
+    try:
+        del images
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -65,6 +65,7 @@ def fake(monkeypatch):
     Path("distill_student.py").write_text(FAKE)
     monkeypatch.setattr(plan, "script_path", lambda name: Path(name))
     monkeypatch.setattr("kd.study.runner.LAUNCHER", (sys.executable,))
+    monkeypatch.setattr("kd.study.runner.ALONE", ())
     monkeypatch.setattr(runner, "POLL", 0.01)
 
 
@@ -234,10 +235,37 @@ def test_asked_to_stop_it_stops_what_it_runs():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kd.study.runner.LAUNCHER", (sys.executable,))
+        patch.setattr("kd.study.runner.ALONE", ())
         threading.Thread(target=interrupt).start()
         with pytest.raises(Preempted, match="the same command goes on"), Runner(1, (), Path("logs"), 1) as runner:
             runner.run([Task("slow", Path("slow.py"), [])])
     assert Path("saved").exists()
+
+
+def test_all_jobs_are_asked_to_stop_at_once(monkeypatch, tmp_path):
+    """A scheduler's grace is for all of them together."""
+    Path("slow.py").write_text(
+        "import os, signal, sys, time, pathlib\n"
+        "def save(*_):\n"
+        "    pathlib.Path(f'asked-{sys.argv[1]}').write_text(str(time.monotonic()))\n"
+        "    time.sleep(1)\n"
+        "    os._exit(3)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path(f'started-{sys.argv[1]}').touch()\ntime.sleep(60)\n"
+    )
+
+    def interrupt():
+        while not all(Path(f"started-{number}").exists() for number in "12"):
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("kd.study.runner.LAUNCHER", (sys.executable,))
+    monkeypatch.setattr("kd.study.runner.ALONE", ())
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(Preempted), Runner(2, (), Path("logs"), 2) as runner:
+        runner.run([Task(f"slow {number}", Path("slow.py"), [number]) for number in "12"])
+    first, second = (float(Path(f"asked-{number}").read_text()) for number in "12")
+    assert abs(first - second) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -486,3 +514,13 @@ except SystemExit:
     assert done.returncode == 0, done.stderr
     assert "--grid" in done.stdout
     assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize(("launch", "words"), [((), ["--num_processes", "1"]), (("--quiet",), ["--quiet"])])
+def test_a_run_has_one_process_unless_the_launch_says_otherwise(monkeypatch, launch, words):
+    """`accelerate launch` alone would take every GPU, and BatchNorm see a share of the batch that no other run has."""
+    Path("echo.py").write_text("")
+    monkeypatch.setattr("kd.study.runner.LAUNCHER", (sys.executable, "-c", "import sys; print(sys.argv[1:])"))
+    with Runner(1, launch, Path("logs"), 1) as started:
+        started.run([Task("one", Path("echo.py"), ["kd"])])
+    assert str([*words, "echo.py", "kd"]) in Path("logs/one.log").read_text()

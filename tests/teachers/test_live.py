@@ -1,15 +1,19 @@
 """The live teacher in half precision: its weights are cast once, and its logits stay those of autocast."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kd.models import build_model
+from kd.config import DataConfig
+from kd.data import load_data
+from kd.models import adapt, build_model
 from kd.teachers import live
 from kd.teachers.live import HalfWeights, fold_batchnorm, live_logits
+from kd.teachers.load import adapt_input
 from kd.types import Batch, Outputs
 from tests import networks
 from tests.fake_cuda import DEVICE, MODE, accelerator_on_gpu, counting, fake_cuda
@@ -164,3 +168,18 @@ def test_a_batchnorm_that_keeps_no_statistics_is_not_folded():
     folded, images = live.fold_batchnorm(network), torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)
     assert [type(module) for module in folded.modules()].count(nn.BatchNorm2d) == 1
+
+
+def test_a_teacher_of_another_normalisation_and_size_is_folded_too(monkeypatch):
+    """Its hooks must be traced with it."""
+    for layer in (adapt.Renormalize, adapt.Resize):  # the tests' shape checks refuse what traces
+        monkeypatch.setattr(layer, "forward", inspect.unwrap(layer.forward))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network[1].running_mean.normal_()
+    network[1].running_var.uniform_(0.5, 2)
+    data = load_data(DataConfig("synthetic"))
+    adapt_input(network, {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": [24, 24]}, data, torch.device("cpu"))
+    folded, images = fold_batchnorm(network), torch.randn(5, 3, *data.size)
+    assert folded is not network
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)

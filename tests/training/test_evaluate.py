@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,7 @@ from torch import nn
 from kd.config import DataConfig
 from kd.data import Split, load_data
 from kd.data.rows import MappedRows
+from kd.data.workers import EncodedImages, WorkerRows
 from kd.training.evaluate import AT_ONCE, PAYS, Scorer, predict_logits, validation
 from tests.fake_cuda import COPY, DEVICE, ROWS, Setting, accelerator_on_gpu, counting, training
 from tests.run_scripts import distil
@@ -105,3 +107,13 @@ def test_scoring_is_compiled_from_so_many_batches_of_a_run_on(fit, pays):
     data = load_data(DataConfig(source="synthetic"))  # with 100 images to validate on
     job = Setting(fit={"batch_size": 50, **fit}).job
     assert validation(data, job, Accelerator(cpu=True)).compiles == pays
+
+
+def test_rows_of_workers_are_scored_in_batches_of_the_trainings_size():
+    """Those fit the memory that workers share; larger ones would end the run at its first validation."""
+    data = load_data(DataConfig(source="synthetic"))
+    images = EncodedImages(None, "image", "test", None, (16, 16), 0, np.arange(250))
+    by_workers = dataclasses.replace(data, test=WorkerRows(images, data.test.labels))
+    with accelerator_on_gpu() as accelerator:
+        assert Scorer(by_workers.test, by_workers, accelerator, 4).share == 4
+        assert Scorer(data.test, data, accelerator, 4).share > 4

@@ -41,7 +41,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
         ("ACCELERATE_DOWNCAST_BF16", "yes", "--mixed-precision bf16"),
         ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "--mixed-precision bf16"),
         ("DNNL_DEFAULT_FPMATH_MODE", "BF16", ""),
-        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1", ""),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0", ""),
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", ""),
         ("ACCELERATE_USE_SAGEMAKER", "true", ""),
         ("ACCELERATE_IN_TPU_POD", "true", ""),
@@ -154,7 +154,7 @@ def record(self, *args):
     if self.state.step == 20:
         os.killpg(0, signal.SIGINT)  # as a terminal does: launcher and script
 Trainer.record = record
-sys.exit(exit_code(lambda: teach("--out", "run")))
+sys.exit(exit_code(lambda: teach("--out", "run"), ""))
 """
 
 

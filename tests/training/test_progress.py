@@ -3,9 +3,11 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 from kd.training import progress
+from kd.training.meter import Clock
 from kd.training.progress import ProgressDisplay
 
 LINE = {"epoch": 1, "step": 10, "train/loss": 1.25, "train/top1": 40.0, "val/loss": 1.5, "val/top1": 35.0}
@@ -32,3 +34,12 @@ def test_off_a_terminal_there_is_a_plain_line(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith("teacher resnet8  epoch 1/2  train/loss 1.2500  train/top1 40.00  val/loss 1.5000")
     assert out.count("\n") == 1
+
+
+def test_the_clock_of_a_training_on_the_cpu_asks_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a CUDA context for nothing"))
+    clock = Clock({}, torch.device("cpu"))
+    for _ in range(12):
+        clock.step(8)
+    assert clock.timing["images"] == 16
