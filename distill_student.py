@@ -19,23 +19,6 @@ from kd.config.presets import distill_defaults
 from train_teacher import train
 
 
-def check_networks(config: DistillConfig) -> None:
-    """Raises UserError for a network that does not exist or does not fit its flags, before any data is read."""
-    from kd.models import check_name
-    from kd.teachers.load import check_teachers
-    from kd.training.start import TEACHER_START, check_start
-
-    check_name(config.student)
-    check_start(config.job())
-    if not config.method.needs_teacher or config.cache.cache_from:
-        return
-    if config.teachers:
-        check_teachers(config)
-    else:
-        check_name(config.teacher_model)
-        check_start(config.teacher_job(), TEACHER_START)
-
-
 def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
     """The teacher: the `shared` logits of --cache-teacher SOURCE; else --teacher, with a new last layer if asked for;
     else what a pruned student was before; else the recipe's own, trained here unless it is already. `seen` is `data` as
@@ -68,7 +51,7 @@ def main(config: DistillConfig) -> Path:
     from kd.teachers.shared import find_shared
     from kd.training import setup
     from kd.training.launch import print_plan, start
-    from kd.training.start import start_from
+    from kd.training.start import check_networks, start_from
 
     config, needs_teacher, source = config.for_method(), config.method.needs_teacher, config.cache.cache_from
     config = setup.settle_unlabelled(config) if config.data.no_labels else config

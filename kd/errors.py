@@ -141,9 +141,7 @@ def _is_ours(file: str) -> bool:
     return ours or file.endswith(PLUMBING)
 
 
-def exit_code(
-    work: Callable[[], None], interrupted: str = "the last checkpoint is intact; continue with --resume"
-) -> int:
+def exit_code(work: Callable[[], None], interrupted: str) -> int:
     """The exit code of `work`; prints one line for an error that the user can mend and lets others pass.
 
     `interrupted` says what to do after Ctrl-C, or after another signal: a KeyboardInterrupt carries its number.
@@ -188,7 +186,7 @@ def _telling() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether it says so, of a device or of the host. Its first note is the batch size, if that is known."""
+    """Whether `error` is a lack of memory, of a device or of the host."""
     text = f"{type(error).__name__}: {error}"
     return any(words in text for words in ("OutOfMemory", "MemoryError", "can't allocate memory"))
 
@@ -213,6 +211,13 @@ def remedy_for(error: BaseException) -> str | None:
             "BatchNorm got a single value for each channel: give a larger --batch-size, fewer processes, a smaller"
             " --accumulate, or larger images"
         )
+    if "view size is not compatible" in text:
+        return (
+            "a network uses .view on a map, which --channels-last lays out otherwise: write .reshape, or .flatten(1),"
+            " in its place, or give --no-channels-last"
+        )
+    if "does not have a deterministic implementation" in text:
+        return f"an operation has no kernel that repeats itself to the bit: leave --deterministic out ({text[:200]})"
     if is_out_of_memory(error):
         now = "".join(f" than {note}" for note in getattr(error, "__notes__", ())[:1])
         return f"out of memory: give a smaller --batch-size{now}, which changes the recipe ({text[:200]})"

@@ -211,7 +211,7 @@ def find_images(names: list[str]) -> list[Path]:
     images, suffixes = [], {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
     for name in names:
         path = Path(name)
-        require(path.exists(), f"{name}: no such file or folder")
+        require(path.exists(), f"{name}: no such file or folder; name images, or folders of them")
         files = [path]
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())

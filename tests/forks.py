@@ -151,7 +151,7 @@ class Started:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
             if rank == 0:
                 self.watch.install()
-            code = exit_code(lambda: _run(command))
+            code = exit_code(lambda: _run(command), "")
         except BaseException:
             import traceback
 

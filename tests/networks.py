@@ -247,3 +247,29 @@ def weight_normed(num_classes: int) -> nn.Module:
     network = plain(num_classes)
     weight_norm(network[0])
     return network
+
+
+class _Reshaping(nn.Module):
+    """The classic network that flattens its maps by `flatten`."""
+
+    def __init__(self, num_classes: int, flatten):
+        super().__init__()
+        self.conv, self.pool, self.flatten = nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(2), flatten
+        self.linear = nn.Linear(32, num_classes)
+
+    def forward(self, images):
+        return self.linear(self.flatten(self.pool(self.conv(images))))
+
+
+def viewing(num_classes: int) -> nn.Module:
+    return _Reshaping(num_classes, lambda maps: maps.view(maps.size(0), -1))
+
+
+def squeezing(num_classes: int) -> nn.Module:
+    """Right for two images; for one it drops the batch too."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), _Squeeze(), nn.Linear(8, num_classes))
+
+
+class _Squeeze(nn.Module):
+    def forward(self, maps):
+        return maps.squeeze()

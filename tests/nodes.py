@@ -74,7 +74,7 @@ def _child(work: Callable, rank: int, folder: Path, port: int, local: bool) -> N
         def act() -> None:
             (folder / f"answer{rank}").write_bytes(pickle.dumps(work(rank)))
 
-        code = exit_code(act)
+        code = exit_code(act, "")
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,6 +1,7 @@
 """How a script ends: one line and an exit code for errors that the user can mend, a traceback for our own."""
 
 import errno
+import os
 import signal
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.run_scripts import script
     [
         (UserError("--lr 0:\n give more"), 2, "error: --lr 0: give more\n"),
         (Preempted(signal.SIGTERM, "step 5"), 143, "preempted and saved: step 5\n"),
-        (KeyboardInterrupt(), 130, "interrupted: the last checkpoint is intact; continue with --resume\n"),
+        (KeyboardInterrupt(), 130, "interrupted: continue with --resume\n"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "--resume"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "give a smaller --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "give a smaller --batch-size"),
@@ -34,7 +35,7 @@ def test_row_47_an_error_that_the_user_can_mend_is_one_line(error, code, words, 
     def work():
         raise error
 
-    assert exit_code(work) == code
+    assert exit_code(work, "continue with --resume") == code
     printed = capsys.readouterr().err
     assert words in printed
     assert printed.count("\n") == 1
@@ -53,7 +54,7 @@ def test_our_own_errors_keep_their_traceback():
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        exit_code(work)
+        exit_code(work, "")
 
 
 def test_nearest_names_similar_names_or_all():
@@ -66,7 +67,7 @@ def test_a_stop_says_by_whom_and_that_it_was_saved(number, capsys):
     def work():
         raise Preempted(number, "step 5 in run; continue with --resume")
 
-    assert exit_code(work) == 128 + number
+    assert exit_code(work, "") == 128 + number
     how = {signal.SIGINT: "stopped", signal.SIGTERM: "preempted"}[number]
     assert capsys.readouterr().err == f"{how} and saved: step 5 in run; continue with --resume\n"
 
@@ -82,7 +83,7 @@ def test_under_a_launcher_the_message_is_framed(variable, error, monkeypatch, ca
     def work():
         raise error
 
-    assert exit_code(work) in (2, 130)
+    assert exit_code(work, "nothing was written") in (2, 130)
     before, rule, message, again, note, after = capsys.readouterr().err.splitlines()
     assert (before, rule, again, after) == ("", "-" * 80, "-" * 80, "")
     assert message.startswith(ENDINGS)
@@ -149,3 +150,8 @@ def test_a_module_that_is_not_there_is_one_line():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "cannot import nowhere" in done.stderr
+
+
+def test_no_test_sees_a_gpu():
+    """They compare bits on the CPU; what a script of a test starts inherits it."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" or os.environ.get("KD_TEST_GPU") == "1"

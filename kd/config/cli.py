@@ -14,10 +14,10 @@ from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPref
 
 from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import is_cache
-from kd.config.help import Flag, first_word, flag_values, format_help, is_method, list_flags, without_method
+from kd.config.help import Flag, flag_values, format_help, list_flags, typed_method, without_method
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
-from kd.config.named import is_named, named_method, with_usual
+from kd.config.named import named_method, with_usual
 from kd.config.presets import PRESETS, default_preset
 from kd.config.unused import check_used
 from kd.errors import exit_code, require, reworded
@@ -46,8 +46,10 @@ def parse(defaults: Callable, description: str, args: list[str] | None = None):
         default = _with_file(default, file | {"preset": preset}, Path(given.config), args)
     if "-h" in args or "--help" in args:
         _print_and_exit(format_help(default, description, args, shutil.get_terminal_size((100, 24)).columns))
-    if isinstance(default, DistillConfig) and (name := first_word(args, list_flags(default), is_named)):
-        default = _with_method(named_method(name), default)
+    if isinstance(default, DistillConfig):
+        name = typed_method(args, list_flags(default))
+        if name and name not in METHODS:
+            default = _with_method(named_method(name), default)
     config = tyro.cli(type(default), default=default, args=args, description=description, config=FLAT)
     config.check()
     if isinstance(config, TrainConfig | DistillConfig):
@@ -61,19 +63,23 @@ def _method_of(default, args: list[str], file: dict[str, Any]) -> str | None:
     """The method's name among the arguments, else in the file; None if it is left out."""
     if not isinstance(default, DistillConfig):
         return None
-    return first_word(args, list_flags(default), is_method) or file.get("method")
+    return typed_method(args, list_flags(default)) or file.get("method")
 
 
 def with_cache_from(args: list[str]) -> list[str]:
     """The arguments with `--cache-teacher SOURCE` as the two flags that it stands for.
 
     SOURCE begins with hub: or has a slash, which no method has; so `--cache-teacher kd` stays a flag and a method.
+    `--no-cache-teacher` stands for two as well: a file's cache of somebody else's is not used either.
     """
     words: list[str] = []
     for word in args:
         name, equals, value = word.partition("=")
-        flag = name.replace("_", "-") == CACHE_TEACHER
-        if flag and equals:
+        name = name.replace("_", "-")
+        flag = name == CACHE_TEACHER
+        if name == "--no-cache-teacher":
+            words += [name, "--cache-from", "None"]  # of a file or a preset
+        elif flag and equals:
             words += [CACHE_TEACHER, "--cache-from", value]
         elif words and words[-1] == CACHE_TEACHER and is_cache(word):
             words += ["--cache-from", word]
@@ -115,7 +121,7 @@ def _with_file(default, file: dict[str, Any], path: Path, args: list[str]):
     for network, name in (("model", "train_teacher.py"), ("student", "distill_student.py")):
         require(network in flags or network not in file, f"--config {path}: has the flags of {name}; give it to that")
     if isinstance(default, DistillConfig):
-        written, named = file.pop("method", None), first_word(args, flags, is_method)
+        written, named = file.pop("method", None), typed_method(args, flags)
         method = str(written or named or method_name(default.method))  # without one, its flags are of the typed one
         with reworded(lambda text: f"--config {path}: {text}"):
             kind = named_method(method)
@@ -160,7 +166,8 @@ def flag_names(default, method: str = "") -> set[str]:
 
 def script(defaults: Callable, main: Callable, description: str) -> None:
     """Parse, run `main(config)`, and exit."""
-    sys.exit(exit_code(lambda: main(parse(defaults, description))))
+    remedy = "the last checkpoint is intact; continue with --resume"
+    sys.exit(exit_code(lambda: main(parse(defaults, description)), remedy))
 
 
 def _print_and_exit(text: str) -> None:

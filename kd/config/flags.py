@@ -16,6 +16,7 @@ from tyro.conf import arg
 
 from kd.config.model_args import format_model_args, parse_model_args
 from kd.errors import nearest, require
+from kd.utils.hub import check_id
 from kd.utils.system import expand_user
 
 MAX_PADDING = 4096  # pixels
@@ -392,19 +393,17 @@ class FitConfig:
 
     def _check_rates(self) -> None:
         per_256, peak, start = self.lr_per_256, self.peak_lr, self.warmup_start
-        top = math.inf if peak is None else peak
+        top, most = (math.inf, "") if peak is None else (peak, f", at most the peak, {peak:g}")
         require(
             per_256 is None or 0 < per_256 <= MAX_RATE,
             f"--lr-per-256 {per_256}: give a number above 0, up to {MAX_RATE:g}",
         )
-        require(0 <= self.min_lr <= top, f"--min-lr {self.min_lr}: give 0 or more, at most the peak, {top:g}")
+        require(0 <= self.min_lr <= top, f"--min-lr {self.min_lr}: give 0 or more{most}")
         require(
             self.min_lr == 0 or self.schedule != "constant",
             "--min-lr: --schedule constant never falls; leave it out, or take another schedule",
         )
-        require(
-            start is None or 0 <= start <= top, f"--warmup-start {start}: give 0 or more, at most the peak, {top:g}"
-        )
+        require(start is None or 0 <= start <= top, f"--warmup-start {start}: give 0 or more{most}")
         require(
             start is None or self.warmup_epochs != 0 or self.schedule == "one-cycle",
             "--warmup-start: needs --warmup-epochs, or --schedule one-cycle",
@@ -495,10 +494,8 @@ class RunConfig:
             require(not given or self.probe is not None, f"--{name.replace('_', '-')} {given}: needs --probe DATA")
         require(self.push_every >= 0, f"--push-every {self.push_every}: give 0 or more")
         require(not self.push_every or self.push_to is not None, "--push-every: needs --push-to USER/NAME")
-        require(
-            self.push_to is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to) is not None,
-            f"--push-to {self.push_to}: is no Hub id; give USER/NAME, of letters, digits, '-', '_' and '.'",
-        )
+        if self.push_to is not None:
+            check_id(self.push_to, "--push-to")
         require(not (self.resume and self.auto_resume), "--resume and --auto-resume: give one of them")
         require(
             not self.resume_inexact or self.resume or self.auto_resume,

@@ -93,10 +93,6 @@ INDENT = 24  # columns before a flag's text
 MAX_WIDTH = 120  # columns: longer lines are hard to read
 
 
-def is_method(word: str) -> bool:
-    return word in METHODS or is_named(word)
-
-
 def format_help(default, description: str, args: list[str], width: int) -> str:
     """The help of a script, or of one method if `args` name it.
 
@@ -110,7 +106,7 @@ def format_help(default, description: str, args: list[str], width: int) -> str:
     if default.preset in LR_BY_NETWORK:
         flags["lr"] = flags["lr"]._replace(default=_rates(LR_BY_NETWORK[default.preset]))
     if isinstance(default, DistillConfig):
-        if method := first_word(args, flags, is_method):
+        if method := typed_method(args, flags):
             return _paragraphs(*_method_help(script_name, method, default.method, width))
         usage, methods = f"usage: {script_name} [FLAG ...] [METHOD] [FLAG ...]", _list_methods(default.method, width)
         flags = without_method(flags, default)
@@ -136,8 +132,13 @@ def _rates(rates: dict[str, float]) -> str:
     return f"{rates['']:g}; mobile networks {min(rates.values()):g}"
 
 
+def typed_method(args: list[str], flags: dict[str, Flag]) -> str | None:
+    """The method among the arguments; a name of METHODS wins, for a module:function may be one of several teachers."""
+    return first_word(args, flags, METHODS.__contains__) or first_word(args, flags, is_named)
+
+
 def first_word(args: list[str], flags: dict[str, Flag], wanted: Callable[[str], bool]) -> str | None:
-    """The first wanted word among the arguments; crd in `--preset crd` is no method."""
+    """The first wanted word that is not the value right after a flag, as crd is in `--preset crd`."""
     alone = {f"--{name}" for name, flag in flags.items() if not flag.takes_value}
     alone |= {f"--no-{name}" for name in flags} | {"--help"}
     dashed = [word.replace("_", "-") for word in ["", *args]]  # tyro takes --no_labels for --no-labels

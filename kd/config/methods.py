@@ -53,7 +53,7 @@ class MethodFlags:
     labels_in_ce_only: ClassVar[bool] = (
         False  # True: no term but "ce" needs labels; of several methods the first has it
     )
-    without_labels: ClassVar[str | None] = None  # the flags with which it needs no labels; None if it always does
+    without_labels: ClassVar[str | None] = None  # flags without which it needs labels ("": none); None: always
     label_smoothing: float = 0.0
     """Share of cross-entropy's target that is spread over all classes (arXiv:1512.00567)."""
 
@@ -65,6 +65,10 @@ class MethodFlags:
     def uses_labels(self) -> bool:
         """Whether it needs the images' labels; if not, it can train on images that have none."""
         return True
+
+    def parts(self) -> dict[str, "MethodFlags"]:
+        """Its flags, by what stands before their names; of several methods at once those of each."""
+        return {"": self}
 
     def settled(self, student: str) -> "MethodFlags":
         """These flags with numbers for what follows from the student's name."""

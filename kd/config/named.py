@@ -9,13 +9,13 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, ClassVar, get_args, get_origin, get_type_hints
 
-from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, ViewConfig
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import METHODS, MethodFlags
 from kd.errors import UserError, nearest, require, reworded
@@ -25,14 +25,13 @@ LOSS = "kd.losses.base.DistillationLoss"
 
 CALLED_WITH = {"__init__": ("config", "pair"), "forward": ("student", "teacher", "batch")}
 
-PARTS = (DataConfig, ViewConfig, FitConfig, RunConfig, CompressConfig, CacheConfig, DistillConfig, TrainConfig)
-
-# What the flags' class has already: no field may be called so.
+# What the flags' class, and a run's identity beside the flags, have already: no field may be called so.
 RESERVED = {name for name in (*vars(MethodFlags), *MethodFlags.__annotations__) if name != "label_smoothing"}
+RESERVED |= {"role", "origin", "shared_cache", "extended_from"}
 
 
 def is_named(word: str) -> bool:
-    """Whether a word of the command line can only mean a method that is not in METHODS."""
+    """Whether a word of the command line may mean a method that is not in METHODS."""
     parts = word.split("+")
     joined = len(parts) > 1 and any(part in METHODS or is_users_own(part) for part in parts) and "/" not in word
     return (joined or is_users_own(word)) and not Path(word).is_file()
@@ -118,13 +117,22 @@ def _check_flags(name: str, flags: type[MethodFlags]) -> None:
 def common_flags() -> frozenset[str]:
     """The fields of both scripts' configurations, and the names of their flags."""
     names = set()
-    for part in PARTS:
+    for part in {*_parts(TrainConfig()), *_parts(DistillConfig())}:
         hints = get_type_hints(part, include_extras=True)
         for field in dataclasses.fields(part):
             hint = hints[field.name]
             settings = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
             names |= {field.name, *(setting.name.replace("-", "_") for setting in settings if setting.name)}
     return frozenset(names)
+
+
+def _parts(config) -> Iterator[type]:
+    """The classes of a configuration and of all that it is made of, but for the method."""
+    yield type(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, MethodFlags):
+            yield from _parts(value)
 
 
 @dataclass(frozen=True)

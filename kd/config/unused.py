@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from kd.config.flags import FitConfig
 from kd.config.jobs import DistillConfig, TrainConfig
+from kd.config.recipes import PRESETS
 from kd.errors import require
 
 # Flags that say who the teacher is, or how its logits are stored.
@@ -21,8 +22,21 @@ OF_A_TEACHER = (
 def check_used(config: TrainConfig | DistillConfig, typed: Iterable[str]) -> None:
     """Raise UserError for a typed flag, by its name on the command line, that another flag makes void."""
     reasons = _of_training(_fits(config)) | _of_views(config) | _of_teacher(config) | _of_labels(config)
+    typed = list(typed)
     for name in typed:
         require(name not in reasons, f"--{name}: {reasons.get(name)}")
+    _check_rate(config, typed)
+
+
+def _check_rate(config: TrainConfig | DistillConfig, typed: list[str]) -> None:
+    """Raise UserError for a typed --optimizer whose learning rate would be that of the preset's."""
+    fit, usual = config.fit, PRESETS[config.preset].get("fit", FitConfig())
+    kept = (fit.lr, fit.lr_per_256) == (usual.lr, usual.lr_per_256) and not {"lr", "lr-per-256"} & {*typed}
+    require(
+        "optimizer" not in typed or fit.optimizer == usual.optimizer or not kept or config.preset == "report",
+        f"--optimizer {fit.optimizer}: the learning rate of --preset {config.preset} is for {usual.optimizer}; give"
+        f" --lr{' (0.001 is usual)' * fit.optimizer.startswith('adam')}",
+    )
 
 
 def _fits(config: TrainConfig | DistillConfig) -> list[FitConfig]:

@@ -27,7 +27,7 @@ from kd.data.statistics import ChannelHistogram, DatasetHash
 from kd.errors import UserError, require
 from kd.utils.files import create_map, read_array, read_json, write_array, write_json
 from kd.utils.images import BrokenImage, decode_to, pool
-from kd.utils.system import Lock
+from kd.utils.system import Lock, expand_user
 
 BLOCK = 1000  # rows that are decoded at a time
 
@@ -70,9 +70,9 @@ def trusting(trusted: bool) -> Iterator[None]:
 
 
 def cache_root() -> Path:
-    """KD_CACHE, else kd/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kd"
-    return Path(os.environ.get("KD_CACHE", default))
+    """KD_CACHE, else kd/ in the user's cache folder. Raises UserError for ~ of a user who does not exist."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kd"
+    return expand_user(os.environ.get("KD_CACHE") or default, "KD_CACHE")
 
 
 @contextmanager

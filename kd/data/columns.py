@@ -166,6 +166,11 @@ def encode_labels(labels: Sequence, columns: Columns, split: str) -> np.ndarray:
     return numbers
 
 
+def is_unlabelled(labels: Collection) -> bool:
+    """Whether a split's labels are all missing: None, or the -1 that test splits of challenges have."""
+    return len(labels) > 0 and all(label is None or label == UNLABELLED for label in labels)
+
+
 def check_columns(columns: Columns, present: Collection[str], split: str, source: str) -> None:
     """Raises UserError if a split lacks the image or the label column."""
     missing = {columns.image, columns.label} - {"", *present}

@@ -126,6 +126,11 @@ def _load(config: DataConfig, revision: str | None) -> Data:
     if config.no_labels:
         return _load_unlabelled(config, source)
     splits, classes = source.splits, source.classes
+    require(
+        len(classes) >= 2,
+        f"--data {config.source}: has one class only ({', '.join(classes)}); two or more are needed: choose another"
+        " column with --label, or other data",
+    )
     if config.classes is not None:
         require(config.classes <= len(classes), f"--classes {config.classes}: {config.source} has {len(classes)}")
         classes = classes[: config.classes]

@@ -340,6 +340,13 @@ class ImageFolder:
             len(set(place.named)) < 2,
             f"{path} is in several splits by its folders' names ({', '.join(place.named)}); rename one of them",
         )
+        others = [group.place.below for group in self._groups if group.images and not group.place.split]
+        beside = dict.fromkeys(parts[0] for parts in others if parts)
+        self._require(
+            bool(below) or not beside or not place.split,
+            f"the folder {place.top} is taken for a split, and {_some(list(beside))} beside it has images too; if"
+            f" {place.top} is a class, rename it ({place.top}_), else move the others away",
+        )
         if not below:
             self._refuse(f"{path} is in no class folder{self._labels_elsewhere(path, place)}")
         form = "SPLIT/CLASS/FILE" if place.split else "CLASS/FILE"

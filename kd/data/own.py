@@ -17,7 +17,7 @@ from kd.data.columns import UNLABELLED, check_class_names
 from kd.data.storage import SHARE, InMemory, handle_broken, rename_splits, unused_splits, used_splits
 from kd.data.tables import shown_names
 from kd.errors import NoLabels, require
-from kd.utils.images import crop_and_resize, to_array, to_rgb
+from kd.utils.images import crop_and_resize, open_image, to_array
 from kd.utils.system import memory_limit
 from kd.utils.users_own import call_function, import_function
 
@@ -97,19 +97,21 @@ def _read_split(rows, split: str, config: DataConfig, broken: list[str], shape: 
     return Arrays(images[: len(labels)], np.array(labels, np.int64))
 
 
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # of Pillow and the file system
+
+
 def _pairs(
     rows, split: str, size: int | None, config: DataConfig, broken: list[str]
 ) -> Iterator[tuple[int, tuple[UInt8[np.ndarray, "3 h w"], int]]]:
     left = READ_TWICE
     for row in range(len(rows)):
         where = f"--data {config.source}: {split} row {row}"
-        try:
-            pair = rows[row]
-        except OSError as error:  # of Pillow and the file system
+        try:  # a lazy image is read in _pixels
+            image, number = _image_and_label(rows[row], where, config.no_labels)
+            pixels = _pixels(image, size, where)
+        except UNREADABLE as error:
             broken.append(f"{split} row {row}: not a readable image ({error})")
             continue
-        image, number = _image_and_label(pair, where, config.no_labels)
-        pixels = _pixels(image, size, where)
         if left > 0:
             left -= 1
             again = _pixels(_image_and_label(rows[row], where, config.no_labels)[0], size, where)
@@ -146,7 +148,10 @@ def _pixels(image, size: int | None, where: str) -> UInt8[np.ndarray, "3 h w"]:
         )
         image = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
     require(isinstance(image, Image.Image), f"{where}: gives {type(image).__name__}; give PIL images or uint8 tensors")
-    image = to_rgb(image)
+    try:
+        image = open_image(image)
+    except ValueError as error:  # greys whose white is unknown
+        raise OSError(str(error)) from error
     return to_array(image if size is None else crop_and_resize(image, size, size))
 
 

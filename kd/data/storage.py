@@ -26,7 +26,7 @@ from kd.data.cache import (
     kept_levels,
     open_undecoded,
 )
-from kd.data.columns import UNLABELLED, Columns, check_columns, find_columns, read_labels
+from kd.data.columns import UNLABELLED, Columns, check_columns, find_columns, is_unlabelled, read_labels
 from kd.data.metadata import Loaded
 from kd.data.rows import LazyImages, MappedRows, Rows, Split
 from kd.data.statistics import Statistics, count_levels, iter_blocks
@@ -112,6 +112,9 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"
 
 
+UNLABELLED_TEST = "the test split has no labels and is left out"
+
+
 class OpenedDataset:
     """A `datasets` set with its columns found, and the size of its images once decoded."""
 
@@ -120,12 +123,20 @@ class OpenedDataset:
         train, self.skip_broken = every["train"], config.skip_broken
         self.columns: Columns = find_columns(train.features, train.unique, config)
         self.splits = {name: every[name] for name in used_splits(config) if name in every}
+        self.notes = loaded.notes
+        if "test" in self.splits and self.columns.label and self._has_unlabelled_test():
+            del self.splits["test"]
+            self.notes += (UNLABELLED_TEST,)
         for name, rows in self.splits.items():
             check_columns(self.columns, rows.column_names, name, config.source)
             require(len(rows) > 0, f"--data {config.source}: the {name} split is empty")
-        self.notes = (*loaded.notes, *unused_splits(every, config), *filter(None, (self.columns.note,)))
+        self.notes += (*unused_splits(every, config), *filter(None, (self.columns.note,)))
         self.resize_to = config.stored_size or config.image_size
         self.image_size = (self.resize_to,) * 2 if self.resize_to else self._first_size(train)  # height and width
+
+    def _has_unlabelled_test(self) -> bool:
+        test, label = self.splits["test"], self.columns.label
+        return label not in test.column_names or is_unlabelled(test.unique(label))
 
     def _first_size(self, train) -> tuple[int, int]:
         """Height and width of the first image that can be read."""

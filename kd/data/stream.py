@@ -25,11 +25,12 @@ from torch import Tensor
 
 from kd.config import DataConfig
 from kd.data.cache import Arrays, locked, open_undecoded
-from kd.data.columns import UNLABELLED, Columns, check_columns, encode_labels, find_columns
+from kd.data.columns import UNLABELLED, Columns, check_columns, encode_labels, find_columns, is_unlabelled
 from kd.data.rows import LazyImages, Rows
 from kd.data.statistics import Statistics, channel_statistics
 from kd.data.storage import (
     SPLIT_NAMES,
+    UNLABELLED_TEST,
     DataSource,
     handle_broken,
     rename_splits,
@@ -171,8 +172,13 @@ def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> t
     unique = lambda column: list(set(labels_of("train", column)[0]))  # noqa: E731
     columns = find_columns(features, unique, config)
     starts, sha256, read_column = {}, {}, columns.label or _cheapest(features, columns)
+    notes = [columns.note] if columns.note else []
     for name in used_splits(config):
         if name in streams:
+            lacks = columns.label and columns.label not in streams[name].features
+            if name == "test" and columns.label and (lacks or is_unlabelled(labels_of(name, read_column)[0])):
+                notes.append(UNLABELLED_TEST)
+                continue
             check_columns(columns, streams[name].features, name, config.source)
             labels, starts[name] = labels_of(name, read_column)
             require(len(labels) > 0, f"--data {config.source}: the {name} split is empty")
@@ -180,7 +186,6 @@ def _index(folder: Path, streams: dict, config: DataConfig, load: Callable) -> t
             write_atomically(folder / f"{name}.npy", partial(write_array, array=numbers))
             sha256[name] = hashlib.sha256(numbers).hexdigest()
     facts = {"classes": columns.classes, "image": columns.image, "columns": str(columns)}
-    notes = [columns.note] if columns.note else []
     write_json(folder / "index.json", facts | {"notes": notes, "starts": starts, "sha256": sha256})
     return _known_index(folder)
 

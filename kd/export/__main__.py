@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kd.errors import exit_code, nearest, require
+from kd.errors import UserError, exit_code, nearest, require
 from kd.export import FILES, MIN_AGREEMENT
 from kd.export.onnx_runtime import import_extra
 from kd.utils.hub import check_id, push
@@ -128,7 +128,7 @@ def export(args: argparse.Namespace) -> Path:
         require(lock.acquire(), f"{args.run}: in use by another process; wait until it ends")
         write_folder(folder, lambda partial: write_export(partial, source, data, calibration, args))
     except OSError as error:
-        require(False, f"{folder}: cannot be written ({error}); check its permissions and the free space")
+        raise UserError(f"{folder}: cannot be written ({error}); check its permissions and the free space") from error
     finally:
         lock.close()
     return folder

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
-from kd.runs.results import FLAG_PARTS, is_labelled
+from kd.runs.results import FLAG_PARTS, is_labelled, teachers_of
 from kd.runs.table import METRICS, PROBED
 from kd.utils.files import write_atomically
 
@@ -12,14 +12,14 @@ SCORES = tuple(metric for metric in METRICS.values() if metric.card)
 
 USE_TORCH = """```python
 import kd  # the project that trained this network
-network = kd.load("{name}")  # eval mode; takes normalised images b x 3 x h x w
+network = kd.load("{name}"{trust})  # eval mode; takes normalised images b x 3 x h x w
 ```
 
     python -m kd.predict {name} photo.jpg"""
 
 USE_EMBEDDER = """```python
 import kd  # the project that trained this network
-network = kd.load("{name}")
+network = kd.load("{name}"{trust})
 embeddings = network.embedding(["photo.jpg"])  # one row each, of {width} numbers, not normalised
 ```
 
@@ -79,7 +79,8 @@ def _use(content: CardContent, place: str) -> tuple[str, str]:
     """How the network is used: with kd, and its ONNX files with onnxruntime."""
     files, width = content.onnx_files, content.expects.get("embedding")
     torch_part, onnx_part = (USE_TORCH, USE_ONNX) if width is None else (USE_EMBEDDER, USE_ONNX_EMBEDDER)
-    ours = torch_part.format(name=place, width=width, model=content.summary["model"])
+    trust = ", trust_code=True" if ":" in content.summary["model"] else ""
+    ours = torch_part.format(name=place, trust=trust, width=width, model=content.summary["model"])
     return ours, onnx_part.format(file=files[-1], files=" and ".join(files)) if files else ""
 
 
@@ -118,8 +119,7 @@ def _metadata(summary: dict, config: dict, licence: str, hub_id: str | None, onn
 def _origin(summary: dict, config: dict) -> str:
     """One sentence on size, data and teachers."""
     source = plain(str(config["flags"]["data"]["source"]))
-    teacher = summary.get("teacher")
-    teachers = plain(", ".join(teacher if isinstance(teacher, list) else [teacher])) if teacher else ""
+    teachers = plain(", ".join(teachers_of(summary)))
     kind = "embedder" if "embedding" in summary else "classifier"
     words = f"An image {kind} of {summary['params']:,} parameters, trained on {source}"
     return f"{words} to follow {teachers} ({plain(summary['method'])})." if teachers else f"{words}."

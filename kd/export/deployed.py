@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from kd.data import rows
 from kd.errors import UserError
+from kd.utils.console import one_line
 
 PREPROCESSING_ENTRY = "preprocessing.json"  # the extra file inside a .pt2 file that describes its input
 
@@ -56,7 +57,7 @@ def trace(deployed: Deployed, model: str) -> ExportedProgram:
     except Exception as error:  # each network fails with an exception of its own
         raise UserError(
             f"{model} cannot be exported: torch.export does not trace it for batches of any size"
-            f" ({short_error(error)}); --formats safetensors exports its weights"
+            f" ({one_line(error)}); --formats safetensors exports its weights"
         ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # source lines with local paths
@@ -89,9 +90,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def short_error(error: Exception) -> str:
-    """The type and first line of an error whose message may fill pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"

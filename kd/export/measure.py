@@ -21,6 +21,7 @@ from kd.export.source import ExportedRun
 from kd.models.cost import count_macs, count_params, time_interleaved
 from kd.models.pretrained import is_pretrained
 from kd.report.document import Table
+from kd.runs.results import teachers_of
 from kd.teachers.load import load_teachers
 from kd.utils.console import console
 from kd.utils.processes import same_threads
@@ -92,9 +93,8 @@ def _teacher_candidate(source: ExportedRun, data: Data, trust_code: bool) -> Can
 
     Raises: UserError if that same network is no longer available.
     """
-    named, model = (source.summary.get(key) for key in ("teacher", "teacher_model"))
-    names, models = (value if isinstance(value, list) else [value] for value in (named, model))
-    teacher_model = next((str(model) for name, model in zip(names, models) if is_pretrained(name)), "")
+    names, models = teachers_of(source.summary), teachers_of(source.summary, "teacher_model")
+    teacher_model = next((model for name, model in zip(names, models) if is_pretrained(name)), "")
     require(
         trust_code or not is_users_own(teacher_model),
         f"building {teacher_model} runs its author's code; --trust-code says that you trust it",

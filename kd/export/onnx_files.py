@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kd.errors import UserError
-from kd.export.deployed import quiet, short_error
+from kd.export.deployed import quiet
 from kd.export.onnx_runtime import METADATA_KEY
+from kd.utils.console import one_line
 
 NORMALISATION = ("Cast", "Mul", "Sub")  # the first nodes of a Deployed network, in this order
 
@@ -44,7 +45,7 @@ def errors_as_messages(file: str) -> Iterator[None]:
         with quiet():
             yield
     except Exception as error:
-        raise UserError(f"{file}: cannot be made ({short_error(error)}); leave it out of --formats") from error
+        raise UserError(f"{file}: cannot be made ({one_line(error)}); leave it out of --formats") from error
 
 
 def _strip_metadata(graph, batch: str) -> None:

@@ -39,6 +39,7 @@ class DistillationLoss(nn.Module, ABC):
     """
 
     needs_hard_labels = False  # True: refuses mixup and cutmix, whose images have two labels
+    compares_images = False  # True: compares the images of a batch with each other, and needs two or more
     has_cross_entropy = True  # in a term called "ce"; False: none for --balance and --label-smoothing to change
 
     def __init__(self, config, pair: Pair):

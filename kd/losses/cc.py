@@ -55,6 +55,7 @@ class CC(FeatureLoss):
     """
 
     config: CCConfig
+    compares_images = True
 
     @classmethod
     def default_layers(cls, config: CCConfig, stages: Stages) -> tuple[str, ...]:

@@ -119,6 +119,7 @@ def _class_for(cls: type[Combined], kind: type[CombinedFlags]) -> type[Combined]
     losses = [loss_class(part) for part in kind.kinds.values()]
     attributes = {
         "needs_hard_labels": any(loss.needs_hard_labels for loss in losses),
+        "compares_images": any(loss.compares_images for loss in losses),
         "has_cross_entropy": any(loss.has_cross_entropy for loss in losses),
     }
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **attributes})

@@ -1,5 +1,6 @@
 """DIST (Huang et al., "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536)."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -7,6 +8,8 @@ from kd.config.methods import DISTConfig
 from kd.losses.base import DistillationLoss, global_batch
 from kd.losses.kd import check_shapes, logits_of, soft_logits
 from kd.types import Batch, Outputs
+
+EQUAL = 1e-7  # the norm of centred probabilities below which they are equal, but for rounding
 
 
 def dist_loss(
@@ -28,9 +31,14 @@ def dist_loss(
 
 
 def _correlation(one: Float[Tensor, "n m"], other: Float[Tensor, "n m"]) -> Float[Tensor, "n"]:
-    """Correlation of each pair of rows; eps is added as by the authors (F.cosine_similarity's differs by 2e-5)."""
+    """Correlation of each pair of rows; eps is added as by the authors (F.cosine_similarity's differs by 2e-5).
+
+    0 without gradient where all of `one` are equal, as of a classifier that starts at zero: 1 / eps would be its size.
+    """
     one, other = (part - part.mean(dim=1, keepdim=True) for part in (one, other))
-    return (one * other).sum(dim=1) / (one.norm(dim=1) * other.norm(dim=1) + 1e-8)
+    norm = one.norm(dim=1)
+    found = (one * other).sum(dim=1) / (norm * other.norm(dim=1) + 1e-8)
+    return torch.where(norm > EQUAL, found, torch.zeros_like(found))
 
 
 class DIST(DistillationLoss):

@@ -1,7 +1,7 @@
 """What feature methods share: the choice of layers, checks of their shapes, equal sizes, and the common loss terms."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -42,6 +42,8 @@ class FeatureLoss(DistillationLoss):
 
         Raises: UserError if there are none, or not equally many of each.
         """
+        for side, named in (("student", config.student_layers), ("teacher", config.teacher_layers)):
+            check_once(named, f"--{side}-layers")
         if teacher is None:
             return config.student_layers or _known(cls.default_layers(config, student), student, "student"), ()
         count = min((len(stages.maps) for stages in (student, teacher) if stages.maps), default=0)
@@ -92,6 +94,12 @@ def _first_default(stages: Stages) -> Stages:
     """The maps that the first runs compared: the last was the pooled one, and none was taken before its ReLU."""
     maps = (*stages.maps[:-1], stages.pooled) if stages.pooled else stages.maps
     return stages._replace(maps=maps, before_relu=maps)
+
+
+def check_once(layers: Sequence[str], flag: str) -> None:
+    """Raise UserError if `flag` names a layer twice: features are kept by name, and one of the two would be lost."""
+    twice = next((layer for layer in layers if layers.count(layer) > 1), "")
+    require(not twice, f"{flag}: names {twice} twice; name each layer once")
 
 
 def pair_layers(student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ Also logit standardisation (Sun et al., "Logit Standardization in Knowledge Dist
 --standardize adds to any method of logits.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,6 +14,8 @@ from kd.config.methods import LogitFlags
 from kd.errors import require
 from kd.losses.base import DistillationLoss
 from kd.types import Batch, Outputs
+
+EQUAL = 1e-6  # a row of logits with less deviation has no order that could be compared
 
 
 def kd_loss(
@@ -50,11 +53,12 @@ def masked_kd_loss(
 def standardize(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     """Each row with mean 0 and deviation 1, so that the student matches the order and relative gaps of the logits only.
 
-    (z - mean) / (1e-7 + std), with the unbiased deviation, as in the authors' code. Rows of equal logits give 0, with
-    zero gradient through std (torch's own std has no finite gradient there).
+    (z - mean) / (1e-7 + std), with the unbiased deviation, as in the authors' code. Rows of equal logits, such as those
+    of a classifier that starts at zero, give 0 and no gradient: the quotient's would be ten million times too large.
     """
     centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (1e-7 + logits.var(dim=1, keepdim=True).clamp_min(1e-24).sqrt())
+    deviation = logits.var(dim=1, keepdim=True).clamp_min(1e-24).sqrt()  # torch's own std has no finite gradient at 0
+    return torch.where(deviation > EQUAL, centred / (1e-7 + deviation), torch.zeros_like(centred))
 
 
 class KD(DistillationLoss):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd.config.methods import OFAConfig
 from kd.errors import UserError, require
 from kd.losses.base import DistillationLoss
+from kd.losses.features import check_once
 from kd.losses.kd import check_shapes
 from kd.models.features import list_layers
 from kd.types import Batch, Outputs, Pair, Stages
@@ -52,6 +53,7 @@ class OFA(DistillationLoss):
 
     @classmethod
     def layers(cls, config: OFAConfig, student: Stages, teacher: Stages | None) -> tuple[tuple[str, ...], tuple]:
+        check_once(config.student_layers, "--student-layers")
         layers = config.student_layers or student.maps
         if not layers:
             raise UserError(

@@ -33,6 +33,7 @@ class PKT(FeatureLoss):
     """Cross-entropy + weight * pkt_loss of the pooled embeddings, over the global batch."""
 
     config: PKTConfig
+    compares_images = True
 
     @classmethod
     def default_layers(cls, config: PKTConfig, stages: Stages) -> tuple[str, ...]:

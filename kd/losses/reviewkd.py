@@ -86,12 +86,13 @@ class ReviewKD(FeatureLoss):
         channels = min(MAX_CHANNELS, student_maps[0].shape[1])
         self.fusions = nn.ModuleList(
             Fusion(student_map.shape[1], channels, teacher_map.shape[1], fuses=depth > 0)
-            for depth, (student_map, teacher_map) in enumerate(zip(student_maps, teacher_maps))
+            for depth, (student_map, teacher_map) in enumerate(zip(student_maps, teacher_maps, strict=True))
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         term, deeper = student.logits.new_zeros(()), None
-        for fusion, student_map, teacher_map in zip(self.fusions, _deepest_first(student), _deepest_first(teacher)):
+        maps = zip(self.fusions, _deepest_first(student), _deepest_first(teacher), strict=True)
+        for fusion, student_map, teacher_map in maps:
             predicted, deeper = fusion(student_map, deeper, teacher_map.shape[2:])
             term = term + hierarchical_context_loss(predicted, teacher_map)
         weight = self.config.weight * ramp(batch.epoch, self.config.ramp_epochs)

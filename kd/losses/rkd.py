@@ -40,6 +40,7 @@ class RKD(FeatureLoss):
     """Cross-entropy + weight * rkd_loss of the pooled embeddings, over the global batch."""
 
     config: RKDConfig
+    compares_images = True
 
     @classmethod
     def default_layers(cls, config: RKDConfig, stages: Stages) -> tuple[str, ...]:

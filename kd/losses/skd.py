@@ -35,6 +35,7 @@ class SKD(DistillationLoss):
     """Cross-entropy + kd_weight * KL without T^2 + direction_weight * skd_loss over the global batch."""
 
     config: SKDConfig
+    compares_images = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         config, logits = self.config, logits_of(self.config, student, teacher)

@@ -30,6 +30,7 @@ class SimilarityPreserving(FeatureLoss):
     """
 
     config: SPConfig
+    compares_images = True
 
     @classmethod
     def default_layers(cls, config: SPConfig, stages: Stages) -> tuple[str, ...]:

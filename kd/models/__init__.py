@@ -263,6 +263,7 @@ def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tu
             f"model {name}: the network returns{when} {_described(answer)} for 2 images; its forward must return the"
             f" logits alone, or first of all: a tensor of shape (2, {num_classes or 'width'})",
         )
+    _check_one_image(network, name, image_size)
     if several:
         network.register_forward_hook(lambda _, images, answer: logits_of(answer))
     if several and not quiet and name not in _said:
@@ -270,6 +271,23 @@ def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tu
         when, answer = next(iter(several.items()))
         taken = "its 'logits' are" if isinstance(answer, Mapping) else "the first is"
         print_once(f"model {name}: returns{when} {_described(answer)}; {taken} taken for the logits")
+
+
+@torch.no_grad()
+def _check_one_image(network: nn.Module, name: str, image_size: tuple[int, int]) -> None:
+    """Raise UserError if the answer for a single image lacks the batch's dimension, as after squeeze()."""
+    training, device = network.training, next(network.parameters()).device
+    try:
+        answer = logits_of(network.eval()(torch.zeros(1, 3, *image_size, device=device)))
+    except Exception:  # some need two images; scoring pads its batches
+        return
+    finally:
+        network.train(training)
+    require(
+        not isinstance(answer, torch.Tensor) or answer.ndim > 1,
+        f"model {name}: the network returns {_described(answer)} for 1 image; leave the batch's dimension alone: write"
+        " .flatten(1) in place of .squeeze()",
+    )
 
 
 _said: set[str] = set()  # networks of the user's own of which a line was printed

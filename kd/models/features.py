@@ -42,6 +42,7 @@ class Tap:
         self._store(layer, output)
 
     def _store_input(self, layer: str, module: nn.Module, inputs: tuple) -> None:
+        require(bool(inputs), f"layer {layer!r}: its module is called with keywords alone; name another layer")
         self._store(layer, inputs[0])
 
     def _store(self, layer: str, value: object) -> None:

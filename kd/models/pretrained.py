@@ -207,7 +207,7 @@ def _require_classes(pretrained: Pretrained, name: str) -> None:
     rows = rows_of_head(_weights(pretrained)) if pretrained.ordered else None
     outputs = f" of its {rows} outputs" if rows else ""
     key, file = "classes", Path(name).with_suffix(".json").name
-    if not is_of_library(name) and expand_user(name).is_dir():
+    if not is_of_library(name) and expand_user(name, "--teacher").is_dir():
         key, file = "id2label" if pretrained.saved_by else "label_names", f"{name}/config.json"
     require(
         bool(pretrained.classes),

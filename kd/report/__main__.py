@@ -62,4 +62,4 @@ def _measurements(parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(exit_code(main, "the same command starts over"))

@@ -16,7 +16,7 @@ from kd.runs.results import Run
 from kd.utils.files import read_json, write_json
 from kd.utils.processes import same_threads
 
-COUNTED = 2  # how; 1 left out a fused attention
+COUNTED = 2  # version of count_macs: costs of another one are measured again (1 left out fused attention)
 
 TIMING_SECONDS = 3.0  # roughly, for each network
 

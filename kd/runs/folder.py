@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from kd.config import Job, NoneConfig
 from kd.data import Data
@@ -171,10 +171,9 @@ def open_run(job: Job, data: Data, accelerator: Accelerator, inputs: RunInputs =
 def _check_alike(identity: dict) -> None:
     """Raises UserError if a process, on another machine, was started as another run than the main process."""
     main = from_main(lambda: identity)
-    differ = [key for key in sorted({*main, *identity}) if main.get(key) != identity.get(key)]
-    shown = "; ".join(f"{key.replace('_', '-')} {main.get(key)} there, {identity.get(key)} here" for key in differ)
+    differ = _differences(main, identity)
     message = (
-        f"{node()}: this is another run than the main process's ({shown}); start every machine with the same"
+        f"{node()}: this is another run than the main process's ({differ}); start every machine with the same"
         " command, on a copy of the same data"
     )
     all_do(lambda: require(not differ, message))
@@ -205,13 +204,16 @@ def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: 
         raise
 
 
+# A kill during the very first write leaves the first two; the others are of file managers.
+WORTHLESS = ("lock", ".config.json.partial", ".DS_Store", "Thumbs.db", "desktop.ini")
+
+
 def check_folder(path: Path, resume: bool) -> None:
     """Raise UserError if there is nothing to `resume`, or the folder is there and no run's."""
     require(path.exists() or not resume, f"--resume: {path} has no checkpoint; leave the flag out to start")
     if not path.exists():
         return
-    # A kill during the very first write leaves these two; they are of no value.
-    names = sorted(entry.name for entry in path.iterdir() if entry.name not in ("lock", ".config.json.partial"))
+    names = sorted(entry.name for entry in path.iterdir() if entry.name not in WORTHLESS)
     require(
         not names or "config.json" in names,
         f"{path} is not a run folder (it has {', '.join(names[:3])}); choose another --out",
@@ -234,8 +236,10 @@ def _read_state(run: RunFolder, job: Job, labelled: bool = True) -> None:
         else:
             _check_same(path, config["identity"], run.identity)
     run.summary = _finished(run, job.run.test and labelled)
+    if run.summary is not None and not job.fit.sync_batchnorm:
+        _tell_processes(path)
     if run.summary is not None and job.run.probe is not None:
-        _tell_unprobed(run, job.run.probe, job.run.test)
+        _tell_unprobed(run, job)
     if run.summary is None and _finished(run) is not None:  # trained, and only the test split is unread
         require(
             run.resuming,
@@ -256,11 +260,26 @@ def _read_state(run: RunFolder, job: Job, labelled: bool = True) -> None:
             print(f"{path}: nothing to resume, starting afresh", flush=True)
 
 
-def _tell_unprobed(run: RunFolder, source: str, tested: bool) -> None:
-    """Say how to score a finished run on the set `source` of --probe, if it was not."""
+def _tell_processes(path: Path) -> None:
+    """Say if a finished run was trained by another number of processes: it is no part of a run's identity."""
+    before, now = read_config(path).get("processes"), PartialState().num_processes
+    if before not in (None, now):
+        print(
+            f"{path}: was trained by {before} processes, and this launch has {now}: BatchNorm saw 1/{before} of each"
+            " batch; for a run of its own give another --out",
+            flush=True,
+        )
+
+
+def _tell_unprobed(run: RunFolder, job: Job) -> None:
+    """Say how to score a finished run on the set of --probe, if it was not."""
+    source, label = job.run.probe, job.run.probe_label
     known = run.summary.get("probe_data") == source
-    if not known or (tested and any(run.summary.get(key) is None for key in PROBE_SCORES)):
-        command = f"python -m kd.training.probe {shlex.quote(str(run.path))} --data {shlex.quote(source)}"
+    if not known or (job.run.test and any(run.summary.get(key) is None for key in PROBE_SCORES)):
+        words = ["python", "-m", "kd.training.probe", str(run.path), "--data", source]
+        words += ["--label", label] if label else []
+        words += ["--trust-code"] if ":" in job.model else []
+        command = shlex.join(words)
         why = "never read the test split of" if known else "finished without"
         print(f"{run.path}: {why} --probe {source}; {command} measures it", flush=True)
 
@@ -318,15 +337,14 @@ def _has_epochs(path: Path) -> bool:
 
 
 def _check_same(path: Path, existing: dict, wanted: dict) -> None:
-    differences = [
-        f"{key.replace('_', '-')} {existing.get(key)} there, {wanted.get(key)} here"
-        for key in sorted({*existing, *wanted})
-        if existing.get(key) != wanted.get(key)
-    ]
-    require(
-        not differences,
-        f"{path} has another run ({'; '.join(differences)}); choose another --out, or use the flags of that run",
-    )
+    differ = _differences(existing, wanted)
+    require(not differ, f"{path} has another run ({differ}); choose another --out, or use the flags of that run")
+
+
+def _differences(there: dict, here: dict) -> str:
+    """'epochs 3 there, 4 here; ...'; empty if both identities are equal."""
+    keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    return "; ".join(f"{key.replace('_', '-')} {there.get(key)} there, {here.get(key)} here" for key in keys)
 
 
 def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator: Accelerator) -> dict:

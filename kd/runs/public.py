@@ -36,9 +36,10 @@ def _trained_on_folder(config: dict) -> bool:
 
 
 def public_name(name: str | list) -> str | list:
-    """A network's name without local paths: only the last component of a path is kept, library and Hub names whole.
+    """A network's name without local paths.
 
-    A Hub id is recognised by the Hub client's cache folder, models--USER--NAME/snapshots/REVISION.
+    Names of libraries and after hub: stay whole, a copy in the Hub client's cache becomes USER/NAME@REVISION. Of
+    anything else, also a plain USER/NAME, which may be a folder, the last component stays.
     """
     if isinstance(name, list):
         return [public_name(member) for member in name]

@@ -261,9 +261,9 @@ def weights_file(folder: Path, weights: str) -> Path:
 
 
 def summary_of(summary: dict, weights: str) -> dict:
-    """A run's summary as it is for its averaged weights; as it is for `weights` "last".
+    """A run's summary with the test scores of `weights`: "last" changes nothing, "ema" takes the averaged weights'.
 
-    The average's agreement with the teacher, its accuracy on rare classes and its embedding are not measured.
+    What is not measured of the average is left out or None: agreement, accuracy on rare classes, the embedding.
     """
     if weights == "last":
         return summary

@@ -109,23 +109,15 @@ def check_networks(config: DistillConfig) -> None:
 
     Raises UserError as the runs themselves would.
     """
-    from kd.models import check_name, pretrained  # imports torch
+    from kd.models import pretrained  # imports torch
     from kd.runs.load import load_network
-    from kd.teachers.load import check_teachers
-    from kd.training.start import TEACHER_START, check_start
+    from kd.training import start
     from kd.utils.hub import local_folder
     from kd.utils.users_own import is_users_own
 
-    check_name(config.student)
-    check_start(config.job())
-    if config.cache.cache_from or not config.method.needs_teacher:
-        return
-    if not config.teachers:
-        check_name(config.teacher_model)
-        check_start(config.teacher_job(), TEACHER_START)
-        return
-    check_teachers(config)
-    for name in config.teachers:
+    start.check_networks(config)
+    needed = config.method.needs_teacher and not config.cache.cache_from
+    for name in config.teachers if needed else ():
         if config.method.embeds and is_users_own(name):
             continue  # built for the size of the images, which are not read yet
         if not pretrained.is_pretrained(name):
@@ -258,5 +250,5 @@ def _wandb_media(blocks: list[Block], out: Path) -> dict:
 
 if __name__ == "__main__":
     failed = []
-    code = exit_code(lambda: failed.extend(main()))
+    code = exit_code(lambda: failed.extend(main()), "finished runs are kept; the same command goes on")
     sys.exit(code or int(bool(failed)))

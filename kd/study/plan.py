@@ -48,16 +48,18 @@ def _without(rest: Sequence[str], names: Sequence[str]) -> list[str]:
 
 # By a run's own flag, those that would win over it: left out, and None in place of what a file of --config says.
 WINNING = {"--epochs": "--steps", "--lr": "--lr-per-256"}
+MAY_BE_NONE = (*WINNING.values(), "--teacher-init", "--teacher-model-args")
 
 
 def _for_run(rest: tuple[str, ...], flags: tuple[str, ...]) -> list[str]:
     """The study's flags for a run with `flags` of its own, without those that would win over them or exclude them."""
     named = {flag.partition("=")[0] for flag in flags}
     winning = [other for flag, other in WINNING.items() if flag in named and other not in named]
-    rest = _without(rest, winning)
+    own = OF_OWN_TEACHER if "--teacher" in named else ()
+    rest = _without(rest, (*winning, *own))
     if file_of(rest):
-        rest += [word for flag in winning for word in (flag, "None")]
-    return _without(rest, OF_OWN_TEACHER) if "--teacher" in named else rest
+        rest += [word for flag in (*winning, *own) if flag in MAY_BE_NONE for word in (flag, "None")]
+    return rest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kd.errors import UserError, exit_code, require
 from kd.utils.hub import check_id, push_dataset
-from kd.utils.system import Lock, sigterm_as_interrupt
+from kd.utils.system import Lock, expand_user, sigterm_as_interrupt
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def push(args: argparse.Namespace) -> None:
     """Pack the cache beside itself, upload that in one commit, and remove it again."""
     from kd.teachers.shared import FILES, MANIFEST
 
-    beside = Path(args.cache).expanduser()
+    beside = expand_user(args.cache)
     disk = beside.parent if beside.is_dir() else None  # its own disk has room for such a thing
     with tempfile.TemporaryDirectory(prefix=".kd-push-", dir=disk) as parent:
         folder = Path(parent, "packed")

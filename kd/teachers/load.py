@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +129,7 @@ def check_teachers(config: DistillConfig) -> None:
         named = " ".join(config.teachers)
         print_once(f"--teacher-model {config.teacher_model} changes nothing: {named} says itself what it is")
     for name in config.teachers:
-        if not is_of_library(name) and is_elsewhere(expand_user(name)):
+        if not is_of_library(name) and is_elsewhere(expand_user(name, "--teacher")):
             continue  # the main process checks it
         if is_pretrained(name):
             model, arguments = config.teacher_model, config.teacher_model_args
@@ -141,11 +142,11 @@ def check_teachers(config: DistillConfig) -> None:
             continue
         method = [name] if is_named(name) else difflib.get_close_matches(name, METHODS, n=1)
         require(
-            not method or expand_user(name).exists(),
+            not method or expand_user(name, "--teacher").exists(),
             f"--teacher {name}: no such run folder; did you mean the method {method and method[0]}? A method follows"
             " the teachers: --teacher RUN METHOD",
         )
-        read_model(local_folder(expand_user(name)))
+        read_model(local_folder(expand_user(name, "--teacher")))
 
 
 def load_teachers(
@@ -266,9 +267,9 @@ def _load_pretrained_teacher(pretrained: Pretrained, name: str, data: Data, devi
 def match_classes(teacher: tuple[str, ...], data: tuple[str, ...]) -> list[int] | None:
     """For each class of the data, the teacher's column of that name; None if one is missing or ambiguous.
 
-    Names match if they are equal, or differ only in case, '_' for a space, or what follows a comma (of synonyms the
-    first counts). Two lists of a thousand names that agree in nine of ten places are both ImageNet's, which is spelt in
-    many ways.
+    Names match if they are equal, or differ only in case, Unicode form, '_' for a space, or what follows a comma (of
+    synonyms the first counts). Two lists of a thousand names that agree in nine of ten places are both ImageNet's,
+    which is spelt in many ways.
     """
     for spelling in (lambda name: name, _simplified):
         columns = [spelling(name) for name in teacher]
@@ -280,7 +281,7 @@ def match_classes(teacher: tuple[str, ...], data: tuple[str, ...]) -> list[int] 
 
 
 def _simplified(name: str) -> str:
-    return " ".join(name.split(",")[0].replace("_", " ").casefold().split())
+    return " ".join(unicodedata.normalize("NFC", name).split(",")[0].replace("_", " ").casefold().split())
 
 
 def match_to_data(network: nn.Module, info: dict, data: Data, device: torch.device, who: str, remedy: str) -> None:
@@ -299,6 +300,14 @@ def match_to_data(network: nn.Module, info: dict, data: Data, device: torch.devi
         missing = [name for name in data.classes if name not in classes]
         lacks = f"not {', '.join(map(repr, missing[:3]))} of" if missing else "some of these names twice; of"
         raise UserError(f"{who} knows {len(classes)} classes and {lacks} the data's {len(data.classes)}: {remedy}")
+    matched = tuple(classes[column] for column in columns)
+    if matched != classes or matched != data.classes:
+        numbers = all(name.isdecimal() for name in data.classes)
+        shown = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
+        print_once(
+            f"{who}: its {len(classes)} classes are matched by name with the data's {len(data.classes)} ({shown})"
+            + ("; they are bare numbers, which need not mean the same" if numbers else "")
+        )
     adapt_input(network, info, data, device)
     if columns != list(range(len(classes))):  # the data's classes may be a part of the teacher's, or in another order
         chosen = torch.tensor(columns, device=device)
@@ -308,7 +317,7 @@ def match_to_data(network: nn.Module, info: dict, data: Data, device: torch.devi
 def adapt_input(network: nn.Module, info: dict, data: Data, device: torch.device) -> None:
     """Freeze the network, on the device, and let it take the images of `data` at its own size and normalisation."""
     if (tuple(info["mean"]), tuple(info["std"])) != (data.mean, data.std):
-        renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device)
+        renormalize = Renormalize((data.mean, data.std), (info["mean"], info["std"])).to(device).forward
         network.register_forward_pre_hook(lambda _, images: renormalize(*images))
     if tuple(info["image_size"]) != tuple(data.size):
         resize_input(network, tuple(info["image_size"]))

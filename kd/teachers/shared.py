@@ -38,6 +38,7 @@ from kd.utils.console import console, print_once
 from kd.utils.files import is_number, read_json, write_json, write_weights
 from kd.utils.hub import fetch
 from kd.utils.processes import all_do, from_main, is_alone, node_first
+from kd.utils.system import expand_user
 
 FORMAT = 1  # of the packed folder; kd reads this one and earlier ones
 MANIFEST = "answers.json"
@@ -153,7 +154,7 @@ def open_cache(source: str) -> SharedCache:
     Raises UserError if there is none, it is malformed, or a newer kd wrote it.
     """
     if not source.startswith(HUB):
-        return all_do(lambda: read_cache(Path(source).expanduser(), f"cache:{source}"))
+        return all_do(lambda: read_cache(expand_user(source, "--cache-teacher"), f"cache:{source}"))
     repository, _, revision = source.removeprefix(HUB).partition("@")
     if not is_alone():  # all take the revision that the main process finds
         revision = from_main(lambda: fetch(repository, (MANIFEST,), revision).name)

@@ -121,9 +121,12 @@ def _upload(folder: Path, name: str, what: str, remedy: str) -> None:
 def _card(name: str, job: Job, result: str) -> str:
     """A model card: what the network is, and how to load it."""
     made = "trained" if job.role == "teacher" else f"distilled ({job.role})"
+    task = "image-feature-extraction" if job.method.embeds else "image-classification"
+    holds = "the embedding's width" if job.method.embeds else "class names"
+    trust = ", trust_code=True" if ":" in job.model else ""
     return (
-        "---\nlibrary_name: kd\npipeline_tag: image-classification\n---\n\n"
+        f"---\nlibrary_name: kd\npipeline_tag: {task}\n---\n\n"
         f"# {job.model}\n\n{made} on {Path(job.data.source).name} with the recipe `{job.preset}`, seed {job.fit.seed}."
-        f" {result}\n\n    import kd\n    network = kd.load({name!r})\n\n"
-        "`model.json` has image size, mean, std and class names; `config.json` every flag.\n"
+        f" {result}\n\n    import kd\n    network = kd.load({name!r}{trust})\n\n"
+        f"`model.json` has image size, mean, std and {holds}; `config.json` every flag.\n"
     )

@@ -1,5 +1,6 @@
 """What a training needs before its first step: the network, its method, and checks before anything slow."""
 
+import copy
 import dataclasses
 import os
 import tempfile
@@ -15,12 +16,12 @@ from kd.compress import compress, sizes
 from kd.config import CacheConfig, DistillConfig, FitConfig, Job, TrainConfig, ViewConfig
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK, check_together
-from kd.config.methods import MethodFlags, methods_without_labels
+from kd.config.methods import DISTConfig, MethodFlags, method_name, methods_without_labels
 from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
 from kd.errors import UserError, require
-from kd.losses import Distiller, loss_class
+from kd.losses import DistillationLoss, Distiller, loss_class
 from kd.models import build_model, head_layers, probe, stages
 from kd.models.adapt import check_batchnorm, resize_input
 from kd.models.libraries import checkpoint_gradients
@@ -36,6 +37,7 @@ from kd.utils.hub import local_folder
 from kd.utils.processes import all_do, from_main
 from kd.utils.rng import seed_everything
 from kd.utils.system import expand_user
+from kd.utils.users_own import is_users_own
 
 FEW_IMAGES = 32  # of a process; with fewer BatchNorm's error rises (Wu and He, arXiv:1803.08494, figure 1)
 
@@ -61,6 +63,7 @@ def settle_by_data(config: ScriptConfig, data: Data, accelerator: Accelerator) -
         numbers = f"{epochs}, batch {fit.batch_size}, lr {fit.lr:g}"
         print_once(f"recipe {config.preset} for {images} training images: {numbers}")
     _print_length(fit, images)
+    _print_ramps(config.method, fit)
     left_out = images % fit.batch_size
     if left_out and fit.drop_last:
         print_once(
@@ -121,7 +124,7 @@ def _classes_of(name: str, config: DistillConfig) -> Sequence[str]:
     """The classes of a teacher, which may be on the main process's disk alone."""
     if is_pretrained(name):
         return load_pretrained(name, config.teacher_model, model_args=config.teacher_model_args).classes
-    return read_model(local_folder(expand_user(name)))[0]["classes"]
+    return read_model(local_folder(expand_user(name, "--teacher")))[0]["classes"]
 
 
 def _print_length(fit: FitConfig, images: int) -> None:
@@ -137,6 +140,20 @@ def _print_length(fit: FitConfig, images: int) -> None:
             f"--warmup-epochs {fit.warmup_epochs:g}: the run has {steps / an_epoch:.4g}, so that the learning rate"
             f" ends at {steps / warmup:.2g} of its peak"
         )
+
+
+def _print_ramps(method: MethodFlags, fit: FitConfig) -> None:
+    """Say which of a method's weights do not reach their full size within the run."""
+    for prefix, part in method.parts().items():
+        for name in ("ramp_epochs", "decay_epochs"):
+            if (epochs := getattr(part, name, 0)) > fit.epochs:
+                said = f"the run has {fit.epochs}, so that {method_name(part)} ends before its full strength"
+                print_once(f"--{flag_of(name, prefix)} {epochs:g}: {said}")
+
+
+def flag_of(field: str, prefix: str = "") -> str:
+    """A method's flag without its --; `prefix` stands before it if there are several methods."""
+    return "-".join(filter(None, (prefix, *field.split("_"))))
 
 
 class BuiltNetwork(NamedTuple):
@@ -306,6 +323,7 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         print_once("--cache-dtype and --cache-top-k change nothing without --cache-teacher")
     if job.views.strong != ViewConfig().strong and not job.method.two_views:
         print_once(f"{job.role} sees one view of each image: the flags of the strong view change nothing")
+    _check_method(job, loss, data)
     weighed = loss.has_cross_entropy and job.method.uses_labels  # kd --alpha 1 has it, and multiplies it by 0
     lacks = f"{job.role}{' with these flags' * (loss.has_cross_entropy and data.labelled)}"
     lacks += f"{' without labels' * (not data.labelled)} has none"
@@ -318,6 +336,8 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         f"--balance {job.fit.balance}: changes cross-entropy, and {lacks}; take --balance sampler",
     )
     check_network(network.module, job.fit, job.model, job.method.embeds)
+    if job.fit.channels_last and is_users_own(job.model):
+        _check_channels_last(network.module, data.size, job.model)
     if job.fit.sync_batchnorm:
         check_batchnorm(network.module)
     if line := few_for_batchnorm(network.module, job.fit, accelerator.num_processes):
@@ -326,6 +346,43 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     probe(network.module, data.size, "student", layers)
     if job.run.folder is not None:
         from_main(lambda: check_writable(job.run.folder, job.run.resume))
+
+
+def _check_method(job: Job, loss: type[DistillationLoss], data: Data) -> None:
+    """Raise UserError for a method that would learn nothing from so few classes, or images at a time."""
+    parts, two = job.method.parts().items(), len(data.classes) == 2
+    flag = next((flag_of("standardize", name) for name, part in parts if getattr(part, "standardize", False)), "")
+    require(
+        not (two and flag),
+        f"--{flag}: with two classes every standardised logit is 0.71 or -0.71, whatever the network says, so that"
+        f" nothing is learnt from the teacher; give --no-{flag}",
+    )
+    together = job.fit.batch_size // job.fit.accumulate
+    accumulated = f" in {job.fit.accumulate} parts" * (job.fit.accumulate > 1)
+    require(
+        not loss.compares_images or together >= 2,
+        f"{job.role} compares images with each other, and --batch-size {job.fit.batch_size}{accumulated} is one at a"
+        " time; give 2 or more",
+    )
+    if two and any(isinstance(part, DISTConfig) for _, part in parts):
+        print_once("dist: with two classes an image's correlation is 1 or -1, so that only the term of --gamma teaches")
+
+
+def _check_channels_last(network: nn.Module, size: tuple[int, int], name: str) -> None:
+    """Raise UserError if a network of the user's own cannot take --channels-last, as .view on a map cannot."""
+    try:
+        laid_out = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    except Exception:  # not to be copied: the first step shows it
+        return
+    try:
+        probe(laid_out, size, name)
+    except (UserError, RuntimeError) as error:
+        if "view size" not in str(error):
+            raise
+        raise UserError(
+            f"{name}: uses .view on a map, which --channels-last lays out otherwise: write .reshape, or .flatten(1), in"
+            " its place, or give --no-channels-last"
+        ) from error
 
 
 def few_for_batchnorm(network: nn.Module, fit: FitConfig, processes: int) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kd.compress.prune import resize
-from kd.config import Job, Origin
+from kd.config import DistillConfig, Job, Origin
 from kd.config.model_args import asked_size
 from kd.data import Data
 from kd.errors import UserError, require
@@ -32,7 +32,7 @@ from kd.models.pretrained import (
 from kd.models.weights import Weights, rows_of_head
 from kd.runs.nodes import is_elsewhere, share_run
 from kd.runs.results import checked_weights_sha256, read_model
-from kd.teachers.load import match_classes
+from kd.teachers.load import check_teachers, match_classes
 from kd.utils.console import print_once
 from kd.utils.files import read_tensors
 from kd.utils.processes import all_do, from_main
@@ -89,6 +89,19 @@ def check_start(job: Job, flags: Flags | None = None) -> None:
         load_into(network, weights, name, head_layers(job.model, network, rows or 10), resample=True)
 
 
+def check_networks(config: DistillConfig) -> None:
+    """Raises UserError for a network that does not exist or does not fit its flags, before any data is read."""
+    check_name(config.student)
+    check_start(config.job())
+    if not config.method.needs_teacher or config.cache.cache_from:
+        return
+    if config.teachers:
+        check_teachers(config)
+    else:
+        check_name(config.teacher_model)
+        check_start(config.teacher_job(), TEACHER_START)
+
+
 def start_from(job: Job, data: Data, flags: Flags | None = None) -> tuple[Job, Data]:
     """The job with what its --init is and the size it takes images at; the data normalised as the weights expect.
 
@@ -136,6 +149,8 @@ def _named(job: Job, flags: Flags) -> str:
         " timm/NAME, or name a file or a run",
     )
     check_name(job.model)
+    if Path(PUBLISHED).is_dir():
+        print_once(f"{flags.weights} {PUBLISHED}: the published weights, not the folder, which ./{PUBLISHED} names")
     return job.model
 
 

@@ -88,7 +88,7 @@ class Trainer:
         if run.resuming:
             self._restore(optimizer)
         check_position(self.state, self._batches.steps, self._total)
-        self.clock = Clock(self.state.timing)
+        self.clock = Clock(self.state.timing, accelerator.device)
         self._saved_at = time.monotonic()
         self._epoch_timing = dict(self.state.timing)
         self.model = accelerator.prepare(distiller)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kd.errors import UserError, require
 from kd.utils.console import one_line
+from kd.utils.system import expand_user
 
 DATASET = "dataset"  # a kind of repository
 
@@ -22,7 +23,7 @@ def local_folder(name: str | Path) -> Path:
 
     Raises: UserError if the Hub does not have it or cannot be reached.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(name)) is not None
     return path if path.exists() or not looks_like_id else _download(str(name))
 

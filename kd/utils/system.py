@@ -15,12 +15,12 @@ import psutil
 from kd.errors import UserError, require
 
 
-def expand_user(name: str, flag: str = "--teacher") -> Path:
-    """`name` with ~ expanded, as the value of `flag`. Raises UserError if that user does not exist."""
+def expand_user(name: str | Path, flag: str = "") -> Path:
+    """`name`, the value of `flag` if it is one, with ~ expanded. Raises UserError if that user does not exist."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{flag} {name}: no such file or folder ({error})") from error
+        raise UserError(f"{flag} {name}: no such file or folder ({error})".lstrip()) from error
 
 
 def cores() -> int:
@@ -76,7 +76,10 @@ class Lock:
         self._file = None
 
     def acquire(self, wait: bool = False) -> bool:
-        """Whether this process now has the lock; without `wait`, False at once if another process has it."""
+        """Whether this process now has the lock; without `wait`, False at once if another process has it.
+
+        True, with a warning, on a file system without locks.
+        """
         self._file = open(self.path, "a")  # noqa: SIM115  stays open as long as the lock
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

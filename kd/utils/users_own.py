@@ -25,21 +25,26 @@ def import_function(name: str, what: str) -> Callable:
     Raises: UserError if there is none, UsersOwnError if its module fails.
     """
     module, function = _import_module(name, what), name.partition(":")[2]
-    require(callable(getattr(module, function, None)), f"{what}: {module.__name__} has no function {function}")
+    help = _similar(function, module, callable)
+    require(callable(getattr(module, function, None)), f"{what}: {module.__name__} has no function {function}{help}")
     return getattr(module, function)
 
 
 def import_class(name: str, what: str) -> type:
     """The class that `name`, a module:Class, means; raises as `import_function` does."""
     module, kind = _import_module(name, what), name.partition(":")[2]
-    own = [
-        key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__
-    ]
     found = getattr(module, kind, None)
-    help = f"; {nearest(kind, own)}" if own else ""
+    help = _similar(kind, module, lambda value: isinstance(value, type))
     require(found is not None, f"{what}: {module.__name__} has no class {kind}{help}")
     require(isinstance(found, type), f"{what}: is a {type(found).__name__}, no class{help}")
     return found
+
+
+def _similar(name: str, module: ModuleType, wanted: Callable[[object], bool]) -> str:
+    """The end of a message: what the module itself defines, is `wanted`, and has a similar name; or all of that."""
+    defined = vars(module).items()
+    own = [key for key, value in defined if wanted(value) and getattr(value, "__module__", None) == module.__name__]
+    return f"; {nearest(name, own)}" if own else ""
 
 
 def _import_module(name: str, what: str) -> ModuleType:

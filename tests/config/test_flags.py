@@ -152,6 +152,11 @@ def test_row_44_values_out_of_range_are_named(args, words):
         (["--resized-crop", "0.5", "--crop-padding", "2"], "--crop-padding: --resized-crop 0.5 crops in its place"),
         (["--teacher", "runs/big", "--teacher-seed", "3"], "--teacher-seed: is of the recipe's own teacher"),
         (["--preset", "imagenet", "--teacher-seed", "3"], "--teacher-seed: is of the recipe's own teacher"),
+        (
+            ["--preset", "own", "--optimizer", "adamw"],
+            "--optimizer adamw: the learning rate of --preset own is for sgd",
+        ),
+        (["--preset", "vit", "--optimizer", "sgd"], "--optimizer sgd: the learning rate of --preset vit is for adamw"),
     ],
 )
 def test_a_typed_flag_that_another_makes_void_is_refused(args, words):
@@ -163,7 +168,10 @@ def test_a_typed_flag_that_another_makes_void_is_refused(args, words):
     ("args", "taken"),
     [
         # The preset's Nesterov is not the user's.
-        (["--preset", "strong", "--optimizer", "adamw"], lambda c: c.fit.optimizer == "adamw" and c.fit.nesterov),
+        (
+            ["--preset", "strong", "--optimizer", "adamw", "--lr", "0.001"],
+            lambda c: c.fit.optimizer == "adamw" and c.fit.nesterov,
+        ),
         # Of its teacher's SGD.
         (["--preset", "vit", "--momentum", "0.8"], lambda c: c.teacher_job().fit.momentum == 0.8),
         (["--optimizer", "timm/lars", "--momentum", "0.8"], lambda c: c.fit.momentum == 0.8),
@@ -171,6 +179,9 @@ def test_a_typed_flag_that_another_makes_void_is_refused(args, words):
         (["--resized-crop", "0.5", "--crop-padding", "0"], lambda c: c.views.padding == 0),
         (["--schedule", "step", "--milestones", "0.5"], lambda c: c.fit.milestones == (0.5,)),
         (["--views", "2", "--view-seed", "3"], lambda c: c.views.view_seed == 3),
+        (["--preset", "strong", "--optimizer", "adamw", "--lr-per-256", "0.001"], lambda c: c.fit.lr_per_256 == 0.001),
+        (["--optimizer", "adamw"], lambda c: c.fit.lr == 0.001),
+        (["--preset", "vit"], lambda c: c.fit.optimizer == "adamw"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -338,6 +349,18 @@ def test_a_file_may_name_a_source_too(tmp_path):
     (tmp_path / "flags.yaml").write_text("cache-teacher: hub:me/x\n")
     config = parse(distill_defaults, "", ["--config", str(tmp_path / "flags.yaml")])
     assert (config.cache.cache_teacher, config.cache.cache_from) == (True, "hub:me/x")
+    live = parse(distill_defaults, "", ["--config", str(tmp_path / "flags.yaml"), "--no-cache-teacher"])
+    assert (live.cache.cache_teacher, live.cache.cache_from) == (False, None)
+
+
+def test_a_function_among_the_teachers_is_no_method():
+    words = ["--data", "photos", "--teacher", "timm/vit", "mine:network", "embed", "--trust-code"]
+    config = parse(distill_defaults, "", words)
+    assert (config.preset, config.teacher, method_name(config.method)) == (
+        "embed",
+        ("timm/vit", "mine:network"),
+        "embed",
+    )
 
 
 @pytest.mark.parametrize(

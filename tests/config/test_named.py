@@ -85,6 +85,18 @@ class Viewed(Loss):
     config: ViewFlags
 
 @dataclass(frozen=True)
+class FreezeFlags(MethodFlags):
+    freeze: int = 1
+class Frozen(Loss):
+    config: FreezeFlags
+
+@dataclass(frozen=True)
+class RoleFlags(MethodFlags):
+    role: str = "a"
+class Cast(Loss):
+    config: RoleFlags
+
+@dataclass(frozen=True)
 class LossFlags(MethodFlags):
     loss: str = "x"
 class Lossy(Loss):
@@ -215,6 +227,8 @@ def test_two_losses_may_share_a_class_of_flags():
         ("mine:Plain", r"Undecorated is no dataclass; put @dataclass\(frozen=True\) on it"),
         ("mine:Seeded", "mine:Seeded: --seed: is a common flag already"),
         ("mine:Viewed", "mine:Viewed: --views: is a common flag already"),
+        ("mine:Frozen", "mine:Frozen: --freeze: is a common flag already"),
+        ("mine:Cast", "mine:Cast: --role: the flags' class has that name already"),
         ("mine:Lossy", "mine:Lossy: --loss: the flags' class has that name already"),
         ("mine:Bare", "mine:Bare: --weight: has no default; give it one"),
         ("mine:Filed", "mine:Filed: --file: config.json cannot hold its PosixPath; take int"),
@@ -230,7 +244,7 @@ def test_what_is_forgotten_is_named_in_one_line(name, words):
 
 
 def test_the_names_that_flags_must_not_have_are_those_that_scripts_take():
-    assert {"seed", "views", "count", "data", "source", "teacher", "cache_teacher", "model"} <= common_flags()
+    assert {"seed", "views", "count", "data", "source", "teacher", "cache_teacher", "model", "freeze"} <= common_flags()
     for name, kind in METHODS.items():
         assert not common_flags() & {field.name for field in dataclasses.fields(kind)}, name
 

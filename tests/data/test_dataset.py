@@ -459,3 +459,35 @@ def test_mapped_rows_that_fit_a_device_are_copied_in_parts(monkeypatch):
     rows = MappedRows(stored, torch.arange(40), torch.zeros(40, dtype=torch.long))
     monkeypatch.setattr(MappedRows, "images", property(lambda self: pytest.fail("copied at once")))
     assert rows.on(torch.device("meta")).images.shape == (40, 3, 4, 4)
+
+
+@pytest.mark.parametrize("how", [{}, {"decode": "workers", "workers": 0}, {"stream": True}], ids=str)
+def test_a_test_split_without_labels_is_left_out_and_validation_scores(tmp_path, how, capsys):
+    source = of_three_splits(tmp_path / "set")
+    rows = {"img": [picture(n) for n in range(10)], "label": [-1] * 10}
+    Dataset.from_dict(rows, features=FEATURES).to_parquet(f"{source}/data/test-00000-of-00001.parquet")
+    data = load_data(DataConfig(source=source, **how))
+    assert (data.test_split, len(data.test.labels)) == ("validation", 10)
+    assert "data: the test split has no labels and is left out\n" in capsys.readouterr().out
+    rows["label"] = [-1] + [0] * 9
+    Dataset.from_dict(rows, features=FEATURES).to_parquet(f"{source}/data/test-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"test row 0: label (-1|None) is not one of the 2 classes"):
+        load_data(DataConfig(source=source, **how))
+
+
+def test_one_class_is_no_classification(tmp_path):
+    rows = {"img": [picture(n) for n in range(10)], "label": ["ape"] * 10}
+    source = parquet(tmp_path / "set", rows, Features({"img": ImageFeature(), "label": Value("string")}))
+    with pytest.raises(UserError, match=r"has one class only \(ape\); two or more are needed"):
+        load_data(DataConfig(source=source))
+    data = load_data(DataConfig(source=source, no_labels=True))
+    assert not data.labelled
+
+
+def test_a_class_that_is_called_train_is_told_from_the_split(tmp_path):
+    for name in ("bus", "car", "train"):
+        (tmp_path / "vehicles" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "vehicles" / name / "0.png")
+    words = r"the folder train is taken for a split, and bus, car beside it has images too; .* rename it \(train_\)"
+    with pytest.raises(UserError, match=words):
+        load_data(DataConfig(source=str(tmp_path / "vehicles")))

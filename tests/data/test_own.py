@@ -40,6 +40,9 @@ class Broken(Pictures):
 
 SIZES = 0
 def pictures(): return {"train": Pictures(24), "test": Pictures(9)}
+def lazy(): return {"train": Lazy(24), "test": Pictures(9)}
+def turned(): return {"train": Turned(24), "test": Turned(9)}
+def one_class(): return {"train": [(Image.new("RGB", (12, 12)), 0)] * 4, "test": [(Image.new("RGB", (12, 12)), 0)]}
 def tensors(): return {"train": Tensors(24), "test": Tensors(9)}
 def floats(): return {"train": [(torch.zeros(3, 12, 12), 0)], "test": Pictures(9)}
 def random(): return {"train": RandomPictures(24), "test": Pictures(9)}
@@ -61,6 +64,23 @@ def other(): return {"train": Pictures(24), "test": Renamed(9, ["black", "blue",
 def marked():
     Path("ran").touch()
     return pictures()
+
+class Lazy(Pictures):
+    # Opened, and read only when its pixels are needed, as torchvision's sets without a loader do.
+    def __getitem__(self, row):
+        if row == 4: return Image.new("F", (12, 12)), 1
+        if row != 3: return super().__getitem__(row)
+        Image.effect_noise((12, 12), 50).convert("RGB").save("cut.jpg")
+        whole = Path("cut.jpg").read_bytes()
+        Path("cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+        return Image.open("cut.jpg"), 0
+
+class Turned(Pictures):
+    def __getitem__(self, row):
+        image = Image.new("RGB", (12, 12), COLOURS[row % 3])
+        image.paste((0, 0, 0), (0, 0, 12, 6))  # the upper half
+        image.getexif()[0x0112] = 6  # to be turned clockwise
+        return image, row % 3
 
 class Renamed(Pictures):
     # Its colours are numbered as it names them.
@@ -217,3 +237,22 @@ def test_a_run_from_elsewhere_runs_no_code_of_its_data(tmp_path):
     main(["run", "--formats", "safetensors", "--trust-code"])
     (row,) = json.loads(Path("run/export/export.json").read_text())["rows"]
     assert row["top1"] == pytest.approx(json.loads(Path("run/summary.json").read_text())["test_top1"])
+
+
+def test_lazy_images_that_cannot_be_read_are_listed_and_skipped():
+    words = r"train row 3: not a readable image \(.*Truncated.*train row 4: .*fractions, whose white is unknown"
+    with pytest.raises(UserError, match=words):
+        load_data(DataConfig(source="mine:lazy"))
+    data = load_data(DataConfig(source="mine:lazy", skip_broken=True, val_fraction=0.0))
+    assert len(data.train.labels) == 22
+
+
+def test_photographs_are_turned_upright_as_predictions_are():
+    image = load_data(DataConfig(source="mine:turned", val_fraction=0.0)).test.images[0]
+    assert image[0, 5, 11] == 0, "the upper half is the right one once it is turned"
+    assert image[0, 5, 0] == 220
+
+
+def test_one_class_of_ones_own_is_refused_too():
+    with pytest.raises(UserError, match=r"mine:one_class: has one class only \(0\)"):
+        load_data(DataConfig(source="mine:one_class"))

@@ -88,7 +88,7 @@ def test_class_names_with_mathematics_or_other_scripts_are_drawn_as_they_are():
     ],
 )
 def test_row_44_mistakes_end_in_one_line_and_exit_code_2(args, words, capsys):
-    assert exit_code(lambda: show.main([*FLAGS, *args])) == 2
+    assert exit_code(lambda: show.main([*FLAGS, *args]), "") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert words.replace("\\", "") in lines[0]

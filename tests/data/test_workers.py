@@ -161,7 +161,7 @@ def test_row_45_a_killed_worker_ends_in_one_line_with_the_remedy(capsys):
     def fail() -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    assert exit_code(fail) == 2
+    assert exit_code(fail, "") == 2
     said = capsys.readouterr().err
     assert "give fewer --workers, or 0, and continue with --resume" in said
     assert said.count("\n") == 1

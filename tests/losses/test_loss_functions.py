@@ -148,9 +148,27 @@ def test_standardized_logits_have_mean_0_and_deviation_1_and_forget_scale_and_of
     torch.testing.assert_close(z.mean(1), torch.zeros(4).double())
     torch.testing.assert_close(z.std(1), torch.ones(4).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(losses.standardize(5 * logits - 3), z, rtol=1e-6, atol=1e-6)
-    flat = torch.zeros(2, 9, requires_grad=True)
-    losses.standardize(flat).square().sum().backward()
-    assert torch.isfinite(flat.grad).all()
+
+
+@pytest.mark.parametrize("loss", ["standardized", "dist"])
+def test_a_classifier_that_starts_at_zero_gets_no_gradient_of_millions(loss):
+    """All its logits are equal, and the quotient by their deviation would be the gradient's size."""
+    flat, teacher = torch.zeros(6, 9, requires_grad=True), torch.randn(6, 9)
+    if loss == "dist":
+        losses.dist_loss(flat, teacher, 1.0, 1.0, 4.0).backward()
+    else:
+        losses.kd_loss(losses.standardize(flat), losses.standardize(teacher), 2.0).backward()
+    assert flat.grad.abs().max() < 10
+    small = torch.full((6, 9), 1e-3) * torch.randn(6, 9)
+    assert losses.standardize(small).std(1).min() > 0.9
+
+
+def test_standardized_logits_of_two_classes_teach_nothing():
+    """Why setup refuses them: a gradient that is rounding alone."""
+    student = torch.tensor([[1.0, -1.0], [0.5, 2.0], [3.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[2.0, 1.0], [4.0, 1.0], [-1.0, 0.0]])
+    losses.kd_loss(losses.standardize(student), losses.standardize(teacher), 2.0).backward()
+    assert student.grad.abs().max() < 1e-4
 
 
 def test_the_contrastive_loss_agrees_with_a_naive_loop_and_does_not_overflow():

@@ -163,3 +163,35 @@ def test_several_teachers_are_averaged_in_their_probabilities_and_compared_one_b
     with pytest.raises(UserError, match="--teacher-layers: there are networks"):
         distil("--student", "resnet8", "--teacher", teacher, plain, "--trust-code", *FEW, "sp", "--out", "three")
     assert not Path("three").exists() or not list(Path("three").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (["at", "--student-layers", "layer3", "layer3"], "--student-layers: names layer3 twice; name each layer once"),
+        (["reviewkd", "--teacher-layers", "layer2", "layer2"], "--teacher-layers: names layer2 twice"),
+        (["ofa", "--student-layers", "layer2", "layer2"], "--student-layers: names layer2 twice"),
+        (["--batch-size", "1", "rkd"], "rkd compares images with each other, and --batch-size 1 is one at a time"),
+        (["--batch-size", "50", "--accumulate", "50", "kd+sp"], r"and --batch-size 50 in 50 parts is one at a time"),
+        (["--classes", "2", "kd", "--standardize"], "--standardize: with two classes every standardised logit is 0.71"),
+        (["--classes", "2", "kd+at", "--kd-standardize"], "--kd-standardize: with .*; give --no-kd-standardize"),
+    ],
+)
+def test_what_would_teach_nothing_is_refused_before_the_teacher_is_trained(method, words):
+    with pytest.raises(UserError, match=words):
+        distil("--student", "resnet8", "--teacher-model", "resnet8", "--no-drop-last", *method)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (["dkd"], "--ramp-epochs 20: the run has 2, so that dkd ends before its full strength\n"),
+        (["kd+dkd"], "--dkd-ramp-epochs 20: the run has 2, so that dkd ends before its full strength\n"),
+        (["ctkd", "--decay-epochs", "2"], ""),
+    ],
+)
+def test_a_ramp_that_is_longer_than_the_run_is_said(teacher, capsys, method, said):
+    distil("--student", "resnet8", "--teacher", teacher, *FEW, "--out", "run", *method)
+    printed = capsys.readouterr().out
+    assert (said in printed) if said else "full strength" not in printed

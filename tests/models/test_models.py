@@ -266,3 +266,10 @@ def test_arguments_reach_the_constructor():
     network = build_model("torchvision/mobilenet_v3_small", 5, (32, 32), arguments={"dropout": 0.7})
     assert 0.7 in {module.p for module in network.modules() if isinstance(module, nn.Dropout)}
     assert build_model("tests.networks:dropped", 5, (32, 32), arguments={"width": 3})[0].out_channels == 3
+
+
+def test_a_network_that_squeezes_the_batch_away_is_refused():
+    """The last batch may have one image, and kd.predict always has."""
+    words = r"tests.networks:squeezing: the network returns \(7,\) for 1 image; .* write .flatten\(1\)"
+    with pytest.raises(UserError, match=words):
+        build_model("tests.networks:squeezing", 7, (8, 8))

@@ -551,7 +551,7 @@ def test_row_50_names_cannot_break_the_page():
 def test_a_folders_name_that_is_no_text_is_shown_as_its_bytes(no_figures, capsys):
     os.makedirs(b"runs/\xff\xfe")
     Path(os.fsdecode(b"runs/\xff\xfe"), "summary.json").write_text("{}")
-    assert exit_code(lambda: report(["runs"])) == 0
+    assert exit_code(lambda: report(["runs"]), "") == 0
     assert "\\udcff\\udcfe" in Path("report/report.md").read_text()
 
 

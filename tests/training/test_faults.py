@@ -188,7 +188,7 @@ def test_row_32_a_disk_that_fills_up_at_any_file_is_one_line_and_nothing_is_lost
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync_file", full)
-        assert exit_code(lambda: teach("--out", "run", "--epochs", "1")) == 2
+        assert exit_code(lambda: teach("--out", "run", "--epochs", "1"), "") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"run/{name}" in said or (name == "config.json" and "cannot write to run" in said)
@@ -255,7 +255,7 @@ def test_row_39_parameters_without_gradient_under_data_parallelism_are_one_line(
     def work():
         raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
 
-    assert exit_code(work) == 2
+    assert exit_code(work, "") == 2
     assert "requires_grad_(False)" in capsys.readouterr().err
 
 

@@ -1,14 +1,18 @@
 """--probe: an embedding's scores in a run and afterwards; they change nothing else, and survive kills."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from kd.config import DataConfig, RunConfig
+from kd.config.cli import parse
+from kd.config.presets import train_defaults
 from kd.data import load_data
 from kd.data.dataset import load_probe
 from kd.errors import UserError
@@ -16,6 +20,7 @@ from kd.export.card import CardContent, write_card
 from kd.models import build_model
 from kd.report.groups import by_data
 from kd.report.tables import accuracy_table, loss_table, run_table
+from kd.runs.folder import _tell_unprobed
 from kd.runs.results import checked_summary, collect_runs, summary_of
 from kd.runs.table import plain_table, show_results
 from kd.training import probe as probing
@@ -242,6 +247,14 @@ def test_a_finished_run_says_how_it_is_probed(run, capsys):
     said = "plain: finished without --probe synthetic; python -m kd.training.probe plain --data synthetic measures it"
     assert said in capsys.readouterr().out
     assert "probe_knn" not in summary_at(Path("plain"))
+    model = ["--model", "tests.networks:normalised", "--epochs", "1", "--out", "own"]
+    teach(*PROBED[2:], *model)
+    capsys.readouterr()
+    teach(*PROBED, *model, "--auto-resume")
+    assert "kd.training.probe own --data synthetic --trust-code measures" in capsys.readouterr().out
+    job = parse(train_defaults, "", ["--model", "resnet8", "--probe", "set", "--probe-label", "fine"]).job()
+    inspect.unwrap(_tell_unprobed)(SimpleNamespace(path=Path("own"), summary={}), job)
+    assert "kd.training.probe own --data set --label fine measures" in capsys.readouterr().out
 
 
 def test_a_probe_whose_test_split_was_not_read_says_so(run, capsys):

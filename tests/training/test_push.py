@@ -43,7 +43,7 @@ def test_the_weights_of_every_nth_epoch_and_the_finished_run_are_uploaded(upload
     assert early["model.safetensors"] != last["model.safetensors"]
     assert early.keys() == {"model.safetensors", "model.json", "config.json", "metrics.jsonl", "README.md"}
     assert [json.loads(line)["epoch"] for line in early["metrics.jsonl"].decode().splitlines()] == [1, 2]
-    assert "kd.load('me/net')" in last["README.md"].decode()
+    assert "kd.load('me/net', trust_code=True)" in last["README.md"].decode()
 
 
 def test_no_path_of_this_machine_is_uploaded(uploads, tmp_path):

@@ -410,6 +410,8 @@ def test_row_10_row_35_resume_needs_something_and_a_new_start_an_empty_folder(mo
     Path("other/thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=r"other is not a run folder \(it has thesis.tex\)"):
         teach("--out", "other")
+    Path("other/thesis.tex").rename("other/.DS_Store")
+    teach("--out", "other", "--epochs", "1")
 
 
 def test_row_10_auto_resume_says_that_it_starts_afresh(capsys):

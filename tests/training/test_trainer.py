@@ -150,7 +150,7 @@ def test_row_47_out_of_memory_names_the_batch(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Trainer, "record", step)
-    assert exit_code(lambda: teach("--out", "run", "--batch-size", "45")) == 2
+    assert exit_code(lambda: teach("--out", "run", "--batch-size", "45"), "") == 2
     assert "give a smaller --batch-size than 45, which changes the recipe" in capsys.readouterr().err
 
 
@@ -344,3 +344,10 @@ def test_a_method_of_hard_labels_refuses_mixed_images():
     assert not Path("runs").exists()
     distil("--mixup", "1", "--cutmix", "1", "--erase", "0.3", "--epochs", "1", "--out", "run", "kd")
     assert Path("run/summary.json").exists()
+
+
+def test_a_view_that_channels_last_does_not_allow_is_said_before_training(capsys):
+    with pytest.raises(UserError, match=r"viewing: uses .view on a map, .* or give --no-channels-last"):
+        distil("--student", "tests.networks:viewing", "--out", "run")
+    assert not Path("runs").exists()
+    teach("--model", "tests.networks:viewing", "--no-channels-last", "--epochs", "1", "--out", "run")

@@ -67,7 +67,7 @@ def test_without_a_token_the_folder_stays_and_the_message_has_the_command(export
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
     with hub({}) as server:
         code = f"import sys\nfrom kd.errors import exit_code\nfolder = Path({str(exported)!r})\n"
-        refused = run_with_hub(server, code + f"sys.exit(exit_code(lambda: push(folder, 'me/student', {private})))")
+        refused = run_with_hub(server, code + f"sys.exit(exit_code(lambda: push(folder, 'me/student', {private}), ''))")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert f"run `hf upload me/student {exported}{flag}` once" in refused.stderr
