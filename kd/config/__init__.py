@@ -1,8 +1,8 @@
 """Every flag, every method's settings and every preset. No torch here: --help need not wait for it."""
 
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, StartConfig, ViewConfig
-from kd.config.jobs import DistillConfig, Job, Origin, PresetName, TrainConfig
-from kd.config.methods import METHODS, KDConfig, Method, NoneConfig, method_name
+from kd.config.jobs import DistillConfig, Job, Origin, TrainConfig
+from kd.config.methods import METHODS, KDConfig, NoneConfig, method_name
 from kd.config.named import is_named, named_method
 
 __all__ = [
@@ -14,10 +14,8 @@ __all__ = [
     "FitConfig",
     "Job",
     "KDConfig",
-    "Method",
     "NoneConfig",
     "Origin",
-    "PresetName",
     "RunConfig",
     "StartConfig",
     "TrainConfig",

@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar, get_args, get_origin, get_type_hints
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import METHODS, MethodFlags
 from kd.errors import UserError, nearest, require, reworded
-from kd.utils.users_own import import_class, is_users_own
+from kd.utils.users_own import import_class, is_module_function
 
 LOSS = "kd.losses.base.DistillationLoss"
 
@@ -33,8 +33,8 @@ RESERVED |= {"role", "origin", "shared_cache", "extended_from"}
 def is_named(word: str) -> bool:
     """Whether a word of the command line may mean a method that is not in METHODS."""
     parts = word.split("+")
-    joined = len(parts) > 1 and any(part in METHODS or is_users_own(part) for part in parts) and "/" not in word
-    return (joined or is_users_own(word)) and not Path(word).is_file()
+    joined = len(parts) > 1 and any(part in METHODS or is_module_function(part) for part in parts) and "/" not in word
+    return (joined or is_module_function(word)) and not Path(word).is_file()
 
 
 @cache  # the same class at every call: flags are compared by type
@@ -48,7 +48,7 @@ def named_method(name: str) -> type[MethodFlags]:
     if "+" in name:
         return _combination(name)
     require(
-        is_users_own(name),
+        is_module_function(name),
         f"{name}: no such method; {nearest(name, METHODS)}; a method of your own is named as module:Class",
     )
     loss = import_class(name, f"method {name}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from kd.config import ViewConfig
 from kd.data.draws import Boxes, CropFlip, Drawn, Edges, Factors, Mixing
 from kd.data.policies import GREY, apply_policy, change_drawn, grey
-from kd.utils.tables import kept
+from kd.utils.constants import made_once
 
 VERSION = 1
 """Of the views that flags, seed, number and row give. Whoever changes a draw raises it, or caches of a teacher's logits
@@ -68,7 +68,7 @@ def cut_out(images: UInt8[Tensor, "b 3 h w"], squares: Edges) -> UInt8[Tensor, "
     return torch.where(covered(squares, images.shape[2:])[:, None], _cutout_colour(images.device), images)
 
 
-@kept
+@made_once
 def _cutout_colour(device: torch.device) -> UInt8[Tensor, "3 1 1"]:
     return torch.tensor(CUTOUT_COLOUR, dtype=torch.uint8, device=device)[:, None, None]
 
@@ -95,12 +95,12 @@ def _places(first: Int[Tensor, "b"], mirrored: Bool[Tensor, "b"] | None, length:
     return first[:, None] + torch.where(mirrored[:, None], _count_down(length, first.device), along)
 
 
-@kept
+@made_once
 def _count(length: int, device: torch.device) -> Int[Tensor, "n"]:
     return torch.arange(length, device=device)
 
 
-@kept
+@made_once
 def _count_down(length: int, device: torch.device) -> Int[Tensor, "n"]:
     return torch.arange(length, device=device).flip(0)
 
@@ -121,7 +121,7 @@ def resized_crop(images: UInt8[Tensor, "b c m n"], boxes: Boxes, size: tuple[int
     return resized.round().to(torch.uint8)
 
 
-@kept
+@made_once
 def _centres(pixels: int, device: torch.device) -> Float[Tensor, "n"]:
     """Where the pixels of an axis are, as shares of it."""
     return (torch.arange(pixels, device=device) + 0.5) / pixels
@@ -147,7 +147,7 @@ def _grey(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
     return red + green + blue
 
 
-@kept
+@made_once
 def _grey_shares(device: torch.device) -> Float[Tensor, "3 1 1"]:
     return torch.tensor([weight / 10_000 for weight in GREY], dtype=torch.float32, device=device)[:, None, None]
 
@@ -170,7 +170,7 @@ def turn_hue(images: UInt8[Tensor, "b 3 h w"], share: Float[Tensor, "b"]) -> UIn
     return (brightest[:, None] - spread[:, None] * nearness).round().to(torch.uint8)
 
 
-@kept
+@made_once
 def _hue_offsets(device: torch.device) -> Int[Tensor, "3 1 1"]:
     return torch.tensor([5, 3, 1], device=device)[:, None, None]  # of red, green, blue
 

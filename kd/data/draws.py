@@ -22,8 +22,8 @@ from torch import Tensor
 
 from kd.config import ViewConfig
 from kd.data.policies import Policy, PolicyDraws, draw_policy
+from kd.utils.constants import made_once
 from kd.utils.rng import derive, random_below, random_uniform
-from kd.utils.tables import kept
 
 BLOCK = 2**14  # images that are drawn for at once: 0.3 MB of draws for crops and flips, 18 MB with every flag
 
@@ -301,7 +301,7 @@ def random_beta(alpha: float, index: Int[Tensor, "n"], *words: int | str) -> Flo
     return torch.lerp(table[low], table[low + 1], place - low)
 
 
-@kept
+@made_once
 def _quantile_table(alpha: float, device: torch.device) -> Float[Tensor, "n"]:
     """The quantiles on the device, copied once: a copy in every step would make the host wait."""
     return torch.tensor(beta_quantiles(alpha), dtype=torch.float32, device=device)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from kd.utils.constants import made_once
 from kd.utils.operators import define_operators
 from kd.utils.rng import random_below, random_uniform
-from kd.utils.tables import kept
 
 PolicyName = Literal["none", "trivial", "rand", "augmix", "fixmatch"]
 
@@ -262,7 +262,7 @@ def move(
     return moved.round().to(torch.uint8)
 
 
-@kept
+@made_once
 def _from_centre(length: int, device: torch.device) -> Float[Tensor, "n"]:
     return torch.arange(length, device=device) - (length - 1) / 2
 
@@ -276,7 +276,7 @@ def grey(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
     return ((red + green + blue + 0.5) / 10_000).floor()
 
 
-@kept
+@made_once
 def _grey_weights(device: torch.device) -> Float[Tensor, "3 1 1"]:
     return torch.tensor(GREY, dtype=torch.float32, device=device)[:, None, None]
 

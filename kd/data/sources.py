@@ -27,7 +27,7 @@ from kd.errors import UserError, nearest, require
 from kd.utils.console import one_line, print_once, root_cause
 from kd.utils.images import VERSION
 from kd.utils.system import expand_user
-from kd.utils.users_own import is_users_own
+from kd.utils.users_own import is_module_function
 
 READER = 2  # version of how rows and labels are read from files; part of the key of every cache on disk
 
@@ -110,7 +110,7 @@ def find_revision(config: DataConfig) -> str | None:
     if (
         source in BUILT_IN
         or expand_user(source, "--data").is_dir()
-        or is_users_own(source)
+        or is_module_function(source)
         or not _looks_like_id(source)
     ):
         return None
@@ -131,7 +131,7 @@ def find_source(config: DataConfig, revision: str | None) -> DataSource:
         return _find_built_in(config)
     if path.is_dir():
         return _find_folder(config, path)
-    if is_users_own(source):
+    if is_module_function(source):
         return load_own(config)
     require(not path.is_file(), f"--data {source}: is a file; name the folder that has it, or unpack it")
     require(

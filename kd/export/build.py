@@ -34,7 +34,7 @@ from kd.models.cost import describe_machine
 from kd.report.document import Block, Heading, Lines, markdown
 from kd.utils import rng
 from kd.utils.console import console
-from kd.utils.files import write_atomically, write_json
+from kd.utils.files import write_json, write_text
 
 # Allowed difference of a float32 file's logits from torch's, which sums in another order, as a share of the largest.
 # If a network rounds its activations, a last bit may decide on a whole step: then only the mean difference is limited.
@@ -193,7 +193,7 @@ def _write_table(
     numbers |= {"differences_on_random_pixels": written.differences, "notes": notes}
     write_json(folder / "export.json", numbers)
     text = markdown([Heading(1, "What was exported"), *blocks])
-    write_atomically(folder / "export.md", lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(folder / "export.md", text)
     wide = console if console.is_terminal else Console(width=160)
     for block in blocks:
         block.show(wide)

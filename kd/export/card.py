@@ -6,7 +6,7 @@ from typing import NamedTuple
 from kd.report.document import Block, Heading, Lines, Table, markdown, plain
 from kd.runs.results import FLAG_PARTS, is_labelled, teachers_of
 from kd.runs.table import METRICS, PROBED
-from kd.utils.files import write_atomically
+from kd.utils.files import write_text
 
 SCORES = tuple(metric for metric in METRICS.values() if metric.card)
 
@@ -25,16 +25,6 @@ embeddings = network.embedding(["photo.jpg"])  # one row each, of {width} number
 
     python train_teacher.py --model {model} --init {name} --data LABELLED    a classifier from it"""
 
-USE_ONNX_EMBEDDER = """With onnxruntime alone; {files} take unnormalised pixels:
-
-```python
-import json, numpy, onnxruntime
-session = onnxruntime.InferenceSession("{file}")
-expects = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
-images = numpy.zeros((1, *expects["shape"][1:]), numpy.uint8)          # RGB, 0 to 255
-(embeddings,) = session.run(["embedding"], {{"images": images}})
-```"""
-
 USE_ONNX = """With onnxruntime alone; {files} take unnormalised pixels:
 
 ```python
@@ -42,9 +32,11 @@ import json, numpy, onnxruntime
 session = onnxruntime.InferenceSession("{file}")
 expects = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
 images = numpy.zeros((1, *expects["shape"][1:]), numpy.uint8)          # RGB, 0 to 255
-(logits,) = session.run(["logits"], {{"images": images}})
-print(expects["classes"][logits[0].argmax()])
+{last}
 ```"""
+LOGITS = """(logits,) = session.run(["logits"], {"images": images})
+print(expects["classes"][logits[0].argmax()])"""
+EMBEDDINGS = """(embeddings,) = session.run(["embedding"], {"images": images})"""
 
 
 class CardContent(NamedTuple):
@@ -72,16 +64,16 @@ def write_card(path: Path, content: CardContent, licence: str, hub_id: str | Non
     ]
     head = _metadata(summary, config, licence, hub_id, bool(onnx_files))
     text = f"---\n{head}\n---\n\n" + "\n\n".join(part.strip() for part in parts if part) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _use(content: CardContent, place: str) -> tuple[str, str]:
     """How the network is used: with kd, and its ONNX files with onnxruntime."""
     files, width = content.onnx_files, content.expects.get("embedding")
-    torch_part, onnx_part = (USE_TORCH, USE_ONNX) if width is None else (USE_EMBEDDER, USE_ONNX_EMBEDDER)
+    torch_part, last = (USE_TORCH, LOGITS) if width is None else (USE_EMBEDDER, EMBEDDINGS)
     trust = ", trust_code=True" if ":" in content.summary["model"] else ""
     ours = torch_part.format(name=place, trust=trust, width=width, model=content.summary["model"])
-    return ours, onnx_part.format(file=files[-1], files=" and ".join(files)) if files else ""
+    return ours, USE_ONNX.format(file=files[-1], files=" and ".join(files), last=last) if files else ""
 
 
 def _method(summary: dict) -> str:

@@ -25,7 +25,7 @@ from kd.runs.results import teachers_of
 from kd.teachers.load import load_teachers
 from kd.utils.console import console
 from kd.utils.processes import same_threads
-from kd.utils.users_own import is_users_own
+from kd.utils.users_own import is_module_function
 
 SCORING_BATCH = 256
 THROUGHPUT_BATCH = 64
@@ -96,7 +96,7 @@ def _teacher_candidate(source: ExportedRun, data: Data, trust_code: bool) -> Can
     names, models = teachers_of(source.summary), teachers_of(source.summary, "teacher_model")
     teacher_model = next((model for name, model in zip(names, models) if is_pretrained(name)), "")
     require(
-        trust_code or not is_users_own(teacher_model),
+        trust_code or not is_module_function(teacher_model),
         f"building {teacher_model} runs its author's code; --trust-code says that you trust it",
     )
     arguments = source.config.get("teacher_flags", {}).get("teacher_model_args")

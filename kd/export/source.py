@@ -20,7 +20,7 @@ from kd.runs.results import (
     weights_file,
 )
 from kd.utils.files import write_json
-from kd.utils.users_own import is_users_own
+from kd.utils.users_own import is_module_function
 
 
 class ExportedRun(NamedTuple):
@@ -51,7 +51,7 @@ def read_data(source: ExportedRun, moved_to: str | None, trust_code: bool) -> Da
     """
     flags = source.config["flags"]["data"] | ({"source": moved_to} if moved_to else {})
     require(
-        trust_code or moved_to is not None or not is_users_own(str(flags.get("source"))),
+        trust_code or moved_to is not None or not is_module_function(str(flags.get("source"))),
         f"{source.folder}: reading its data {flags.get('source')} runs its author's code; --trust-code says that you"
         " trust it, --data names other data",
     )

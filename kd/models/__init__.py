@@ -27,7 +27,7 @@ from kd.models.layout import find_stages
 from kd.types import Outputs, Stages
 from kd.utils.console import print_once
 from kd.utils.operators import define_operators
-from kd.utils.users_own import call_function, import_function, is_users_own
+from kd.utils.users_own import call_function, import_function, is_module_function
 
 define_operators()  # before anything imports torchvision, as timm does
 
@@ -150,7 +150,7 @@ def check_name(name: str) -> None:
         names = libraries.torchvision_names()
     elif library == "timm" and short:
         names = libraries.timm_names()
-    elif name in MODELS or is_users_own(name):
+    elif name in MODELS or is_module_function(name):
         return
     else:
         others = "; or torchvision/NAME, timm/NAME, or module:function"
@@ -187,7 +187,7 @@ def build_model(
             network, built = _build_users_own(name, num_classes, arguments)
         if built and not num_classes:
             without_classifier(network, name, built)
-        if is_users_own(name):
+        if is_module_function(name):
             _take_logits(network, name, num_classes, image_size, quiet)
     logits = probe(network, image_size, name).logits
     wanted = f"logits of shape (2, {num_classes})" if num_classes else "an embedding of shape (2, width)"

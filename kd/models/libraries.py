@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, is_users_own, require
 from kd.utils.console import clip
-from kd.utils.users_own import is_users_own as is_module_function
+from kd.utils.users_own import is_module_function
 
 # Arguments that kd itself gives, or that would fetch or open other weights than those that a flag names. The arguments
 # may come from a stranger's model.json.

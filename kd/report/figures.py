@@ -10,8 +10,7 @@ from kd.metrics import BINS, class_recall
 from kd.report import plots
 from kd.report.costs import Costs
 from kd.report.document import Block, Figure
-from kd.report.groups import ALONE, TEACHER, Comparison, Group
-from kd.report.statistics import mean_and_deviation
+from kd.report.groups import ALONE, TEACHER, Comparison, Group, mean_and_deviation
 from kd.runs.results import Run, class_names, read_history, read_test_logits
 
 TEACHERS = 3  # teachers that their figure has room for
@@ -38,7 +37,7 @@ def grids(groups: list[Group]) -> list[tuple[list[Group], list[str]]]:
     return swept
 
 
-def chosen_runs(groups: list[Group]) -> Group | None:
+def shown_method(groups: list[Group]) -> Group | None:
     """The method that the figures show: the best on validation, or the first if there is no validation."""
     methods = [group for group in groups if group.distilled and group.tested]
     return max(methods, key=lambda group: group.mean("val_top1_last") or 0.0, default=None)
@@ -59,7 +58,7 @@ class Gallery:
         self.groups, self.costs, self.prefix = groups, costs, prefix
         self.notes: list[str] = []
         self.figures: list[Block] = []
-        method = chosen_runs(groups)
+        method = shown_method(groups)
         self.method = method
         self.alone = next((c for c in method.controls if c.kind == ALONE), None) if method else None
         self.teachers = [group for group in groups if group.kind == TEACHER]

@@ -5,9 +5,9 @@ import json
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean, stdev
 
 from kd.config import METHODS, FitConfig, ViewConfig
-from kd.report.statistics import cell, mean_and_deviation
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from kd.runs.results import Run, is_labelled, teachers_of
@@ -18,6 +18,21 @@ NOT_READ = "not read"  # in place of a test score, after --no-test
 SCORED = tuple(metric.key for metric in COLUMNS)  # what images without labels cannot give
 
 LONGEST = 60  # letters of a setting in a label
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """The mean and the sample standard deviation (n - 1), which is None for a single value."""
+    return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def cell(values: list[float], style: str, seeds: int, empty: str = "") -> str:
+    """Mean ± sample standard deviation, followed by the number of values if it is not `seeds`, the row's number."""
+    if not values:
+        return empty
+    mean, deviation = mean_and_deviation(values)
+    shown = f"{mean:{style}}" if deviation is None else f"{mean:{style}} ± {deviation:{style}}"
+    return shown if len(values) == seeds else f"{shown} ({len(values)})"
+
 
 SHA256 = re.compile("[0-9a-f]{64}")
 

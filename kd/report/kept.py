@@ -22,7 +22,7 @@ from kd.runs.comparison import Answers, format_p
 from kd.runs.public import without_paths
 from kd.runs.results import Run, collect_runs, read_config, read_correct, write_correct
 from kd.runs.table import METRICS
-from kd.utils.files import read_json, write_atomically, write_folder, write_json
+from kd.utils.files import read_json, write_folder, write_json, write_text
 from kd.utils.system import cpu_name
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # of a measurement: its heading's anchor as well
@@ -117,7 +117,7 @@ def _keep_run(run: Run, names: dict[Path, str], parent: Path) -> Path:
 def write_page(root: Path) -> str:
     """Write README.md with every measurement below `root`, and return its text. Raises UserError as `page` does."""
     text = page(root)
-    write_atomically(root / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(root / "README.md", text)
     return text
 
 

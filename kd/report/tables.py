@@ -4,9 +4,8 @@ from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
-from kd.report.groups import ALONE, TEACHER, Comparison, Group, compare_groups, missing_cell
+from kd.report.groups import ALONE, TEACHER, Comparison, Group, cell, compare_groups, missing_cell
 from kd.report.opening import headline, what_was_compared
-from kd.report.statistics import cell
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
 from kd.runs.table import COLUMNS, METRICS, WITHOUT_LABELS, Metric, averaged, probed

@@ -30,11 +30,11 @@ def load_network(folder: Path, trust_code: bool, weights: str = "last") -> Train
     weights, or its network is the user's own code and not trusted.
     """
     from kd.config import METHODS, named_method
-    from kd.models import build_model, is_users_own
+    from kd.models import build_model, is_module_function
     from kd.models.adapt import resize_input
 
     info, summary = read_model(folder)
-    own = [name for name in (info["model"], _deployed_by(info)) if is_users_own(name)]
+    own = [name for name in (info["model"], _deployed_by(info)) if is_module_function(name)]
     require(
         trust_code or not own,
         f"{folder}: building {' and '.join(own)} runs its author's code; --trust-code (kd.load: trust_code=True)"

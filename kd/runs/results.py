@@ -27,6 +27,14 @@ WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors", "ema": "ema.
 
 SHOT_KEYS = ("test_balanced_top1", "test_top1_many", "test_top1_medium", "test_top1_few")
 
+AVERAGED_SCORES = ("test_top1", "test_top5", "test_nll", "test_ece")
+"""Scores that a run with --ema has of its averaged weights too, each as KEY_ema."""
+
+TESTED = (*AVERAGED_SCORES, "test_images")  # all of them or none
+
+PROBE_SCORES = ("probe_knn", "probe_linear")
+"""Scores of the last weights' embedding, of a run with --probe."""
+
 TEXT, NUMBER = (str,), (int, float)
 # Keys of summary.json that others read: the type, and whether null is allowed (no validation split, or --no-test).
 KEYS = {
@@ -37,23 +45,18 @@ KEYS = {
     "seed": (NUMBER, False),
     "epochs": (NUMBER, False),
     **dict.fromkeys(("val_top1_last", "val_top1_best", "best_epoch"), (NUMBER, True)),
-    **dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images"), (NUMBER, True)),
-    **dict.fromkeys(("test_top1_best", "agreement", "teacher_test_top1"), (NUMBER, True)),
+    **dict.fromkeys((*TESTED, "test_top1_best", "agreement", "teacher_test_top1"), (NUMBER, True)),
     # Only if the training classes differ in size (kd.metrics.rare_class_scores).
     **dict.fromkeys(SHOT_KEYS, (NUMBER, True)),
     # Only of a run on data without labels: the loss of distillation, and agreement with the teacher in percent.
     **dict.fromkeys(("val_loss_last", "val_loss_best", "val_agreement"), (NUMBER, True)),
+    # Only with --ema.
+    **dict.fromkeys(("val_top1_ema", *(f"{key}_ema" for key in AVERAGED_SCORES)), (NUMBER, True)),
+    # Only with --probe.
+    **dict.fromkeys(PROBE_SCORES, (NUMBER, True)),
+    "probe_data": (TEXT, True),
 }
-AVERAGED_SCORES = ("test_top1", "test_top5", "test_nll", "test_ece")
-"""Scores that a run with --ema has of its averaged weights too, each as KEY_ema."""
-
-KEYS |= dict.fromkeys(("val_top1_ema", *(f"{key}_ema" for key in AVERAGED_SCORES)), (NUMBER, True))
-PROBE_SCORES = ("probe_knn", "probe_linear")
-"""Scores of the last weights' embedding, of a run with --probe."""
-
-KEYS |= dict.fromkeys(PROBE_SCORES, (NUMBER, True)) | {"probe_data": (TEXT, True)}
 PERCENT = [key for key in KEYS if "top" in key or "ece" in key or "agreement" in key or key in PROBE_SCORES]
-TESTED = ("test_top1", "test_top5", "test_nll", "test_ece", "test_images")  # all of them or none
 
 FLAG_PARTS = ("data", "views", "fit", "method", "compress", "start")  # of config.json's flags: what shapes the result
 

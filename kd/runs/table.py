@@ -68,7 +68,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
     summary = checked_summary(student / "summary.json")
     alone = summary.get("control") or control
     rows = _rows(summary, control)
-    control = dict(rows).get("student alone") if summary["method"] != "none" else None
+    beside = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
     averages = averaged([network for _, network in rows if network])
     columns = [column for column in COLUMNS if wide.width >= 110 or column.key in NARROW]
@@ -82,7 +82,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
         wide.print(Text(line), soft_wrap=True)
     if summary.get("test_split") == "validation":
         wide.print(Text("test: the data's validation split, as it has no test split"))
-    if line := _beside_control(student, summary, control, alone):
+    if line := _beside_control(student, summary, beside, alone):
         wide.print(Text(line))
     wide.print(Text(f"run folder: {student}"), soft_wrap=True)
     related = [("teacher", folder) for folder in teachers_of(summary)]

@@ -113,12 +113,12 @@ def check_networks(config: DistillConfig) -> None:
     from kd.runs.load import load_network
     from kd.training import start
     from kd.utils.hub import local_folder
-    from kd.utils.users_own import is_users_own
+    from kd.utils.users_own import is_module_function
 
     start.check_networks(config)
     needed = config.method.needs_teacher and not config.cache.cache_from
     for name in config.teachers if needed else ():
-        if config.method.embeds and is_users_own(name):
+        if config.method.embeds and is_module_function(name):
             continue  # built for the size of the images, which are not read yet
         if not pretrained.is_pretrained(name):
             load_network(local_folder(name), config.trust_code or not config.is_taught_by_named)

@@ -10,7 +10,7 @@ from kd.config.presets import default_preset
 from kd.config.recipes import PRESETS
 from kd.teachers.cache import STRONG
 from kd.teachers.shared import FORMAT, MANIFEST, SharedCache, flags_to_train
-from kd.utils.files import write_atomically
+from kd.utils.files import write_text
 
 METHODS = {"embedding": "embed"}  # by kind of answers, the method of the card's command
 
@@ -115,9 +115,7 @@ def write_card(cache: SharedCache, path: Path, source: str, licence: str) -> Non
         arrays=both,
         rows=store.rows,
     )
-    write_atomically(
-        path, lambda partial: partial.write_text(f"---\n{head.to_yaml()}\n---\n\n{text}", encoding="utf-8")
-    )
+    write_text(path, f"---\n{head.to_yaml()}\n---\n\n{text}")
 
 
 def _cell(value: str) -> str:

@@ -23,7 +23,7 @@ from kd.config.recipes import usual_teacher
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.losses.deit import TwoHeads
-from kd.models import build_model, is_users_own, without_classifier
+from kd.models import build_model, is_module_function, without_classifier
 from kd.models.adapt import Renormalize, resize_input
 from kd.models.pretrained import (
     NEW_HEAD_ADVICE,
@@ -138,7 +138,7 @@ def check_teachers(config: DistillConfig) -> None:
             else:
                 check_pretrained(name, model, config.fine_tune_teacher, model_args=arguments)
             continue
-        if embeds and is_users_own(name):
+        if embeds and is_module_function(name):
             continue
         method = [name] if is_named(name) else difflib.get_close_matches(name, METHODS, n=1)
         require(
@@ -206,7 +206,7 @@ def _load_embedder(
             pretrained = at_size(pretrained, of_file[1])
         network, info = build_embedder(pretrained, name), pretrained._asdict()
         sha256, summary = pretrained.sha256, {"model": pretrained.model}
-    elif is_users_own(name):
+    elif is_module_function(name):
         network, info, sha256, summary = all_do(lambda: _own_embedder(name, data, trust_code))
     else:
         folder, here = share_run(name)

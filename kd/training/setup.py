@@ -37,7 +37,7 @@ from kd.utils.hub import local_folder
 from kd.utils.processes import all_do, from_main
 from kd.utils.rng import seed_everything
 from kd.utils.system import expand_user
-from kd.utils.users_own import is_users_own
+from kd.utils.users_own import is_module_function
 
 FEW_IMAGES = 32  # of a process; with fewer BatchNorm's error rises (Wu and He, arXiv:1803.08494, figure 1)
 
@@ -336,7 +336,7 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         f"--balance {job.fit.balance}: changes cross-entropy, and {lacks}; take --balance sampler",
     )
     check_network(network.module, job.fit, job.model, job.method.embeds)
-    if job.fit.channels_last and is_users_own(job.model):
+    if job.fit.channels_last and is_module_function(job.model):
         _check_channels_last(network.module, data.size, job.model)
     if job.fit.sync_batchnorm:
         check_batchnorm(network.module)

@@ -12,7 +12,7 @@ from kd.models import probe
 from kd.models.cost import count_params
 from kd.report import plots
 from kd.runs.checkpoint import State
-from kd.runs.results import AVERAGED_SCORES, PROBE_SCORES
+from kd.runs.results import AVERAGED_SCORES, PROBE_SCORES, TESTED
 from kd.teachers.load import TeacherNetwork
 from kd.training.evaluate import best_epoch, score_test_split
 from kd.training.progress import work_bar
@@ -21,7 +21,7 @@ from kd.utils.files import sha256_file, write_atomically, write_json, write_weig
 from kd.utils.processes import all_do
 
 # The summary's test keys of a run with --no-test.
-UNTESTED = dict.fromkeys(("test_top1", "test_top5", "test_nll", "test_ece", "test_images", "test_top1_best"))
+UNTESTED = dict.fromkeys((*TESTED, "test_top1_best"))
 
 
 def write_results(trainer: Trainer, teacher: TeacherNetwork | None, control: Path | None) -> dict:

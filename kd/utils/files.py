@@ -78,9 +78,13 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         remove_tree(old)
 
 
-def write_json(path: Path, content) -> None:
-    text = json.dumps(content, indent=2) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -14,7 +14,7 @@ from types import ModuleType
 from kd.errors import OUR_FOLDER, USERS_FILES, UserError, nearest, require, users_own_error
 
 
-def is_users_own(name: str) -> bool:
+def is_module_function(name: str) -> bool:
     """Whether `name` is a module:function, code that is imported and run."""
     return re.fullmatch(r"[\w.]+:\w+", name) is not None
 

@@ -8,7 +8,7 @@ import kd.models  # noqa: F401  makes torchvision importable, which torchmetrics
 from kd import metrics
 from kd.metrics import class_recall
 from kd.report import plots
-from kd.report.statistics import mean_and_deviation
+from kd.report.groups import mean_and_deviation
 
 
 def test_mean_and_deviation_agree_with_numpy():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`make`, whose results are kept: making one in every step costs a launch, and copying one makes the host wait.
 
     The compiler would warn of a cache; it makes such a tensor within its own kernels.
