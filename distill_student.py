@@ -7,7 +7,7 @@
     accelerate launch distill_student.py --resume           continue the first after a kill
 
 resnet20 -> resnet8 on digits: 99.16% test top-1, 99.16% alone (seed 0, last epoch, one CPU core);
-resnet34 -> resnet18 on CIFAR-100, the report's ten epochs: 24.50%, 26.94% alone (seed 0, bf16, two CPU cores)
+resnet34 -> resnet18 on CIFAR-100, the report's ten epochs: 24.50%, 26.94% alone (seed 0, bf16)
 """
 
 import dataclasses

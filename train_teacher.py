@@ -7,7 +7,7 @@
     accelerate launch train_teacher.py --resume            continue the first after a kill
 
 resnet20 on digits: 99.44% test top-1 (seed 0, last epoch, one CPU core);
-resnet34 on CIFAR-100, the report's ten epochs: 29.57% (seed 0, last epoch, bf16, two CPU cores)
+resnet34 on CIFAR-100, the report's ten epochs: 29.57% (seed 0, last epoch, bf16)
 """
 
 from pathlib import Path

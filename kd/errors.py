@@ -211,7 +211,7 @@ def remedy_for(error: BaseException) -> str | None:
             "BatchNorm got a single value for each channel: give a larger --batch-size, fewer processes, a smaller"
             " --accumulate, or larger images"
         )
-    if "view size is not compatible" in text:
+    if "view size is not compatible" in text and not is_users_own(error):
         return (
             "a network uses .view on a map, which --channels-last lays out otherwise: write .reshape, or .flatten(1),"
             " in its place, or give --no-channels-last"

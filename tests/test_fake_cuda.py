@@ -53,7 +53,7 @@ STEPS = {
     "kd": 91,
     "mimic": 78,
     "dkd": 130,
-    "dist": 114,
+    "dist": 118,
     "nkd": 103,
     "wttm": 92,
     "rld": 138,

@@ -21,6 +21,7 @@ from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK, DistillConfig
 from kd.config.methods import METHODS, method_name
 from kd.config.named import CombinedFlags, dashed, is_named, name_flags, named_method, with_usual
+from kd.utils.users_own import is_module_function
 
 
 class Flag(NamedTuple):
@@ -133,8 +134,13 @@ def _rates(rates: dict[str, float]) -> str:
 
 
 def typed_method(args: list[str], flags: dict[str, Flag]) -> str | None:
-    """The method among the arguments; a name of METHODS wins, for a module:function may be one of several teachers."""
-    return first_word(args, flags, METHODS.__contains__) or first_word(args, flags, is_named)
+    """The method among the arguments. A module:function may be one of several teachers: then a name of METHODS wins."""
+    method = first_word(args, flags, lambda word: word in METHODS or is_named(word))
+    if method and is_module_function(method):
+        before = [word for word in args[: args.index(method)] if word.startswith("--")]
+        if before and before[-1] == "--teacher":
+            return first_word(args, flags, METHODS.__contains__) or method
+    return method
 
 
 def first_word(args: list[str], flags: dict[str, Flag], wanted: Callable[[str], bool]) -> str | None:

@@ -66,10 +66,6 @@ class MethodFlags:
         """Whether it needs the images' labels; if not, it can train on images that have none."""
         return True
 
-    def parts(self) -> dict[str, "MethodFlags"]:
-        """Its flags, by what stands before their names; of several methods at once those of each."""
-        return {"": self}
-
     def settled(self, student: str) -> "MethodFlags":
         """These flags with numbers for what follows from the student's name."""
         return self

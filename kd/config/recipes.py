@@ -160,4 +160,6 @@ def for_teacher(preset: str, part: str, flags: Flags) -> Flags:
     left = {name: value for name, value in own.items() if getattr(flags, name) == getattr(usual, name)}
     if getattr(flags, "steps", None) is not None:  # the epochs follow from the steps
         left.pop("epochs", None)
+    if getattr(flags, "optimizer", None) != getattr(usual, "optimizer", None):  # a rate is given for that one
+        left.pop("lr", None)
     return dataclasses.replace(flags, **left)

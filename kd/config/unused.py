@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from kd.config.flags import FitConfig
 from kd.config.jobs import DistillConfig, TrainConfig
-from kd.config.recipes import PRESETS
+from kd.config.recipes import PRESETS, for_teacher
 from kd.errors import require
 
 # Flags that say who the teacher is, or how its logits are stored.
@@ -31,6 +31,7 @@ def check_used(config: TrainConfig | DistillConfig, typed: Iterable[str]) -> Non
 def _check_rate(config: TrainConfig | DistillConfig, typed: list[str]) -> None:
     """Raise UserError for a typed --optimizer whose learning rate would be that of the preset's."""
     fit, usual = config.fit, PRESETS[config.preset].get("fit", FitConfig())
+    usual = for_teacher(config.preset, "fit", usual) if isinstance(config, TrainConfig) else usual
     kept = (fit.lr, fit.lr_per_256) == (usual.lr, usual.lr_per_256) and not {"lr", "lr-per-256"} & {*typed}
     require(
         "optimizer" not in typed or fit.optimizer == usual.optimizer or not kept or config.preset == "report",

@@ -340,18 +340,18 @@ class ImageFolder:
             len(set(place.named)) < 2,
             f"{path} is in several splits by its folders' names ({', '.join(place.named)}); rename one of them",
         )
-        others = [group.place.below for group in self._groups if group.images and not group.place.split]
-        beside = dict.fromkeys(parts[0] for parts in others if parts)
-        self._require(
-            bool(below) or not beside or not place.split,
-            f"the folder {place.top} is taken for a split, and {_some(list(beside))} beside it has images too; if"
-            f" {place.top} is a class, rename it ({place.top}_), else move the others away",
-        )
         if not below:
-            self._refuse(f"{path} is in no class folder{self._labels_elsewhere(path, place)}")
+            self._refuse(f"{path} is in no class folder{self._labels_elsewhere(path, place)}{self._beside(place)}")
         form = "SPLIT/CLASS/FILE" if place.split else "CLASS/FILE"
         if len(below) > 1:
             self._refuse(f"{path} is deeper than {form}, so its class would be {below[-1]}; move it up")
+
+    def _beside(self, place: Place) -> str:
+        """What to do if a split's folder is a class in truth, as folders with images beside it suggest."""
+        others = [group.place.below for group in self._groups if group.images and not group.place.split]
+        beside = list(dict.fromkeys(parts[0] for parts in others if parts)) if place.split else []
+        name = re.sub(BETWEEN, "", os.path.basename(place.top)) + "s"  # no split's name
+        return f"; if {place.top} is a class, as {_some(beside)} may be, call it {name}, say" if beside else ""
 
     def _labels_elsewhere(self, path: str, place: Place) -> str:
         """What to do with an image in no class folder: a list of labels may lie beside it, as Kaggle gives it."""

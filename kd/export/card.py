@@ -15,7 +15,7 @@ import kd  # the project that trained this network
 network = kd.load("{name}"{trust})  # eval mode; takes normalised images b x 3 x h x w
 ```
 
-    python -m kd.predict {name} photo.jpg"""
+    python -m kd.predict {name} photo.jpg{trusting}"""
 
 USE_EMBEDDER = """```python
 import kd  # the project that trained this network
@@ -71,8 +71,9 @@ def _use(content: CardContent, place: str) -> tuple[str, str]:
     """How the network is used: with kd, and its ONNX files with onnxruntime."""
     files, width = content.onnx_files, content.expects.get("embedding")
     torch_part, last = (USE_TORCH, LOGITS) if width is None else (USE_EMBEDDER, EMBEDDINGS)
-    trust = ", trust_code=True" if ":" in content.summary["model"] else ""
-    ours = torch_part.format(name=place, trust=trust, width=width, model=content.summary["model"])
+    model = content.summary["model"]
+    trust, trusting = (", trust_code=True", " --trust-code") if ":" in model else ("", "")
+    ours = torch_part.format(name=place, trust=trust, trusting=trusting, width=width, model=model)
     return ours, USE_ONNX.format(file=files[-1], files=" and ".join(files), last=last) if files else ""
 
 

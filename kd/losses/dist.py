@@ -33,12 +33,12 @@ def dist_loss(
 def _correlation(one: Float[Tensor, "n m"], other: Float[Tensor, "n m"]) -> Float[Tensor, "n"]:
     """Correlation of each pair of rows; eps is added as by the authors (F.cosine_similarity's differs by 2e-5).
 
-    0 without gradient where all of `one` are equal, as of a classifier that starts at zero: 1 / eps would be its size.
+    Undivided where all of `one` are equal, as of a classifier that starts at zero: the gradient would be 1 / eps.
     """
     one, other = (part - part.mean(dim=1, keepdim=True) for part in (one, other))
     norm = one.norm(dim=1)
-    found = (one * other).sum(dim=1) / (norm * other.norm(dim=1) + 1e-8)
-    return torch.where(norm > EQUAL, found, torch.zeros_like(found))
+    together = (one * other).sum(dim=1)
+    return torch.where(norm > EQUAL, together / (norm * other.norm(dim=1) + 1e-8), together)
 
 
 class DIST(DistillationLoss):

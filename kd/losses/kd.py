@@ -54,11 +54,11 @@ def standardize(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     """Each row with mean 0 and deviation 1, so that the student matches the order and relative gaps of the logits only.
 
     (z - mean) / (1e-7 + std), with the unbiased deviation, as in the authors' code. Rows of equal logits, such as those
-    of a classifier that starts at zero, give 0 and no gradient: the quotient's would be ten million times too large.
+    of a classifier that starts at zero, stay undivided: the quotient's gradient would be ten million times too large.
     """
     centred = logits - logits.mean(dim=1, keepdim=True)
     deviation = logits.var(dim=1, keepdim=True).clamp_min(1e-24).sqrt()  # torch's own std has no finite gradient at 0
-    return torch.where(deviation > EQUAL, centred / (1e-7 + deviation), torch.zeros_like(centred))
+    return torch.where(deviation > EQUAL, centred / (1e-7 + deviation), centred)
 
 
 class KD(DistillationLoss):

@@ -263,7 +263,6 @@ def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tu
             f"model {name}: the network returns{when} {_described(answer)} for 2 images; its forward must return the"
             f" logits alone, or first of all: a tensor of shape (2, {num_classes or 'width'})",
         )
-    _check_one_image(network, name, image_size)
     if several:
         network.register_forward_hook(lambda _, images, answer: logits_of(answer))
     if several and not quiet and name not in _said:
@@ -274,7 +273,7 @@ def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tu
 
 
 @torch.no_grad()
-def _check_one_image(network: nn.Module, name: str, image_size: tuple[int, int]) -> None:
+def check_one_image(network: nn.Module, name: str, image_size: tuple[int, int]) -> None:
     """Raise UserError if the answer for a single image lacks the batch's dimension, as after squeeze()."""
     training, device = network.training, next(network.parameters()).device
     try:

@@ -264,9 +264,10 @@ def _tell_processes(path: Path) -> None:
     """Say if a finished run was trained by another number of processes: it is no part of a run's identity."""
     before, now = read_config(path).get("processes"), PartialState().num_processes
     if before not in (None, now):
+        share = "all" if before == 1 else f"1/{before}"
         print(
-            f"{path}: was trained by {before} processes, and this launch has {now}: BatchNorm saw 1/{before} of each"
-            " batch; for a run of its own give another --out",
+            f"{path}: was trained by {before} process{'es' * (before > 1)}, and this launch has {now}: BatchNorm, if it"
+            f" has any, saw {share} of each batch",
             flush=True,
         )
 

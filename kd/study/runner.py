@@ -23,7 +23,7 @@ from kd.utils.system import StopRequests
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 
-ALONE = ("--num_processes", "1")  # without --launch: the launcher would take all GPUs, and BatchNorm see an eighth
+ALONE = ("--num_processes", "1")  # else the launcher takes all GPUs, and BatchNorm sees an eighth of the batch
 
 POLL = 0.2  # seconds
 PATIENCE = 30  # seconds for all jobs together to save, once they are asked to stop
@@ -160,7 +160,7 @@ class Runner:
         name = re.sub(r"[^A-Za-z0-9.=-]+", "_", task.label)
         log = self.logs / f"{name}.log"
         folders = Path(self._announcements.name, f"{len(self.done)}-{slot}")  # a new name: its slot was freed by a task
-        command = [*LAUNCHER, *(self.launch or ALONE), str(task.script), *task.args]
+        command = [*LAUNCHER, *_processes(self.launch), *self.launch, str(task.script), *task.args]
         with open(log, "w", encoding="utf-8") as file:
             file.write(f"{shlex.join(command)}\n")
             file.flush()
@@ -220,6 +220,12 @@ class Runner:
 
 def _is_finished(folder: Path) -> bool:
     return (folder / "summary.json").exists()
+
+
+def _processes(launch: tuple[str, ...]) -> tuple[str, ...]:
+    """The launcher's flags for one process, unless --launch says how many, itself or in a file."""
+    given = {word.partition("=")[0].replace("-", "_") for word in launch}
+    return () if given & {"__num_processes", "__config_file"} else ALONE
 
 
 def _gpu_of(slot: int, jobs: int) -> dict[str, str]:

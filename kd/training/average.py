@@ -32,7 +32,8 @@ class Average:
         """Take in the weights after step `step` (from 0)."""
         now = self.network.state_dict()
         averaged = [] if step == 0 else [name for name, tensor in now.items() if tensor.is_floating_point()]
-        if copied := [name for name in now if name not in set(averaged)]:  # at once: a launch, not one for each counter
+        chosen = set(averaged)
+        if copied := [name for name in now if name not in chosen]:  # at once: a launch, not one for each counter
             torch._foreach_copy_([self.weights[name] for name in copied], [now[name] for name in copied])
         if averaged:
             self._average([self.weights[name] for name in averaged], [now[name] for name in averaged], step)

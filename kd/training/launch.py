@@ -68,6 +68,7 @@ def start(fit: FitConfig, run: RunConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")  # whatever the environment says
     elif not on_cpu and torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True  # every batch has one shape: searching for the fastest kernels pays
         torch.set_float32_matmul_precision("high")  # TF32, if the precision is not half already

@@ -16,13 +16,14 @@ from kd.compress import compress, sizes
 from kd.config import CacheConfig, DistillConfig, FitConfig, Job, TrainConfig, ViewConfig
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK, check_together
-from kd.config.methods import DISTConfig, MethodFlags, method_name, methods_without_labels
+from kd.config.methods import DISTConfig, MethodFlags, MLKDConfig, method_name, methods_without_labels
+from kd.config.named import CombinedFlags
 from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
 from kd.errors import UserError, require
 from kd.losses import DistillationLoss, Distiller, loss_class
-from kd.models import build_model, head_layers, probe, stages
+from kd.models import build_model, check_one_image, head_layers, probe, stages
 from kd.models.adapt import check_batchnorm, resize_input
 from kd.models.libraries import checkpoint_gradients
 from kd.models.pretrained import is_pretrained, load_into, load_pretrained, origin_of
@@ -144,11 +145,17 @@ def _print_length(fit: FitConfig, images: int) -> None:
 
 def _print_ramps(method: MethodFlags, fit: FitConfig) -> None:
     """Say which of a method's weights do not reach their full size within the run."""
-    for prefix, part in method.parts().items():
+    for prefix, part in _parts(method).items():
         for name in ("ramp_epochs", "decay_epochs"):
-            if (epochs := getattr(part, name, 0)) > fit.epochs:
+            epochs = getattr(part, name, None)
+            if isinstance(epochs, int | float) and epochs > fit.epochs:
                 said = f"the run has {fit.epochs}, so that {method_name(part)} ends before its full strength"
                 print_once(f"--{flag_of(name, prefix)} {epochs:g}: {said}")
+
+
+def _parts(method: MethodFlags) -> dict[str, MethodFlags]:
+    """A method's flags, or those of each of several, by what stands before their names."""
+    return method.parts() if isinstance(method, CombinedFlags) else {"": method}
 
 
 def flag_of(field: str, prefix: str = "") -> str:
@@ -336,8 +343,10 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
         f"--balance {job.fit.balance}: changes cross-entropy, and {lacks}; take --balance sampler",
     )
     check_network(network.module, job.fit, job.model, job.method.embeds)
-    if job.fit.channels_last and is_module_function(job.model):
-        _check_channels_last(network.module, data.size, job.model)
+    if is_module_function(job.model):
+        check_one_image(network.module, job.model, data.size)
+        if job.fit.channels_last:
+            _check_channels_last(network.module, data.size, job.model)
     if job.fit.sync_batchnorm:
         check_batchnorm(network.module)
     if line := few_for_batchnorm(network.module, job.fit, accelerator.num_processes):
@@ -350,8 +359,10 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
 
 def _check_method(job: Job, loss: type[DistillationLoss], data: Data) -> None:
     """Raise UserError for a method that would learn nothing from so few classes, or images at a time."""
-    parts, two = job.method.parts().items(), len(data.classes) == 2
-    flag = next((flag_of("standardize", name) for name, part in parts if getattr(part, "standardize", False)), "")
+    parts, two = _parts(job.method).items(), len(data.classes) == 2
+    alone = {name: part for name, part in parts if not isinstance(part, MLKDConfig)}  # it has other terms beside
+    found = [flag_of("standardize", name) for name, part in alone.items() if getattr(part, "standardize", False)]
+    flag = found[0] if found else ""
     require(
         not (two and flag),
         f"--{flag}: with two classes every standardised logit is 0.71 or -0.71, whatever the network says, so that"
@@ -362,7 +373,7 @@ def _check_method(job: Job, loss: type[DistillationLoss], data: Data) -> None:
     require(
         not loss.compares_images or together >= 2,
         f"{job.role} compares images with each other, and --batch-size {job.fit.batch_size}{accumulated} is one at a"
-        " time; give 2 or more",
+        " time; give a larger --batch-size, or a smaller --accumulate",
     )
     if two and any(isinstance(part, DISTConfig) for _, part in parts):
         print_once("dist: with two classes an image's correlation is 1 or -1, so that only the term of --gamma teaches")

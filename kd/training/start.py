@@ -70,6 +70,8 @@ def check_start(job: Job, flags: Flags | None = None) -> None:
     flags, name = flags or flags_of(job), job.compress.init
     if name is None:
         return
+    if name == PUBLISHED and Path(PUBLISHED).is_dir():
+        print_once(f"{flags.weights} {PUBLISHED}: the published weights, not the folder, which ./{PUBLISHED} names")
     name = _named(job, flags)
     if not is_of_library(name) and is_elsewhere(expand_user(name, flags.weights)):
         return  # the main process checks it
@@ -149,8 +151,6 @@ def _named(job: Job, flags: Flags) -> str:
         " timm/NAME, or name a file or a run",
     )
     check_name(job.model)
-    if Path(PUBLISHED).is_dir():
-        print_once(f"{flags.weights} {PUBLISHED}: the published weights, not the folder, which ./{PUBLISHED} names")
     return job.model
 
 

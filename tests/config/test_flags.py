@@ -181,12 +181,20 @@ def test_a_typed_flag_that_another_makes_void_is_refused(args, words):
         (["--views", "2", "--view-seed", "3"], lambda c: c.views.view_seed == 3),
         (["--preset", "strong", "--optimizer", "adamw", "--lr-per-256", "0.001"], lambda c: c.fit.lr_per_256 == 0.001),
         (["--optimizer", "adamw"], lambda c: c.fit.lr == 0.001),
-        (["--preset", "vit"], lambda c: c.fit.optimizer == "adamw"),
+        (["--preset", "vit"], lambda c: (c.fit.optimizer, c.teacher_job().fit.lr) == ("adamw", 0.1)),
+        (["--preset", "vit", "--optimizer", "adam", "--lr", "0.001"], lambda c: c.teacher_job().fit.lr == 0.001),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_flags_that_do_something_pass(args, taken):
     assert taken(student(*args))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_the_teachers_recipe_has_a_rate_of_its_own(optimizer):
+    """train_teacher.py with vit trains by SGD."""
+    with pytest.raises(UserError, match=f"--optimizer {optimizer}: the learning rate of --preset vit is for sgd"):
+        parse(train_defaults, "", ["--preset", "vit", "--optimizer", optimizer])
 
 
 def test_a_given_teacher_model_stands_in_place_of_the_presets_teacher():

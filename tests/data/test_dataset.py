@@ -488,6 +488,11 @@ def test_a_class_that_is_called_train_is_told_from_the_split(tmp_path):
     for name in ("bus", "car", "train"):
         (tmp_path / "vehicles" / name).mkdir(parents=True)
         picture(0).save(tmp_path / "vehicles" / name / "0.png")
-    words = r"the folder train is taken for a split, and bus, car beside it has images too; .* rename it \(train_\)"
-    with pytest.raises(UserError, match=words):
-        load_data(DataConfig(source=str(tmp_path / "vehicles")))
+    source, words = DataConfig(str(tmp_path / "vehicles"), val_fraction=0.0), "if train is a class, as bus, car"
+    for number in (1, 2):
+        for name in ("bus", "car", "train"):
+            picture(number).save(tmp_path / "vehicles" / name / f"{number}.png")
+    with pytest.raises(UserError, match=f"in no class folder; move .*; {words} may be, call it trains, say"):
+        load_data(source)
+    (tmp_path / "vehicles" / "train").rename(tmp_path / "vehicles" / "trains")
+    assert load_data(source).classes == ("bus", "car", "trains")

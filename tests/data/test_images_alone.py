@@ -160,7 +160,7 @@ def test_where_no_labels_are_found_a_line_says_what_to_do(photos, tmp_path, caps
     shutil.copy(flat / "0.png", one)
     found = {
         flat: "is in no class folder",
-        photos: "is deeper than|is in no class folder|is in several splits|the folder test is taken for a split",
+        photos: "is deeper than|is in no class folder|is in several splits",
         column: "no label column",
         one.parent: "only one class folder",
     }

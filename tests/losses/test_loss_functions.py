@@ -158,7 +158,7 @@ def test_a_classifier_that_starts_at_zero_gets_no_gradient_of_millions(loss):
         losses.dist_loss(flat, teacher, 1.0, 1.0, 4.0).backward()
     else:
         losses.kd_loss(losses.standardize(flat), losses.standardize(teacher), 2.0).backward()
-    assert flat.grad.abs().max() < 10
+    assert 0 < flat.grad.abs().max() < 10, "it has to leave zero"
     small = torch.full((6, 9), 1e-3) * torch.randn(6, 9)
     assert losses.standardize(small).std(1).min() > 0.9
 

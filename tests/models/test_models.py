@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd.errors import UserError
-from kd.models import FAMILIES, MODELS, STAGES, build_model, mobilenetv2, shufflenetv1, shufflenetv2, wrn
+from kd.models import (
+    FAMILIES,
+    MODELS,
+    STAGES,
+    build_model,
+    check_one_image,
+    mobilenetv2,
+    shufflenetv1,
+    shufflenetv2,
+    wrn,
+)
 
 
 def on_paper(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
@@ -272,4 +282,4 @@ def test_a_network_that_squeezes_the_batch_away_is_refused():
     """The last batch may have one image, and kd.predict always has."""
     words = r"tests.networks:squeezing: the network returns \(7,\) for 1 image; .* write .flatten\(1\)"
     with pytest.raises(UserError, match=words):
-        build_model("tests.networks:squeezing", 7, (8, 8))
+        check_one_image(build_model("tests.networks:squeezing", 7, (8, 8)), "tests.networks:squeezing", (8, 8))

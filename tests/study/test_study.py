@@ -516,7 +516,14 @@ except SystemExit:
     assert done.stdout.endswith("set()\n")
 
 
-@pytest.mark.parametrize(("launch", "words"), [((), ["--num_processes", "1"]), (("--quiet",), ["--quiet"])])
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ((), ["--num_processes", "1"]),
+        (("--quiet",), ["--num_processes", "1", "--quiet"]),
+        (("--num-processes=2",), ["--num-processes=2"]),
+    ],
+)
 def test_a_run_has_one_process_unless_the_launch_says_otherwise(monkeypatch, launch, words):
     """`accelerate launch` alone would take every GPU, and BatchNorm see a share of the batch that no other run has."""
     Path("echo.py").write_text("")

@@ -41,7 +41,8 @@ def test_row_25_row_46_two_processes_train_and_score_as_one_does():
     assert summary_of("one")["test_top1"] == summary_of("two")["test_top1"]
     assert json.loads(Path("two/config.json").read_text())["processes"] == 2
     found = script("distill_student.py", *PLAIN, *networks, "--out", "two")
-    assert "two: was trained by 2 processes, and this launch has 1: BatchNorm saw 1/2 of each batch" in found.stdout
+    said = "two: was trained by 2 processes, and this launch has 1: BatchNorm, if it has any, saw 1/2 of each batch"
+    assert said in found.stdout
 
 
 @pytest.mark.slow
