@@ -62,6 +62,14 @@ def gradients(distiller, total) -> dict[str, torch.Tensor]:
     return {name: gradient for (name, _), gradient in zip(named, found)}
 
 
+@pytest.fixture
+def precision(request):
+    """float64 for sp's weight of 3000, which magnifies what float32 rounds when it sums in another order."""
+    torch.set_default_dtype(torch.float64 if "+sp" in request.node.name else torch.float32)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("combination", "flags"),
     [
@@ -73,7 +81,7 @@ def gradients(distiller, total) -> dict[str, torch.Tensor]:
         ("tfkd+reviewkd", {}),
     ],
 )
-def test_terms_and_gradients_are_the_sum_of_the_parts(combination, flags):
+def test_terms_and_gradients_are_the_sum_of_the_parts(combination, flags, precision):
     names = combination.split("+")
     together, teacher = build(combination, **flags)
     batch, before = batch_of(INDEX, epoch=1), copy.deepcopy(together.state_dict())  # crd fills its banks
@@ -95,7 +103,7 @@ def test_terms_and_gradients_are_the_sum_of_the_parts(combination, flags):
     for name, term in wanted.items():
         torch.testing.assert_close(terms[name], term)
     for name, gradient in gradients(together, sum(terms.values())).items():
-        torch.testing.assert_close(gradient, summed[name], rtol=1e-3, atol=2e-5)  # float32, summed in another order
+        torch.testing.assert_close(gradient, summed[name], rtol=1e-4, atol=1e-6)
 
 
 def test_cross_entropy_is_the_first_methods_and_a_term_of_that_name_gets_its_methods():
