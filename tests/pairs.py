@@ -43,7 +43,7 @@ def build(
     """A student with the method, and its teacher; `labels` None: on data without any."""
     torch.manual_seed(seed)
     student, teacher, kind = network(4), network(6).eval().requires_grad_(False), loss_class(named_method(method))
-    config = named_method(method)(**small(method), **flags)
+    config = named_method(method)(**small(method) | flags)
     config.check()
     names = kind.layers(config, STAGES, STAGES)
     outputs = [probe(part, SIZE, "test", layers) for part, layers in zip((student, teacher), names)]
