@@ -8,10 +8,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from kd.config import METHODS, FitConfig, ViewConfig
+from kd.errors import UserError
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
-from kd.runs.results import Run, is_labelled, teachers_of
+from kd.runs.results import Run, find_run, is_labelled, teachers_of
 from kd.runs.table import COLUMNS, NO_LABELS, Metric
+from kd.teachers.load import embedder_identity, joint_identity, teacher_identity
+from kd.utils.files import read_json
 
 NOT_READ = "not read"  # in place of a test score, after --no-test
 
@@ -124,10 +127,17 @@ class Group:
         return [Result(run.path, run.summary) for run in self.runs]
 
     @property
-    def shares_a_teacher(self) -> bool:
-        """Whether several seeds were taught by the very same weights."""
-        teachers = {_dump(run.identity.get("teacher")) for run in self.runs if teachers_of(run.summary)}
-        return len(self.seeds) > 1 and len(teachers) == 1
+    def shared_teachers(self) -> int:
+        """How many teachers taught, if one of them taught several seeds; else 0: then their noise is in the seeds'."""
+        taught: dict[str, set[int]] = {}
+        for run in self.runs:
+            if teachers_of(run.summary):
+                taught.setdefault(_dump(run.identity.get("teacher")), set()).add(run.seed)
+        return len(taught) if any(len(seeds) > 1 for seeds in taught.values()) else 0
+
+    @property
+    def label_smoothing(self) -> float:
+        return self.runs[0].method_flags.get("label_smoothing") or 0.0
 
 
 @dataclass(frozen=True)
@@ -178,18 +188,37 @@ def missing_cell(key: str, runs: list[Run]) -> str:
 def by_data(runs: list[Run]) -> dict[str, list[Group]]:
     """Groups by data set: accuracies on different images are never put side by side."""
     by_path = {_resolved(run.path): run for run in runs}
+    by_path |= {_resolved(run.path): run for run in _starts_elsewhere(runs)}
     tasks: dict[tuple, list[Run]] = {}
     for run in runs:
         # The fingerprint of a stream does not have the images.
         column = run.identity.get("image") if run.identity.get("stream") else None
-        tasks.setdefault((run.identity["data"], run.identity.get("classes"), column), []).append(run)
+        task = run.identity["data"], run.identity.get("classes"), column
+        tasks.setdefault((*task, _held_out(run, runs)), []).append(run)
     named = {}
-    for (fingerprint, classes, column), members in tasks.items():
+    for (fingerprint, classes, column, held_out), members in tasks.items():
         name = f"{members[0].source}, {classes} classes" if classes else members[0].source
         name += f", {column}" if column else ""
+        name += f", --test-fraction {held_out}" if held_out else ""
         name += "" if is_labelled(members[0].summary) else f", {NO_LABELS}"
         named[name if name not in named else f"{name} ({str(fingerprint)[:6]})"] = group_runs(members, by_path)
     return named
+
+
+def _held_out(run: Run, runs: list[Run]) -> float | None:
+    """--test-fraction, if runs on the same data were scored on different numbers of images; a fingerprint is of all."""
+    alike = [other for other in runs if other.identity["data"] == run.identity["data"] and other.tested]
+    several = len({other.summary["test_images"] for other in alike}) > 1
+    return run.identity.get("test_fraction", DEFAULTS_OF_NEWER_FLAGS["test_fraction"]) if several else None
+
+
+def _starts_elsewhere(runs: list[Run]) -> list[Run]:
+    """The runs that others started from (--init), and that were not named with them, as far as they are still there."""
+    known = {run.summary.get("weights_sha256") for run in runs}
+    named = [run for run in runs if run.init and run.identity.get("init") not in known]
+    found = [find_run(place / run.init) for run in named for place in (Path(), *run.path.resolve().parents)]
+    wanted = {run.identity["init"] for run in named}
+    return [run for run in found if run and run.summary.get("weights_sha256") in wanted]
 
 
 def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
@@ -277,7 +306,25 @@ def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | N
     """Each teacher's name, its model ("" if not recorded), and its run (None if it is not among these runs)."""
     names, models = teachers_of(run.summary), teachers_of(run.summary, "teacher_model")
     models += [""] * (len(names) - len(models))
-    return [(name, model, _named(run, name, model, by_path)) for name, model in zip(names, models, strict=False)]
+    found = [(name, model, _named(run, name, model, by_path)) for name, model in zip(names, models, strict=False)]
+    known = [teacher for _, _, teacher in found if teacher]
+    if len(known) < len(found) or _taught(run, known):
+        return found
+    return [(name, model, None) for name, model, _ in found]
+
+
+def _taught(run: Run, teachers: list[Run]) -> bool:
+    """Whether the teachers' weights are those that taught the run: a folder's may be other ones since. True if that
+    cannot be known: a kept run has no model.json."""
+    digests = [teacher.summary.get("weights_sha256") for teacher in teachers]
+    try:
+        infos = [read_json(teacher.path / "model.json") for teacher in teachers]
+    except UserError:
+        return True
+    if not all(digests):
+        return True
+    members = [[kind(*its) for its in zip(digests, infos)] for kind in (teacher_identity, embedder_identity)]
+    return run.identity.get("teacher") in [joint_identity(names) for names in members]
 
 
 def _named(run: Run, name: str, model: str, by_path: dict[str, Run]) -> Run | None:

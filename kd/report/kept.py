@@ -18,6 +18,7 @@ from kd.errors import UserError, require
 from kd.report.document import Block, Heading, Lines, Paragraph, Table, markdown
 from kd.report.groups import ALONE, Comparison, Group, by_data, compare_groups
 from kd.report.opening import trained_on
+from kd.report.tables import said_of_smoothing
 from kd.runs.comparison import Answers, format_p
 from kd.runs.public import without_paths
 from kd.runs.results import Run, collect_runs, read_config, read_correct, write_correct
@@ -196,8 +197,13 @@ def _tables(groups: list[Group]) -> list[Block]:
     """Accuracies of all groups with their gains, and the sentences that must stand below them."""
     _name_by_preset(groups)
     answers = Answers()
-    comparisons = {id(one.group): one for one in compare_groups(groups, answers) if one.control.kind == ALONE}
+    found = [one for one in compare_groups(groups, answers) if one.control.kind == ALONE]
+    comparisons = {id(one.group): one for one in found}
     require(not answers.notes, "; ".join(answers.notes))
+    require(
+        len(found) == len(comparisons),
+        f"{found[0].group.title if found else ''}: has several students alone to compare with; keep one recipe's",
+    )
     columns = [metric for metric in COLUMNS if any(group.values(metric.key) for group in groups)]
     head = ("network", "model", "seeds", *(metric.report or metric.title for metric in columns), "time")
     head += ("gain (95% interval)", "p", "corrected") if comparisons else ()
@@ -206,7 +212,8 @@ def _tables(groups: list[Group]) -> list[Block]:
     words = []
     if any(one.difference and one.difference.of_seeds is None for one in comparisons.values()):
         words.append("Without an interval the seeds' noise is unknown, and p holds that of the test images alone.")
-    if any(group.distilled and group.shares_a_teacher for group in groups):
+    words += said_of_smoothing(found)
+    if any(group.distilled and group.shared_teachers == 1 for group in groups):
         words.append("All seeds of a student share one teacher: this says nothing about other teachers.")
     return [*blocks, Lines(tuple(words))] if words else blocks
 

@@ -43,13 +43,22 @@ def _teachers(groups: list[Group]) -> list[str]:
 
 
 def headline(comparisons: list[Comparison]) -> str:
-    """The verdict on every method in one sentence, against the student alone if that is there; "" without a gain."""
+    """The verdict on every method in one sentence, against the student alone if that is there; "" without a gain.
+
+    A method that smooths labels is named beside a control that does so too, if there is one."""
     found = [one for one in comparisons if one.difference]
-    found = [one for one in found if one.control.kind == ALONE] or found
+    found = [one for one in found if one.control is _chosen(one.group, found)]
     if not found:
         return ""
     controls = list(dict.fromkeys(one.control.title for one in found))
     return " ".join(_against(title, [one for one in found if one.control.title == title]) for title in controls)
+
+
+def _chosen(group: Group, comparisons: list[Comparison]) -> Group:
+    """The control that a sentence names: one that smooths labels as the method does, else the student alone."""
+    controls = [one.control for one in comparisons if one.group is group]
+    alike = [control for control in controls if control.label_smoothing == group.label_smoothing]
+    return next(iter(sorted(alike or controls, key=lambda control: control.kind != ALONE)))
 
 
 def _against(control: str, found: list[Comparison]) -> str:

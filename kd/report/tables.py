@@ -4,7 +4,7 @@ from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
-from kd.report.groups import ALONE, TEACHER, Comparison, Group, cell, compare_groups, missing_cell
+from kd.report.groups import ALONE, TEACHER, Comparison, Group, compare_groups, missing_cell
 from kd.report.opening import headline, what_was_compared
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
@@ -26,8 +26,7 @@ def accuracy_table(groups: list[Group]) -> Table:
     note += "has several runs, whose teachers have several seeds, their mean counts. last: the last epoch's weights; "
     note += "best: those of the epoch that was best on validation. "
     note += "@ema: the average of the weights (--ema). " * bool(averages)
-    note += "The test set was read once, at each run's end; it "
-    note += "chose nothing."
+    note += "The test set was read at each run's end; it chose nothing."
     if probes:
         note += _probe_note(summaries)
     if any(run.summary.get("test_split") == "validation" for group in groups for run in group.runs):
@@ -68,13 +67,14 @@ def external_teachers(groups: list[Group]) -> list[tuple[str, ...]]:
     rows = {}
     for group in groups:
         if group.external_teacher:
-            measured = group.values("teacher_test_top1")[:1]  # the same for every student: the teacher does not change
-            cells = {"test_top1": cell(measured, ".2f", 1, missing_cell("test_top1", group.runs))}
-            scores = (cells.get(metric.key, "") for metric in SCORES)
             name = group.external_teacher
-            row = ("teacher, not among these runs", name, "", *scores)
-            rows[name] = row if measured else rows.get(name, row)
-    return list(rows.values())
+            # As each student saw it: at another size or precision it may answer otherwise.
+            for measured in sorted({f"{value:.2f}" for value in group.values("teacher_test_top1")}) or [""]:
+                cells = {"test_top1": measured or missing_cell("test_top1", group.runs)}
+                scores = (cells.get(metric.key, "") for metric in SCORES)
+                rows[name, measured] = ("teacher, not among these runs", name, "", *scores)
+    known = {name for name, measured in rows if measured}
+    return [row for (name, measured), row in rows.items() if measured or name not in known]
 
 
 def cost_table(groups: list[Group], costs: Costs) -> Table:
@@ -131,10 +131,31 @@ def format_verdicts(groups: list[Group], comparisons: list[Comparison]) -> Lines
             lines.append(
                 f"{group.title}: no student alone by the same recipe among these runs, so its gain is unknown."
             )
-    if sharing := [group.title for group in methods if group.shares_a_teacher]:
-        whose = "each method" if 1 < len(sharing) == len(methods) else " and of ".join(sharing)
-        lines.append(f"All seeds of {whose} share one teacher: this says nothing about other teachers.")
+    lines += said_of_smoothing(comparisons) + said_of_teachers(methods)
     return Lines(tuple(lines) or ("No distilled student with a test result among these runs.",))
+
+
+def said_of_teachers(methods: list[Group]) -> list[str]:
+    """Sentences on methods whose seeds share teachers: intervals then hold no noise of these."""
+    lines = []
+    for count in sorted({group.shared_teachers for group in methods} - {0}):
+        sharing = [group.title for group in methods if group.shared_teachers == count]
+        whose = "each method" if 1 < len(sharing) == len(methods) else " and of ".join(sharing)
+        which = "one teacher" if count == 1 else f"{count} teachers"
+        all_ = "All seeds" if count == 1 else "The seeds"
+        lines.append(f"{all_} of {whose} share {which}: this says nothing about other teachers.")
+    return lines
+
+
+def said_of_smoothing(comparisons: list[Comparison]) -> list[str]:
+    """Sentences on methods that smooth labels where the student alone does not, or otherwise."""
+    pairs = [(one.group, one.control) for one in comparisons if one.difference]
+    return [
+        f"{group.title} smooths labels by {group.label_smoothing:g}, {control.title} by"
+        f" {control.label_smoothing:g}: the smoothing is a part of the difference."
+        for group, control in pairs
+        if group.label_smoothing != control.label_smoothing and control.kind == ALONE
+    ]
 
 
 def _verdict_line(comparison: Comparison) -> str:

@@ -286,6 +286,7 @@ class Run:
     identity: dict
     method_flags: dict
     source: str  # --data as it was given
+    init: str = ""  # --init as it was given, if that was a run
 
     @property
     def seed(self) -> int:
@@ -325,12 +326,38 @@ def collect_runs(patterns: list[str]) -> tuple[list[Run], list[Other]]:
                 except UserError as error:
                     run = Other(str(folder), "broken", str(error))
                 if isinstance(run, Run):
-                    twin = runs.setdefault(json.dumps(run.identity, sort_keys=True), run)
-                    if twin is not run:
-                        others.append(Other(str(folder), "a copy", f"the same run as {twin.path}; counted once"))
+                    key = json.dumps(run.identity, sort_keys=True)
+                    counted, *left = _in_order(runs.get(key), run)
+                    runs[key] = counted
+                    others += [_not_counted(one, counted) for one in left]
                 else:
                     others.append(run)
     return list(runs.values()), others
+
+
+def _in_order(before: Run | None, run: Run) -> list[Run]:
+    """The run that counts of two of one identity, then the other: the first, unless only the second is tested."""
+    both = [one for one in (before, run) if one]
+    return sorted(both, key=lambda one: not one.tested)
+
+
+def _not_counted(run: Run, counted: Run) -> Other:
+    """One of the same flags, seed and data as a run that is counted: a copy, or trained again, elsewhere or anew."""
+    if run.summary.get("weights_sha256") == counted.summary.get("weights_sha256"):
+        return Other(str(run.path), "a copy", f"the same run as {counted.path}; counted once")
+    score, other = (one.summary["test_top1"] for one in (run, counted))
+    numbers = f" (test {score:.2f}, {other:.2f} there)" if run.tested and counted.tested else ""
+    why = f"the flags, seed and data of {counted.path}, and other weights{numbers}; the seed counts once"
+    return Other(str(run.path), "trained again", why)
+
+
+def find_run(folder: Path) -> Run | None:
+    """The finished run in a folder; None if there is none."""
+    try:
+        run = _read_run(folder) if (folder / "summary.json").exists() else None
+    except (UserError, OSError):
+        return None
+    return run if isinstance(run, Run) else None
 
 
 def _search(path: Path) -> list[tuple[Path, str | None]]:
@@ -363,11 +390,14 @@ def _read_run(folder: Path) -> Run | Other:
     if summary.get("status") != "finished":
         return Other(str(folder), "unfinished", f"its summary's status is {summary.get('status')!r}")
     _check_summary(summary)
+    if summary.get("weights", "last") != "last":
+        return Other(str(folder), "an export", f"of a run's weights {summary['weights']!r}; name the run")
     config = read_config(folder)
     if config["identity"].get("epochs", summary["epochs"]) != summary["epochs"]:
         return Other(str(folder), "unfinished", f"being extended from {summary['epochs']} epochs; {_progress(folder)}")
     flags = config["flags"]
-    return Run(folder, summary, config["identity"], flags["method"], flags["data"]["source"])
+    init = flags.get("compress", {}).get("init") if config["identity"].get("init") else None
+    return Run(folder, summary, config["identity"], flags["method"], flags["data"]["source"], init or "")
 
 
 def _progress(folder: Path) -> str:

@@ -217,9 +217,7 @@ def _load_embedder(
     adapt_input(network, info, data, device)
     with torch.no_grad():
         width = network(torch.zeros(2, 3, *data.size, device=device)).shape[1]
-    expected = json.dumps([info.get(key) for key in ("image_size", "mean", "std", "model_args")])
-    identity = hashlib.sha256(f"embedding {sha256} {expected}".encode()).hexdigest()
-    return TeacherNetwork(network, folder, identity, summary, width)
+    return TeacherNetwork(network, folder, embedder_identity(sha256, info), summary, width)
 
 
 def _own_embedder(name: str, data: Data, trust_code: bool) -> tuple[nn.Module, dict, str, dict]:
@@ -237,7 +235,7 @@ def _own_embedder(name: str, data: Data, trust_code: bool) -> tuple[nn.Module, d
 def _joint(members: tuple[TeacherNetwork, ...], kind: type[nn.Module], classes: int) -> TeacherNetwork:
     """Several teachers as one network of `kind`."""
     network = kind([member.network for member in members]).eval()
-    sha256 = hashlib.sha256("".join(member.sha256 for member in members).encode()).hexdigest()
+    sha256 = joint_identity([member.sha256 for member in members])
     name = Path(" + ".join(str(member.folder) for member in members))
     model = " + ".join(member.summary["model"] for member in members)
     return TeacherNetwork(network, name, sha256, {"model": model}, classes, members)
@@ -252,9 +250,25 @@ def load_teacher(name: str | Path, data: Data, device: torch.device, trust_code:
     folder, here = share_run(name)
     network, info, sha256, summary = load_network(here, trust_code)
     match_to_data(network, info, data, device, f"teacher {folder}", "train one on this data")
-    # Its logits depend on its normalisation and classes as well.
-    identity = hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()
-    return TeacherNetwork(network, folder, identity, summary, len(info["classes"]))
+    return TeacherNetwork(network, folder, teacher_identity(sha256, info), summary, len(info["classes"]))
+
+
+def teacher_identity(sha256: str, info: dict) -> str:
+    """What a student's identity says of a run as its teacher: its logits depend on normalisation and classes as well.
+
+    `sha256`: of the weights; `info`: model.json."""
+    return hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()
+
+
+def embedder_identity(sha256: str, info: dict) -> str:
+    """The same of a teacher of embeddings, which no class names change."""
+    expected = json.dumps([info.get(key) for key in ("image_size", "mean", "std", "model_args")])
+    return hashlib.sha256(f"embedding {sha256} {expected}".encode()).hexdigest()
+
+
+def joint_identity(members: list[str]) -> str:
+    """The same of several teachers, by their own."""
+    return members[0] if len(members) == 1 else hashlib.sha256("".join(members).encode()).hexdigest()
 
 
 def _load_pretrained_teacher(pretrained: Pretrained, name: str, data: Data, device: torch.device) -> TeacherNetwork:

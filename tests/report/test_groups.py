@@ -9,12 +9,14 @@ import pytest
 from kd.config import METHODS
 from kd.report.groups import ALONE, METHOD, Group, by_data, compare_groups
 from kd.report.opening import headline
-from kd.report.tables import gain_table
+from kd.report.tables import gain_table, said_of_smoothing, said_of_teachers
 from kd.runs.comparison import Answers
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from kd.runs.results import collect_runs
+from kd.teachers.load import teacher_identity
+from kd.training.summary import UNTESTED
 from kd.utils.files import read_json, write_json
-from tests.report.test_report import edit, fake_run
+from tests.report.test_report import edit, edit_identity, fake_run
 
 TAUGHT = [name for name in METHODS if name not in ("none", "embed")]  # embed knows no accuracies
 
@@ -112,3 +114,117 @@ def test_streams_of_two_columns_are_two_data_sets():
         written(f"runs/{column}", "none", stream=True, image=column)
     found = by_data(collect_runs(["runs"])[0])
     assert [name.rpartition(", ")[2] for name in found] == ["depth", "rgb"]
+
+
+def taught_by(folder: str, teacher: str, seed: int, **identity) -> Path:
+    """A student of the run in `teacher`, as that is now."""
+    path = fake_run(folder, "kd", seed, alpha=0.9)
+    edit(path / "summary.json", teacher=teacher, teacher_model="tests.networks:plain")
+    sha256 = read_json(Path(teacher) / "summary.json")["weights_sha256"]
+    edit_identity(path, teacher=teacher_identity(sha256, read_json(Path(teacher) / "model.json")), **identity)
+    return path
+
+
+def test_students_of_a_teacher_that_was_trained_anew_in_its_folder_are_another_group():
+    teacher = fake_run("runs/teacher", "teacher", 0)
+    edit(teacher / "summary.json", weights_sha256="before")
+    taught_by("runs/kd0", "runs/teacher", 0)
+    edit(teacher / "summary.json", weights_sha256="after")
+    edit_identity(teacher, epochs=2, lr=0.1)
+    for seed in (1, 2):
+        taught_by(f"runs/kd{seed}", "runs/teacher", seed)
+    methods = [group for group in groups() if group.distilled]
+    assert sorted(group.count for group in methods) == ["1", "2"]
+    outside = next(group for group in methods if group.count == "1")
+    assert outside.external_teacher.startswith("tests.networks:plain from teacher ")
+    (Path("runs/teacher") / "model.json").unlink()  # as in docs/measurements
+    assert [group.count for group in groups() if group.distilled] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "count"),
+    [
+        ([(0, "a"), (1, "b"), (2, "c")], 0),
+        ([(0, "a"), (1, "a"), (2, "a")], 1),
+        ([(0, "a"), (1, "a"), (2, "b")], 2),
+        ([(seed, teacher) for seed in (0, 1, 2) for teacher in "ab"], 2),
+    ],
+)
+def test_teachers_that_taught_several_seeds_are_said(pairs, count):
+    for teacher in "abc":
+        path = fake_run(f"runs/{teacher}", "teacher", "abc".index(teacher))
+        edit(path / "summary.json", weights_sha256=teacher)
+    for seed, teacher in pairs:
+        taught_by(f"runs/kd-{seed}-{teacher}", f"runs/{teacher}", seed)
+    (method,) = (group for group in groups() if group.distilled)
+    assert method.shared_teachers == count
+    said = {1: "All seeds of student (kd) share one teacher:", 2: "The seeds of student (kd) share 2 teachers:"}
+    assert bool(count) == any(line.startswith(said.get(count, "")) for line in said_of_teachers([method]))
+
+
+def test_other_weights_of_the_same_flags_are_no_copy_and_the_tested_run_counts():
+    first, second = (fake_run(f"runs/{name}", "kd", 0, alpha=0.9) for name in "ab")
+    tested = read_json(first / "summary.json") | {"weights_sha256": "a"}
+    write_json(first / "summary.json", tested | dict.fromkeys(UNTESTED))
+    edit(second / "summary.json", weights_sha256="b")
+    (run,), (other,) = collect_runs(["runs"])
+    assert run.path == second
+    assert (Path(other.path), other.state) == (first, "trained again")
+    write_json(first / "summary.json", tested)
+    (run,), (other,) = collect_runs(["runs"])
+    assert run.path == first
+    assert "and other weights (test " in other.why
+    edit(second / "summary.json", weights_sha256="a")
+    assert collect_runs(["runs"])[1][0].state == "a copy"
+
+
+def test_an_export_of_averaged_weights_does_not_take_its_runs_place():
+    run, export = (fake_run(f"runs/{name}", "kd", 0, alpha=0.9) for name in ("b", "a"))
+    edit(export / "summary.json", weights="ema")
+    (counted,), (other,) = collect_runs(["runs"])
+    assert counted.path == run
+    assert (Path(other.path), other.state) == (export, "an export")
+
+
+def test_accuracies_on_other_test_images_are_in_other_tables():
+    for fraction, images in ((0.2, 200), (0.3, 300)):
+        path = fake_run(f"runs/{fraction}", "none", 0)
+        edit(path / "summary.json", test_images=images)
+        if fraction != 0.2:
+            edit_identity(path, test_fraction=fraction)
+    assert list(by_data(collect_runs(["runs"])[0])) == [
+        "pictures, --test-fraction 0.2",
+        "pictures, --test-fraction 0.3",
+    ]
+    edit_identity(Path("runs/0.3"), test_fraction=0.2)
+    edit(Path("runs/0.3/summary.json"), test_images=200)
+    assert list(by_data(collect_runs(["runs"])[0])) == ["pictures"]
+
+
+def test_a_method_that_smooths_labels_is_measured_by_a_control_that_does():
+    for seed in (0, 1):
+        fake_run(f"runs/none{seed}", "none", seed, label_smoothing=0.0)
+        fake_run(f"runs/kd{seed}", "kd", seed, alpha=0.9, label_smoothing=0.1)
+        fake_run(f"runs/dkd{seed}", "dkd", seed, beta=8.0, label_smoothing=0.0)
+    comparisons = compare_groups(groups(), Answers())
+    assert "against student alone." in headline(comparisons)
+    (said,) = said_of_smoothing(comparisons)
+    assert said.startswith("student (kd) smooths labels by 0.1, student alone by 0:")
+    for seed in (0, 1):
+        fake_run(f"runs/smooth{seed}", "none", seed, label_smoothing=0.1)
+    text = headline(compare_groups(groups(), Answers()))
+    smoothed = text.index("against student alone, label smoothing 0.1.")
+    assert text.index("student (kd)") > smoothed
+    assert (text.index("student (dkd)") > smoothed) == (text.rindex("against student alone.") > smoothed)
+
+
+def test_what_fine_tuned_students_started_from_is_found_where_it_was_not_named():
+    for seed in (0, 1):
+        start = fake_run(f"first/mimic{seed}", "mimic", seed, weight=0.1)
+        edit(start / "summary.json", weights_sha256=f"its{seed}")
+        tuned = fake_run(f"runs/tuned{seed}", "none", seed, init=f"its{seed}")
+        config = read_json(tuned / "config.json")
+        config["flags"]["compress"] = {"init": f"first/mimic{seed}"}
+        write_json(tuned / "config.json", config)
+    (group,) = groups()
+    assert (group.name, group.count) == ("student (mimic, then fine-tuned)", "2")
