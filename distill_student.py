@@ -24,6 +24,7 @@ def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
     else what a pruned student was before; else the recipe's own, trained here unless it is already. `seen` is `data` as
     the student sees it."""
     from kd.config.recipes import usual_teacher
+    from kd.runs.held_out import check_held_out
     from kd.teachers.load import load_embedders, load_teachers
     from kd.teachers.shared import shared_teacher
     from kd.training.setup import head_job
@@ -31,6 +32,8 @@ def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
 
     if shared:
         return shared_teacher(shared, config.job(), seen)
+    for name in config.teachers:
+        check_held_out(name, f"--teacher {name}", config.data, data)
     names = list(config.teachers)
     names = names or [train(*start_from(config.teacher_job(), data, TEACHER_START), accelerator)]
     jobs = [head_job(config, name, data) for name in names]

@@ -175,7 +175,9 @@ def load_probe(
 ) -> Data:
     """The labelled set `source` for a run on `data` whose network sees images of `size` (height, width).
 
-    Its images have that size if they can be stored so, else their own. Its splits do not depend on the run's flags.
+    Its images have that size if they can be stored so, else their own. Its splits do not depend on the run's flags,
+    unless it is the labelled set that the run is trained on: then they are the run's, so that no image that was trained
+    on with its label is scored.
     Raises: UserError as load_data does, in terms of the flag `option`, and for a set without labels.
     """
     same = source == data.source
@@ -186,6 +188,7 @@ def load_probe(
         classes=data.classes if same else None,
         image_size=size[0] if source not in BUILT_IN and size[0] == size[1] else None,
         stored_size=data.stored_size if source not in BUILT_IN and size[0] == size[1] else None,
+        **(_held_out_as(data) if same and not data.no_labels else {}),
         decode=data.decode if same else "auto",
         stream=data.stream and same,
         workers=data.workers,
@@ -201,6 +204,10 @@ def load_probe(
         labelled = all(bool((split.labels >= 0).all()) for split in (probe.train, probe.test))
         require(labelled, f"--data {source}: its images have no labels; name a labelled set")
     return probe
+
+
+def _held_out_as(data: DataConfig) -> dict:
+    return {name: getattr(data, name) for name in ("val_fraction", "split_seed", "test_fraction")}
 
 
 def _three_splits(splits: dict[str, Arrays], config: DataConfig) -> tuple[Arrays, Arrays | None, Arrays, str]:

@@ -191,7 +191,9 @@ def _claim(run: RunFolder, job: Job, new_config: Callable[[str], dict], inputs: 
         else:
             require(run.lock.acquire(), f"{run.path} is in use by another process; wait, or choose another --out")
         _read_state(run, job, labelled)
-        if run.summary is None and not run.resuming:
+        if run.summary is None and run.resuming:
+            _tell_machine(run.path, new_config(run.wandb_id))
+        elif run.summary is None:
             run.wandb_id = uuid.uuid4().hex[:8]
             config = new_config(run.wandb_id) | {"teacher": list(inputs.teachers)}
             config |= {"teacher_flags": inputs.teacher_flags} if inputs.teacher_flags else {}
@@ -270,6 +272,25 @@ def _tell_processes(path: Path) -> None:
             f" has any, saw {share} of each batch",
             flush=True,
         )
+
+
+def _tell_machine(path: Path, here: dict) -> None:
+    """Say if an unfinished run continues on another kind of machine: neither is a part of its identity.
+
+    `here`: what config.json would say of a run that started now.
+    """
+    started, now = (_machine(config) for config in (read_config(path), here))
+    changed = [f"{name} {value} before, {now[name]} now" for name, value in started.items() if now.get(name) != value]
+    if changed:
+        print(f"{path}: continues elsewhere ({'; '.join(changed)}); its bits will differ from an undisturbed run's")
+
+
+def _machine(config: dict) -> dict[str, str]:
+    """What decides a run's last bits beside its flags and processes: kind of device, processor, versions."""
+    device = str(config.get("device", "")).partition(":")[0]
+    parts = {"device": device, "processor": config.get("cpu") if device == "cpu" else None}
+    versions = {name: known for name, known in config.get("versions", {}).items() if name in ("torch", "torchvision")}
+    return {name: value for name, value in (parts | versions).items() if value}
 
 
 def _tell_unprobed(run: RunFolder, job: Job) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.runs.comparison import ERROR, Answers, Result, compare
-from kd.runs.results import PROBE_SCORES, checked_summary, is_labelled, teachers_of
+from kd.runs.results import PROBE_SCORES, checked_summary, is_labelled, read_config, teachers_of
 from kd.utils.console import console
 
 
@@ -67,7 +67,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
     """
     summary = checked_summary(student / "summary.json")
     alone = summary.get("control") or control
-    rows = _rows(summary, control)
+    rows = _rows(student, summary, control)
     beside = dict(rows).get("student alone") if summary["method"] != "none" else None
     wide = console if console.is_terminal else Console(width=120)
     averages = averaged([network for _, network in rows if network])
@@ -82,7 +82,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
         wide.print(Text(line), soft_wrap=True)
     if summary.get("test_split") == "validation":
         wide.print(Text("test: the data's validation split, as it has no test split"))
-    if line := _beside_control(student, summary, beside, alone):
+    if line := _beside_control(student, summary, beside, alone and Path(alone)):
         wide.print(Text(line))
     wide.print(Text(f"run folder: {student}"), soft_wrap=True)
     related = [("teacher", folder) for folder in teachers_of(summary)]
@@ -93,7 +93,7 @@ def show_results(student: Path, control: Path | None = None) -> None:
     wide.print(Text(f"next: python -m kd.export {shlex.quote(str(student))}{trust}"), soft_wrap=True)
 
 
-def _beside_control(student: Path, summary: dict, control: dict | None, alone: str | Path | None) -> str:
+def _beside_control(student: Path, summary: dict, control: dict | None, alone: Path | None) -> str:
     """How a run compares with the student alone, or why that is not known; empty without labels, as neither is tested.
 
     `control` is the summary of the run in `alone`.
@@ -103,7 +103,10 @@ def _beside_control(student: Path, summary: dict, control: dict | None, alone: s
     if any(run["test_top1"] is None for run in (summary, control) if run):
         return "the test split was not read (--no-test)"
     if control is not None:
-        return format_verdict(Result(student, summary), Result(Path(alone), control))
+        extended, other = (_identity(folder).get("extended_from") for folder in (student, alone))
+        if extended != other:
+            return "distilled against alone: one was extended from a shorter training, so they are not compared"
+        return format_verdict(Result(student, summary), Result(alone, control))
     missing = "student alone: not measured; the same command with --control measures it"
     return "" if summary["method"] == "none" else missing
 
@@ -142,13 +145,17 @@ def unlabelled(summary: dict) -> tuple[Metric, ...]:
     return () if is_labelled(summary) else WITHOUT_LABELS
 
 
-def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
-    """Each network of the result: its name in the table, and its summary or None if it was not measured."""
+def _rows(student: Path, summary: dict, control: Path | None = None) -> list[tuple[str, dict | None]]:
+    """Each network of the result of the run in `student`: its name in the table, and its summary or None if it was not
+    measured."""
     members = {member["folder"]: member for member in summary.get("teachers", [])}
     teachers = []
     for folder in teachers_of(summary):
         teacher, member = _read(folder), members.get(folder)
-        if teacher:  # not its own agreement with a teacher that it was distilled from
+        if teacher and not _same_images(student, Path(folder)):
+            measured = member or {"test_top1": summary.get("teacher_test_top1")}
+            teacher = {key: teacher[key] for key in ("model", "params")} | measured
+        elif teacher:  # not its own agreement with a teacher that it was distilled from
             teacher["agreement"] = member and member["agreement"]
         elif member:  # a pretrained network: what this run measured of it
             teacher = {"model": folder, "params": None, **member}
@@ -162,7 +169,22 @@ def _rows(summary: dict, control: Path | None = None) -> list[tuple[str, dict | 
     alone = summary.get("control") or control
     if summary["method"] != "none" and is_labelled(summary):
         rows.append(("student alone", _read(str(alone)) if alone else None))
-    return [*rows, (_name(summary), summary)]
+    return [*rows, (_name(student, summary), summary)]
+
+
+def _same_images(student: Path, teacher: Path) -> bool:
+    """Whether both were scored on the same test images and classes, so that both summaries' numbers compare."""
+    one, other = _identity(student), _identity(teacher)
+    keys = ("data", "classes", "image", "test_fraction")
+    return not (one and other) or all(one.get(key) == other.get(key) for key in keys)
+
+
+def _identity(folder: Path) -> dict:
+    """A run's identity; empty if it cannot be read."""
+    try:
+        return read_config(folder)["identity"]
+    except (UserError, OSError):
+        return {}
 
 
 def _unlabelled_result(summary: dict) -> str:
@@ -180,9 +202,9 @@ def missing(summary: dict, metric: Metric) -> str:
     return "" if is_labelled(summary) or metric in WITHOUT_LABELS else NO_LABELS
 
 
-def plain_table(summary: dict) -> tuple[list[str], list[list]]:
+def plain_table(folder: Path, summary: dict) -> tuple[list[str], list[list]]:
     """The same table as titles and rows of unrounded values, for W&B."""
-    networks = [(name, network) for name, network in _rows(summary) if network is not None]
+    networks = [(name, network) for name, network in _rows(folder, summary) if network is not None]
     summaries = [network for _, network in networks]
     columns = [*COLUMNS, *unlabelled(summary), *averaged(summaries), *probed(summaries)]
     keys = ("model", "params", *(column.key for column in columns))
@@ -190,10 +212,12 @@ def plain_table(summary: dict) -> tuple[list[str], list[list]]:
     return ["network", *keys], rows
 
 
-def _name(summary: dict) -> str:
+def _name(folder: Path, summary: dict) -> str:
     if summary["script"] == "train_teacher.py":
         return "teacher"
-    return "student alone" if summary["method"] == "none" else f"student ({summary['method']})"
+    if summary["method"] != "none":
+        return f"student ({summary['method']})"
+    return "student alone, from --init" if _identity(folder).get("init") else "student alone"
 
 
 def _external_teacher(summary: dict) -> dict | None:

@@ -14,6 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,11 @@ from kd.data.dataset import load_probe
 from kd.data.loader import Pixels
 from kd.data.rows import Rows, place_on
 from kd.data.storage import gigabytes
-from kd.errors import exit_code, require
+from kd.errors import UserError, exit_code, require
 from kd.models import build_model, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.features import Tap
+from kd.runs.results import read_config
 from kd.training.probe_scores import Told, knn_accuracy, linear_probe_accuracy, probe_bytes, silent
 from kd.training.progress import work_bar
 from kd.utils.console import print_once
@@ -70,9 +72,10 @@ class Probe:
         counts = ", ".join(f"{count} {name}" for name, count in rows.items())
         ours, theirs = (f"{wide} x {high}" for high, wide in (tuple(self.data.size), self.size))
         resized = "" if ours == theirs else f", resized from {ours} to {theirs}"
+        unscored = "" if self.data.val is not None else "; without a validation split it is scored at the end alone"
         print_once(
             f"probe {self.source}: {counts} images of {len(self.data.classes)} classes{resized}; {self.width} features"
-            f" of each, which take {gigabytes(size)}"
+            f" of each, which take {gigabytes(size)}{unscored}"
         )
         require(
             here * size <= SHARE * limit,
@@ -156,7 +159,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     from kd.utils.hub import local_folder
 
     args = _parse(argv)
-    trained = load_network(local_folder(args.run), args.trust_code, args.weights)
+    folder = local_folder(args.run)
+    trained = load_network(folder, args.trust_code, args.weights)
     info, network = trained.info, trained.network
     if args.random:
         network = fresh_network(info, args.seed)
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     flags = dataclasses.replace(flags, stored_size=info.get("stored_size"), image_size=info["image_size"][0])
     flags.check()
     size = tuple(info["image_size"])
-    labelled = load_probe(args.data, flags, size, option="--data")
+    labelled = _as_held_out(load_probe(args.data, flags, size, option="--data"), folder, flags, size)
     seen = dataclasses.replace(labelled, classes=tuple(info["classes"]), size=size, probe=labelled)
     seen = dataclasses.replace(seen, mean=tuple(info["mean"]), std=tuple(info["std"]))
     accelerator = Accelerator()
@@ -175,6 +179,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     whose = f"{info['model']} with fresh weights" if args.random else args.run
     print_once(f"{whose}: kNN {scores['knn']:.2f}, linear probe {scores['linear']:.2f} percent of the test images")
     return scores
+
+
+def _as_held_out(labelled: Data, folder: Path, flags: DataConfig, size: tuple[int, int]) -> Data:
+    """The labelled set with the test split of the run in `folder`, if it was trained on this very set with labels."""
+    try:
+        trained = read_config(folder)["identity"]
+    except UserError:  # an export of an older version has no config.json
+        return labelled
+    fraction = trained.get("test_fraction", flags.test_fraction)
+    if trained["data"] != labelled.fingerprint or trained.get("no_labels") or fraction == flags.test_fraction:
+        return labelled
+    return load_probe(flags.source, dataclasses.replace(flags, test_fraction=fraction), size, option="--data")
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from kd.models.pretrained import (
     load_pretrained,
 )
 from kd.models.weights import Weights, rows_of_head
+from kd.runs.held_out import check_held_out
 from kd.runs.nodes import is_elsewhere, share_run
 from kd.runs.results import checked_weights_sha256, read_model
 from kd.teachers.load import check_teachers, match_classes
@@ -114,6 +115,8 @@ def start_from(job: Job, data: Data, flags: Flags | None = None) -> tuple[Job, D
     if name is None:
         return job, data
     start = open_start(job, flags)
+    if start.run:
+        check_held_out(str(expand_user(name, flags.weights)), f"{flags.weights} {name}", job.data, data, begins=True)
     size = _choose_size(start, job, data)
     if not start.normalised and size == tuple(data.size):
         return job, data

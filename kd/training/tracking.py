@@ -133,7 +133,7 @@ class WandbService(Service):
         """Log summary.json under its own keys, the curves, and the results table."""
         import wandb
 
-        head, rows = plain_table(summary)
+        head, rows = plain_table(self.folder, summary)
         table = wandb.Table(columns=head, data=rows)
         self._run.log({"curves": wandb.Image(str(self.folder / "curves.png")), "results": table})
         self._run.summary.update(summary)

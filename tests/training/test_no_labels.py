@@ -380,7 +380,7 @@ def test_the_report_of_labelled_and_unlabelled_runs(teacher, capsys, monkeypatch
     assert f"{summary_of('runs/free')['val_loss_last']:.4f}" in unlabelled
     assert "None" not in text
     assert "nan" not in text.lower()
-    titles, rows = plain_table(summary_of("runs/free"))
+    titles, rows = plain_table(Path("runs/free"), summary_of("runs/free"))
     assert dict(zip(titles, rows[-1]))["val_loss_last"] == summary_of("runs/free")["val_loss_last"]
 
 

@@ -233,11 +233,16 @@ def test_images_without_labels_cannot_be_probed(monkeypatch, tmp_path):
         load_probe(str(tmp_path), DataConfig("synthetic"), (16, 16))
 
 
-def test_the_probes_splits_are_the_same_whatever_the_runs_flags():
-    flags = {"val_fraction": 0.5, "split_seed": 3, "imbalance": 0.1, "label_share": 0.1}
-    one, other = (load_probe("digits", DataConfig("digits", **more), (8, 8)) for more in ({}, flags))
-    for name in ("train", "val", "test"):
-        assert getattr(one, name).sha256 == getattr(other, name).sha256
+def test_the_probes_splits_are_those_of_a_run_on_the_same_labels_and_else_the_same_for_all():
+    splits = {"val_fraction": 0.5, "split_seed": 3}
+    usual = load_probe("digits", DataConfig("synthetic", **splits), (8, 8))
+    for flags in ({"imbalance": 0.1, "label_share": 0.1}, {"no_labels": True, **splits}):
+        other = load_probe("digits", DataConfig("digits", **flags), (8, 8))
+        assert all(getattr(usual, name).sha256 == getattr(other, name).sha256 for name in ("train", "val", "test"))
+    trained = load_data(DataConfig("digits", **splits))
+    probed = load_probe("digits", DataConfig("digits", **splits), (8, 8))
+    assert probed.val.sha256 == trained.val.sha256
+    assert load_probe("digits", DataConfig("digits", val_fraction=0.0), (8, 8)).val is None
 
 
 def test_a_finished_run_says_how_it_is_probed(run, capsys):
@@ -293,7 +298,7 @@ def test_tables_report_and_card_have_the_scores(run, capsys):
         f"embedding on synthetic, percent of its test images: teacher: kNN {knn}, linear probe {linear}\n"
         in capsys.readouterr().out
     )
-    head, rows = plain_table(summary)
+    head, rows = plain_table(run, summary)
     assert dict(zip(head, rows[0], strict=True))["probe_knn"] == summary["probe_knn"]
     groups = next(iter(by_data(collect_runs([str(run)])[0]).values()))
     table = accuracy_table(groups)

@@ -414,6 +414,20 @@ def test_row_10_row_35_resume_needs_something_and_a_new_start_an_empty_folder(mo
     teach("--out", "other", "--epochs", "1")
 
 
+def test_a_run_that_continues_on_another_machine_says_so(monkeypatch, capsys):
+    run = half_a_run(monkeypatch).parent
+    config = json.loads((run / "config.json").read_text())
+    teach("--out", str(run), "--resume")
+    assert "continues elsewhere" not in capsys.readouterr().out
+    shutil.rmtree(run)
+    run = half_a_run(monkeypatch).parent
+    config |= {"device": "cuda:0", "versions": config["versions"] | {"torch": "2.11.0", "numpy": "1.0"}}
+    files.write_json(run / "config.json", config)
+    teach("--out", str(run), "--resume")
+    said = f"run: continues elsewhere (device cuda before, cpu now; torch 2.11.0 before, {torch.__version__} now);"
+    assert said in capsys.readouterr().out
+
+
 def test_row_10_auto_resume_says_that_it_starts_afresh(capsys):
     teach("--out", "run", "--auto-resume")
     assert "nothing to resume, starting afresh" in capsys.readouterr().out
