@@ -154,7 +154,7 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
         "--pretrain", default="", metavar="'METHOD ...'", help="distil first so, on all images; then fine-tune"
     )
     parser.add_argument("--fine-tune", default="", metavar="'FLAG ...'", help="flags of that fine-tuning alone")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share cores and GPUs (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, on an equal share of the cores and one GPU each (default: 1)")
     parser.add_argument("--launch", default="", help="flags for accelerate launch, in one string")
     parser.add_argument("--out", type=Path, default=Path("report"), help="the report and the logs (default: report)")
     given, rest = parser.parse_known_args(args)
@@ -169,7 +169,7 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
     grid = read_grid(given.grid, methods)
     if typed.run.wandb_group is None:
         rest += ["--wandb-group", group_name(preset, rest)]
-    if grid:
+    if any(len(values) > 1 for values in grid.values()):  # one setting alone is no reason to see fewer views
         rest += cache_flags(preset, rest)
     shares = read_shares(given.label_shares or (["1"] if given.pretrain else []))
     pretrain, fine_tune = (split_words(given, name) for name in ("pretrain", "fine_tune"))

@@ -99,6 +99,12 @@ def test_methods_without_a_teacher_have_none_trained(fake):
     ]
 
 
+@pytest.mark.parametrize(("grid", "cached"), [("alpha=0.5", False), ("alpha=0.5,0.9", True)])
+def test_only_a_grid_of_several_settings_shares_a_cache_of_few_views(grid, cached):
+    rest = asked("--seeds", "0", "--grid", grid).rest
+    assert ("--cache-teacher" in rest, "--views" in rest) == (cached, cached)
+
+
 def test_a_grid_picks_on_validation_and_only_the_picked_setting_is_tested(fake, capsys):
     grid = ["--grid", "temperature=2,5,10", "alpha=0.5,0.9"]
     done = study.run_study(asked("--seeds", "4", "7", "--jobs", "2", *grid))
