@@ -1,6 +1,6 @@
 """Measure how close training comes to this machine's limit, and which precision pays.
 
-    python -m kd.bench --data ../shared/cifar100 --model resnet8x4 --teacher-model resnet32x4
+    python -m kd.bench --data FOLDER --model resnet8x4 --teacher-model resnet32x4
 
 Measures in turns, in fp32 and in bf16: the student's step alone on fixed tensors (the limit), the training loop with a
 live and with a cached teacher, evaluation, and the teacher alone. What a run does every N steps or once an epoch is

@@ -294,9 +294,10 @@ class FitConfig:
     nesterov: bool = False
     """Use Nesterov's momentum (SGD)."""
     weight_decay: float = 5e-4
-    """Weight decay: for sgd and adam an L2 penalty, for adamw and most others a share of lr (there 0.05 is usual)."""
+    """Weight decay: for sgd, adam and most others an L2 penalty, for adamw a share of lr (there 0.05 is usual)."""
     schedule: Literal["cosine", "step", "constant", "one-cycle"] = "cosine"
-    """How the learning rate falls, step by step; one-cycle: in a straight line, after a rise over 30% of the run."""
+    """How the learning rate falls, step by step; one-cycle: in a straight line, after the warm-up, or a rise over
+    30% of the run if there is none."""
     warmup_epochs: float | None = 0.0
     """Epochs of linear rise before the schedule."""
     milestones: tuple[float, ...] = (0.5, 0.75)

@@ -131,12 +131,12 @@ def _dynamo_plugin(fit: FitConfig, on_cpu: bool) -> TorchDynamoPlugin:
 def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) -> None:
     """Print, before anything slow, what is trained on what with which recipe, and where the results go."""
     fit = job.fit
-    method = f"{job.model} with {job.role}" if job.method.needs_teacher else f"{job.model} with cross-entropy"
+    method = f"{job.model} with {'cross-entropy' if job.method_name == 'none' else job.method_name}"
     taught = f", teacher {' + '.join(teachers)}" if teachers else ""
     beside = ", and alone for comparison" if control else ""
     out = job.run.folder or f"runs/{job.preset}/"
     own = job.preset == default_preset(job.data.source) == "own"
-    chosen = "; --preset own, the default for data other than CIFAR-100" if own else ""
+    chosen = "; --preset own, the default for data of your own" if own else ""
     begun = f" from {job.compress.init}" if job.compress.init else ""
     print_once(f"train {method}{begun}{taught}{beside}, on {job.data.source}{chosen}")
     print_once(f"recipe {job.preset}: {_numbers(fit)} ({fit.schedule}), seed {fit.seed}; results in {out}")
