@@ -66,6 +66,11 @@ class MethodFlags:
         """Whether it needs the images' labels; if not, it can train on images that have none."""
         return True
 
+    @property
+    def weighs_cross_entropy(self) -> bool:
+        """Whether cross-entropy has a weight, so that --balance and --label-smoothing change something."""
+        return self.uses_labels
+
     def settled(self, student: str) -> "MethodFlags":
         """These flags with numbers for what follows from the student's name."""
         return self
@@ -420,6 +425,10 @@ class TFKDConfig(MethodFlags):
         share(self, "alpha")
         require(0 < self.correct < 1, f"--correct {self.correct}: give a share between 0 and 1")
 
+    @property
+    def weighs_cross_entropy(self) -> bool:
+        return self.alpha < 1
+
 
 @dataclass(frozen=True)
 class ApprenticeConfig(MethodFlags):
@@ -439,6 +448,10 @@ class ApprenticeConfig(MethodFlags):
     def check(self) -> None:
         super().check()
         not_negative(self, "alpha", "beta", "gamma")
+
+    @property
+    def weighs_cross_entropy(self) -> bool:
+        return self.alpha > 0 or self.beta > 0
 
 
 @dataclass(frozen=True)
@@ -655,6 +668,10 @@ class DeiTConfig(MethodFlags):
         )
         if self.alpha is not None:
             share(self, "alpha")
+
+    @property
+    def weighs_cross_entropy(self) -> bool:
+        return self.alpha != 1
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kd.config import ViewConfig
 from kd.data.draws import Boxes, CropFlip, Drawn, Edges, Factors, Mixing
 from kd.data.policies import GREY, apply_policy, change_drawn, grey
 from kd.utils.constants import made_once
+from kd.utils.floats import widest
 
 VERSION = 1
 """Of the views that flags, seed, number and row give. Whoever changes a draw raises it, or caches of a teacher's logits
@@ -136,7 +137,7 @@ def jitter(images: UInt8[Tensor, "b 3 h w"], factors: Factors) -> UInt8[Tensor, 
     changed = (images * brightness).clamp(0, 255)
     # Summed as integers: the rounding of a float sum depends on how threads split it, and so on the batch.
     steps = (_grey(changed) * GREY_STEPS).round().long()
-    mean = steps.sum(dim=(1, 2, 3), keepdim=True).double() / (GREY_STEPS * steps[0].numel())
+    mean = steps.sum(dim=(1, 2, 3), keepdim=True).to(widest(images.device)) / (GREY_STEPS * steps[0].numel())
     changed = _scale_about(changed, mean.float(), contrast)
     changed = _scale_about(changed, _grey(changed), saturation)
     return changed.round().to(torch.uint8)

@@ -23,6 +23,7 @@ from torch import Tensor
 from kd.config import ViewConfig
 from kd.data.policies import Policy, PolicyDraws, draw_policy
 from kd.utils.constants import made_once
+from kd.utils.floats import widest
 from kd.utils.rng import derive, random_below, random_uniform
 
 BLOCK = 2**14  # images that are drawn for at once: 0.3 MB of draws for crops and flips, 18 MB with every flag
@@ -231,8 +232,8 @@ def blur_weights(sigmas: Float[Tensor, "n"], length: int) -> Float[Tensor, "n r"
     Of the middle pixel, and of those 1, 2, ... pixels beside it on either side.
     """
     distance = torch.arange(max(1, length // 20) + 1, device=sigmas.device)
-    # In double, whose last bit is lost when rounded: that of exp depends on the place in the batch.
-    heights = (-0.5 * (distance / sigmas[:, None].double()) ** 2).exp()
+    # In float64, whose last bit is lost when rounded: that of exp depends on the place in the batch.
+    heights = (-0.5 * (distance / sigmas[:, None].to(widest(sigmas.device))) ** 2).exp()
     return (heights / (heights[:, :1] + 2 * heights[:, 1:].sum(1, keepdim=True))).float()
 
 

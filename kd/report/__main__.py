@@ -2,6 +2,7 @@
 
     python -m kd.report runs/*                       run folders, folders of them, or globs
     python -m kd.report runs/digits --out report
+    python -m kd.report runs/* --against dkd         also every other method with dkd, not the student alone only
     python -m kd.report --keep docs/measurements/NAME --command COMMAND runs/*    keep small files of runs
     python -m kd.report --from docs/measurements     write a page of tables from the runs kept there
 
@@ -22,6 +23,7 @@ def main(args: list[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, folders of them, or globs")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
+    parser.add_argument("--against", default="", metavar="METHOD", help="compare the other methods with this one, too")
     parser.add_argument(
         "--trust-code", action="store_true", help="also time networks that are a module:function, which runs their code"
     )
@@ -41,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
     require(bool(flags.runs), "name run folders, folders of them, or globs: python -m kd.report runs/*")
     require(not flags.command, "--command: is for --keep")
     require(not flags.out.exists() or flags.out.is_dir(), f"--out {flags.out}: is a file; name a folder")
-    options = {"trust_code": flags.trust_code, "measure_again": flags.measure_again}
+    options = {"trust_code": flags.trust_code, "measure_again": flags.measure_again, "against": flags.against}
     blocks = write_report(flags.runs, flags.out, **options, command=command_line("kd.report", args))
     show(blocks, flags.out)
 
@@ -51,6 +53,7 @@ def _measurements(parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     from kd.report.kept import keep, write_page
 
     require(not (flags.keep and flags.kept), "--keep and --from: give one of them; --from writes the page afterwards")
+    require(not flags.against, "--against: is for a report; leave it out")
     require(flags.out == parser.get_default("out"), "--out: is for a report; --from writes README.md into its folder")
     if flags.keep:
         require(bool(flags.runs), f"--keep {flags.keep}: name the runs to keep")

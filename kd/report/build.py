@@ -22,14 +22,16 @@ def write_report(
     measure_again: bool = False,
     trained: Collection[Path] = (),
     command: str = "",
+    against: str = "",
 ) -> list[Block]:
     """Read the runs, write the report into `out`, and return its blocks.
 
     `failures` are listed beside everything else that is not a finished run. Networks of the runs in `trained` are
-    built without `trust_code`. `command` made the report. Raises UserError: no folder matches, `out` cannot be written.
+    built without `trust_code`. `command` made the report. `against`: a method with which all others are compared, too.
+    Raises UserError: no folder matches, `out` cannot be written, nothing can be compared with `against`.
     """
     from kd.report.costs import Costs
-    from kd.report.groups import by_data
+    from kd.report.groups import by_data, compare_with
     from kd.report.opening import how_it_was_made
     from kd.report.tables import section
 
@@ -41,7 +43,13 @@ def write_report(
         costs = Costs(out / "costs.json", trust_code, measure_again, trained)
         blocks: list[Block] = [Heading(1, TITLE), Paragraph(_count(len(runs), len(others) + len(failures)))]
         notes = []
-        for number, (name, groups) in enumerate(by_data(runs).items(), start=1):
+        sections = by_data(runs)
+        compared = [compare_with(groups, against) for groups in sections.values() if against]
+        require(
+            not against or any(compared),
+            f"--against {against}: no run of it by the recipe and teacher of another method's; name such runs, too",
+        )
+        for number, (name, groups) in enumerate(sections.items(), start=1):
             added, missing = section(name, groups, costs, f"data{number}_" if number > 1 else "")
             blocks += added
             notes += missing

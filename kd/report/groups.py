@@ -155,8 +155,16 @@ class Comparison:
         return f"{self.group.title} against {self.control.title}"
 
     @property
+    def of_methods(self) -> bool:
+        """Whether both are methods (--against), of which one is better or worse, rather than a method and a control."""
+        return self.control.kind == METHOD and not self.group.fine_tuned
+
+    @property
     def verdict(self) -> str:
-        return self.difference.verdict(self.corrected, self.number)
+        said = self.difference.verdict(self.corrected, self.number)
+        if self.of_methods:
+            said = said.replace("helped,", "better,").replace("hurt,", "worse,")
+        return said
 
     def mean_gain(self, key: str) -> float | None:
         """The mean difference in another score, over the seeds that both have."""
@@ -226,8 +234,8 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
     by_recipe: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.seed, str(run.path))):
         by_recipe.setdefault(_dump(_recipe(run, by_path)), []).append(run)
-    taught = {_budget(run, by_path) for run in runs if run.role not in ("none", "teacher")}
-    groups = [_group(members, by_path, taught) for members in by_recipe.values()]
+    distilled = {_budget(run, by_path) for run in runs if run.role not in ("none", "teacher")}
+    groups = [_group(members, by_path, distilled) for members in by_recipe.values()]
     for group in groups:
         alike = [other.flags for other in groups if (other.name, other.model) == (group.name, group.model)]
         differing = [key for key in sorted(group.flags) if len({_dump(flags.get(key)) for flags in alike}) > 1]
@@ -240,6 +248,26 @@ def group_runs(runs: list[Run], by_path: dict[str, Run]) -> list[Group]:
     for group in groups:
         group.namesake = labels.count(group.label) > 1
     return sorted(groups, key=lambda group: (KINDS.index(group.kind), group.name, group.model, _numbers(group)))
+
+
+def compare_with(groups: list[Group], method: str) -> bool:
+    """Make the runs of `method` a control of all other methods by the same recipe and teacher (kd.report --against).
+
+    A method without a teacher is compared with it, too. False if there is no such pair."""
+    found = False
+    for group in groups:
+        for other in groups:
+            teachers = (None, other.flags.get("teacher"))
+            alike = other.budget == group.budget and group.flags.get("teacher") in teachers
+            if other.name == taught(method) != group.name and group.distilled and alike:
+                group.controls.append(other)
+                found = True
+    return found
+
+
+def taught(method: str) -> str:
+    """The name of the groups of a method's students."""
+    return f"student ({method})"
 
 
 def _budget(run: Run, by_path: dict[str, Run], fine_tuned: bool = False, task: bool = False) -> str:
@@ -260,13 +288,13 @@ def _budget(run: Run, by_path: dict[str, Run], fine_tuned: bool = False, task: b
     return _dump({key: value for key, value in recipe.items() if key not in left_out})
 
 
-def _group(runs: list[Run], by_path: dict[str, Run], taught: set[str]) -> Group:
-    """The group of some runs; `taught` holds the budgets of all distilled ones."""
+def _group(runs: list[Run], by_path: dict[str, Run], distilled: set[str]) -> Group:
+    """The group of some runs; `distilled` holds the budgets of all distilled ones."""
     first = runs[0]
     recipe = _recipe(first, by_path)
     start = _start(first, by_path)
     fine_tuned = first.role in ("none", "teacher") and start is not None and start.role not in ("none", "teacher")
-    if first.role == "none" and _budget(first, by_path) in taught:
+    if first.role == "none" and _budget(first, by_path) in distilled:
         fine_tuned = False  # one that is distilled further began as it did (--init): it is that one's control
     budget, task = (_budget(first, by_path, fine_tuned, task) for task in (False, True))
     if fine_tuned:
@@ -277,7 +305,7 @@ def _group(runs: list[Run], by_path: dict[str, Run], taught: set[str]) -> Group:
     if kind == ALONE and smoothing:
         return Group(SMOOTHED, f"{ALONE}, {SMOOTHED} {smoothing}", runs, budget, recipe, task=task)
     external = recipe["teacher"] if any(run is None for _, _, run in _teachers(first, by_path)) else ""
-    name = kind if kind != METHOD else f"student ({first.role})"
+    name = kind if kind != METHOD else taught(first.role)
     return Group(kind, name, runs, budget, recipe, external, task=task)
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 from kd.errors import UserError, require
 from kd.report.document import Block, Heading, Lines, Paragraph, Table, markdown
@@ -37,7 +38,7 @@ INTRODUCTION = (
     "Made from the files beside this page by `python -m kd.report --from docs/measurements`. Percent, NLL in nats; mean"
     " ± standard deviation over seeds, of the last epoch's weights. Gain: points of test accuracy against the student"
     " alone, paired by seed, with the 95% interval of seeds and test images; p corrected (Holm) for all comparisons of"
-    " the methods with their controls, those with label smoothing too. Time: the mean of a run."
+    " the methods with their controls, those with label smoothing too. Time: the median of the runs."
 )
 
 
@@ -229,7 +230,7 @@ def _name_by_preset(groups: list[Group]) -> None:
 
 
 def _row(group: Group, columns: list, comparison: Comparison | None) -> tuple[str, ...]:
-    seconds = group.mean("seconds") or 0.0
+    seconds = median(group.values("seconds") or [0.0])  # a run that was paused counts its pause
     spent = f"{seconds / 60:.0f} min" if seconds >= 600 else f"{seconds:.0f} s"
     cells = (group.label, group.model, group.count, *(group.cell(metric) for metric in columns), spent)
     found = comparison and comparison.difference

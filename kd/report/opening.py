@@ -47,7 +47,7 @@ def headline(comparisons: list[Comparison]) -> str:
 
     A method that smooths labels is named beside a control that does so too, if there is one."""
     found = [one for one in comparisons if one.difference]
-    found = [one for one in found if one.control is _chosen(one.group, found)]
+    found = [one for one in found if one.of_methods or one.control is _chosen(one.group, found)]
     if not found:
         return ""
     controls = list(dict.fromkeys(one.control.title for one in found))
@@ -56,9 +56,9 @@ def headline(comparisons: list[Comparison]) -> str:
 
 def _chosen(group: Group, comparisons: list[Comparison]) -> Group:
     """The control that a sentence names: one that smooths labels as the method does, else the student alone."""
-    controls = [one.control for one in comparisons if one.group is group]
+    controls = [one.control for one in comparisons if one.group is group and not one.of_methods]
     alike = [control for control in controls if control.label_smoothing == group.label_smoothing]
-    return next(iter(sorted(alike or controls, key=lambda control: control.kind != ALONE)))
+    return next(iter(sorted(alike or controls, key=lambda control: control.kind != ALONE)), group)
 
 
 def _against(control: str, found: list[Comparison]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kd.errors import require
 from kd.metrics import predicted
 from kd.types import Step
+from kd.utils.floats import widest
 
 OTHER_SUMS = 4  # of a Meter, beside terms and measures: two gradient norms, correct predictions, samples
 BLOCK = 64  # rows for which memory on the device is taken at once
@@ -30,7 +31,7 @@ class Meter:
     def __init__(self, device: torch.device, labelled: bool = True):
         """`labelled`: whether there are labels by which predictions are correct or not."""
         self.device, self.labelled = device, labelled
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.dtype = widest(device)
         self.terms: list[str] = []  # known from the first step on, as are the measures
         self.measures: list[str] = []
         self.bad_step = -1.0

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kd.utils import rng
+from kd.utils.floats import widest
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO (arXiv:2104.14294, section 4.1, and its eval_knn.py)
 
@@ -122,10 +123,10 @@ def choose_penalty(
 
 
 class Standardise:
-    """Subtracts the mean of the features that it was made of and divides by their deviation; float64, but for MPS."""
+    """Subtracts the mean of the features that it was made of and divides by their deviation, in the widest floats."""
 
     def __init__(self, features: Float[Tensor, "n d"]):
-        self.dtype = torch.float32 if features.device.type == "mps" else torch.float64  # MPS has no float64
+        self.dtype = widest(features.device)
         total, squares = 0.0, 0.0
         for part in features.split(_block(features)):
             total = total + part.to(self.dtype).sum(dim=0)

@@ -331,7 +331,7 @@ def check_job(job: Job, network: BuiltNetwork, data: Data, accelerator: Accelera
     if job.views.strong != ViewConfig().strong and not job.method.two_views:
         print_once(f"{job.role} sees one view of each image: the flags of the strong view change nothing")
     _check_method(job, loss, data)
-    weighed = loss.has_cross_entropy and job.method.uses_labels  # kd --alpha 1 has it, and multiplies it by 0
+    weighed = loss.has_cross_entropy and job.method.weighs_cross_entropy  # kd --alpha 1 has it, and multiplies it by 0
     lacks = f"{job.role}{' with these flags' * (loss.has_cross_entropy and data.labelled)}"
     lacks += f"{' without labels' * (not data.labelled)} has none"
     require(

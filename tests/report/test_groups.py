@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kd.config import METHODS
-from kd.report.groups import ALONE, METHOD, Group, by_data, compare_groups
+from kd.errors import UserError
+from kd.report.__main__ import main as report
+from kd.report.groups import ALONE, METHOD, Comparison, Group, by_data, compare_groups, compare_with
 from kd.report.opening import headline
 from kd.report.tables import gain_table, said_of_smoothing, said_of_teachers
 from kd.runs.comparison import Answers
@@ -16,7 +19,7 @@ from kd.runs.results import collect_runs
 from kd.teachers.load import teacher_identity
 from kd.training.summary import UNTESTED
 from kd.utils.files import read_json, write_json
-from tests.report.test_report import edit, edit_identity, fake_run
+from tests.report.test_report import edit, edit_identity, fake_run, study
 
 TAUGHT = [name for name in METHODS if name not in ("none", "embed")]  # embed knows no accuracies
 
@@ -228,3 +231,45 @@ def test_what_fine_tuned_students_started_from_is_found_where_it_was_not_named()
         write_json(tuned / "config.json", config)
     (group,) = groups()
     assert (group.name, group.count) == ("student (mimic, then fine-tuned)", "2")
+
+
+def test_methods_are_compared_with_another_one_by_the_same_recipe_and_teacher():
+    for number, name in enumerate("ab"):
+        path = fake_run(f"runs/{name}", "teacher", 0, label_smoothing=number)
+        edit(path / "summary.json", weights_sha256=name)
+    for seed in (0, 1):
+        fake_run(f"runs/none{seed}", "none", seed)
+        fake_run(f"runs/tfkd{seed}", "tfkd", seed)
+        for role, teacher in (("kd", "a"), ("dkd", "a"), ("at", "b")):
+            path = fake_run(f"runs/{role}{seed}", role, seed)
+            edit(path / "summary.json", teacher=f"runs/{teacher}", teacher_model="tests.networks:plain")
+            info = read_json(Path(f"runs/{teacher}/model.json"))
+            edit_identity(path, teacher=teacher_identity(teacher, info))
+    before = {group.name: len(group.controls) for group in groups()}
+    found = groups()
+    assert compare_with(found, "dkd")
+    added = {group.name for group in found if len(group.controls) > before[group.name]}
+    assert added == {"student (kd)", "student (tfkd)"}
+    comparisons = compare_groups(found, Answers())
+    one = next(one for one in comparisons if one.name == "student (kd) against student (dkd)")
+    alone = {its.group.name: its.difference for its in comparisons if its.control.kind == ALONE}
+    assert one.difference.mean == pytest.approx(alone["student (kd)"].mean - alone["student (dkd)"].mean)
+    assert one.number == 6
+    assert "against student (dkd). " in headline(comparisons)
+    assert "against student alone. " in headline(comparisons)
+    assert not compare_with(groups(), "nkd")
+
+
+def test_a_report_against_a_method_that_is_not_there_is_refused():
+    study(seeds=(0,))
+    with pytest.raises(UserError, match="--against dkd: no run of it by the recipe and teacher of another method's"):
+        report(["runs", "--against", "dkd"])
+
+
+@pytest.mark.parametrize(("control", "said"), [("none", "helped, beyond"), ("dkd", "better, beyond")])
+def test_of_two_methods_one_is_better(control, said):
+    fake_run("runs/kd", "kd", 0)
+    fake_run("runs/other", control, 0)
+    method, other = sorted(groups(), key=lambda group: group.name != "student (kd)")
+    difference = SimpleNamespace(verdict=lambda corrected, number: "helped, beyond the noise")
+    assert Comparison(method, other, difference).verdict.startswith(said)

@@ -21,7 +21,11 @@ from PIL import Image
 from kd.report import plots
 from kd.report.__main__ import main as report
 from kd.report.document import STYLE
-from tests.report.test_report import fake_run, study
+from kd.report.figures import shown_method
+from kd.report.groups import by_data
+from kd.runs.results import collect_runs
+from kd.training.summary import UNTESTED
+from tests.report.test_report import edit, fake_run, study
 
 
 def contrast(one: str, other: str) -> float:
@@ -161,6 +165,78 @@ def test_reliability_shows_how_many_images_a_bin_has_and_no_line_through_empty_o
     assert (some - few) / (most - few) == pytest.approx((100 - 4) / (300 - 4)), "area in proportion to images"
     (legend,) = axes.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one", "15 images", "75 images", "300 images"]
+
+
+def test_the_curve_is_the_mean_over_seeds_of_each_epoch():
+    """One of them ended an epoch earlier, and one has no validation in its first."""
+    losses = [[8.0, 4.0, 2.0], [2.0, 1.0]]
+    histories = [
+        [{"epoch": place, "train/loss": loss, "val/loss": 10 * loss} for place, loss in enumerate(values, start=1)]
+        for values in losses
+    ]
+    histories[0][0]["val/loss"] = None
+    loss, _ = drawn(plots.CURVES, plots.draw_curves({"one": histories})).axes
+    curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in loss.lines]
+    assert curves == [([1, 2, 3], [5.0, 2.5, 2.0]), ([1, 2, 3], [20.0, 25.0, 20.0])]
+
+
+def heat_map(figure) -> tuple[list[str], list[str], dict[tuple[int, int], str]]:
+    """Labels of the rows and columns, and the text at each (row, column)."""
+    (axes,) = figure.axes
+    rows, columns = ([tick.get_text() for tick in axis.get_ticklabels()] for axis in (axes.yaxis, axes.xaxis))
+    return rows, columns, {text.get_position()[::-1]: text.get_text() for text in axes.texts}
+
+
+def test_the_confusion_has_true_classes_in_its_rows():
+    """Of four birds three are called planes; planes and cats are right."""
+    predicted = torch.tensor([1, 1, 1, 0, 1, 1, 2])
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    draw = plots.draw_confusion(["bird", "plane", "cat"], torch.eye(3)[predicted], labels)
+    figure = drawn((plots.WIDTH, 4.6), draw)
+    rows, columns, texts = heat_map(figure)
+    assert (figure.axes[0].get_ylabel(), figure.axes[0].get_xlabel()) == ("true", "predicted")
+    assert rows[0] == columns[0] == "bird", "the worst first"
+    assert columns == [*rows, "others"]
+    share = {(rows[row], columns[column]): text for (row, column), text in texts.items()}
+    off = {pair: text for pair, text in share.items() if pair[0] != pair[1] and text != "0"}
+    assert off == {("bird", "plane"): "75"}
+    assert [share[name, name] for name in ("bird", "plane", "cat")] == ["25", "100", "100"]
+
+
+def test_the_worst_classes_mistaken_for_others_are_counted_so(monkeypatch):
+    monkeypatch.setattr(plots, "WORST", 1)
+    draw = plots.draw_confusion(["a", "b"], torch.eye(2)[torch.tensor([1, 1, 0, 1])], torch.tensor([0, 0, 0, 1]))
+    rows, columns, texts = heat_map(drawn((plots.WIDTH, 4.6), draw))
+    assert (rows, columns, texts) == (["a"], ["a", "others"], {(0, 0): "33", (0, 1): "67"})
+
+
+def test_the_grid_has_the_mean_validation_accuracy_of_the_seeds_that_all_settings_have(monkeypatch):
+    scores = {}
+    for number, (t, a, seed) in enumerate(itertools.product((10.0, 2.0), (0.5, 0.9), (0, 1))):
+        run = fake_run(f"runs/{t}-{a}-{seed}", "kd", seed, temperature=t, alpha=a)
+        scores.setdefault((t, a), []).append(50.0 + number**2)
+        edit(run / "summary.json", val_top1_last=50.0 + number**2)
+    picked = fake_run("runs/more", "kd", 2, temperature=2.0, alpha=0.9)
+    edit(picked / "summary.json", val_top1_last=0.0)
+    figures = []
+    monkeypatch.setattr(plots, "render", lambda size, draw, *_: figures.append((size, draw)) or b"png")
+    report(["runs"])
+    assert "validation accuracy (seeds 0, 1)" in Path("report/report.html").read_text()
+    rows, columns, texts = heat_map(drawn(*figures[-1]))
+    assert (rows, columns) == (["2.0", "10.0"], ["0.5", "0.9"])
+    shown = {(float(rows[row]), float(columns[column])): text for (row, column), text in texts.items()}
+    assert shown == {setting: f"{np.mean(values):.2f}" for setting, values in scores.items()}
+
+
+def test_the_method_that_figures_show_was_chosen_on_validation():
+    for role, validation, tested in (("kd", 90.0, 50.0), ("dkd", 85.0, 99.0), ("at", 95.0, None)):
+        for seed in (0, 1):
+            run = fake_run(f"runs/{role}{seed}", role, seed)
+            edit(run / "summary.json", val_top1_last=validation + seed, test_top1=tested)
+            if tested is None:
+                edit(run / "summary.json", **UNTESTED)
+    (groups,) = by_data(collect_runs(["runs"])[0]).values()
+    assert shown_method(groups).name == "student (kd)"
 
 
 CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)

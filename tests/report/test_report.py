@@ -57,7 +57,7 @@ def fake_run(folder: str, role: str, seed: int, model: str = "tests.networks:pla
         "val_top1_last": 80.0 + seed,
         "val_top1_best": 81.5 + seed,
         "best_epoch": 1,
-        "test_top1_best": 70.25,
+        "test_top1_best": 70 + 10 * torch.rand((), generator=generator).item(),
         "test_top1": metrics.top_k(logits, labels, 1),
         "test_top5": metrics.top_k(logits, labels, 5),
         "test_nll": metrics.nll(logits, labels),
@@ -159,7 +159,8 @@ def test_every_number_is_the_summaries(no_figures):
         assert row[3:] == [mean_cell([run[key] for run in runs], style) for key, style, *_ in SCORES]
         assert cost[2] == f"{runs[0]['params']:,}"
         assert cost[6:] == [mean_cell([run[key] for run in runs], style) for key, style, *_ in CALIBRATION]
-    last = lambda name: [json.loads(Path(f"runs/{name}{s}/summary.json").read_text())["test_top1"] for s in range(3)]  # noqa: E731
+    summary_of = lambda name: json.loads(Path(f"runs/{name}/summary.json").read_text())  # noqa: E731
+    last = lambda name: [summary_of(f"{name}{seed}")["test_top1"] for seed in range(3)]  # noqa: E731
     p_values, name_of = [], {"alone": "student alone", "smooth": "student alone, label smoothing 0.1"}
     for row, control in zip(gains[1:], ("alone", "smooth"), strict=True):
         each = np.subtract(last("kd"), last(control))
@@ -168,6 +169,8 @@ def test_every_number_is_the_summaries(no_figures):
         low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
         assert found.half() > (high - low) / 2, "wider than the interval of the seeds alone"
         assert row[2:6] == ["0 1 2", f"{each.mean():+.2f}", found.interval, format_p(found.p)]
+        best = [[summary_of(f"{name}{seed}")["test_top1_best"] for seed in (0, 1)] for name in ("kd", control)]
+        assert row[7] == f"{np.mean(np.subtract(*best)):+.2f}", "without seed 2, of which one run has no best epoch"
         assert row[8] == "smaller than the noise of seeds and test images"
         p_values.append(found.p)
         assert (
@@ -236,6 +239,51 @@ def test_a_cell_of_fewer_seeds_says_so(no_figures):
     assert smooth[6:] == [NOT_READ, NOT_READ, ""], "it has no teacher to agree with"
     untested = next(row for row in each if row[0] == "runs/kd1")
     assert untested[-3:] == [NOT_READ] * 3
+
+
+def test_common_and_rare_classes_have_all_their_numbers(no_figures):
+    names = ("test_balanced_top1", "test_top1_many", "test_top1_medium", "test_top1_few")
+    extent = lambda *numbers: dict(zip(("classes", "smallest", "largest"), numbers, strict=True))  # noqa: E731
+    shots = {"many": extent(2, 120, 450), "medium": extent(1, 60, 60), "few": extent(2, 5, 20)}
+    study()
+    for number, path in enumerate(sorted(Path("runs").glob("[ak]*/summary.json"))):
+        edit(path, shots=shots, **{name: 60.0 - 9 * place + number**2 for place, name in enumerate(names)})
+    edit(Path("runs/kd1/summary.json"), test_top1_few=None)
+    report(["runs"])
+    page = Tables(Path("report/report.html").read_text())
+    title = ["network", "model", "seeds", "test", "balanced", "many-shot", "medium-shot", "few-shot"]
+    rows = [["student alone", "alone"], ["student (kd)", "kd"]]
+    expected = [title]
+    for label, name in rows:
+        runs = [json.loads(Path(f"runs/{name}{seed}/summary.json").read_text()) for seed in range(3)]
+        cells = [mean_cell([run[key] for run in runs], ".2f") for key in ("test_top1", *names)]
+        expected.append([label, "tests.networks:plain", "3", *cells])
+    assert page.tables[1] == expected
+    assert "training images: many 2 of 120 to 450, medium 1 of 60 to 60, few 2 of 5 to 20." in page.text
+
+
+def test_accuracies_by_the_share_of_the_labels(no_figures):
+    for share, seed in itertools.product((0.1, 0.25, 1.0), (0, 1)):
+        for role in ("none", "kd", "dkd"):
+            if (role, share) == ("dkd", 0.25) or (role, seed, share) == ("none", 1, 1.0):
+                continue
+            edit_identity(fake_run(f"runs/{role}{share:g}-{seed}", role, seed, part=share), label_share=share)
+    report(["runs"])
+    tables = Tables(Path("report/report.html").read_text()).tables
+    top1 = lambda folder: json.loads((folder / "summary.json").read_text())["test_top1"]  # noqa: E731
+    cells = {
+        (role, share): mean_cell([top1(path) for path in sorted(Path("runs").glob(f"{role}{share:g}-*"))], ".2f")
+        for role, share in itertools.product(("none", "kd", "dkd"), (0.1, 0.25, 1.0))
+    }
+    (table,) = [rows for rows in tables if rows[0][-1] == "100% of the labels"]
+    assert table[0] == ["network", "model", "10% of the labels", "25% of the labels", "100% of the labels"]
+    names = {"none": "student alone", "dkd": "student (dkd)", "kd": "student (kd)"}
+    assert table[1:] == [
+        [name, "tests.networks:plain", *(cells[role, share] for share in (0.1, 0.25, 1.0))]
+        for role, name in names.items()
+    ]
+    assert cells["dkd", 0.25] == ""
+    assert "±" not in cells["none", 1.0]
 
 
 def test_a_teacher_from_elsewhere_has_its_row_and_name(no_figures):

@@ -295,6 +295,12 @@ def test_row_3_row_25_two_processes_without_labels(teacher):
             "--balance weights: .* mimic with these flag",
         ),
         (["pld", "--label-smoothing", "0.1"], "--label-smoothing 0.1: changes cross-entropy, and pld has none"),
+        (["deit", "--alpha", "1", "--label-smoothing", "0.1"], "--label-smoothing 0.1: .* deit with these flags has"),
+        (["tfkd", "--alpha", "1", "--balance", "weights"], "--balance weights: .* tfkd with these flags has"),
+        (
+            ["apprentice", "--alpha", "0", "--beta", "0", "--label-smoothing", "0.1"],
+            "--label-smoothing 0.1: .* apprentice with these flags has",
+        ),
     ],
 )
 def test_row_44_what_changes_a_cross_entropy_of_weight_0_is_refused(teacher, args, words):
