@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +12,7 @@ from kd.report.__main__ import main as report
 from kd.report.groups import ALONE, METHOD, Comparison, Group, by_data, compare_groups, compare_with
 from kd.report.opening import headline
 from kd.report.tables import gain_table, said_of_smoothing, said_of_teachers
-from kd.runs.comparison import Answers
+from kd.runs.comparison import Answers, Difference
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from kd.runs.results import collect_runs
 from kd.teachers.load import teacher_identity
@@ -271,5 +270,5 @@ def test_of_two_methods_one_is_better(control, said):
     fake_run("runs/kd", "kd", 0)
     fake_run("runs/other", control, 0)
     method, other = sorted(groups(), key=lambda group: group.name != "student (kd)")
-    difference = SimpleNamespace(verdict=lambda corrected, number: "helped, beyond the noise")
-    assert Comparison(method, other, difference).verdict.startswith(said)
+    difference = Difference([0, 1], 90.0, 0.01, 0.01)
+    assert Comparison(method, other, difference, difference.p).verdict.startswith(said)
