@@ -108,7 +108,7 @@ class Quantizer:
             self.model = load_model_with_shape_infer(prepared)
         self.normalisation = normalisation_nodes(self.model.graph)
         self.layers = self._layers()
-        self.expected = logits_of(self.model, images)
+        self.expected = onnx_logits(self.model, images)
         self._ranges = {}
 
     def _layers(self) -> list[Layer]:
@@ -153,14 +153,14 @@ class Quantizer:
 
     def agreement(self, ranges: str, float_layers: tuple[int, ...] | list[int]) -> float:
         """Percent of the calibration images on which the int8 model predicts what the float32 network does."""
-        logits = logits_of(self.build(ranges, float_layers), self.images)
+        logits = onnx_logits(self.build(ranges, float_layers), self.images)
         return agreement(torch.from_numpy(logits), torch.from_numpy(self.expected))
 
     def error(self, ranges: str, number: int) -> float:
         """Error of the logits with one layer in 8 bits, relative to each image's logits, averaged over images."""
         others = [other for other in range(len(self.layers)) if other != number]
         expected = self.expected[:RANKING_IMAGES]
-        gap = logits_of(self.build(ranges, others), self.images[:RANKING_IMAGES]) - expected
+        gap = onnx_logits(self.build(ranges, others), self.images[:RANKING_IMAGES]) - expected
         sizes = np.maximum(np.linalg.norm(expected, axis=1), np.finfo(np.float32).tiny)
         return float((np.linalg.norm(gap, axis=1) / sizes).mean())
 
@@ -209,7 +209,7 @@ class Quantizer:
             return calibrator.compute_data()
 
 
-def logits_of(model, images: UInt8[np.ndarray, "n 3 h w"]) -> Float[np.ndarray, "n k"]:
+def onnx_logits(model, images: UInt8[np.ndarray, "n 3 h w"]) -> Float[np.ndarray, "n k"]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -255,16 +255,16 @@ def _take_logits(network: nn.Module, name: str, num_classes: int, image_size: tu
     It may do so in training only, as networks with auxiliary heads do. A hook leaves its layers their names.
     """
     answers = {"": probe(network, image_size, name).logits, " in training": _training_answer(network, image_size)}
-    several = {when: answer for when, answer in answers.items() if logits_of(answer) is not answer}
+    several = {when: answer for when, answer in answers.items() if logits_in(answer) is not answer}
     for when, answer in several.items():
-        logits = logits_of(answer)
+        logits = logits_in(answer)
         require(
             _fits(logits, num_classes),
             f"model {name}: the network returns{when} {_described(answer)} for 2 images; its forward must return the"
             f" logits alone, or first of all: a tensor of shape (2, {num_classes or 'width'})",
         )
     if several:
-        network.register_forward_hook(lambda _, images, answer: logits_of(answer))
+        network.register_forward_hook(lambda _, images, answer: logits_in(answer))
     if several and not quiet and name not in _said:
         _said.add(name)
         when, answer = next(iter(several.items()))
@@ -277,7 +277,7 @@ def check_one_image(network: nn.Module, name: str, image_size: tuple[int, int]) 
     """Raise UserError if the answer for a single image lacks the batch's dimension, as after squeeze()."""
     training, device = network.training, next(network.parameters()).device
     try:
-        answer = logits_of(network.eval()(torch.zeros(1, 3, *image_size, device=device)))
+        answer = logits_in(network.eval()(torch.zeros(1, 3, *image_size, device=device)))
     except Exception:  # some need two images; scoring pads its batches
         return
     finally:
@@ -292,7 +292,7 @@ def check_one_image(network: nn.Module, name: str, image_size: tuple[int, int]) 
 _said: set[str] = set()  # networks of the user's own of which a line was printed
 
 
-def logits_of(answer: object) -> object:
+def logits_in(answer: object) -> object:
     """The logits in what a network returned: the first of a tuple or list, `logits` of a dict, else all of it."""
     if isinstance(answer, Mapping) and "logits" in answer:  # Transformers' outputs are dicts too
         return answer["logits"]

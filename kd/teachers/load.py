@@ -84,7 +84,7 @@ class TeacherNetwork(NamedTuple):
         return [] if self.shared else self.names
 
 
-class Average(nn.Module):
+class Ensemble(nn.Module):
     """Several networks as one: the logarithm of their mean probabilities, which are logits again.
 
     Probabilities are averaged at temperature 1; a method's temperature softens the mean afterwards.
@@ -170,7 +170,7 @@ def load_teachers(
         else load_teacher(name, data, device, trust_code)
         for name, is_network in zip(names, pretrained, strict=True)
     )
-    return members[0] if len(members) == 1 else _joint(members, Average, len(data.classes))
+    return members[0] if len(members) == 1 else _joint(members, Ensemble, len(data.classes))
 
 
 def load_embedders(

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from kd.errors import UserError
-from kd.export.int8 import Quantized, Quantizer, logits_of, write_int8
+from kd.export.int8 import Quantized, Quantizer, onnx_logits, write_int8
 from kd.export.onnx_runtime import OnnxFile, describe
 
 INFO = {"image_size": [1, 1], "mean": [0, 0, 0], "std": [1, 1, 1], "classes": ["a", "b"]}
@@ -55,7 +55,7 @@ def test_small_logits_beside_large_ones_keep_their_order(tmp_path, images):
     images[:190, :2] //= 64  # 0 to 3, the others up to 255
     source = write_network(tmp_path / "model.onnx", [np.eye(2, 3)], scale=1.0)
     quantizer = Quantizer(source, images)
-    logits = logits_of(quantizer.build("all values", ()), images)
+    logits = onnx_logits(quantizer.build("all values", ()), images)
     assert quantizer.agreement("all values", ()) == 100
     assert len(np.unique(logits[:190, 0])) == 4
     nodes = quantizer.build("all values", ()).graph.node
@@ -128,6 +128,6 @@ def test_agreement_is_that_of_metrics(tmp_path, images):
     from kd import metrics
 
     quantizer = Quantizer(write_network(tmp_path / "model.onnx", two_uneven_layers()), images)
-    logits = torch.from_numpy(logits_of(quantizer.build("all values", ()), images))
+    logits = torch.from_numpy(onnx_logits(quantizer.build("all values", ()), images))
     expected = torch.from_numpy(quantizer.expected)
     assert quantizer.agreement("all values", ()) == metrics.agreement(logits, expected)
