@@ -8,13 +8,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from kd.config import METHODS, FitConfig, ViewConfig
-from kd.errors import UserError
 from kd.runs.comparison import Answers, Difference, Result, compare, holm
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from kd.runs.results import Run, find_run, is_labelled, teachers_of
 from kd.runs.table import COLUMNS, NO_LABELS, Metric
-from kd.teachers.load import embedder_identity, joint_identity, teacher_identity
-from kd.utils.files import read_json
+from kd.runs.taught_by import taught_by
 
 NOT_READ = "not read"  # in place of a test score, after --no-test
 
@@ -336,23 +334,9 @@ def _teachers(run: Run, by_path: dict[str, Run]) -> list[tuple[str, str, Run | N
     models += [""] * (len(names) - len(models))
     found = [(name, model, _named(run, name, model, by_path)) for name, model in zip(names, models, strict=False)]
     known = [teacher for _, _, teacher in found if teacher]
-    if len(known) < len(found) or _taught(run, known):
+    if len(known) < len(found) or taught_by(run, known):
         return found
     return [(name, model, None) for name, model, _ in found]
-
-
-def _taught(run: Run, teachers: list[Run]) -> bool:
-    """Whether the teachers' weights are those that taught the run: a folder's may be other ones since. True if that
-    cannot be known: a kept run has no model.json."""
-    digests = [teacher.summary.get("weights_sha256") for teacher in teachers]
-    try:
-        infos = [read_json(teacher.path / "model.json") for teacher in teachers]
-    except UserError:
-        return True
-    if not all(digests):
-        return True
-    members = [[kind(*its) for its in zip(digests, infos)] for kind in (teacher_identity, embedder_identity)]
-    return run.identity.get("teacher") in [joint_identity(names) for names in members]
 
 
 def _named(run: Run, name: str, model: str, by_path: dict[str, Run]) -> Run | None:

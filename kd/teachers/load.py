@@ -5,7 +5,6 @@ A teacher of embeddings is the same network without its classifier: its answers 
 
 import difflib
 import hashlib
-import json
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from kd.models.pretrained import (
 from kd.runs.load import load_network
 from kd.runs.nodes import is_elsewhere, share_run
 from kd.runs.results import read_model
+from kd.runs.taught_by import embedder_identity, joint_identity, teacher_identity
 from kd.teachers.live import TeacherLogits
 from kd.utils.console import print_once
 from kd.utils.hub import local_folder
@@ -251,24 +251,6 @@ def load_teacher(name: str | Path, data: Data, device: torch.device, trust_code:
     network, info, sha256, summary = load_network(here, trust_code)
     match_to_data(network, info, data, device, f"teacher {folder}", "train one on this data")
     return TeacherNetwork(network, folder, teacher_identity(sha256, info), summary, len(info["classes"]))
-
-
-def teacher_identity(sha256: str, info: dict) -> str:
-    """What a student's identity says of a run as its teacher: its logits depend on normalisation and classes as well.
-
-    `sha256`: of the weights; `info`: model.json."""
-    return hashlib.sha256(f"{sha256} {json.dumps(info, sort_keys=True)}".encode()).hexdigest()
-
-
-def embedder_identity(sha256: str, info: dict) -> str:
-    """The same of a teacher of embeddings, which no class names change."""
-    expected = json.dumps([info.get(key) for key in ("image_size", "mean", "std", "model_args")])
-    return hashlib.sha256(f"embedding {sha256} {expected}".encode()).hexdigest()
-
-
-def joint_identity(members: list[str]) -> str:
-    """The same of several teachers, by their own."""
-    return members[0] if len(members) == 1 else hashlib.sha256("".join(members).encode()).hexdigest()
 
 
 def _load_pretrained_teacher(pretrained: Pretrained, name: str, data: Data, device: torch.device) -> TeacherNetwork:

@@ -15,7 +15,7 @@ from kd.report.tables import gain_table, said_of_smoothing, said_of_teachers
 from kd.runs.comparison import Answers, Difference
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from kd.runs.results import collect_runs
-from kd.teachers.load import teacher_identity
+from kd.runs.taught_by import teacher_identity
 from kd.training.summary import UNTESTED
 from kd.utils.files import read_json, write_json
 from tests.report.test_report import edit, edit_identity, fake_run, study
