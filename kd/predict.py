@@ -4,13 +4,15 @@
     python -m kd.predict USER/NAME photo.jpg                 a network on the Hub
     python -m kd.predict RUN/export/model.int8.onnx more/    an exported file, without torch or the model code
 
-Images of any mode and size are prepared as the training images were. Prints one line per image. Files that cannot be
+Images of any mode and size are prepared as the training images were. Prints one line per image. Of
+a folder, files without an image suffix are left out, and counted on stderr. Files that cannot be
 read as images are listed at the end, with exit code 2; all others are still predicted.
 """
 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +96,7 @@ class Classifier:
         self.network.eval()
         try:
             for start in range(0, len(pictures), BATCH):
-                batch = torch.stack([self.transform(picture) for picture in pictures[start : start + BATCH]])
+                batch = torch.stack([self._prepared(picture) for picture in pictures[start : start + BATCH]])
                 with torch.no_grad():
                     found.append(run(self._moved(batch)).float().cpu())
         finally:
@@ -103,7 +105,11 @@ class Classifier:
         return torch.cat(found) if found else torch.empty(0, 0), alone
 
     def transform(self, image):
-        """One image, as for `predict`, to the network's input: a float tensor 3 x h x w, normalised."""
+        """One image, as for `predict`, to the network's input: 3 x h x w, normalised, on the network's device."""
+        return self._moved(self._prepared(image))
+
+    def _prepared(self, image):
+        """The image as a float32 tensor 3 x h x w on the CPU, normalised."""
         import torch
 
         from kd.data.rows import normalize
@@ -206,18 +212,25 @@ def main(argv: list[str] | None = None) -> None:
 def find_images(names: list[str]) -> list[Path]:
     """Files as named; for a folder, all files below it that have an image suffix and are not hidden, sorted.
 
-    Raises: UserError for a name that does not exist, or a folder without images.
+    Says on stderr what a folder has besides. Raises: UserError for a name that does not exist, or a folder without
+    images.
     """
-    images, suffixes = [], {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    images, others = [], Counter()
     for name in names:
         path = Path(name)
         require(path.exists(), f"{name}: no such file or folder; name images, or folders of them")
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
-            files = [file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
+            found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            found = [file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts)]
+            files = [file for file in found if file.suffix.lower() in suffixes]
             require(bool(files), f"{name}: no file in or below it has an image suffix (.png, .jpg, ...)")
+            others.update(file.suffix.lower() for file in found if file.suffix.lower() not in suffixes)
         images += files
+    if others:
+        counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()))
+        print(f"left out: {counts}; Pillow opens no such suffix here", file=sys.stderr, flush=True)
     return images
 
 

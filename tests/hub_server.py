@@ -13,7 +13,7 @@ REVISIONS = {"main": "0" * 40, "v2": "2" * 40}
 
 class Handler(BaseHTTPRequestHandler):
     """`server.files` maps a repository's id (datasets/ID for a data set) to its files; `server.asked` is what was asked
-    for, in order."""
+    for, in order; `server.public` the repositories that are not private."""
 
     def log_message(self, *_):
         pass
@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
                 files = [{"type": "file", "path": f, "size": len(b), "oid": _sha(b)} for f, b in names.items()]
                 return self._json(files)
             siblings = [{"rfilename": file} for file in names]
-            return self._json({"id": name, "sha": sha, "siblings": siblings, "private": False})
+            return self._json({"id": name, "sha": sha, "siblings": siblings, "private": name not in self.server.public})
         dataset = parts[0] == "datasets"
         parts = parts[dataset:]
         if len(parts) < 5:  # something about the library itself
@@ -71,7 +71,10 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             self.server.created.append(asked)
             kind = "datasets" if asked.get("type") == "dataset" else "models"
-            self.server.files.setdefault(_id(kind, [asked["organization"], asked["name"]]), {})
+            name = _id(kind, [asked["organization"], asked["name"]])
+            if name not in self.server.files and not asked.get("private", asked.get("visibility") == "private"):
+                self.server.public.add(name)
+            self.server.files.setdefault(name, {})
             return self._json({"url": f"{self.server.url}/{asked['organization']}/{asked['name']}"})
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
@@ -100,10 +103,10 @@ def _sha(body: bytes) -> str:
 
 
 @contextmanager
-def hub(files: dict[str, dict[str, bytes]]):
-    """The server, with `url`, while the block lasts."""
+def hub(files: dict[str, dict[str, bytes]], public: tuple[str, ...] = ()):
+    """The server, with `url`, while the block lasts. Of the repositories in `files` all but `public` are private."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.asked, server.created = files, [], []
+    server.files, server.public, server.asked, server.created = files, set(public), [], []
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

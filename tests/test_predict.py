@@ -3,8 +3,11 @@
 import copy
 import io
 import json
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from kd.errors import UserError
 from kd.export.onnx_runtime import METADATA_KEY
 from kd.predict import main, open_predictor, predict, with_classes
 from kd.utils.images import crop_and_resize, decode, open_image, preprocess, to_array
+from tests.pairs import SIZE, build
 
 CLASSES = ["red", "green", "blue"]
 
@@ -256,6 +260,66 @@ def test_pixels_are_pictures(loaded):
     grey = np.asarray(picture("L")).copy()
     assert loaded.predict(grey) == loaded.predict(grey[:, :, None]) == loaded.predict(torch.from_numpy(grey)[None])
     assert loaded.predict(grey) == loaded.predict(picture("L"))
+
+
+def test_a_folders_other_files_are_counted_on_stderr(colours, capsys):
+    Path("in/.hidden").mkdir(parents=True)
+    for name in ("a.png", "b.HEIC", "c.heic", "notes.txt", "README", ".DS_Store", ".hidden/d.heic"):
+        Image.new("RGB", (4, 4)).save(f"in/{name}", "PNG")
+    main([str(colours), "in"])
+    printed = capsys.readouterr()
+    assert [line.partition(":")[0] for line in printed.out.splitlines()] == ["in/a.png"]
+    assert printed.err == "left out: 1 without suffix, 2 .heic, 1 .txt; Pillow opens no such suffix here\n"
+    main([str(colours), "in/a.png"])
+    assert capsys.readouterr().err == ""
+
+
+def test_the_transform_follows_the_network(loaded):
+    image = loaded.double().transform(picture())
+    assert image.dtype == torch.float64
+    assert loaded(image[None]).shape == (1, 10)
+    assert loaded.to("meta").transform(picture()).device.type == "meta"
+
+
+@pytest.mark.parametrize("method", ["deit", "simkd"])
+def test_threads_get_their_own_answers(method):
+    """Each of two threads waits inside the network until the other has entered it."""
+    distiller, _ = build(method)
+    network = distiller.deployed.eval()
+    images = torch.randn(2, 2, 3, *SIZE)
+    with torch.no_grad():
+        wanted = [network(image) for image in images]
+        met = threading.Barrier(2, timeout=20)
+
+        def meet(*_) -> None:
+            met.wait()
+
+        network.student.register_forward_hook(meet)
+        with ThreadPoolExecutor(2) as threads:
+            answer = torch.no_grad()(network)
+            for _ in range(3):
+                assert all(map(torch.equal, threads.map(answer, images), wanted))
+
+
+def test_loading_leaves_the_random_generator_alone(resnet8_run):
+    before = torch.get_rng_state()
+    kd.load(resnet8_run)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_averaged_weights_need_their_hash(resnet8_run):
+    folder = Path(shutil.copytree(resnet8_run, "run"))
+    shutil.copyfile(folder / "model.safetensors", folder / "ema.safetensors")
+    with pytest.raises(UserError, match=r"ema\.safetensors changed since its run wrote it"):
+        kd.load(folder, weights="ema")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"ema_sha256": summary["weights_sha256"]}))
+    kd.load(folder, weights="ema")
+    (folder / "ema.safetensors").unlink()
+    (folder / "best.safetensors").unlink(missing_ok=True)
+    for name in ("best", "ema"):
+        with pytest.raises(UserError, match=r"is not there: .*; of a Hub id only the last are fetched"):
+            kd.load(folder, weights=name)
 
 
 @pytest.mark.parametrize(

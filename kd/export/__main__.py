@@ -120,7 +120,7 @@ def export(args: argparse.Namespace) -> Path:
         " first, or add --no-table",
     )
     data = read_data(source, args.data, args.trust_code) if args.table or "int8" in args.formats else None
-    calibration = calibration_images(data, args.calibration) if "int8" in args.formats else None
+    calibration = calibration_images(source, data, args.calibration) if "int8" in args.formats else None
     folder = args.run / "export"
     _check_target(folder)
     lock = Lock(args.run / "lock")
@@ -146,10 +146,16 @@ def _without_table(args: argparse.Namespace) -> None:
 
 def _check_target(folder: Path) -> None:
     """Raise UserError if `folder` holds anything that kd.export did not write: the export replaces it."""
+    from kd.runs.folder import WORTHLESS
+
+    require(
+        not folder.is_symlink(),
+        f"{folder}: is a link, which an export would replace; remove it, and link the run's folder instead",
+    )
     if not folder.exists():
         return
     require(folder.is_dir(), f"{folder}: is a file, not an export folder; move it elsewhere")
-    others = {entry.name for entry in folder.iterdir()} - EXPORT_FILES
+    others = {entry.name for entry in folder.iterdir()} - EXPORT_FILES - {*WORTHLESS}
     require(
         not others, f"{folder}: contains {', '.join(sorted(others)[:3])}, not written by kd.export; move it elsewhere"
     )

@@ -19,7 +19,6 @@ from kd.export.card import CardContent, write_card
 from kd.export.deployed import open_pt2, rounds_activations, trace, write_pt2
 from kd.export.int8 import Quantized, write_int8
 from kd.export.measure import (
-    SCORING_BATCH,
     Classifier,
     candidates,
     format_table,
@@ -27,9 +26,9 @@ from kd.export.measure import (
     measure_files,
     torch_classifier,
 )
-from kd.export.onnx_files import write_onnx
+from kd.export.onnx_files import errors_as_messages, write_onnx
 from kd.export.onnx_runtime import OnnxFile, describe
-from kd.export.source import ExportedRun, control_summary, copy_run
+from kd.export.source import ExportedRun, control_summary, copy_run, scoring_batch
 from kd.models.cost import describe_machine
 from kd.report.document import Block, Heading, Lines, markdown
 from kd.utils import rng
@@ -69,10 +68,10 @@ def write_export(
     write_card(folder / "README.md", content, args.license, args.push)
 
 
-def calibration_images(data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
+def calibration_images(source: ExportedRun, data: Data, count: int) -> UInt8[np.ndarray, "n 3 h w"]:
     """`count` unaugmented training images in a fixed random choice; never validation or test images."""
     chosen = rng.order(0, 0, len(data.train.labels))[:count].sort().values  # sorted: a stream reads rows in its order
-    return torch.cat(list(iter_centre_crops(data.train, data.size, chosen, SCORING_BATCH))).numpy()
+    return torch.cat(list(iter_centre_crops(data.train, data.size, chosen, scoring_batch(source, data)))).numpy()
 
 
 def write_formats(
@@ -108,8 +107,10 @@ def write_formats(
         del differences["model.onnx"]
     if "pt2" in formats:
         print("writing model.pt2", flush=True)
-        write_pt2(program, pt2, expects)
-        differences["model.pt2"] = compare("model.pt2", torch_classifier(open_pt2(pt2))(0))
+        with errors_as_messages(pt2.name):
+            write_pt2(program, pt2, expects)
+            opened = open_pt2(pt2)
+        differences["model.pt2"] = compare("model.pt2", torch_classifier(opened)(0))
     return Written(differences, quantized)
 
 
@@ -179,7 +180,7 @@ def _write_table(
     Raises: UserError if a file agrees with the network on too few test images.
     """
     to_measure, notes = candidates(folder, source, data, args.trust_code)
-    rows = measure_files(to_measure, data, args.threads)
+    rows = measure_files(to_measure, data, args.threads, scoring_batch(source, data))
     machine = describe_machine(args.threads)
     images, files = f"the {len(data.test.labels)} test images", [row for row in rows if row["name"] in FILES.values()]
     warnings = [check_agreement(row["name"], row["agreement"], images, args.min_agreement) for row in files]

@@ -21,13 +21,13 @@ from kd.export.source import ExportedRun
 from kd.models.cost import count_macs, count_params, time_interleaved
 from kd.models.pretrained import is_pretrained
 from kd.report.document import Table
+from kd.runs.public import public_text
 from kd.runs.results import teachers_of
 from kd.teachers.load import load_teachers
 from kd.utils.console import console
 from kd.utils.processes import same_threads
 from kd.utils.users_own import is_module_function
 
-SCORING_BATCH = 256
 THROUGHPUT_BATCH = 64
 
 STUDENT = "model.safetensors"  # the network that the other files are made from
@@ -85,7 +85,8 @@ def candidates(
     try:
         return [*files, _teacher_candidate(source, data, trust_code)], ()
     except UserError as error:
-        return files, (f"The teacher's cost is not measured: {error}.",)
+        reason = public_text(str(error), teachers_of(source.summary))
+        return files, (f"The teacher's cost is not measured: {reason}.",)
 
 
 def _teacher_candidate(source: ExportedRun, data: Data, trust_code: bool) -> Candidate:
@@ -113,24 +114,24 @@ def _teacher_candidate(source: ExportedRun, data: Data, trust_code: bool) -> Can
     return Candidate("teacher", f"torch {torch.__version__}", classifier, size, params, macs, known)
 
 
-def predict_test_logits(candidate: Candidate, data: Data) -> Float[Tensor, "n k"]:
+def predict_test_logits(candidate: Candidate, data: Data, batch: int) -> Float[Tensor, "n k"]:
     classify, index = candidate.open(0), torch.arange(len(data.test.labels))
-    title, total = f"scoring {candidate.name}", -(-len(index) // SCORING_BATCH)
-    images = iter_centre_crops(data.test, data.size, index, SCORING_BATCH)
+    title, total = f"scoring {candidate.name}", -(-len(index) // batch)
+    images = iter_centre_crops(data.test, data.size, index, batch)
     bar = track(images, title, total, console=console, disable=not console.is_terminal, transient=True)
-    return torch.cat([torch.from_numpy(classify(batch.numpy())) for batch in bar])
+    return torch.cat([torch.from_numpy(classify(pixels.numpy())) for pixels in bar])
 
 
-def measure_files(candidates: list[Candidate], data: Data, threads: int) -> list[dict]:
+def measure_files(candidates: list[Candidate], data: Data, threads: int, batch: int) -> list[dict]:
     """One row per candidate; the first is the student, and the others are compared with it.
 
-    Accuracy and agreement in percent of the test images; differences in logits; latency in milliseconds for
-    one image; throughput in images per second at a batch of 64.
+    The images are read `batch` at a time. Accuracy and agreement in percent of the test images; differences in logits;
+    latency in milliseconds for one image; throughput in images per second at a batch of 64.
     """
     student, rows, labels = None, [], data.test.labels
     for candidate in candidates:
         if candidate.known is None:
-            logits = predict_test_logits(candidate, data)
+            logits = predict_test_logits(candidate, data, batch)
             student = logits if student is None else student
             quality = {
                 "top1": metrics.top_k(logits, labels, 1),
@@ -145,7 +146,7 @@ def measure_files(candidates: list[Candidate], data: Data, threads: int) -> list
         torch.set_num_threads(threads)
         classifiers = {candidate.name: candidate.open(threads) for candidate in candidates}
         index = torch.arange(THROUGHPUT_BATCH) % len(labels)
-        (images,) = iter_centre_crops(data.test, data.size, index.sort().values, THROUGHPUT_BATCH)
+        images = torch.cat(list(iter_centre_crops(data.test, data.size, index.sort().values, batch)))
         one, many = (_median_seconds(classifiers, images[:count].numpy()) for count in (1, THROUGHPUT_BATCH))
     for row in rows:
         row |= {"latency_ms": 1000 * one[row["name"]], "images_per_second": THROUGHPUT_BATCH / many[row["name"]]}

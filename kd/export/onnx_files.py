@@ -40,10 +40,12 @@ def save_onnx(model, path: Path, preprocessing: dict) -> None:
 
 @contextmanager
 def errors_as_messages(file: str) -> Iterator[None]:
-    """Turn whatever an exporter raises into a UserError that names `file`."""
+    """Turn whatever an exporter raises into a UserError that names `file`; but a full disk is another matter."""
     try:
         with quiet():
             yield
+    except OSError:
+        raise
     except Exception as error:
         raise UserError(f"{file}: cannot be made ({one_line(error)}); leave it out of --formats") from error
 

@@ -1,11 +1,14 @@
 """Read the run to export, and copy it without local paths."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from kd.config import DataConfig
 from kd.data import Data, load_data
+from kd.data.sources import with_set_defaults
+from kd.data.workers import WorkerRows
 from kd.errors import UserError, require
 from kd.export.deployed import Deployed
 from kd.report.groups import ALONE, group_runs
@@ -21,6 +24,8 @@ from kd.runs.results import (
 )
 from kd.utils.files import write_json
 from kd.utils.users_own import is_module_function
+
+SCORING_BATCH = 256
 
 
 class ExportedRun(NamedTuple):
@@ -49,14 +54,15 @@ def read_data(source: ExportedRun, moved_to: str | None, trust_code: bool) -> Da
 
     Raises UserError if they are missing or not the same, or come from code that the run names and the user does not.
     """
-    flags = source.config["flags"]["data"] | ({"source": moved_to} if moved_to else {})
+    flags = source.config["flags"]["data"]
     require(
         trust_code or moved_to is not None or not is_module_function(str(flags.get("source"))),
         f"{source.folder}: reading its data {flags.get('source')} runs its author's code; --trust-code says that you"
         " trust it, --data names other data",
     )
     try:
-        data = load_data(DataConfig(**flags))
+        config = DataConfig(**flags)
+        data = load_data(_moved(config, source.config, moved_to) if moved_to else config)
     except TypeError as error:
         raise UserError(
             f"{source.folder / 'config.json'}: data flags {flags} do not fit this version of kd ({error});"
@@ -67,10 +73,23 @@ def read_data(source: ExportedRun, moved_to: str | None, trust_code: bool) -> Da
     same = data.fingerprint == source.config["identity"]["data"]
     require(
         same,
-        f"--data {flags['source']}: has other images or classes than {source.folder} was trained on; give the run's own"
-        " data",
+        f"--data {moved_to or flags['source']}: has other images or classes than {source.folder} was trained on; give"
+        " the run's own data",
     )
     return data
+
+
+def _moved(config: DataConfig, recorded: dict, moved_to: str) -> DataConfig:
+    """The run's data in another place; at the image size of a named set's defaults, which a folder does not have."""
+    from_folder = recorded.get("data", {}).get("folder", False)
+    size = config.image_size if from_folder else with_set_defaults(config).image_size
+    return dataclasses.replace(config, source=moved_to, image_size=size)
+
+
+def scoring_batch(source: ExportedRun, data: Data) -> int:
+    """Images that are read at once: as many as in training if workers decode them, whose memory may hold no more."""
+    trained = source.config["flags"].get("fit", {}).get("batch_size", SCORING_BATCH)
+    return min(trained, SCORING_BATCH) if isinstance(data.test, WorkerRows) else SCORING_BATCH
 
 
 def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:

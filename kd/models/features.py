@@ -1,6 +1,7 @@
 """Features of a network beside its logits: outputs of named layers, or what enters them."""
 
 import difflib
+import threading
 from collections.abc import Collection, Sequence
 from functools import partial
 
@@ -12,23 +13,35 @@ from kd.models.layout import find_layouts
 from kd.types import INPUT, Batch, Outputs
 
 
+class _OfThread(threading.local):
+    """The features of the call that a thread is in; None between its calls. A copy starts without any."""
+
+    features: dict[str, Tensor] | None = None
+
+    def __reduce__(self) -> tuple:
+        return _OfThread, ()
+
+
 class Tap:
     """Runs a network and returns the features of `layers` (dotted module names, or NAME.input) beside its logits.
 
     The stages of timm's networks come as maps b x c x h x w, whether they output maps or tokens (kd/models/layout.py).
-    Its hooks do nothing while others call the network; without layers it sets none. If a layer runs several times, its
-    last output counts. Raises UserError for an unknown layer.
+    Its hooks do nothing while others call the network, and several threads may call it at once; without layers it sets
+    none. If a layer runs several times, its last output counts. Raises UserError for an unknown layer.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str] = ()):
         self.network, self.layers = network, tuple(layers)
-        self._features: dict[str, Tensor] | None = (
-            None  # filled by the hooks while this tap runs the network, else None
-        )
+        self._here = _OfThread()
         modules = {name: module for name, module in network.named_modules() if name}
         self._layouts = find_layouts(network) if layers else {}
         # Bound methods, not closures: in a deep copy, the copied network's hooks then fill the copied tap.
         self._hooks = [self._hook(layer, modules) for layer in self.layers]
+
+    @property
+    def _features(self) -> dict[str, Tensor] | None:
+        """Filled by the hooks while this tap runs the network in this thread, else None."""
+        return self._here.features
 
     def _hook(self, layer: str, modules: dict[str, nn.Module]):
         if layer in modules:
@@ -62,14 +75,14 @@ class Tap:
             raise UserError(f"layer {layer!r}: {error}; name another layer") from error
 
     def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Outputs:
-        self._features = {}
+        self._here.features = features = {}
         try:
             logits = self.network(image)
-            missing = [layer for layer in self.layers if layer not in self._features]
+            missing = [layer for layer in self.layers if layer not in features]
             require(not missing, f"layer {missing and missing[0]!r}: exists but does not run; name another layer")
-            return Outputs(logits, {layer: self._features[layer] for layer in self.layers})
+            return Outputs(logits, {layer: features[layer] for layer in self.layers})
         finally:
-            self._features = None
+            self._here.features = None
 
     def of_batch(self, batch: Batch) -> Outputs:
         """Outputs for the batch's images, and the logits of its strong view if it has one.

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from kd.models import (
 )
 from kd.models.weights import SUFFIXES, Weights, find_fit, misfit, read_file, read_folder, rows_of_head
 from kd.utils.console import clip, one_line, print_once
-from kd.utils.files import not_finite, read_json
+from kd.utils.files import is_number, not_finite, read_json
 from kd.utils.system import expand_user
 
 NEW_HEAD_ADVICE = "--fine-tune-teacher trains a new last layer for them"
@@ -40,6 +41,16 @@ RESCALES_IMAGES = ("googlenet", "inception_v3")  # inside the network, if pretra
 EXPECTED_JSON = (
     '{"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "classes": [...]}'
 )
+
+PREPARED = {
+    "do_rescale": True,
+    "rescale_offset": False,
+    "do_normalize": True,
+    "include_top": False,  # EfficientNet's: divides by the deviation once more
+    "do_flip_channel_order": False,
+}
+"""Keys of a preprocessor_config.json, and the only values by which images are prepared as kd does it."""
+PIXEL = 1 / 255  # to which its rescale_factor must scale
 
 
 class Flags(NamedTuple):
@@ -374,17 +385,22 @@ def read_expected(path: Path, flags: Flags = TEACHER) -> Expected:
     )
     info = read_json(beside)
     require("model" not in info, f"{beside}: belongs to a run; name the run's folder, {flags.weights} {path.parent}")
-    try:
-        size = tuple(map(int, info["image_size"]))
-        mean, std = (tuple(map(float, info[key])) for key in ("mean", "std"))
-        classes = tuple(map(str, info.get("classes", ())))
-        valid = len(size) == 2 and len(mean) == len(std) == 3 and min(size) > 0
-    except (KeyError, TypeError, ValueError):
-        valid = False
-    require(valid, f"{beside}: incomplete or malformed; write {EXPECTED_JSON}")
+    size, mean, std, classes = (info.get(key) for key in ("image_size", "mean", "std", "classes"))
+    valid = {
+        "image_size": _is_list(size, lambda side: type(side) is int and side > 0, 2),
+        "mean": _is_list(mean, is_number, 3),
+        "std": _is_list(std, is_number, 3),
+        "classes": "classes" not in info or _is_list(classes, lambda name: isinstance(name, str)),
+    }
+    wrong = [key for key, fine in valid.items() if not fine]
+    require(not wrong, f"{beside}: {', '.join(wrong)} incomplete or malformed; write {EXPECTED_JSON}")
     in_range = all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)
     require(in_range, f"{beside}: mean and std must be from 0 to 1, as shares of 255; write {EXPECTED_JSON}")
-    return Expected(classes, size, mean, std)
+    return Expected(tuple(classes or ()), tuple(size), tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _is_list(value: object, valid: Callable[[object], bool], length: int | None = None) -> bool:
+    return isinstance(value, list) and length in (None, len(value)) and all(map(valid, value))
 
 
 def is_transformers_folder(path: Path) -> bool:
@@ -459,6 +475,7 @@ def _of_preprocessor(path: Path, saved_by: str, flags: Flags) -> tuple:
         f" normalisation it expects; write {path}: {example}",
     )
     settings = read_json(path)
+    _check_prepared(settings, path, flags)
     try:
         size = settings.get("crop_size") if settings.get("do_center_crop") else None
         size = size or settings["size"]
@@ -470,6 +487,21 @@ def _of_preprocessor(path: Path, saved_by: str, flags: Flags) -> tuple:
         return _image_settings(size, settings["image_mean"], settings["image_std"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: incomplete or malformed; write {example}") from error
+
+
+def _check_prepared(settings: dict, path: Path, flags: Flags) -> None:
+    """Raise UserError if a preprocessor_config.json asks for what kd does not do to images."""
+    factor = settings.get("rescale_factor")
+    scaled = factor is None or (is_number(factor) and abs(factor / PIXEL - 1) < 1e-3)
+    wanted = {key: right for key, right in PREPARED.items() if settings.get(key) not in (right, None)}
+    wanted |= {} if scaled else {"rescale_factor": PIXEL}
+    key, right = next(iter(wanted.items()), ("", None))
+    require(
+        not wanted,
+        f"{path}: {key} is {json.dumps(settings.get(key))}, and kd gives every network RGB pixels / 255, less"
+        f" image_mean, divided by image_std; give {flags.model} module:function, a network that changes these to what"
+        f" it needs, and write {json.dumps(right)} there",
+    )
 
 
 def _image_settings(size: list, mean: list, std: list) -> tuple:

@@ -25,7 +25,7 @@ SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors")
 WEIGHTS = ("state_dict", "model_state_dict", "model", "net", "module")
 """Keys under which checkpoints store the weights."""
 AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "ema_model")
-"""Keys of weights averaged over the training, which are taken if there are no others."""
+"""Keys of weights averaged over the training, which are taken if there are no other weights."""
 
 WRAPPERS = ("module", "model", "_orig_mod", "backbone", "student", "teacher", "net", "network", "timm_model")
 """What stands before the names if the network was saved inside something else."""
@@ -151,7 +151,10 @@ def choose(content: object, path: Path) -> Weights:
         f"{path}: contains no state dict (names and tensors), neither plain nor under {', '.join(map(repr, WEIGHTS))};"
         " save its state_dict() alone",
     )
-    left_out = [str(key) for key in content if key not in tensors]
+    weights = [key for key in content if _holds_weights(content[key])]
+    if weights:
+        notes.append(f"{path}: left out the weights under {', '.join(map(repr, weights))}")
+    left_out = [str(key) for key in content if key not in tensors and key not in weights]
     if left_out:
         notes.append(f"{path}: left out {_examples(left_out)} beside the weights: no tensors")
     return Weights(without_prefixes(tensors, path), True, tuple(notes))
@@ -162,8 +165,9 @@ def _key_of_weights(content: object, path: Path) -> str | None:
     if not isinstance(content, Mapping):
         return None
     found = [key for key in content if _holds_weights(content[key])]
-    known = [key for key in found if key in WEIGHTS] or [key for key in found if key in AVERAGED]
-    candidates = known or ([] if _named_tensors(content) else found)
+    known = [key for key in found if key in WEIGHTS]
+    plain = [] if any(map(_is_weight, _named_tensors(content).values())) else found
+    candidates = known or [key for key in plain if key not in AVERAGED] or plain
     require(
         len(candidates) < 2,
         f"{path}: has weights under {', '.join(map(repr, candidates))}, and no name says which; save the"
@@ -175,6 +179,11 @@ def _key_of_weights(content: object, path: Path) -> str | None:
 def _holds_weights(value: object) -> bool:
     inside = [value[key] for key in (*WEIGHTS, *AVERAGED) if key in value] if isinstance(value, Mapping) else []
     return bool(_named_tensors(value)) or any(map(_holds_weights, inside))
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Not so a counter, a best accuracy or the state of a random generator."""
+    return tensor.is_floating_point() and tensor.ndim > 0
 
 
 def _named_tensors(value: object) -> dict[str, Tensor]:

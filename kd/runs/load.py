@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from kd.config.methods import MethodFlags
@@ -43,10 +44,11 @@ def load_network(folder: Path, trust_code: bool, weights: str = "last") -> Train
     try:
         size = tuple(info.get("resized") or info["image_size"])
         arguments = parse_model_args(info.get("model_args"), str(folder / "model.json"))
-        network = build_model(info["model"], info["num_classes"], size, quiet=True, arguments=arguments)
+        with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, though the file's replace them
+            network = build_model(info["model"], info["num_classes"], size, quiet=True, arguments=arguments)
+            network = _rebuild(network, info, folder, named_method if trust_code else METHODS.__getitem__)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{folder / 'model.json'}: its network cannot be built ({clip(str(error))})") from error
-    network = _rebuild(network, info, folder, named_method if trust_code else METHODS.__getitem__)
     sha256 = checked_weights_sha256(folder, summary, weights)
     load_weights(network, weights_file(folder, weights))
     if size != tuple(info["image_size"]):

@@ -1,7 +1,9 @@
 """Summaries and configurations of runs without the paths of the machine that trained them."""
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from kd.config.flags import HUB
@@ -25,7 +27,35 @@ def without_paths(summary: dict, config: dict) -> tuple[dict, dict]:
             part[key] = public_name(part[key])
     if _trained_on_folder(config):
         flags["data"]["source"] = Path(flags["data"]["source"]).name
+    own = flags["method"].keys() & config.get("identity", {}).keys()
+    flags["method"] = _public_values(flags["method"])
+    config.get("identity", {}).update({key: flags["method"][key] for key in own})
     return summary, config
+
+
+def _public_values(value: object) -> object:
+    """A method's flags, of which a user's own method may have any, without the paths among them."""
+    if isinstance(value, dict):
+        return {key: _public_values(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_public_values(part) for part in value]
+    return public_name(value) if isinstance(value, str) and os.sep in value else value
+
+
+def public_text(text: str, names: Sequence[str]) -> str:
+    """A message without local paths: each of `names`, however it is written out, and any other absolute path."""
+    forms = {form: public_name(name) for name in (*names, os.getcwd()) for form in _written_out(name)}
+    forms |= {f"{Path.home()}{os.sep}": f"~{os.sep}"}
+    for form in sorted(forms, key=len, reverse=True):
+        if os.sep in form.strip(os.sep):
+            text = text.replace(form, forms[form])
+    return re.sub(r"(?<![\w:/.])~?(/[^\s/'\":;,()]+)+/?", lambda found: str(public_name(found[0])), text)
+
+
+def _written_out(name: str) -> tuple[str, ...]:
+    """The ways in which a message may write a path."""
+    expanded = os.path.expanduser(name)
+    return name, expanded, os.path.abspath(expanded), os.path.realpath(expanded)
 
 
 def _trained_on_folder(config: dict) -> bool:

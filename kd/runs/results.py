@@ -241,11 +241,15 @@ def weights_sha256(folder: Path) -> str:
 
 
 def checked_weights_sha256(folder: Path, summary: dict, weights: str = "last") -> str:
-    """The sha256 of a file of WEIGHTS. Raises UserError if it differs from the summary's, as far as that has one."""
+    """The sha256 of a file of WEIGHTS. Raises UserError if it differs from the summary's, which has none of "best"."""
     path = weights_file(folder, weights)
     sha256 = sha256_file(path)
-    key = {"last": "weights_sha256", "ema": "ema_sha256"}.get(weights, "")
-    same = summary.get(key, sha256) == sha256
+    recorded = {
+        "last": summary.get("weights_sha256", sha256),  # the first runs have none
+        "ema": summary.get("ema_sha256"),
+        "best": sha256,
+    }
+    same = recorded[weights] == sha256
     require(same, f"{path} changed since its run wrote it: copy the run folder again, or train it anew")
     return sha256
 
@@ -256,8 +260,8 @@ def weights_file(folder: Path, weights: str) -> Path:
     path = folder / WEIGHTS[weights]
     why = {
         "last": "copy the whole run folder",
-        "best": "a run without validation set has none, nor has an export",
-        "ema": "only a run with --ema has one, and no export does",
+        "best": "a run without validation set has none, nor has an export; of a Hub id only the last are fetched",
+        "ema": "only a run with --ema has one, and no export does; of a Hub id only the last are fetched",
     }
     require(path.is_file(), f"{path} is not there: {why[weights]}")
     return path

@@ -17,7 +17,7 @@ from kd.runs.public import without_paths
 from kd.training.summary import model_info
 from kd.training.trainer import Trainer
 from kd.utils.console import one_line
-from kd.utils.files import read_json, write_json, write_weights
+from kd.utils.files import read_json, write_json, write_text, write_weights
 from kd.utils.hub import upload
 
 FILES = (
@@ -56,7 +56,7 @@ def push_epoch(trainer: Trainer, epoch: int) -> None:
         folder = _gather(
             run.path,
             ("config.json", "metrics.jsonl"),
-            _card(name, job, f"Epoch {epoch + 1} of {job.fit.epochs}."),
+            _card(job, f"Epoch {epoch + 1} of {job.fit.epochs}; kd.load takes the finished run."),
             trainer,
         )
         _running[name] = _uploads.submit(_upload, folder, name, what, GOES_ON)
@@ -70,10 +70,11 @@ def push_run(job: Job, run: RunFolder) -> None:
     if name in _running:
         _running.pop(name).result()
     summary = read_json(run.path / "summary.json")
-    result = f"Test top-1 {summary['test_top1']:.2f}%." if summary.get("test_top1") is not None else ""
+    split = "Validation" if summary.get("test_split") == "validation" else "Test"
+    result = f"{split} top-1 {summary['test_top1']:.2f}%." if summary.get("test_top1") is not None else ""
     what, remedy = "the finished run", "; the same command tries again"
     with _said(name, what, remedy):
-        _upload(_gather(run.path, FILES, _card(name, job, result)), name, what, remedy)
+        _upload(_gather(run.path, FILES, _card(job, result, name)), name, what, remedy)
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _gather(source: Path, files: Sequence[str], card: str, trainer: Trainer | No
         if trainer is not None:
             write_weights(folder / "model.safetensors", plain_weights(trainer.distiller.deployed))
             write_json(folder / "model.json", model_info(trainer))
-        (folder / "README.md").write_text(card)
+        write_text(folder / "README.md", card)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -118,15 +119,16 @@ def _upload(folder: Path, name: str, what: str, remedy: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _card(name: str, job: Job, result: str) -> str:
-    """A model card: what the network is, and how to load it."""
-    made = "trained" if job.role == "teacher" else f"distilled ({job.role})"
+def _card(job: Job, result: str, name: str = "") -> str:
+    """A model card: what the network is and, given the `name` of its repository, how to load it."""
+    made = {"teacher": "trained", "none": "trained alone"}.get(job.role, f"distilled ({job.role})")
     task = "image-feature-extraction" if job.method.embeds else "image-classification"
     holds = "the embedding's width" if job.method.embeds else "class names"
     trust = ", trust_code=True" if ":" in job.model else ""
+    load = f"    import kd\n    network = kd.load({name!r}{trust})\n\n" if name else ""
     return (
         f"---\nlibrary_name: kd\npipeline_tag: {task}\n---\n\n"
         f"# {job.model}\n\n{made} on {Path(job.data.source).name} with the recipe `{job.preset}`, seed {job.fit.seed}."
-        f" {result}\n\n    import kd\n    network = kd.load({name!r}{trust})\n\n"
+        f" {result}\n\n{load}"
         f"`model.json` has image size, mean, std and {holds}; `config.json` every flag.\n"
     )

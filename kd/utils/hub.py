@@ -14,6 +14,17 @@ from kd.utils.system import expand_user
 
 DATASET = "dataset"  # a kind of repository
 
+OWN = (
+    "model*",
+    "export.*",
+    "best.safetensors",
+    "ema.safetensors",
+    "preprocessing.json",
+    "summary.json",
+    "metrics.jsonl",
+)
+"""What pushes of exports, runs and epochs write: of an earlier one it would stay beside weights that it is not of."""
+
 NEEDED = ("model.json", "model.safetensors", "summary.json", "config.json")
 """What kd.load reads. Nothing else of someone's repository is downloaded."""
 
@@ -78,6 +89,8 @@ def push(folder: Path, name: str, private: bool) -> str:
     """
     try:
         return upload(folder, name, "Export of a run of kd", private)
+    except UserError:
+        raise
     except Exception as error:  # the HTTP client's own errors differ between versions of the library
         command = shlex.join(["hf", "upload", name, str(folder), *(["--private"] if private else [])])
         raise UserError(
@@ -93,6 +106,8 @@ def push_dataset(folder: Path, name: str, private: bool, old: Sequence[str]) -> 
     """
     try:
         return upload(folder, name, "Logits of a teacher, by kd", private, DATASET, old)
+    except UserError:
+        raise
     except Exception as error:  # the HTTP client's own errors differ between versions of the library
         raise UserError(
             f"push {name}: upload failed ({one_line(error)}); the same command tries again once there is a network and"
@@ -106,18 +121,23 @@ def upload(
     message: str,
     private: bool | None = None,
     kind: str = "model",
-    old: Sequence[str] = ("model*", "export.*"),
+    old: Sequence[str] = OWN,
 ) -> str:
     """Upload every file of `folder` to the repository `name` of a `kind` in one commit; returns its URL.
 
-    Files that match `old`, of an earlier upload, would otherwise stay beside a card that does not describe them. A new
-    repository is private if `private` says so, and by the account's own default if None. Raises whatever the library
-    raises.
+    Removes those of an earlier upload that match `old` and are not in the folder. A new repository is private if
+    `private` says so, and by the account's own default if None. Raises UserError if the repository is there and public,
+    and should be private; and whatever the library raises.
     """
     from huggingface_hub import HfApi
 
     hub = HfApi()
     hub.create_repo(name, private=private, exist_ok=True, repo_type=kind)
+    require(
+        not private or bool(hub.repo_info(name, repo_type=kind).private),
+        f"{name}: is public on the Hub, which --private does not change; nothing was uploaded: make it private in its"
+        " settings there, or give another name",
+    )
     options = {"commit_message": message, "delete_patterns": list(old), "repo_type": kind}
     hub.upload_folder(repo_id=name, folder_path=folder, **options)
     return f"{hub.endpoint}/{'datasets/' * (kind == DATASET)}{name}"

@@ -1,5 +1,6 @@
 """kd.export. Tests that trace a network run a subprocess: in this process the shape checks would be traced too."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import kd
 from kd.config import DataConfig
 from kd.data import load_data
 from kd.errors import UserError
-from kd.export import build
+from kd.export import build, source
 from kd.export.__main__ import main
 from kd.export.deployed import Deployed, bake
 from kd.export.int8 import Quantized
@@ -32,6 +33,7 @@ from kd.models.cost import count_params
 from kd.predict import main as predict
 from kd.report import plots
 from kd.report.costs import measure_cost
+from kd.runs.public import public_text
 from kd.training import evaluate
 from kd.utils.files import read_json, read_weights, sha256_file, write_folder, write_json, write_weights
 from tests.conftest import ROOT
@@ -127,6 +129,107 @@ def test_an_export_is_a_run_folder_without_local_paths(run):
     for path in Path("elsewhere").iterdir():
         assert str(run.parent).encode() not in path.read_bytes(), path.name
     assert read_json(Path("elsewhere/summary.json"))["teacher"] == "big"
+
+
+@pytest.mark.parametrize("teacher", ["{place}/in here/big", "in here/big", "{place}/weights/big.pth", "big.pth"])
+def test_why_a_teacher_is_not_measured_names_no_local_path(run, teacher):
+    teacher = teacher.format(place=run.parent)
+    summary = read_json(run / "summary.json") | {"teacher": teacher, "teacher_model": "resnet8"}
+    write_json(run / "summary.json", summary)
+    if teacher.endswith(".pth"):  # without the JSON file that it needs
+        Path(teacher).parent.mkdir(exist_ok=True)
+        Path(teacher).write_bytes(b"weights")
+    main([str(run), "--formats", "safetensors"])
+    (note,) = read_json(run / "export" / "export.json")["notes"]
+    assert note.startswith("The teacher's cost is not measured: ")
+    assert Path(teacher).name in note
+    for path in (run / "export").iterdir():
+        text = path.read_bytes()
+        assert str(run.parent).encode() not in text, path.name
+        assert b"in here" not in text, path.name
+
+
+def test_text_keeps_no_path_of_the_machine():
+    home, here = Path.home(), Path.cwd()
+    said = f"{home}/runs/big/x.json: broken; save https://a.org/b.pth as {home}/.cache/torch/b.pth, or {here}/w.json"
+    said += " (see '/mnt/data/c.json') and/or ask"
+    text = public_text(said, ["~/runs/big", "/", "."])
+    assert (
+        text
+        == f"big/x.json: broken; save https://a.org/b.pth as b.pth, or {here.name}/w.json (see 'c.json') and/or ask"
+    )
+
+
+def test_a_path_among_a_methods_own_flags_is_shortened(run):
+    config = read_json(run / "config.json")
+    own = {"table": f"{run.parent}/codes.csv", "more": [f"{run.parent}/a"], "kind": "soft", "alpha": 0.5}
+    config["flags"]["method"], config["identity"] = own, config["identity"] | {"table": own["table"]}
+    write_json(run / "config.json", config)
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    config = read_json(run / "export" / "config.json")
+    assert config["flags"]["method"] == {"table": "codes.csv", "more": ["a"], "kind": "soft", "alpha": 0.5}
+    assert config["identity"]["table"] == "codes.csv"
+
+
+def test_a_link_named_export_is_refused(run):
+    elsewhere = run.parent / "elsewhere"
+    elsewhere.mkdir()
+    (run / "export").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="export: is a link, which an export would replace; remove it"):
+        main([str(run), "--formats", "safetensors", "--no-table"])
+    assert (run / "export").is_symlink()
+
+
+def test_a_file_managers_leftovers_stop_no_export(run):
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    (run / "export" / ".DS_Store").write_bytes(b"icons")
+    main([str(run), "--formats", "safetensors", "--no-table"])
+    assert {path.name for path in (run / "export").iterdir()} == PARTS
+
+
+def test_moved_data_keeps_the_image_size_of_its_set():
+    config, here = DataConfig("food101"), lambda config, recorded: source._moved(config, recorded, "photos")
+    assert (here(config, {}).source, here(config, {}).image_size) == ("photos", 224)
+    assert here(config, {"data": {"folder": True}}).image_size is None
+    assert here(dataclasses.replace(config, image_size=64), {}).image_size == 64
+    assert here(DataConfig("digits"), {}).image_size is None
+
+
+def test_workers_are_asked_for_no_more_images_than_in_training(run, monkeypatch):
+    data, exported = load_data(DataConfig("synthetic")), read_source(run, False)
+    assert source.scoring_batch(exported, data) == 256
+    monkeypatch.setattr(source, "WorkerRows", type(data.test))
+    trained = exported.config["flags"]["fit"]["batch_size"]
+    assert source.scoring_batch(exported, data) == trained < 256
+    asked, read = [], type(data.test).batches
+    watched = lambda self, indices, device: asked.extend(map(len, indices)) or read(self, indices, device)  # noqa: E731
+    monkeypatch.setattr(type(data.test), "batches", watched)
+    build.calibration_images(exported, data, 128)
+    files, _ = candidates(run, exported, data, False)
+    measure_files(files, data, 1, source.scoring_batch(exported, data))
+    assert max(asked) <= trained
+
+
+@pytest.mark.parametrize("name", ["write_pt2", "open_pt2"])
+def test_what_breaks_a_pt2_file_is_one_message_and_a_full_disk_another(run, name, monkeypatch):
+    def breaks(error):
+        def stop(*_):
+            raise error
+
+        monkeypatch.setattr(build, name, stop)
+        with pytest.raises(UserError) as caught:
+            main([str(run), "--formats", "pt2", "--no-table"])
+        return str(caught.value)
+
+    for step in ("trace", "rounds_activations", "write_pt2"):
+        monkeypatch.setattr(build, step, lambda *_: None)
+    assert breaks(RuntimeError("no schema\nfor it")) == (
+        "model.pt2: cannot be made (RuntimeError: no schema for it); leave it out of --formats"
+    )
+    assert "cannot be written ([Errno 28] No space left on device); check" in breaks(
+        OSError(28, "No space left on device")
+    )
+    assert not (run / "export").exists()
 
 
 def test_a_failure_keeps_the_old_export_and_leaves_no_partial_files(run, monkeypatch):
@@ -454,9 +557,9 @@ def test_the_control_has_the_same_network_recipe_and_seed(chain, resnet8_run):
     assert rows() == []
 
 
-def test_calibration_uses_training_images_only():
+def test_calibration_uses_training_images_only(run):
     data = load_data(DataConfig("synthetic"))
-    chosen = build.calibration_images(data, 100)
+    chosen = build.calibration_images(read_source(run, False), data, 100)
     assert len({image.tobytes() for image in chosen}) == 100
     train = {image.numpy().tobytes() for image in data.train.images}
     others = {image.numpy().tobytes() for split in (data.val, data.test) for image in split.images}
@@ -501,8 +604,8 @@ def pretend_int8(monkeypatch, agreement: float) -> None:
         (folder / "model.int8.onnx").write_bytes(b"int8")
         return build.Written({}, quantized)
 
-    def measure(files, data, threads):
-        (row,) = measure_files(files, data, threads)
+    def measure(files, *how):
+        (row,) = measure_files(files, *how)
         return [row, row | {"name": "model.int8.onnx", "agreement": agreement}]
 
     monkeypatch.setattr(build, "write_formats", write)

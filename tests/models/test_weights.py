@@ -179,6 +179,10 @@ def of(value: float) -> dict:
         ({"model_ema": of(2), "model": of(1)}, 1, "took the weights under 'model', left out 'model_ema'"),
         ({"state_dict": of(1), "state_dict_ema": of(2)}, 1, "under 'state_dict', left out 'state_dict_ema'"),
         ({"student": of(1), "epoch": 2}, 1, "took the weights under 'student'"),
+        ({"online": of(1), "ema": of(2)}, 1, "took the weights under 'online', left out 'ema'"),
+        (of(1.0) | {"ema": of(2.0)}, 1, "left out the weights under 'ema'"),
+        ({"model_ema": of(1), "best_acc": torch.tensor(72.5), "rng": torch.zeros(9, dtype=torch.uint8)}, 1, ""),
+        ({"student": of(1), "teacher": of(2), "ema": of(3)}, None, "has weights under 'student', 'teacher'"),
         (of(1) | {"epoch": 3}, 1, "left out 2 (epoch, optimizer) beside the weights: no tensors"),
         (
             {"state_dict": of(1), "model": of(2)},
@@ -353,6 +357,58 @@ def test_a_sharded_folder_of_transformers():
     assert "is a ViTForImageClassification of Transformers, which does not fit the network resnet8" in text
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert "vit: lacks model-00002-of-00002.safetensors of model.safetensors.index.json" in check("vit", "resnet8")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("do_normalize", False),
+        ("do_rescale", False),
+        ("rescale_factor", 1 / 127.5),
+        ("rescale_factor", "1/255"),
+        ("rescale_offset", True),
+        ("do_flip_channel_order", True),
+        ("include_top", True),
+    ],
+)
+def test_a_folder_whose_images_are_prepared_otherwise_is_refused(key, value):
+    Path("vit").mkdir()
+    Path("vit/config.json").write_text(json.dumps({"architectures": ["Net"], "id2label": {"0": "a", "1": "b"}}))
+    save_file(weights_of("tests.networks:plain", 2), "vit/model.safetensors")
+    settings = {"size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    usual = {"do_normalize": True, "do_rescale": True, "rescale_factor": 0.00392156862745098, "rescale_offset": None}
+    Path("vit/preprocessor_config.json").write_text(json.dumps(settings | usual))
+    check_pretrained("vit", "tests.networks:plain")
+    Path("vit/preprocessor_config.json").write_text(json.dumps(settings | usual | {key: value}))
+    text = check("vit", "tests.networks:plain")
+    assert text.startswith(
+        f"vit/preprocessor_config.json: {key} is {json.dumps(value)}, and kd gives every network RGB"
+    )
+    assert "give --teacher-model module:function" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("classes", "abcdefg"),
+        ("classes", dict.fromkeys("abcdefg", 1)),
+        ("classes", list(range(7))),
+        ("classes", None),
+        ("image_size", "32"),
+        ("image_size", ["32", "32"]),
+        ("image_size", [32.5, 32]),
+        ("image_size", 32),
+        ("mean", "000"),
+        ("std", ["0.5"] * 3),
+    ],
+)
+def test_a_malformed_entry_beside_the_weights_is_named(key, value):
+    torch.save(weights_of("resnet8"), "big.pth")
+    expects = EXPECTS | {"classes": list("abcdefg")}
+    Path("big.json").write_text(json.dumps(expects | {key: value}))
+    assert f'big.json: {key} incomplete or malformed; write {{"image_size": [224, 224]' in check("big.pth", "resnet8")
+    Path("big.json").write_text(json.dumps(expects))
+    check_pretrained("big.pth", "resnet8")
 
 
 @pytest.mark.timm

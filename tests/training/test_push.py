@@ -1,5 +1,6 @@
 """--push-to: what is uploaded when, and that a failure stops nothing."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults
 from kd.errors import UserError
+from kd.runs.folder import RunFolder
 from kd.training import push
 from tests.hub_server import hub
 from tests.run_scripts import TEACHER, distil, metrics_of, script, teach
@@ -44,6 +46,48 @@ def test_the_weights_of_every_nth_epoch_and_the_finished_run_are_uploaded(upload
     assert early.keys() == {"model.safetensors", "model.json", "config.json", "metrics.jsonl", "README.md"}
     assert [json.loads(line)["epoch"] for line in early["metrics.jsonl"].decode().splitlines()] == [1, 2]
     assert "kd.load('me/net', trust_code=True)" in last["README.md"].decode()
+    assert "kd.load('" not in early["README.md"].decode(), "without a summary it is no finished run"
+
+
+@pytest.mark.parametrize(
+    ("role", "split", "words"),
+    [
+        ("teacher", "test", ("trained on", "Test top-1 50.00%")),
+        ("none", "validation", ("trained alone on", "Validation top-1 50.00%")),
+        ("kd", "test", ("distilled (kd) on", "Test top-1 50.00%")),
+    ],
+)
+def test_the_card_says_how_it_was_trained_and_on_which_split_it_was_scored(uploads, tmp_path, role, split, words):
+    (tmp_path / "summary.json").write_text(json.dumps({"test_top1": 50.0, "test_split": split}))
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"data": {"source": "synthetic"}, "method": {}}}))
+    config = parse(distill_defaults, "", ["--push-to", "me/net", *([] if role == "teacher" else [role])])
+    job = config.teacher_job() if role == "teacher" else config.job()
+    job = dataclasses.replace(job, run=config.run)
+    push.push_run(job, RunFolder(tmp_path, {}))
+    card = uploads["kd: the finished run"]["README.md"].decode()
+    assert all(word in card for word in words), card
+
+
+def test_an_epochs_upload_leaves_no_summary_of_an_earlier_run():
+    old = dict.fromkeys(("summary.json", "best.safetensors", "notes.txt"), b"old")
+    with hub({"me/net": dict(old)}) as server:
+        settings = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(Path.cwd()),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "hf_right",
+        }
+        Path("early").mkdir()
+        for name in ("model.safetensors", "model.json", "README.md"):
+            Path("early", name).write_text("new")
+        code = (
+            "from pathlib import Path\nfrom kd.utils.hub import upload\nupload(Path('early'), 'me/net', 'kd: epoch 2')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert server.files["me/net"].keys() == {"model.safetensors", "model.json", "README.md", "notes.txt"}
 
 
 def test_no_path_of_this_machine_is_uploaded(uploads, tmp_path):

@@ -48,7 +48,8 @@ def test_only_safetensors_and_json_are_downloaded(exported):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_what_is_pushed_can_be_loaded(exported, private):
-    with hub({"me/student": {"model.pt2": b"of an earlier export", "notes.txt": b"my own"}}) as server:
+    earlier = ("model.pt2", "best.safetensors", "ema.safetensors", "metrics.jsonl")  # an export's and a run's
+    with hub({"me/student": {"notes.txt": b"my own", **dict.fromkeys(earlier, b"old")}}) as server:
         sent = run_with_hub(
             server, f"print(push(Path({str(exported)!r}), 'me/student', private={private}))", token="hf_right"
         )
@@ -60,6 +61,17 @@ def test_what_is_pushed_can_be_loaded(exported, private):
         assert there.keys() == {path.name for path in exported.iterdir()} | {"notes.txt"}
         back = run_with_hub(server, "print(local_folder('me/student'))").stdout.strip()
     assert kd.load(back).state_dict().keys() == kd.load(exported).state_dict().keys()
+
+
+def test_a_public_repository_gets_nothing_that_should_be_private(exported):
+    before = {"notes.txt": b"my own"}
+    code = f"import sys\nfrom kd.errors import exit_code\nfolder = Path({str(exported)!r})\n"
+    code += "sys.exit(exit_code(lambda: push(folder, 'me/student', True), ''))"
+    with hub({"me/student": dict(before)}, public=("me/student",)) as server:
+        refused = run_with_hub(server, code, token="hf_right")
+        assert server.files["me/student"] == before
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert "me/student: is public on the Hub, which --private does not change; nothing was uploaded" in refused.stderr
 
 
 @pytest.mark.parametrize(("private", "flag"), [(True, " --private"), (False, "")])
