@@ -39,8 +39,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, where runs/ lands, and starts Accelerate afresh."""
+    """Each test runs in a folder of its own, where runs/ lands, and starts torch's draws and Accelerate afresh."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)  # the order of the tests must not decide on a failure
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

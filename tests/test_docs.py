@@ -21,9 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
+from kd.config import METHODS
 from kd.config.cli import parse
 from kd.config.presets import distill_defaults, train_defaults
 from kd.data import show
+from kd.losses.deit import ALPHA
 from kd.models import build_model
 from kd.runs.table import COLUMNS
 from kd.study.plan import read_command_line
@@ -199,6 +201,47 @@ def test_the_readmes_table_has_the_columns_that_the_program_prints():
     titles = [title.strip() for title in header.split("┃")]
     assert titles[:3] == ["network", "model", "params"]
     assert [column.title for column in COLUMNS if column.title in titles] == titles[3:]
+
+
+# Flags whose defaults the README's table of methods gives, in the order of its numbers.
+PUBLISHED = {
+    "none": ("label_smoothing",),
+    "tfkd": ("alpha", "temperature", "correct"),
+    "apprentice": ("alpha", "beta", "gamma"),
+    "kd": ("temperature", "alpha"),
+    "mimic": ("weight",),
+    "dkd": ("temperature", "alpha", "beta"),
+    "dist": ("temperature", "weight", "beta", "gamma"),
+    "nkd": ("temperature", "gamma"),
+    "wttm": ("exponent", "used_weight"),
+    "rld": ("temperature", "alpha", "beta", "ramp_epochs"),
+    "pld": ("temperature",),
+    "skd": ("temperature", "ce_weight", "kd_weight", "direction_weight", "ridge"),
+    "ctkd": ("alpha", "lowest_temperature", "highest_temperature", "decay_epochs"),
+    "mlkd": ("lowest", "highest", "weight", "ce_weight"),
+    "crld": ("temperature", "within_weight", "across_weight"),
+    "deit": ("used_alpha",),
+    "ofa": ("weight", "exponent"),
+    "fitnet": ("weight", "hint_stage"),
+    **dict.fromkeys(("at", "sp", "nst", "pkt", "cc", "reviewkd", "simkd"), ("weight",)),
+    "rkd": ("distance_weight", "angle_weight"),
+    "vid": ("weight", "initial_variance"),
+    "crd": ("weight", "negatives"),
+    "embed": ("temperature",),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_defaults_are_those_of_the_readmes_table(method):
+    (cell,) = re.findall(rf"^\| `{method}` \|[^|]*\|[^|]*\|([^|]*)\|", read("README.md"), re.M)
+    numbers = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", cell.partition("(")[0])  # in brackets are those of other cases
+    config = METHODS[method]().settled("a student of nobody's")
+    found = {name: getattr(config, name, None) for name in PUBLISHED[method]}
+    if method == "mlkd":
+        found |= {"lowest": config.temperatures[0], "highest": config.temperatures[-1]}
+    if method == "deit":
+        found["used_alpha"] = ALPHA[config.kind]
+    assert [float(number.replace(",", "")) for number in numbers] == list(found.values())
 
 
 def headings(page: Path) -> set[str]:

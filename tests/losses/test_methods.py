@@ -162,7 +162,29 @@ def test_several_teachers_are_averaged_in_their_probabilities_and_compared_one_b
     torch.testing.assert_close(both.network(image).softmax(1), mean)
     with pytest.raises(UserError, match="--teacher-layers: there are networks"):
         distil("--student", "resnet8", "--teacher", teacher, plain, "--trust-code", *FEW, "sp", "--out", "three")
-    assert not Path("three").exists() or not list(Path("three").glob("*.json"))
+    assert not Path("three").exists()
+
+
+def test_agreement_and_accuracies_are_those_of_the_saved_networks(teacher):
+    plain = str(Path(teacher).parent / "plain")
+    quick = ["--classes", "4", "--val-fraction", "0.8", "--batch-size", "40", "--lr", "0.05", "--epochs", "3"]
+    distil("--student", "resnet8", "--teacher", teacher, plain, "--trust-code", *quick, "kd", "--out", "run")
+    summary = json.loads(Path("run/summary.json").read_text())
+    data = load_data(DataConfig(source="synthetic", classes=4, val_fraction=0.8))
+    student, *teachers = (
+        predict_logits(kd.load(folder, trust_code=True), data.test, data, Accelerator(cpu=True), 40)
+        for folder in ("run", teacher, plain)
+    )
+    joint = sum(logits.softmax(1) for logits in teachers) / 2
+    percent = lambda logits, classes: 100 * (logits.argmax(1) == classes).double().mean().item()  # noqa: E731
+    accuracies = [percent(logits, data.test.labels) for logits in (student, joint, *teachers)]
+    agreements = [percent(logits, student.argmax(1)) for logits in (joint, *teachers)]
+    members = summary["teachers"]
+    found = [summary["test_top1"], summary["teacher_test_top1"], *(member["test_top1"] for member in members)]
+    assert found == accuracies
+    assert [summary["agreement"], *(member["agreement"] for member in members)] == agreements
+    assert agreements[1] != agreements[2]
+    assert max(agreements) < 100
 
 
 @pytest.mark.parametrize(

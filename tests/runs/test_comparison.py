@@ -219,6 +219,20 @@ def test_runs_of_one_seed_count_as_their_mean(runs):
     assert compare([*method, again], control, Answers()) == compare(method, control, Answers())
 
 
+def test_the_noise_of_several_runs_of_a_seed_is_that_of_their_mean(runs):
+    """Two runs of seed 0 that answer differently, as students of two teachers do."""
+    method, control = sides(runs)
+    again = Result(method[1].path, method[1].summary | {"seed": 0})
+    answers = Answers()
+    found = compare([method[0], again, method[2]], [control[0], control[2]], answers)
+    right = {name: answers.correct(run).double() for name, run in runs.items()}
+    mean = (right["method0"] + right["method1"]) / 2
+    gains = torch.stack([mean - right["control0"], right["method2"] - right["control2"]])
+    assert (found.seeds, found.by_image) == ([0, 2], True)
+    assert found.mean == pytest.approx(100 * gains.mean().item())
+    assert (found.of_seeds, found.of_images) == pytest.approx(variances_by_image(gains))
+
+
 def test_seeds_apart_are_not_compared(runs):
     method, control = sides(runs)
     assert compare(method[:1], control[1:], Answers()) is None

@@ -308,21 +308,24 @@ def test_row_18_a_killed_build_continues_and_ends_in_the_same_bytes(monkeypatch,
     assert {path.name: path.read_bytes() for path in cache_folder().glob("*.npy")} == whole
 
 
-def test_row_19_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys):
+def test_row_19_a_second_builder_waits_for_the_first_and_reuses_what_it_built(capsys, monkeypatch):
     opened()
     folder = cache_folder().resolve()
-    holder = "import time; from pathlib import Path; from kd.utils.system import Lock; "
-    holder += f"lock = Lock(Path({str(folder / 'lock')!r})); lock.acquire(); print('held', flush=True); time.sleep(2)"
-    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
-    try:
+    holder = "from pathlib import Path; from kd.utils.system import Lock; "
+    holder += f"lock = Lock(Path({str(folder / 'lock')!r})); lock.acquire(); print('held', flush=True); open(0).read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holder], **pipes) as process:
+
+        def release(seconds: float) -> None:
+            process.stdin.close()
+            process.wait()
+
+        monkeypatch.setattr("time.sleep", release)  # the first builder goes on until the second one waits
         assert process.stdout.readline() == "held\n"
         capsys.readouterr()
         opened()
         said = capsys.readouterr().out
-    finally:
-        process.kill()
-        process.communicate()
-    assert "waiting for another process to finish" in said
+    assert said.count("waiting for another process to finish") == 1
     assert "stored" not in said, "nothing was computed again"
 
 

@@ -1,20 +1,25 @@
 """Scoring: a split is placed once, in batches that suit the device, and not compiled unless that pays."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
+import kd
 from kd.config import DataConfig
 from kd.data import Split, load_data
 from kd.data.rows import MappedRows
 from kd.data.workers import EncodedImages, WorkerRows
+from kd.metrics import top_k
 from kd.training.evaluate import AT_ONCE, PAYS, Scorer, predict_logits, validation
 from tests.fake_cuda import COPY, DEVICE, ROWS, Setting, accelerator_on_gpu, counting, training
-from tests.run_scripts import distil
+from tests.run_scripts import distil, teach
 from tests.training.test_faults import Share
 
 
@@ -31,6 +36,29 @@ def test_each_split_is_placed_once_over_all_validations(monkeypatch):
     rows = {"train": 900, "val": 100, "test": 250}
     # Teacher, control and student; the student's test scores include its best and averaged weights and the teacher's.
     assert sorted(placed) == sorted(3 * list(rows.values()))
+
+
+def test_the_weights_of_the_best_epoch_are_kept_scored_and_loaded(monkeypatch):
+    epochs, accuracies = [], [10.0, 60.0, 30.0]
+
+    def scored(network, scorer):
+        epochs.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return {"val/loss": 1.0, "val/top1": accuracies[len(epochs) - 1]}
+
+    monkeypatch.setattr("kd.training.trainer.validate", scored)
+    teach("--model", "resnet8", "--out", "run", "--epochs", "3", "--val-fraction", "0.5")
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert [summary[key] for key in ("best_epoch", "val_top1_best", "val_top1_last")] == [2, 60.0, 30.0]
+    data = load_data(DataConfig(source="synthetic", val_fraction=0.5))
+    for weights, file, epoch, score in (("best", "best", 1, "test_top1_best"), ("last", "model", 2, "test_top1")):
+        network = kd.load("run", weights=weights)
+        for tensors in (load_file(f"run/{file}.safetensors"), network.state_dict()):
+            assert tensors.keys() == epochs[epoch].keys()
+            assert all(torch.equal(tensor, epochs[epoch][name]) for name, tensor in tensors.items())
+        logits = predict_logits(network, data.test, data, Accelerator(cpu=True), 50)
+        assert summary[score] == top_k(logits, data.test.labels, 1)
+    assert not torch.equal(epochs[1]["fc.weight"], epochs[2]["fc.weight"])
+    assert summary["test_top1_best"] != summary["test_top1"]
 
 
 def test_on_a_gpu_only_the_first_validation_copies():

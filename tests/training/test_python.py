@@ -1,5 +1,6 @@
 """kd.train and kd.distill: the scripts called from Python, as often as wanted; the progress display in a notebook."""
 
+import itertools
 import json
 import os
 import random
@@ -122,6 +123,41 @@ def test_the_process_is_as_before(monkeypatch):
     assert random.getstate() == state
 
 
+SETTINGS = {
+    "deterministic": torch.are_deterministic_algorithms_enabled,
+    "matrices": torch.get_float32_matmul_precision,
+    "benchmark": lambda: torch.backends.cudnn.benchmark,
+    "tf32": lambda: torch.backends.cudnn.allow_tf32,
+    "cublas": lambda: os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+}
+QUICKEST = {"deterministic": False, "matrices": "high", "benchmark": True, "tf32": True, "cublas": None}
+REPEATABLE = {"deterministic": True, "matrices": "highest", "benchmark": False, "tf32": False, "cublas": ":4096:8"}
+
+
+@pytest.mark.parametrize(("deterministic", "inside"), [(False, QUICKEST), (True, REPEATABLE)])
+def test_a_deterministic_run_computes_repeatably_and_leaves_the_callers_settings(monkeypatch, deterministic, inside):
+    read = lambda: {name: setting() for name, setting in SETTINGS.items()}  # noqa: E731
+    found, real = [], Trainer.record
+
+    def record(trainer, *args):
+        found.append(read())
+        real(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "record", record)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        kd.train(**SMALL | {"epochs": 1}, model="resnet8", deterministic=deterministic, out="run")
+        assert found == [inside] * len(found)
+        assert len(found) == 2
+        assert read() == QUICKEST
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def test_row_37_ctrl_c_saves_and_the_same_call_resumes(monkeypatch):
     """As interrupting the notebook's kernel does."""
     kd.train(**SMALL, model="resnet8", out="whole")
@@ -207,7 +243,9 @@ def show_epochs(display: ProgressDisplay, count: int) -> None:
 
 
 def test_in_a_notebook_the_bars_are_updated_in_one_place(notebook, capsys):
-    places = []
+    places, ticks = [], itertools.count()
+    clock = types.SimpleNamespace(monotonic=lambda: next(ticks) / 200)  # asked at least once a step
+    notebook.setattr("kd.training.progress.time", clock)
 
     def display(content, display_id: bool) -> Place:
         assert display_id

@@ -23,7 +23,7 @@ from kd.losses import CrossEntropy, Distiller
 from kd.models import build_model
 from kd.runs import checkpoint
 from kd.teachers.load import TeacherNetwork
-from kd.training import optimizers, trainer
+from kd.training import meter, optimizers, trainer
 from kd.training.average import Average, too_long, weights_in
 from kd.training.optimizers import check_optimizer
 from kd.training.schedule import lr_at
@@ -31,7 +31,7 @@ from kd.training.setup import build_distiller, settle_by_data
 from tests.conftest import ROOT
 from tests.pairs import batch_of
 from tests.run_scripts import TEACHER, differences, distil, metrics_of, newest_checkpoint, script, teach, torchrun
-from tests.training.recipes import differ_when_killed, fit_of, last_checkpoint, lines_of, train
+from tests.training.recipes import Killed, differ_when_killed, fit_of, last_checkpoint, lines_of, train
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
 
@@ -70,10 +70,20 @@ def test_the_oracle_sees_what_a_checkpoint_forgets(monkeypatch, forgotten):
     assert differ_when_killed(fit_of(optimizer="adamw", ema=0.9)) != []
 
 
-@pytest.mark.parametrize("name", [name for name in TORCH_OPTIMIZERS if name != "muon"])
-def test_an_optimizer_is_torchs_own(name):
-    """Its steps are those of the class, called by hand with its own defaults."""
-    fit, options = fit_of(optimizer=name, weight_decay=0.01), {"momentum": 0.9} if name == "sgd" else {}
+OWN = [
+    *((name, {}) for name in TORCH_OPTIMIZERS if name != "muon"),
+    ("sgd", {"momentum": 0.5, "nesterov": True}),
+    ("adamw", {"betas": (0.5, 0.7)}),
+    ("adamw", {"eps": 0.1}),
+    ("rmsprop", {"eps": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), OWN)
+def test_an_optimizer_is_torchs_own(name, flags):
+    """Its steps are those of the class, called by hand with its own defaults but for the flags given."""
+    fit = fit_of(optimizer=name, weight_decay=0.01, **flags)
+    options = ({"momentum": 0.9} if name == "sgd" else {}) | flags
     distiller, module = distiller_of("normalised"), distiller_of("normalised")
     ours = optimizers.make_optimizer(distiller, fit, "x", Accelerator(cpu=True))
     theirs = optimizers.TORCH[name](module.parameters(), 0.01, weight_decay=0.01, **options)
@@ -420,6 +430,109 @@ def test_the_report_has_a_column_for_averages(averaged_run):
         assert "test@ema" in table.markdown()
 
 
+# --- the clock
+
+
+class Watch:
+    """Time that passes only when a test says so."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.now, self.patch = 1000.0, patch
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float, owner: object, name: str) -> None:
+        """Let each call of the owner's function take so long."""
+        real = getattr(owner, name)
+
+        def call(*args, **options):
+            self.now += seconds
+            return real(*args, **options)
+
+        self.patch.setattr(owner, name, call)
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Watch:
+    """The trainer's clock and its meter's: 2 seconds for a step of 50 images, 30 for a validation."""
+    watch = Watch(monkeypatch)
+    watch.takes(2, trainer.Trainer, "record")
+    watch.takes(30, trainer.Trainer, "_validate")
+    for module in (trainer, meter):
+        monkeypatch.setattr(module, "time", watch)
+    monkeypatch.setattr(meter, "SETTLING", 2)
+    return watch
+
+
+def state_of(folder: str) -> dict:
+    return json.loads((newest_checkpoint(Path(folder)) / "state.json").read_text())["state"]
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_processes_and_none_between(watch):
+    train("whole", fit_of())
+    assert state_of("whole")["seconds"] == 8 * 2 + 2 * 30
+    with pytest.raises(Killed):
+        train("run", fit_of(), kill=7)
+    assert state_of("run")["seconds"] == 6 * 2 + 30
+    watch.now += 1000
+    train("run", fit_of())
+    assert state_of("run")["seconds"] == 8 * 2 + 2 * 30
+
+
+def test_images_per_second_are_those_of_steps_without_validating_and_saving(watch):
+    watch.takes(70, checkpoint, "snapshot")
+    train("whole", fit_of())
+    speeds = [json.loads(line)["images_per_second"] for line in Path("whole/metrics.jsonl").read_text().splitlines()]
+    assert speeds == [25, 25]
+    assert state_of("whole")["timing"] == {"images": 2 * 50 + 3 * 50, "seconds": 2 * 2 + 3 * 2}, "as from the third on"
+    with pytest.raises(Killed):
+        train("run", fit_of(), kill=7)
+    watch.now += 1000
+    assert state_of("run")["timing"] == {"images": 2 * 50, "seconds": 2 * 2}, "of the third step and the sixth"
+    train("run", fit_of(epochs=3))
+    assert state_of("run")["timing"] == {"images": 5 * 50, "seconds": 5 * 2}
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 1000.0])
+def test_a_gradient_longer_than_clip_norm_is_shortened_to_it(monkeypatch, clip):
+    """Plain SGD moves the weights by the learning rate times the gradient."""
+    lengths, moves, real = [], [], trainer.Trainer.update
+
+    def update(self):
+        parameters = list(self.distiller.parameters())
+        flat = lambda tensors: torch.cat([tensor.detach().flatten() for tensor in tensors]).double()  # noqa: E731
+        before, gradient = flat(parameters), flat(parameter.grad for parameter in parameters)
+        real(self)
+        lengths.append(gradient.norm().item())
+        moves.append((flat(parameters) - before).norm().item())
+
+    monkeypatch.setattr(trainer.Trainer, "update", update)
+    train("run", fit_of(lr=0.1, schedule="constant", momentum=0.0, weight_decay=0.0, clip_norm=clip, epochs=1))
+    assert min(lengths) > 0.05
+    assert moves == pytest.approx([0.1 * min(length, clip or length) for length in lengths], rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_step_computes_in_the_precision_that_was_asked_for(monkeypatch, precision, dtype):
+    found, real = [], trainer.Trainer.step
+
+    def note(module, inputs, output):
+        found.append((output.dtype, module.weight.dtype))
+
+    def step(self, batch):
+        handle = self.distiller.student[0].register_forward_hook(note)
+        real(self, batch)
+        handle.remove()
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    teach("--out", "run", "--steps", "2", "--mixed-precision", precision)
+    assert found == [(dtype, torch.float32)] * 2
+
+
 # --- accumulation
 
 
@@ -439,12 +552,16 @@ def test_accumulated_gradients_are_the_whole_batchs(parts, taught):
 
 def test_a_batch_is_cut_into_parts_in_order():
     batch = batch_of(torch.arange(10))
-    mixed = batch._replace(mix=kd.types.Mix(batch.label.flip(0), torch.rand(10)))
+    mixed = batch._replace(mix=kd.types.Mix(batch.label.flip(0), torch.rand(10)), strong=torch.rand(10, 3, 4, 4))
     parts = trainer.split(mixed, 3)
     assert [len(part.label) for part in parts] == [4, 3, 3]
-    for field in ("image", "label", "index"):
+    for field in ("image", "label", "index", "strong"):
         assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(mixed, field))
-    assert torch.equal(torch.cat([part.mix.weight for part in parts]), mixed.mix.weight)
+    for field in ("label", "weight"):
+        assert torch.equal(torch.cat([getattr(part.mix, field) for part in parts]), getattr(mixed.mix, field))
+    for part in parts:
+        assert (part.view, part.epoch, part.step) == (mixed.view, mixed.epoch, mixed.step)
+    assert [(part.mix, part.strong) for part in trainer.split(batch, 3)] == [(None, None)] * 3
     assert trainer.split(batch, 1)[0] is batch
     assert len(trainer.split(batch, 99)) == 10
 
@@ -487,6 +604,36 @@ def test_row_25_row_46_two_processes_accumulate_and_average_as_one_does():
 def test_gradient_checkpointing_needs_a_network_that_offers_it():
     with pytest.raises(UserError, match=r"--gradient-checkpointing: tests.networks:normalised does not offer it"):
         teach("--gradient-checkpointing")
+
+
+@pytest.mark.parametrize("flags", [[], ["--gradient-checkpointing"]])
+def test_gradient_checkpointing_is_on_if_asked_for(monkeypatch, flags):
+    """Of a network that offers it by timm's name."""
+    asked = []
+    offer = lambda network, enable: asked.append(enable)  # noqa: E731
+    monkeypatch.setattr(nn.Sequential, "set_grad_checkpointing", offer, raising=False)
+    teach("--out", "run", "--steps", "1", *flags)
+    assert asked == [True] * len(flags)
+
+
+@pytest.mark.timm
+def test_gradient_checkpointing_runs_each_block_once_more_a_step(monkeypatch):
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import Block
+
+    calls, real = [], Block.forward
+
+    def forward(self, *args, **options):
+        calls.append(self)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    found = []
+    for name, flags in (("plain", []), ("twice", ["--gradient-checkpointing"])):
+        calls.clear()
+        teach("--out", name, "--model", "tests.networks:timm_vit", "--steps", "2", *flags)
+        found.append(len(calls))
+    assert found[1] - found[0] == 4 * 2, "four blocks, two steps"
 
 
 def test_gradient_checkpointing_computes_the_same():
