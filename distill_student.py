@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kd.config import DistillConfig
 from kd.config.cli import script
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from train_teacher import train
 
 
@@ -23,7 +23,7 @@ def find_teacher(config: DistillConfig, data, seen, accelerator, shared=None):
     """The teacher: the `shared` logits of --cache-teacher SOURCE; else --teacher, with a new last layer if asked for;
     else what a pruned student was before; else the recipe's own, trained here unless it is already. `seen` is `data` as
     the student sees it."""
-    from kd.config.recipes import usual_teacher
+    from kd.config.presets import usual_teacher
     from kd.runs.held_out import check_held_out
     from kd.teachers.load import load_embedders, load_teachers
     from kd.teachers.shared import shared_teacher
@@ -53,7 +53,7 @@ def main(config: DistillConfig) -> Path:
     from kd.runs.table import show_results
     from kd.teachers.shared import find_shared
     from kd.training import setup
-    from kd.training.launch import print_plan, start
+    from kd.training.launch import make_accelerator, print_plan
     from kd.training.start import check_networks, start_from
 
     config, needs_teacher, source = config.for_method(), config.method.needs_teacher, config.cache.cache_from
@@ -61,7 +61,7 @@ def main(config: DistillConfig) -> Path:
     check_networks(config)
     teachers = (source,) if source else config.teachers or (config.teacher_model,)
     print_plan(config.job(), teachers if needs_teacher else (), config.control)
-    accelerator = start(config.fit, config.run)
+    accelerator = make_accelerator(config.fit, config.run)
     shared = find_shared(config.job()) if needs_teacher and source else None
     data = load_data(config.data, config.run, config.method.uses_labels)
     config = setup.settle_by_data(config, data, accelerator)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kd.config import Job, TrainConfig
 from kd.config.cli import script
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 
 
 def train(job: Job, data, accelerator, distiller=None, teacher=None, control: Path | None = None) -> Path:
@@ -66,7 +66,7 @@ def main(config: TrainConfig) -> Path:
     from kd.data import load_data
     from kd.models import check_name
     from kd.runs.table import show_results
-    from kd.training.launch import print_plan, start
+    from kd.training.launch import make_accelerator, print_plan
     from kd.training.setup import build_distiller, build_network, check_job, settle_by_data, settle_unlabelled
     from kd.training.start import check_start, start_from
 
@@ -74,7 +74,7 @@ def main(config: TrainConfig) -> Path:
     check_name(config.model)
     check_start(config.job())
     print_plan(config.job())
-    accelerator = start(config.fit, config.run)
+    accelerator = make_accelerator(config.fit, config.run)
     data = load_data(config.data, config.run)
     config = settle_by_data(config, data, accelerator)
     job, data = start_from(config.job(), data)

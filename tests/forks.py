@@ -25,7 +25,7 @@ import kd.training.summary
 import kd.training.trainer
 import train_teacher
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults, train_defaults
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.errors import exit_code
 
 PHASES = ("start-up", "decoding", "cache build", "step", "save", "validation", "finish", "between")

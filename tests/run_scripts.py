@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import distill_student
 import train_teacher
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults, train_defaults
+from kd.config.defaults import distill_defaults, train_defaults
 from tests.conftest import ROOT
 
 SMALL = ["--data", "synthetic", "--batch-size", "50", "--epochs", "2", "--lr", "0.05", "--log-every", "3"]

@@ -23,7 +23,7 @@ from PIL import Image
 
 from kd.config import METHODS
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults, train_defaults
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.data import show
 from kd.losses.deit import ALPHA
 from kd.models import build_model

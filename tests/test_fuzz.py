@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kd import metrics
 from kd.config import DataConfig, DistillConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import cache, load_data
 from kd.errors import UserError
 from kd.runs import checkpoint, results

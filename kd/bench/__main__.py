@@ -133,11 +133,11 @@ def start_in(precision: str, config: BenchConfig):
     """An Accelerator of this precision beside those that the process has already."""
     from accelerate.state import AcceleratorState
 
-    from kd.training.launch import start
+    from kd.training.launch import make_accelerator
 
     AcceleratorState._reset_state()
     job = config.job(precision)
-    accelerator = start(job.fit, job.run)
+    accelerator = make_accelerator(job.fit, job.run)
     require(accelerator.num_processes == 1, "kd.bench measures one process: start it with plain python")
     return accelerator
 

@@ -18,11 +18,11 @@ def main(flags: dict) -> dict[str, float]:
     import torch
 
     from kd.data import load_data
-    from kd.training.launch import start
+    from kd.training.launch import make_accelerator
 
     config = BenchConfig(**flags)
     job = config.job(config.mixed_precision or "no")
-    accelerator = start(job.fit, job.run)
+    accelerator = make_accelerator(job.fit, job.run)
     data = load_data(job.data)
     Workloads(job, config.teacher_model, 1, data, accelerator).bare().work()
     wait(accelerator.device)

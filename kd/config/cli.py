@@ -12,13 +12,14 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import CascadeSubcommandArgs, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
+from kd.config.defaults import default_preset
 from kd.config.files import as_arguments, as_yaml, read_flags
 from kd.config.flags import is_cache
 from kd.config.help import Flag, flag_values, format_help, list_flags, typed_method, without_method
 from kd.config.jobs import DistillConfig, TrainConfig
 from kd.config.methods import METHODS, KDConfig, Method, MethodFlags, method_name
 from kd.config.named import named_method, with_usual
-from kd.config.presets import PRESETS, default_preset
+from kd.config.presets import PRESETS
 from kd.config.unused import check_used
 from kd.errors import exit_code, require, reworded
 

@@ -21,7 +21,7 @@ from kd.utils.system import expand_user
 
 MAX_PADDING = 4096  # pixels
 
-# Fields of FitConfig that --preset own leaves to the number of training images: None until kd.config.presets.settle.
+# Fields of FitConfig that --preset own leaves to the number of training images: None until kd.config.defaults.settle.
 SETTLED_BY_DATA = ("epochs", "batch_size", "lr", "warmup_epochs")
 
 MAGNITUDES = {"rand": (0, 30), "augmix": (1, 10)}

@@ -12,7 +12,7 @@ from tyro.conf import arg
 from kd.config.flags import CacheConfig, CompressConfig, DataConfig, FitConfig, RunConfig, StartConfig, ViewConfig
 from kd.config.methods import KDConfig, Method, NoneConfig, method_name
 from kd.config.model_args import asked_size, parse_model_args
-from kd.config.recipes import PRESETS, for_teacher, usual_teacher
+from kd.config.presets import PRESETS, for_teacher, usual_teacher
 from kd.errors import require
 
 PresetName = Literal[

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from kd.config.flags import FitConfig
 from kd.config.jobs import DistillConfig, TrainConfig
-from kd.config.recipes import PRESETS, for_teacher
+from kd.config.presets import PRESETS, for_teacher
 from kd.errors import require
 
 # Flags that say who the teacher is, or how its logits are stored.

@@ -26,7 +26,7 @@ from tyro.conf import Positional
 from kd.config import DataConfig, FitConfig, ViewConfig
 from kd.config.cli import parse
 from kd.config.jobs import PresetName, check_together
-from kd.config.recipes import PRESETS
+from kd.config.presets import PRESETS
 from kd.data.columns import UNLABELLED
 from kd.data.dataset import Data, load_data
 from kd.data.loader import Pixels, TrainingImages

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from kd.config import DistillConfig, RunConfig, named_method
 from kd.config.cli import parse
+from kd.config.defaults import distill_defaults
 from kd.config.methods import methods_without_labels
-from kd.config.presets import distill_defaults
 from kd.errors import UserError, exit_code, require, reworded
 from kd.report.document import Block, Figure, Heading, Table
 from kd.study.few_labels import run_few_labels
@@ -148,7 +148,7 @@ def check_batches(study: Study) -> None:
     """
     if not study.shares:
         return
-    from kd.config.presets import settle
+    from kd.config.defaults import settle
     from kd.data import load_data  # imports torch
     from kd.data.loader import check_batch
 

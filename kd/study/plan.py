@@ -10,8 +10,9 @@ from pathlib import Path
 
 from kd.config import DistillConfig, named_method
 from kd.config.cli import file_of, parse
+from kd.config.defaults import distill_defaults
 from kd.config.methods import KDConfig, method_name, methods_without_labels
-from kd.config.presets import PRESETS, distill_defaults
+from kd.config.presets import PRESETS
 from kd.errors import UserError, nearest, require
 from kd.study.runner import Task, parse_launch_flags
 from kd.utils.system import cores, script_path

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 from kd.config import ViewConfig
-from kd.config.presets import default_preset
-from kd.config.recipes import PRESETS
+from kd.config.defaults import default_preset
+from kd.config.presets import PRESETS
 from kd.teachers.cache import STRONG
 from kd.teachers.shared import FORMAT, MANIFEST, SharedCache, flags_to_train
 from kd.utils.files import write_text

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd.config import METHODS, DistillConfig, is_named
-from kd.config.recipes import usual_teacher
+from kd.config.presets import usual_teacher
 from kd.data import Data
 from kd.errors import UserError, require
 from kd.losses.deit import TwoHeads

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kd.config import DataConfig, Job, ViewConfig
 from kd.config.flags import HUB
-from kd.config.recipes import PRESETS
+from kd.config.presets import PRESETS
 from kd.data import Data
 from kd.data.augment import VERSION
 from kd.data.rows import fits

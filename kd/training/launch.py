@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Tor
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.config import FitConfig, Job, RunConfig
-from kd.config.presets import default_preset
+from kd.config.defaults import default_preset
 from kd.errors import require
 from kd.training.optimizers import check_optimizer
 from kd.training.precision import advise_precision
@@ -53,7 +53,7 @@ HARMLESS = {
 }
 
 
-def start(fit: FitConfig, run: RunConfig) -> Accelerator:
+def make_accelerator(fit: FitConfig, run: RunConfig) -> Accelerator:
     """The Accelerator of this process, with its CPU threads set.
 
     Raises UserError for fp16 on a CPU, fewer processes than the launcher was asked for, or settings of the launcher

@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from kd.config import METHODS, DistillConfig, TrainConfig
 from kd.config.cli import flag_names, parse
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.config.files import as_words
-from kd.config.presets import distill_defaults, train_defaults
 from kd.errors import Preempted, UserError, nearest, remedy_for, require
 from kd.utils.console import clip
 from kd.utils.system import script_path

@@ -14,11 +14,11 @@ from torch import nn
 
 from kd.compress import compress, sizes
 from kd.config import CacheConfig, DistillConfig, FitConfig, Job, TrainConfig, ViewConfig
+from kd.config.defaults import settle
 from kd.config.flags import SETTLED_BY_DATA
 from kd.config.jobs import LR_BY_NETWORK, check_together
 from kd.config.methods import DISTConfig, MethodFlags, MLKDConfig, method_name, methods_without_labels
 from kd.config.named import CombinedFlags
-from kd.config.presets import settle
 from kd.data import Data
 from kd.data.loader import check_batch
 from kd.errors import UserError, require

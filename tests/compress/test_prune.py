@@ -14,7 +14,7 @@ import kd
 from kd.compress.prune import prune_channels, resize, sizes
 from kd.compress.sparsity import masks
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.errors import UserError
 from kd.models import build_model
 from kd.models.cost import count_macs

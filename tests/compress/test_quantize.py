@@ -21,7 +21,7 @@ from kd.compress.quantize import quantize_activations, rounded_activation, round
 from kd.compress.sparsity import inner_layers
 from kd.config import CompressConfig, DataConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import load_data
 from kd.errors import UserError
 from kd.losses.apprentice import soft_cross_entropy

@@ -7,7 +7,8 @@ import pytest
 
 from kd.config import jobs
 from kd.config.cli import parse
-from kd.config.presets import PRESETS, distill_defaults, train_defaults
+from kd.config.defaults import distill_defaults, train_defaults
+from kd.config.presets import PRESETS
 from kd.errors import UserError
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
 from tests.conftest import ROOT

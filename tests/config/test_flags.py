@@ -13,8 +13,9 @@ import distill_student
 import train_teacher
 from kd.config import METHODS, KDConfig, NoneConfig, cli, flags, help, jobs
 from kd.config.cli import parse
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.config.methods import method_name
-from kd.config.presets import PRESETS, distill_defaults, train_defaults
+from kd.config.presets import PRESETS
 from kd.errors import UserError
 from tests.conftest import ROOT
 

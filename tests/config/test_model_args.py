@@ -3,8 +3,8 @@
 import pytest
 
 from kd.config.cli import parse
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.config.model_args import asked_size, format_model_args, parse_model_args
-from kd.config.presets import distill_defaults, train_defaults
 from kd.errors import UserError
 
 

@@ -12,8 +12,8 @@ from torch import nn
 import kd
 from kd.config import METHODS, DistillConfig, NoneConfig, method_name, named_method
 from kd.config.cli import parse
+from kd.config.defaults import distill_defaults
 from kd.config.named import common_flags
-from kd.config.presets import distill_defaults
 from kd.errors import UserError
 from kd.losses import loss_class
 from kd.study import plan

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import distill_student
-from kd.config import FitConfig, cli, presets
-from kd.config.presets import REPORT_DATA, distill_defaults, settle, train_defaults
+from kd.config import FitConfig, cli
+from kd.config.defaults import REPORT_DATA, distill_defaults, settle, train_defaults
 from kd.data.sources import BUILT_IN, HUB_SETS
 from kd.study.plan import read_command_line
 from tests.run_scripts import script, teach
@@ -104,11 +104,11 @@ def records(folder: str) -> dict[str, dict]:
 
 
 def test_teacher_control_and_student_train_by_the_same_settled_numbers(photos, monkeypatch, capsys):
-    monkeypatch.setattr(presets, "EPOCHS", (1, 2))
+    monkeypatch.setattr("kd.config.defaults.EPOCHS", (1, 2))
     distill = cli.parse(distill_defaults, "", ["--data", photos, *NETWORKS])
     distill_student.main(distill)
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first.endswith(f"on {photos}; --preset own, the default for data other than CIFAR-100")
+    assert first.endswith(f"on {photos}; --preset own, the default for data of your own")
     assert lines[0] == "recipe own: epochs, batch, lr by the number of images (cosine), seed 0; results in runs/own/"
     settled = [line for line in lines if line.startswith("recipe own for")]
     assert settled == ["recipe own for 36 training images: 2 epochs, 0.1 of them warm-up, batch 8, lr 0.00625"]
@@ -123,7 +123,7 @@ def test_teacher_control_and_student_train_by_the_same_settled_numbers(photos, m
 
 
 def test_students_of_a_study_share_the_teacher_that_the_first_one_trains(photos, monkeypatch):
-    monkeypatch.setattr(presets, "EPOCHS", (1, 2))
+    monkeypatch.setattr("kd.config.defaults.EPOCHS", (1, 2))
     study = read_command_line(["--data", photos, *NETWORKS, "--seeds", "0", "1"])
     times = []
     for seed in study.seeds:
@@ -144,7 +144,7 @@ def test_the_real_script_on_ones_own_folder(photos):
     args = ["--data", photos, "--model", "tests.networks:plain", "--wandb", "disabled", "--threads", "1"]
     done = script("train_teacher.py", *args)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].endswith("--preset own, the default for data other than CIFAR-100")
+    assert done.stdout.splitlines()[0].endswith("--preset own, the default for data of your own")
     again = script("train_teacher.py", *args, "--resume")
     assert again.returncode == 0, again.stderr
     (run,) = Path("runs/own").iterdir()

@@ -13,7 +13,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from kd.config import DataConfig
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.data import Split, load_data
 from kd.data.cache import cache_root
 from kd.data.folder import COMMON

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kd.config import DataConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import Split, load_data
 from kd.data.cache import Arrays
 from kd.data.loader import balanced_order, epoch_order

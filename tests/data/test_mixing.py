@@ -8,7 +8,7 @@ from scipy.stats import beta
 
 from kd.config import METHODS, DataConfig, ViewConfig
 from kd.config.cli import parse
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.data import augment, draws, load_data
 from kd.data.loader import Batches
 from kd.losses.cross_entropy import cross_entropy

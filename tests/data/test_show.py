@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from kd.config.cli import parse
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.data import load_data, show
 from kd.data.loader import Batches
 from kd.errors import UserError, exit_code

@@ -10,7 +10,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from kd.config import DataConfig
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.data import load_data
 from kd.data.sources import HUB_SETS, _newest_revision
 from kd.errors import UserError

@@ -13,7 +13,7 @@ from PIL import Image
 
 from kd.config import DataConfig, ViewConfig
 from kd.config.cli import parse
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.data import load_data, stream
 from kd.data.rows import normalize
 from kd.data.stream import stream_order

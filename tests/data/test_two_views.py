@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from kd.config import METHODS, DataConfig, FitConfig, Job, NoneConfig, RunConfig, ViewConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import augment, draws, load_data
 from kd.data.loader import Batches
 from kd.data.policies import Policy, operations

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.config import DataConfig, ViewConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults, train_defaults
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.data import augment, draws, load_data, policies
 from kd.data.loader import Batches, TrainingImages
 from kd.errors import UserError

@@ -10,7 +10,7 @@ import torch
 
 from kd.config import KDConfig, method_name, named_method
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.errors import UserError
 from kd.losses import loss_class
 from kd.losses.combined import Combined

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import kd
 from kd.config import DataConfig, Job
 from kd.config.cli import parse
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.data import load_data
 from kd.errors import UserError
 from kd.models import build_model

@@ -7,7 +7,7 @@ import pytest
 
 import distill_student
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.errors import UserError
 from kd.report.groups import by_data, compare_groups
 from kd.report.tables import share_table

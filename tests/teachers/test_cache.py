@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from kd import types
 from kd.config import DataConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import load_data, loader
 from kd.errors import UserError
 from kd.teachers.cache import ROOT, LogitStore, cached_logits

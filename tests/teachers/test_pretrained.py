@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import kd
 from kd.config import DataConfig
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import load_data
 from kd.data.rows import normalize
 from kd.errors import UserError

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 import distill_student
 from kd.config import DataConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import Data, load_data, loader
 from kd.data.rows import Split
 from kd.errors import UserError

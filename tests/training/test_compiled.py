@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState
 
 from kd.config import FitConfig, RunConfig
 from kd.config.cli import parse
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.errors import UserError, remedy_for
 from kd.training import evaluate
-from kd.training.launch import start
+from kd.training.launch import make_accelerator
 from kd.training.trainer import COMPILING, Trainer
 from tests.conftest import ROOT
 from tests.run_scripts import SMALL, STUDENT, distil, metrics_of, script, teach, torchrun
@@ -182,12 +182,11 @@ def test_a_mode_beside_a_flag_that_makes_it_void_or_wrong_is_refused(flags, mess
 
 
 def test_a_mode_is_refused_where_nothing_is_compiled_and_kept_where_something_is(asked, monkeypatch):
-    assert (
-        start(FitConfig(compile_mode="max-autotune"), RunConfig(threads=1)).state.dynamo_plugin.mode == "max-autotune"
-    )
+    accelerator = make_accelerator(FitConfig(compile_mode="max-autotune"), RunConfig(threads=1))
+    assert accelerator.state.dynamo_plugin.mode == "max-autotune"
     monkeypatch.setattr("kd.training.launch.compiles", lambda fit, on_cpu: False)
     with pytest.raises(UserError, match="--compile-mode max-autotune: kd compiles on CUDA only; leave it out"):
-        start(FitConfig(compile_mode="max-autotune"), RunConfig(threads=1))
+        make_accelerator(FitConfig(compile_mode="max-autotune"), RunConfig(threads=1))
 
 
 def test_a_graph_that_overwrites_what_is_needed_has_a_remedy():

@@ -17,7 +17,7 @@ from kd.config import FitConfig, RunConfig
 from kd.errors import UserError
 from kd.models import build_model
 from kd.study.runner import LAUNCHER, _last_words
-from kd.training.launch import start, warn_of_slow_threads
+from kd.training.launch import make_accelerator, warn_of_slow_threads
 from kd.training.setup import few_for_batchnorm
 from kd.utils.files import read_json
 from kd.utils.system import StopRequests
@@ -55,13 +55,13 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 def test_what_would_change_the_arithmetic_is_refused_with_its_remedy(monkeypatch, name, value, remedy):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}={value}.*{remedy}"):
-        start(FitConfig(), RunConfig())
+        make_accelerator(FitConfig(), RunConfig())
 
 
 def test_row_41_fp16_by_the_launcher_is_refused_on_a_cpu_too(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="a CPU would silently compute in fp32"):
-        start(FitConfig(), RunConfig())
+        make_accelerator(FitConfig(), RunConfig())
 
 
 def test_a_launchers_precision_is_part_of_the_runs_identity(monkeypatch):
@@ -78,7 +78,7 @@ def test_a_launchers_precision_is_part_of_the_runs_identity(monkeypatch):
 def test_ways_to_distribute_that_are_not_ours_are_refused(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", SimpleNamespace(name=kind))
     with pytest.raises(UserError, match=f"distributed_type {kind} is not supported: take MULTI_GPU"):
-        start(FitConfig(), RunConfig(threads=1))
+        make_accelerator(FitConfig(), RunConfig(threads=1))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import kd
 from kd.config import DataConfig, KDConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import load_data
 from kd.errors import UserError
 from kd.export.__main__ import main as export

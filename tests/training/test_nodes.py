@@ -24,7 +24,7 @@ import kd.data.storage
 import kd.teachers.__main__
 from kd.config import DataConfig, FitConfig, RunConfig
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.data import load_data
 from kd.data.loader import Pixels
 from kd.errors import UserError
@@ -32,7 +32,7 @@ from kd.models import build_model
 from kd.teachers.cache import LogitStore
 from kd.teachers.shared import open_cache
 from kd.training.evaluate import predict_logits
-from kd.training.launch import start
+from kd.training.launch import make_accelerator
 from kd.training.probe import Probe
 from kd.training.trainer import Trainer
 from kd.utils import processes
@@ -249,7 +249,7 @@ def test_machines_with_different_data_are_refused():
 
 def test_a_forward_pass_sends_no_buffers():
     def work(rank):
-        accelerator, sent = start(FitConfig(), RunConfig(threads=1)), []
+        accelerator, sent = make_accelerator(FitConfig(), RunConfig(threads=1)), []
         distiller, teacher = build("crd")
         batch = batch_of(torch.arange(8), 0, "crd")
         outputs = teacher.of_batch(batch)

@@ -69,7 +69,7 @@ def test_what_the_cpu_says_of_itself(text, flag, tmp_path):
 def test_the_faster_precision_is_named_if_the_run_has_the_other(monkeypatch, capsys, run, flag, speed, said):
     monkeypatch.setattr(precision, "bf16_instructions", lambda: flag)
     monkeypatch.setattr(precision, "bf16_speed", lambda: speed)
-    launch.start(FitConfig(mixed_precision=run), RunConfig(threads=1))
+    launch.make_accelerator(FitConfig(mixed_precision=run), RunConfig(threads=1))
     printed = capsys.readouterr().out
     assert said in printed
     assert printed.count("\n") == (said != "")
@@ -78,7 +78,7 @@ def test_the_faster_precision_is_named_if_the_run_has_the_other(monkeypatch, cap
 def test_nothing_is_measured_on_a_cpu_without_bf16_that_computes_in_fp32(monkeypatch, capsys):
     monkeypatch.setattr(precision, "bf16_instructions", lambda: None)
     monkeypatch.setattr(precision, "bf16_speed", lambda: pytest.fail("it costs a tenth of a second"))
-    launch.start(FitConfig(mixed_precision="no"), RunConfig(threads=1))
+    launch.make_accelerator(FitConfig(mixed_precision="no"), RunConfig(threads=1))
     assert capsys.readouterr().out == ""
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from kd.config import DataConfig, RunConfig
 from kd.config.cli import parse
-from kd.config.presets import train_defaults
+from kd.config.defaults import train_defaults
 from kd.data import load_data
 from kd.data.dataset import load_probe
 from kd.errors import UserError

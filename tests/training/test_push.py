@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults
+from kd.config.defaults import distill_defaults
 from kd.errors import UserError
 from kd.runs.folder import RunFolder
 from kd.training import push

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import kd
 from kd.config import KDConfig, NoneConfig, TrainConfig
-from kd.config.presets import distill_defaults, train_defaults
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.errors import Preempted, UserError
 from kd.training import python
 from kd.training.progress import ProgressDisplay

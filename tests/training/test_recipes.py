@@ -15,8 +15,8 @@ from torch import nn
 import kd
 from kd.config import DataConfig, FitConfig, NoneConfig
 from kd.config.cli import parse
+from kd.config.defaults import distill_defaults, settle, train_defaults
 from kd.config.flags import TIMM_OPTIMIZERS, TORCH_OPTIMIZERS
-from kd.config.presets import distill_defaults, settle, train_defaults
 from kd.data import load_data
 from kd.errors import UserError
 from kd.losses import CrossEntropy, Distiller

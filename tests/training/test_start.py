@@ -15,7 +15,7 @@ import kd
 from kd.compress.prune import resize
 from kd.config import DataConfig, Job
 from kd.config.cli import parse
-from kd.config.presets import distill_defaults, train_defaults
+from kd.config.defaults import distill_defaults, train_defaults
 from kd.data import load_data
 from kd.errors import UserError
 from kd.models import build_model
