@@ -163,7 +163,10 @@ class Bomb:
         (lambda: torch.save(weights_of(10), "big.pth"), "write big.json"),
         (lambda: torch.save({"state_dict": Bomb()}, beside("big.pth")), "more than tensors, which is never executed"),
         (lambda: torch.save([1, 2], beside("big.pth")), "contains no state dict"),
-        (lambda: torch.save(weights_of(10), beside("big.pth", std=[0.2])), "big.json: incomplete or malformed; write"),
+        (
+            lambda: torch.save(weights_of(10), beside("big.pth", std=[0.2])),
+            "big.json: std incomplete or malformed; write",
+        ),
         (lambda: torch.save(weights_of(10), beside("big.pth")), "its classes have no names"),
         (lambda: torch.save(weights_of(9), beside("big.pth", classes=list("abcdefghij"))), "do not fit the network"),
         (
@@ -204,7 +207,7 @@ TEN = [str(number) for number in range(10)]
         (lambda: beside(file_of("big.safetensors", TEN), mean=[-0.5, 0, 0]), "mean and std must be from 0 to 1"),
         (
             lambda: beside(file_of("big.safetensors", TEN), mean=[float("nan"), 0, 0]),
-            "mean and std must be from 0 to 1",
+            "big.json: mean incomplete or malformed",
         ),
         (
             lambda: beside(file_of("big.safetensors", TEN), model="resnet8", resized=[24, 24]),
