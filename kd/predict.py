@@ -4,9 +4,9 @@
     python -m kd.predict USER/NAME photo.jpg                 a network on the Hub
     python -m kd.predict RUN/export/model.int8.onnx more/    an exported file, without torch or the model code
 
-Images of any mode and size are prepared as the training images were. Prints one line per image. Of
-a folder, files without an image suffix are left out, and counted on stderr. Files that cannot be
-read as images are listed at the end, with exit code 2; all others are still predicted.
+Images of any mode and size are prepared as the training images were. Prints one line per image.
+Of a folder, files without an image suffix are left out, and counted on stderr. Files that cannot
+be read as images are listed at the end, with exit code 2; all others are still predicted.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class Data:
     size: tuple[int, int]  # height and width of every image as networks see it
     storage: str = "in memory"  # in words: how the images are stored, and why
     test_split: str = "test"  # "validation" if the data has no test split but that
+    own_validation: bool = False  # whether `val` is a split of the data's own, not a part of its training split
     labelled: bool = True  # False: every label is -1, and nothing may depend on it
     probe: "Data | None" = None  # the labelled set of --probe
 
@@ -149,7 +151,9 @@ def _load(config: DataConfig, revision: str | None) -> Data:
         _print_share(config.label_share, len(whole.labels), train, val)
         source.hash_rows(train)
     train, val, test = (split and source.rows(split) for split in (train, val, test))
-    return Data(train, val, test, classes, *statistics, _size(config, train), source.storage, test_split)
+    own = val is not None and test_split == "test" and SPLITS[1] in source.splits
+    size = _size(config, train)
+    return Data(train, val, test, classes, *statistics, size, source.storage, test_split, own_validation=own)
 
 
 def _size(config: DataConfig, train: Rows) -> tuple[int, int]:
@@ -180,7 +184,7 @@ def load_probe(
     on with its label is scored.
     Raises: UserError as load_data does, in terms of the flag `option`, and for a set without labels.
     """
-    same = source == data.source
+    same = _is_same(source, data.source)
     config = DataConfig(
         source,
         label=label or (data.label if same else None),
@@ -204,6 +208,12 @@ def load_probe(
         labelled = all(bool((split.labels >= 0).all()) for split in (probe.train, probe.test))
         require(labelled, f"--data {source}: its images have no labels; name a labelled set")
     return probe
+
+
+def _is_same(source: str, other: str) -> bool:
+    """Whether both name one source, however a folder is written."""
+    folders = [Path(name).expanduser() for name in (source, other)]
+    return source == other or (all(map(Path.is_dir, folders)) and folders[0].resolve() == folders[1].resolve())
 
 
 def _held_out_as(data: DataConfig) -> dict:

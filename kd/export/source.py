@@ -87,9 +87,11 @@ def _moved(config: DataConfig, recorded: dict, moved_to: str) -> DataConfig:
 
 
 def scoring_batch(source: ExportedRun, data: Data) -> int:
-    """Images that are read at once: as many as in training if workers decode them, whose memory may hold no more."""
+    """Images that are read at once: as many as a process of the training did if workers decode them, whose memory may
+    hold no more."""
     trained = source.config["flags"].get("fit", {}).get("batch_size", SCORING_BATCH)
-    return min(trained, SCORING_BATCH) if isinstance(data.test, WorkerRows) else SCORING_BATCH
+    share = max(trained // source.config.get("processes", 1), 1)
+    return min(share, SCORING_BATCH) if isinstance(data.test, WorkerRows) else SCORING_BATCH
 
 
 def copy_run(source: ExportedRun, folder: Path) -> tuple[dict, dict]:

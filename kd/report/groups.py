@@ -194,7 +194,7 @@ def missing_cell(key: str, runs: list[Run]) -> str:
 def by_data(runs: list[Run]) -> dict[str, list[Group]]:
     """Groups by data set: accuracies on different images are never put side by side."""
     by_path = {_resolved(run.path): run for run in runs}
-    by_path |= {_resolved(run.path): run for run in _starts_elsewhere(runs)}
+    by_path |= {f"start of others: {run.path}": run for run in _starts_elsewhere(runs)}  # by no path: no teacher of any
     tasks: dict[tuple, list[Run]] = {}
     for run in runs:
         # The fingerprint of a stream does not have the images.
@@ -212,17 +212,19 @@ def by_data(runs: list[Run]) -> dict[str, list[Group]]:
 
 
 def _held_out(run: Run, runs: list[Run]) -> float | None:
-    """--test-fraction, if runs on the same data were scored on different numbers of images; a fingerprint is of all."""
-    alike = [other for other in runs if other.identity["data"] == run.identity["data"] and other.tested]
-    several = len({other.summary["test_images"] for other in alike}) > 1
-    return run.identity.get("test_fraction", DEFAULTS_OF_NEWER_FLAGS["test_fraction"]) if several else None
+    """--test-fraction, if runs on the same data differ in it: the fingerprint is of all images."""
+    usual = DEFAULTS_OF_NEWER_FLAGS["test_fraction"]
+    alike = [other.identity for other in runs if other.identity["data"] == run.identity["data"]]
+    several = len({identity.get("test_fraction", usual) for identity in alike}) > 1
+    return run.identity.get("test_fraction", usual) if several else None
 
 
 def _starts_elsewhere(runs: list[Run]) -> list[Run]:
     """The runs that others started from (--init), and that were not named with them, as far as they are still there."""
     known = {run.summary.get("weights_sha256") for run in runs}
     named = [run for run in runs if run.init and run.identity.get("init") not in known]
-    found = [find_run(place / run.init) for run in named for place in (Path(), *run.path.resolve().parents)]
+    places = [(place, Path(run.init).expanduser()) for run in named for place in (Path(), *run.path.resolve().parents)]
+    found = [find_run(place / init) for place, init in places]
     wanted = {run.identity["init"] for run in named}
     return [run for run in found if run and run.summary.get("weights_sha256") in wanted]
 
@@ -257,7 +259,7 @@ def compare_with(groups: list[Group], method: str) -> bool:
         for other in groups:
             teachers = (None, other.flags.get("teacher"))
             alike = other.budget == group.budget and group.flags.get("teacher") in teachers
-            if other.name == taught(method) != group.name and group.distilled and alike:
+            if other.name == taught(method) != group.name and group.distilled and alike and not group.fine_tuned:
                 group.controls.append(other)
                 found = True
     return found

@@ -62,7 +62,7 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
     names = _names([run.path.resolve() for run in runs])
     kept_as = {path.parent.name: _identity(path.parent) for path in folder.glob("*/summary.json")}
     for run in runs:
-        names |= {run.path.resolve(): name for name, identity in kept_as.items() if identity == run.identity}
+        names |= {run.path.resolve(): name for name, identity in kept_as.items() if identity == _kept_identity(run)}
     for run in runs:
         _check_keepable(run, folder / names[run.path.resolve()])
     try:
@@ -85,7 +85,7 @@ def _check_keepable(run: Run, target: Path) -> None:
     if run.tested:
         read_correct(run.path, run.summary)
     if (target / "summary.json").exists():
-        same = _identity(target) in (None, run.identity)  # a damaged one is kept anew
+        same = _identity(target) in (None, _kept_identity(run))  # a damaged one is kept anew
         require(same, f"{target} is kept of another run; rename the folder of {run.path}")
 
 
@@ -182,6 +182,11 @@ def _identity(folder: Path) -> dict | None:
         return None
 
 
+def _kept_identity(run: Run) -> dict:
+    """The run's identity as it is kept: without the paths among the flags of a method of one's own."""
+    return without_paths(run.summary, read_config(run.path))[1]["identity"]
+
+
 def _resolved(names: str | list | None, folder: Path) -> str | list | None:
     if isinstance(names, list):
         return [_resolved(name, folder) for name in names]
@@ -201,10 +206,8 @@ def _tables(groups: list[Group]) -> list[Block]:
     found = [one for one in compare_groups(groups, answers) if one.control.kind == ALONE]
     comparisons = {id(one.group): one for one in found}
     require(not answers.notes, "; ".join(answers.notes))
-    require(
-        len(found) == len(comparisons),
-        f"{found[0].group.title if found else ''}: has several students alone to compare with; keep one recipe's",
-    )
+    twice = [one.group.title for one in found if comparisons[id(one.group)] is not one]
+    require(not twice, f"{', '.join(twice)}: has several students alone to compare with; keep one recipe's")
     columns = [metric for metric in COLUMNS if any(group.values(metric.key) for group in groups)]
     head = ("network", "model", "seeds", *(metric.report or metric.title for metric in columns), "time")
     head += ("gain (95% interval)", "p", "corrected") if comparisons else ()

@@ -4,7 +4,7 @@ from kd.metrics import BINS, SHOT_NAMES
 from kd.report.costs import Costs
 from kd.report.document import Block, Heading, Lines, Paragraph, Table
 from kd.report.figures import Gallery
-from kd.report.groups import ALONE, TEACHER, Comparison, Group, compare_groups, missing_cell
+from kd.report.groups import ALONE, SMOOTHED, TEACHER, Comparison, Group, compare_groups, missing_cell
 from kd.report.opening import headline, what_was_compared
 from kd.runs.comparison import Answers, format_p
 from kd.runs.results import Run
@@ -148,13 +148,13 @@ def said_of_teachers(methods: list[Group]) -> list[str]:
 
 
 def said_of_smoothing(comparisons: list[Comparison]) -> list[str]:
-    """Sentences on methods that smooth labels where the student alone does not, or otherwise."""
+    """Sentences on methods that smooth labels otherwise than their controls, unless those are about it."""
     pairs = [(one.group, one.control) for one in comparisons if one.difference]
     return [
         f"{group.title} smooths labels by {group.label_smoothing:g}, {control.title} by"
         f" {control.label_smoothing:g}: the smoothing is a part of the difference."
         for group, control in pairs
-        if group.label_smoothing != control.label_smoothing and control.kind == ALONE
+        if group.label_smoothing != control.label_smoothing and control.kind != SMOOTHED
     ]
 
 

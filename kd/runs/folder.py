@@ -280,7 +280,7 @@ def _tell_machine(path: Path, here: dict) -> None:
     `here`: what config.json would say of a run that started now.
     """
     started, now = (_machine(config) for config in (read_config(path), here))
-    changed = [f"{name} {value} before, {now[name]} now" for name, value in started.items() if now.get(name) != value]
+    changed = [f"{name} {started[name]} before, {now[name]} now" for name in started if now.get(name) != started[name]]
     if changed:
         print(f"{path}: continues elsewhere ({'; '.join(changed)}); its bits will differ from an undisturbed run's")
 
@@ -288,7 +288,7 @@ def _tell_machine(path: Path, here: dict) -> None:
 def _machine(config: dict) -> dict[str, str]:
     """What decides a run's last bits beside its flags and processes: kind of device, processor, versions."""
     device = str(config.get("device", "")).partition(":")[0]
-    parts = {"device": device, "processor": config.get("cpu") if device == "cpu" else None}
+    parts = {"device": device if device != "cpu" else f"cpu ({config.get('cpu') or 'unknown'})"}
     versions = {name: known for name, known in config.get("versions", {}).items() if name in ("torch", "torchvision")}
     return {name: value for name, value in (parts | versions).items() if value}
 

@@ -27,9 +27,10 @@ def check_held_out(name: str, asked: str, config: DataConfig, data: Data, begins
         f"{asked}: was trained on images that are tested on here: it held out {fraction:g} of each class, this run"
         f" {config.test_fraction:g}; give --test-fraction {fraction:g}",
     )
-    ours = config.val_fraction, config.split_seed
+    if not begins or data.val is None or data.own_validation:
+        return
     before = theirs.get("val_fraction", 0), theirs.get("split_seed")
-    if begins and data.val is not None and (before[0] < ours[0] or before[1] != ours[1]):
+    if before[0] < config.val_fraction or before[1] != config.split_seed or fraction != config.test_fraction:
         print_once(
             f"{asked}: was trained with --val-fraction {before[0]} --split-seed {before[1]}, and has seen images that"
             " this run validates on: its validation accuracy is too good, its best epoch not to be relied on"

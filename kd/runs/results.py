@@ -144,6 +144,8 @@ def read_config(folder: Path) -> dict:
     valid = isinstance(identity, dict) and isinstance(identity.get("classes"), int | None)
     valid = valid and all(isinstance(identity.get(key), str) for key in ("role", "model", "data"))
     valid = valid and "teacher" in identity and isinstance(flags, dict) and _are_flags(flags)
+    valid = valid and all(is_number(identity.get(key, 0)) for key in ("val_fraction", "test_fraction"))
+    valid = valid and isinstance(identity.get("init"), str | None)
     valid = valid and all(isinstance(config.get(key, {}), dict) for key in ("versions", "data", "teacher_flags"))
     require(valid, f"{path}: is not a run's configuration; copy the whole run folder again")
     return config
@@ -156,7 +158,7 @@ def _are_flags(flags: dict) -> bool:
     if not all(isinstance(part, dict) for part in parts):
         return False
     names = [flags["data"].get("source")] + [part.get(key) or "" for part, key in named_paths(flags)]
-    return all(isinstance(name, str) for name in names)
+    return all(isinstance(name, str) for name in names) and is_number(flags["method"].get("label_smoothing") or 0)
 
 
 def named_paths(flags: dict) -> list[tuple[dict, str]]:
@@ -241,7 +243,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def checked_weights_sha256(folder: Path, summary: dict, weights: str = "last") -> str:
-    """The sha256 of a file of WEIGHTS. Raises UserError if it differs from the summary's, which has none of "best"."""
+    """The sha256 of a file of WEIGHTS. Raises UserError if it differs from the summary's; of "best" no sum is kept."""
     path = weights_file(folder, weights)
     sha256 = sha256_file(path)
     recorded = {
@@ -315,7 +317,8 @@ class Other(NamedTuple):
 
 def collect_runs(patterns: list[str]) -> tuple[list[Run], list[Other]]:
     """Every run that the folders or globs name, also inside folders of runs; nothing is left out silently."""
-    runs, others, seen = {}, [], set()
+    runs: dict[str, list[Run]] = {}
+    others, seen = [], set()
     for pattern in patterns:
         paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
         if not paths:
@@ -330,19 +333,13 @@ def collect_runs(patterns: list[str]) -> tuple[list[Run], list[Other]]:
                 except UserError as error:
                     run = Other(str(folder), "broken", str(error))
                 if isinstance(run, Run):
-                    key = json.dumps(run.identity, sort_keys=True)
-                    counted, *left = _in_order(runs.get(key), run)
-                    runs[key] = counted
-                    others += [_not_counted(one, counted) for one in left]
+                    runs.setdefault(json.dumps(run.identity, sort_keys=True), []).append(run)
                 else:
                     others.append(run)
-    return list(runs.values()), others
-
-
-def _in_order(before: Run | None, run: Run) -> list[Run]:
-    """The run that counts of two of one identity, then the other: the first, unless only the second is tested."""
-    both = [one for one in (before, run) if one]
-    return sorted(both, key=lambda one: not one.tested)
+    # Of each identity the first run that is tested counts.
+    alike = [sorted(found, key=lambda one: not one.tested) for found in runs.values()]
+    others += [_not_counted(one, found[0]) for found in alike for one in found[1:]]
+    return [found[0] for found in alike], others
 
 
 def _not_counted(run: Run, counted: Run) -> Other:

@@ -152,9 +152,10 @@ def _rows(student: Path, summary: dict, control: Path | None = None) -> list[tup
     teachers = []
     for folder in teachers_of(summary):
         teacher, member = _read(folder), members.get(folder)
-        if teacher and not _same_images(student, Path(folder)):
+        if teacher and is_labelled(summary) and not _same_images(student, Path(folder)):
             measured = member or {"test_top1": summary.get("teacher_test_top1")}
-            teacher = {key: teacher[key] for key in ("model", "params")} | measured
+            kept = ("model", "params", "probe_data", *PROBE_SCORES)  # the probe's set is another
+            teacher = {key: teacher[key] for key in kept if key in teacher} | measured
         elif teacher:  # not its own agreement with a teacher that it was distilled from
             teacher["agreement"] = member and member["agreement"]
         elif member:  # a pretrained network: what this run measured of it

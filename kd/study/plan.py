@@ -155,7 +155,7 @@ def read_command_line(args: list[str] | None, description: str = "") -> Study:
         "--pretrain", default="", metavar="'METHOD ...'", help="distil first so, on all images; then fine-tune"
     )
     parser.add_argument("--fine-tune", default="", metavar="'FLAG ...'", help="flags of that fine-tuning alone")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on a GPU of its own (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, on the GPUs in turn (default: 1)")
     parser.add_argument("--launch", default="", help="flags for accelerate launch, in one string")
     parser.add_argument("--out", type=Path, default=Path("report"), help="the report and the logs (default: report)")
     given, rest = parser.parse_known_args(args)

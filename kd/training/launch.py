@@ -136,7 +136,7 @@ def print_plan(job: Job, teachers: Sequence[str] = (), control: bool = False) ->
     beside = ", and alone for comparison" if control else ""
     out = job.run.folder or f"runs/{job.preset}/"
     own = job.preset == default_preset(job.data.source) == "own"
-    chosen = "; --preset own, the default for data of your own" if own else ""
+    chosen = "; --preset own, the default for this data" if own else ""
     begun = f" from {job.compress.init}" if job.compress.init else ""
     print_once(f"train {method}{begun}{taught}{beside}, on {job.data.source}{chosen}")
     print_once(f"recipe {job.preset}: {_numbers(fit)} ({fit.schedule}), seed {fit.seed}; results in {out}")

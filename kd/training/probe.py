@@ -182,15 +182,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def _as_held_out(labelled: Data, folder: Path, flags: DataConfig, size: tuple[int, int]) -> Data:
-    """The labelled set with the test split of the run in `folder`, if it was trained on this very set with labels."""
+    """The labelled set with the splits of the run in `folder`, if it was trained on this very set with labels."""
     try:
         trained = read_config(folder)["identity"]
     except UserError:  # an export of an older version has no config.json
         return labelled
-    fraction = trained.get("test_fraction", flags.test_fraction)
-    if trained["data"] != labelled.fingerprint or trained.get("no_labels") or fraction == flags.test_fraction:
+    names = ("val_fraction", "split_seed", "test_fraction")
+    theirs = dataclasses.replace(flags, **{name: trained[name] for name in names if name in trained})
+    if trained["data"] != labelled.fingerprint or trained.get("no_labels") or theirs == flags:
         return labelled
-    return load_probe(flags.source, dataclasses.replace(flags, test_fraction=fraction), size, option="--data")
+    return load_probe(flags.source, theirs, size, option="--data")
 
 
 @contextmanager

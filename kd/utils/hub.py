@@ -15,7 +15,7 @@ from kd.utils.system import expand_user
 DATASET = "dataset"  # a kind of repository
 
 OWN = (
-    "model*",
+    "model.*",
     "export.*",
     "best.safetensors",
     "ema.safetensors",
@@ -23,7 +23,7 @@ OWN = (
     "summary.json",
     "metrics.jsonl",
 )
-"""What pushes of exports, runs and epochs write: of an earlier one it would stay beside weights that it is not of."""
+"""What pushes of exports, runs and epochs write. A new push removes an earlier one's: it describes other weights."""
 
 NEEDED = ("model.json", "model.safetensors", "summary.json", "config.json")
 """What kd.load reads. Nothing else of someone's repository is downloaded."""

@@ -108,7 +108,7 @@ def test_teacher_control_and_student_train_by_the_same_settled_numbers(photos, m
     distill = cli.parse(distill_defaults, "", ["--data", photos, *NETWORKS])
     distill_student.main(distill)
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first.endswith(f"on {photos}; --preset own, the default for data of your own")
+    assert first.endswith(f"on {photos}; --preset own, the default for this data")
     assert lines[0] == "recipe own: epochs, batch, lr by the number of images (cosine), seed 0; results in runs/own/"
     settled = [line for line in lines if line.startswith("recipe own for")]
     assert settled == ["recipe own for 36 training images: 2 epochs, 0.1 of them warm-up, batch 8, lr 0.00625"]
@@ -144,7 +144,7 @@ def test_the_real_script_on_ones_own_folder(photos):
     args = ["--data", photos, "--model", "tests.networks:plain", "--wandb", "disabled", "--threads", "1"]
     done = script("train_teacher.py", *args)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].endswith("--preset own, the default for data of your own")
+    assert done.stdout.splitlines()[0].endswith("--preset own, the default for this data")
     again = script("train_teacher.py", *args, "--resume")
     assert again.returncode == 0, again.stderr
     (run,) = Path("runs/own").iterdir()

@@ -198,7 +198,11 @@ def test_accuracies_on_other_test_images_are_in_other_tables():
         "pictures, --test-fraction 0.2",
         "pictures, --test-fraction 0.3",
     ]
+    edit_identity(Path("runs/0.3"), classes=10)
+    assert len(by_data(collect_runs(["runs"])[0])) == 2
     edit_identity(Path("runs/0.3"), test_fraction=0.2)
+    assert not any("--test-fraction" in name for name in by_data(collect_runs(["runs"])[0]))
+    edit_identity(Path("runs/0.3"), classes=None)
     edit(Path("runs/0.3/summary.json"), test_images=200)
     assert list(by_data(collect_runs(["runs"])[0])) == ["pictures"]
 
@@ -272,3 +276,29 @@ def test_of_two_methods_one_is_better(control, said):
     method, other = sorted(groups(), key=lambda group: group.name != "student (kd)")
     difference = Difference([0, 1], 90.0, 0.01, 0.01)
     assert Comparison(method, other, difference, difference.p).verdict.startswith(said)
+
+
+def test_of_three_runs_of_one_identity_the_tested_one_counts_and_the_others_are_told_from_it():
+    for name, sha256 in (("a", "x"), ("b", "x"), ("c", "y")):
+        path = fake_run(f"runs/{name}", "kd", 0)
+        summary = read_json(path / "summary.json") | {"weights_sha256": sha256}
+        write_json(path / "summary.json", summary | (dict.fromkeys(UNTESTED) if name != "c" else {}))
+    (run,), others = collect_runs(["runs"])
+    assert run.path.name == "c"
+    assert [(Path(other.path).name, other.state) for other in others] == [
+        ("a", "trained again"),
+        ("b", "trained again"),
+    ]
+    assert all("runs/c" in other.why for other in others)
+
+
+def test_a_fine_tuned_student_is_compared_with_a_method_once():
+    start = written("runs/start", "mimic")
+    edit(start / "summary.json", weights_sha256="its")
+    written("runs/tuned", "none", init="its")
+    written("runs/kd", "kd")
+    before = {group.name: len(group.controls) for group in groups()}
+    found = groups()
+    compare_with(found, "kd")
+    tuned = next(group for group in found if group.fine_tuned)
+    assert len(tuned.controls) == before[tuned.name]

@@ -1,5 +1,7 @@
 """A run does not score images that the network it begins from, or follows, was trained on."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 
 from kd.config import DataConfig
 from kd.data import load_data
+from kd.data.dataset import load_probe
 from kd.errors import UserError
 from kd.runs.held_out import check_held_out
 from kd.training.probe import _as_held_out
@@ -45,7 +48,10 @@ def test_a_run_that_held_out_fewer_test_images_is_refused(pictures):
         check_held_out(run, "--init run", config, load_data(config))
 
 
-@pytest.mark.parametrize(("flags", "said"), [({"val_fraction": 0.0}, True), ({"split_seed": 1}, True), ({}, False)])
+SPLITS = [({"val_fraction": 0.0}, True), ({"split_seed": 1}, True), ({"test_fraction": 0.3}, True), ({}, False)]
+
+
+@pytest.mark.parametrize(("flags", "said"), SPLITS)
 def test_validation_images_that_a_start_was_trained_on_are_said(pictures, flags, said, capsys):
     run, config = run_on(pictures, **flags), DataConfig(pictures)
     capsys.readouterr()
@@ -54,6 +60,8 @@ def test_validation_images_that_a_start_was_trained_on_are_said(pictures, flags,
     assert "validates on" not in capsys.readouterr().out
     check_held_out(run, "--init run", config, data, begins=True)
     assert said == ("--init run: was trained with" in capsys.readouterr().out)
+    check_held_out(run, "--init run", config, dataclasses.replace(data, own_validation=True), begins=True)
+    assert "validates on" not in capsys.readouterr().out
 
 
 def test_other_data_images_without_labels_and_networks_of_libraries_are_not_looked_at(pictures):
@@ -71,3 +79,21 @@ def test_a_finished_run_is_probed_on_the_images_that_it_held_out(pictures):
     labelled = _as_held_out(load_data(flags), run, flags, (8, 8))
     assert labelled.test.sha256 == load_data(DataConfig(pictures, test_fraction=0.1)).test.sha256
     assert _as_held_out(load_data(DataConfig("digits")), run, flags, (8, 8)).size == (8, 8)
+
+
+def test_a_split_is_the_datas_own_or_held_out(pictures):
+    assert not load_data(DataConfig(pictures)).own_validation
+    for name in ("val", "test"):
+        shutil.copytree(pictures, f"split/{name}")
+    shutil.copytree(pictures, "split/train")
+    assert load_data(DataConfig("split")).own_validation
+    shutil.rmtree("split/test")
+    assert not load_data(DataConfig("split")).own_validation
+
+
+@pytest.mark.parametrize("written", ["pictures", "./pictures", "../{}/pictures"])
+def test_a_probe_of_the_same_folder_has_the_runs_splits_however_it_is_written(pictures, written):
+    config = DataConfig(pictures, test_fraction=0.1, split_seed=1)
+    probed = load_probe(written.format(Path.cwd().name), config, (8, 8))
+    trained = load_data(config)
+    assert (probed.test.sha256, probed.val.sha256) == (trained.test.sha256, trained.val.sha256)

@@ -18,6 +18,7 @@ import kd
 from kd.errors import Preempted, UserError
 from kd.runs import checkpoint
 from kd.runs.checkpoint import State
+from kd.runs.folder import _tell_machine
 from kd.training.trainer import Trainer
 from kd.utils import files
 from kd.utils.system import Lock
@@ -424,8 +425,19 @@ def test_a_run_that_continues_on_another_machine_says_so(monkeypatch, capsys):
     config |= {"device": "cuda:0", "versions": config["versions"] | {"torch": "2.11.0", "numpy": "1.0"}}
     files.write_json(run / "config.json", config)
     teach("--out", str(run), "--resume")
-    said = f"run: continues elsewhere (device cuda before, cpu now; torch 2.11.0 before, {torch.__version__} now);"
-    assert said in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "run: continues elsewhere (device cuda before, cpu (" in said
+    assert f"; torch 2.11.0 before, {torch.__version__} now); its bits will differ" in said
+
+
+@pytest.mark.parametrize(("before", "now"), [("cpu", "cuda:1"), ("cuda:0", "mps"), ("cuda:0", "cuda:1")])
+def test_a_change_of_device_is_said_whatever_it_is(before, now, capsys, tmp_path):
+    identity = {"role": "teacher", "model": "resnet8", "data": "x", "teacher": None}
+    there = {"identity": identity, "flags": {"method": {}, "data": {"source": "x"}}, "cpu": "EPYC"}
+    there |= {"versions": {"torch": "2.13.0"}}
+    files.write_json(tmp_path / "config.json", there | {"device": before})
+    _tell_machine(tmp_path, there | {"device": now})
+    assert ("continues elsewhere (device " in capsys.readouterr().out) == (now != "cuda:1" or before == "cpu")
 
 
 def test_row_10_auto_resume_says_that_it_starts_afresh(capsys):
