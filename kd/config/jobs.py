@@ -60,7 +60,7 @@ class _Common:
     """Flags of both scripts."""
 
     preset: PresetName = "report"
-    """Sets all defaults. report: the report's; quick: its ten epochs, used well; own (for data of your own): by its
+    """Sets all defaults. report: the report's; quick: its ten epochs, used well; own: by the data's
     number of images; strong: 200 plain epochs; modern: 300, all we know; crd, imagenet: the literature's; vit:
     transformers; patient: 1,200 epochs; digits: a demo; embed: for that method."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from kd.models import (
 )
 from kd.models.weights import SUFFIXES, Weights, find_fit, misfit, read_file, read_folder, rows_of_head
 from kd.utils.console import clip, one_line, print_once
-from kd.utils.files import is_number, not_finite, read_json
+from kd.utils.files import is_list, is_number, not_finite, read_json
 from kd.utils.system import expand_user
 
 NEW_HEAD_ADVICE = "--fine-tune-teacher trains a new last layer for them"
@@ -387,20 +386,16 @@ def read_expected(path: Path, flags: Flags = TEACHER) -> Expected:
     require("model" not in info, f"{beside}: belongs to a run; name the run's folder, {flags.weights} {path.parent}")
     size, mean, std, classes = (info.get(key) for key in ("image_size", "mean", "std", "classes"))
     valid = {
-        "image_size": _is_list(size, lambda side: type(side) is int and side > 0, 2),
-        "mean": _is_list(mean, is_number, 3),
-        "std": _is_list(std, is_number, 3),
-        "classes": "classes" not in info or _is_list(classes, lambda name: isinstance(name, str)),
+        "image_size": is_list(size, lambda side: type(side) is int and side > 0, 2),
+        "mean": is_list(mean, is_number, 3),
+        "std": is_list(std, is_number, 3),
+        "classes": "classes" not in info or is_list(classes, lambda name: isinstance(name, str)),
     }
     wrong = [key for key, fine in valid.items() if not fine]
     require(not wrong, f"{beside}: {', '.join(wrong)} incomplete or malformed; write {EXPECTED_JSON}")
     in_range = all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)
     require(in_range, f"{beside}: mean and std must be from 0 to 1, as shares of 255; write {EXPECTED_JSON}")
     return Expected(tuple(classes or ()), tuple(size), tuple(map(float, mean)), tuple(map(float, std)))
-
-
-def _is_list(value: object, valid: Callable[[object], bool], length: int | None = None) -> bool:
-    return isinstance(value, list) and length in (None, len(value)) and all(map(valid, value))
 
 
 def is_transformers_folder(path: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd.errors import UserError, require
 from kd.report.document import Block, Heading, Lines, Paragraph, Table, markdown, numbered, page
-from kd.runs.results import Other, collect_runs
+from kd.runs.results import Other, Run, collect_runs
 from kd.utils.console import console
 from kd.utils.files import write_atomically
 
@@ -31,7 +31,6 @@ def write_report(
     Raises UserError: no folder matches, `out` cannot be written, nothing can be compared with `against`.
     """
     from kd.report.costs import Costs
-    from kd.report.groups import by_data, compare_with
     from kd.report.opening import how_it_was_made
     from kd.report.tables import section
 
@@ -43,13 +42,7 @@ def write_report(
         costs = Costs(out / "costs.json", trust_code, measure_again, trained)
         blocks: list[Block] = [Heading(1, TITLE), Paragraph(_count(len(runs), len(others) + len(failures)))]
         notes = []
-        sections = by_data(runs)
-        compared = [compare_with(groups, against) for groups in sections.values() if against]
-        require(
-            not against or any(compared),
-            f"--against {against}: no run of it by the recipe and teacher of another method's; name such runs, too",
-        )
-        for number, (name, groups) in enumerate(sections.items(), start=1):
+        for number, (name, groups) in enumerate(_grouped(runs, against).items(), start=1):
             added, missing = section(name, groups, costs, f"data{number}_" if number > 1 else "")
             blocks += added
             notes += missing
@@ -63,6 +56,19 @@ def write_report(
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error}); choose another") from error
     return blocks
+
+
+def _grouped(runs: list[Run], against: str) -> dict[str, list]:
+    """The groups of each data set, compared with the method `against`, too. Raises UserError if that compares none."""
+    from kd.report.groups import by_data, compare_with
+
+    sections = by_data(runs)
+    compared = [compare_with(groups, against) for groups in sections.values() if against]
+    require(
+        not against or any(compared),
+        f"--against {against}: no run of it by the recipe and teacher of another method's; name such runs, too",
+    )
+    return sections
 
 
 def _count(finished: int, others: int) -> str:

@@ -22,7 +22,7 @@ from kd.report.opening import trained_on
 from kd.report.tables import said_of_smoothing
 from kd.runs.comparison import Answers, format_p
 from kd.runs.public import without_paths
-from kd.runs.results import Run, collect_runs, read_config, read_correct, write_correct
+from kd.runs.results import Run, collect_runs, identity_of, read_config, read_correct, write_correct
 from kd.runs.table import METRICS
 from kd.utils.files import read_json, write_folder, write_json, write_text
 from kd.utils.system import cpu_name
@@ -60,7 +60,7 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
     known = _read_about(about) if about.exists() else {"title": folder.name.replace("-", " ").capitalize(), "note": ""}
     require(bool(commands) or about.exists(), f"--keep {folder}: add --command with what trained these runs")
     names = _names([run.path.resolve() for run in runs])
-    kept_as = {path.parent.name: _identity(path.parent) for path in folder.glob("*/summary.json")}
+    kept_as = {path.parent.name: identity_of(path.parent) for path in folder.glob("*/summary.json")}
     for run in runs:
         names |= {run.path.resolve(): name for name, identity in kept_as.items() if identity == _kept_identity(run)}
     for run in runs:
@@ -85,7 +85,7 @@ def _check_keepable(run: Run, target: Path) -> None:
     if run.tested:
         read_correct(run.path, run.summary)
     if (target / "summary.json").exists():
-        same = _identity(target) in (None, _kept_identity(run))  # a damaged one is kept anew
+        same = identity_of(target) in ({}, _kept_identity(run))  # a damaged one is kept anew
         require(same, f"{target} is kept of another run; rename the folder of {run.path}")
 
 
@@ -172,14 +172,6 @@ def _beside(run: Run) -> Run:
         {key: _resolved(run.summary.get(key), run.path.parent) for key in ("teacher", "control") if key in run.summary}
     )
     return run
-
-
-def _identity(folder: Path) -> dict | None:
-    """The identity of the run that is kept there; None if it cannot be read."""
-    try:
-        return read_config(folder)["identity"]
-    except UserError:
-        return None
 
 
 def _kept_identity(run: Run) -> dict:

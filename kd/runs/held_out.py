@@ -2,11 +2,11 @@
 
 from kd.config import DataConfig
 from kd.data import Data
-from kd.errors import UserError, require
+from kd.errors import require
 from kd.models import is_module_function
 from kd.models.pretrained import is_pretrained
 from kd.runs.folder import DEFAULTS_OF_NEWER_FLAGS
-from kd.runs.results import read_config
+from kd.runs.results import identity_of
 from kd.utils.console import print_once
 from kd.utils.hub import local_folder
 from kd.utils.processes import from_main
@@ -41,7 +41,4 @@ def _identity(name: str) -> dict:
     """The identity of the run `name`; empty if it is none, or has no readable config.json."""
     if is_pretrained(name) or is_module_function(name):
         return {}
-    try:
-        return read_config(local_folder(name))["identity"]
-    except UserError:
-        return {}
+    return identity_of(local_folder(name))

@@ -7,7 +7,6 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch
 from kd.errors import UserError, nearest, require
 from kd.metrics import top_k
 from kd.runs import checkpoint
-from kd.utils.files import is_number, read_json, read_json_lines, read_weights, sha256_file, write_json
+from kd.utils.files import is_list, is_number, read_json, read_json_lines, read_weights, sha256_file, write_json
 
 RUN_FILES = ("config.json", "summary.json", "model.json", "checkpoint")  # a folder with any of them is a run's
 
@@ -151,6 +150,14 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def identity_of(folder: Path) -> dict:
+    """The identity of the run in a folder; empty if it cannot be read."""
+    try:
+        return read_config(folder)["identity"]
+    except (UserError, OSError):
+        return {}
+
+
 def _are_flags(flags: dict) -> bool:
     """Whether config.json's flags have the parts and the names that a job has."""
     parts = [flags.get("method"), flags.get("data"), flags.get("run", {}), flags.get("origin") or {}]
@@ -206,26 +213,22 @@ def _check_model(path: Path, info: dict) -> None:
     require(not missing, f"{path} lacks {', '.join(sorted(missing))}")
     valid = {
         "model": isinstance(info["model"], str),
-        "classes": _is_list(info["classes"], lambda name: isinstance(name, str)),
+        "classes": is_list(info["classes"], lambda name: isinstance(name, str)),
         "num_classes": isinstance(info["classes"], list)
         and info["num_classes"] == len(info["classes"])
         and (info["num_classes"] > 0 or "embedding" in info),
         "embedding": "embedding" not in info or (_is_width(info["embedding"]) and info["num_classes"] == 0),
-        "image_size": _is_list(info["image_size"], _is_side, 2),
-        "mean": _is_list(info["mean"], is_number, 3),
-        "std": _is_list(info["std"], lambda std: is_number(std) and std > 0, 3),
+        "image_size": is_list(info["image_size"], _is_side, 2),
+        "mean": is_list(info["mean"], is_number, 3),
+        "std": is_list(info["std"], lambda std: is_number(std) and std > 0, 3),
         "stored_size": _is_side(info.get("stored_size") or LARGEST_SIDE),
-        "resized": _is_list(info.get("resized") or [1, 1], _is_side, 2),
+        "resized": is_list(info.get("resized") or [1, 1], _is_side, 2),
         "model_args": isinstance(info.get("model_args"), str | None),
     }
     if valid["image_size"] and valid["stored_size"] and info.get("stored_size"):
         valid["stored_size"] = info["stored_size"] >= max(info["image_size"])
     wrong = [name for name, fine in valid.items() if not fine]
     require(not wrong, f"{path} has {', '.join(wrong)} that no run writes")
-
-
-def _is_list(value: object, valid: Callable[[object], bool], length: int | None = None) -> bool:
-    return isinstance(value, list) and len(value) == (length or len(value)) and all(map(valid, value))
 
 
 def _is_width(width: object) -> bool:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.runs.comparison import ERROR, Answers, Result, compare
-from kd.runs.results import PROBE_SCORES, checked_summary, is_labelled, read_config, teachers_of
+from kd.runs.results import PROBE_SCORES, checked_summary, identity_of, is_labelled, teachers_of
 from kd.utils.console import console
 
 
@@ -103,7 +103,7 @@ def _beside_control(student: Path, summary: dict, control: dict | None, alone: P
     if any(run["test_top1"] is None for run in (summary, control) if run):
         return "the test split was not read (--no-test)"
     if control is not None:
-        extended, other = (_identity(folder).get("extended_from") for folder in (student, alone))
+        extended, other = (identity_of(folder).get("extended_from") for folder in (student, alone))
         if extended != other:
             return "distilled against alone: one was extended from a shorter training, so they are not compared"
         return format_verdict(Result(student, summary), Result(alone, control))
@@ -175,17 +175,9 @@ def _rows(student: Path, summary: dict, control: Path | None = None) -> list[tup
 
 def _same_images(student: Path, teacher: Path) -> bool:
     """Whether both were scored on the same test images and classes, so that both summaries' numbers compare."""
-    one, other = _identity(student), _identity(teacher)
+    one, other = identity_of(student), identity_of(teacher)
     keys = ("data", "classes", "image", "test_fraction")
     return not (one and other) or all(one.get(key) == other.get(key) for key in keys)
-
-
-def _identity(folder: Path) -> dict:
-    """A run's identity; empty if it cannot be read."""
-    try:
-        return read_config(folder)["identity"]
-    except (UserError, OSError):
-        return {}
 
 
 def _unlabelled_result(summary: dict) -> str:
@@ -218,7 +210,7 @@ def _name(folder: Path, summary: dict) -> str:
         return "teacher"
     if summary["method"] != "none":
         return f"student ({summary['method']})"
-    return "student alone, from --init" if _identity(folder).get("init") else "student alone"
+    return "student alone, from --init" if identity_of(folder).get("init") else "student alone"
 
 
 def _external_teacher(summary: dict) -> dict | None:

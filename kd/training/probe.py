@@ -28,11 +28,11 @@ from kd.data.dataset import load_probe
 from kd.data.loader import Pixels
 from kd.data.rows import Rows, place_on
 from kd.data.storage import gigabytes
-from kd.errors import UserError, exit_code, require
+from kd.errors import exit_code, require
 from kd.models import build_model, probe, stages
 from kd.models.adapt import resize_input
 from kd.models.features import Tap
-from kd.runs.results import read_config
+from kd.runs.results import identity_of
 from kd.training.probe_scores import Told, knn_accuracy, linear_probe_accuracy, probe_bytes, silent
 from kd.training.progress import work_bar
 from kd.utils.console import print_once
@@ -183,13 +183,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def _as_held_out(labelled: Data, folder: Path, flags: DataConfig, size: tuple[int, int]) -> Data:
     """The labelled set with the splits of the run in `folder`, if it was trained on this very set with labels."""
-    try:
-        trained = read_config(folder)["identity"]
-    except UserError:  # an export of an older version has no config.json
-        return labelled
+    trained = identity_of(folder)
     names = ("val_fraction", "split_seed", "test_fraction")
     theirs = dataclasses.replace(flags, **{name: trained[name] for name in names if name in trained})
-    if trained["data"] != labelled.fingerprint or trained.get("no_labels") or theirs == flags:
+    if trained.get("data") != labelled.fingerprint or trained.get("no_labels") or theirs == flags:
         return labelled
     return load_probe(flags.source, theirs, size, option="--data")
 

@@ -117,6 +117,11 @@ def is_number(value: object) -> bool:
         return False
 
 
+def is_list(value: object, valid: Callable[[object], bool], length: int | None = None) -> bool:
+    """Whether a JSON value is a list of valid entries, and of this length if one is given."""
+    return isinstance(value, list) and length in (None, len(value)) and all(map(valid, value))
+
+
 class HostCopies(dict[str, Tensor]):
     """Contiguous copies of tensors in the host's memory, as `write_weights` needs them."""
 
