@@ -8,7 +8,6 @@ import pytest
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from kd.config import METHODS, CacheConfig, NoneConfig, ViewConfig, named_method
 from kd.config.methods import CRLDConfig, KDConfig, MethodFlags
@@ -338,7 +337,7 @@ def test_a_method_that_makes_the_host_wait_is_found_with_its_line(loss, operatio
 
 
 def test_a_method_that_mixes_host_and_gpu_is_found():
-    with pytest.raises(FakeTensorDeviceMismatchError, match="all tensors to be on the same device"):
+    with pytest.raises(RuntimeError, match=r"on the same device|two different devices"):
         step_of(MixesDevices)
 
 

@@ -55,7 +55,8 @@ class Tap:
         self._store(layer, output)
 
     def _store_input(self, layer: str, module: nn.Module, inputs: tuple) -> None:
-        require(bool(inputs), f"layer {layer!r}: its module is called with keywords alone; name another layer")
+        # len, not bool: torch 2.11 compiles no truth of a tuple.
+        require(len(inputs) > 0, f"layer {layer!r}: its module is called with keywords alone; name another layer")
         self._store(layer, inputs[0])
 
     def _store(self, layer: str, value: object) -> None:

@@ -135,7 +135,9 @@ def asked(monkeypatch) -> list:
 
 
 def modes(asked: list) -> dict[str, str]:
+    """The mode of each compiled part but the views, which have none and are compiled where there is a GPU."""
     named = {getattr(function, "__name__", type(function).__name__): options for function, options in asked}
+    named.pop("_weak", None)
     assert all((options["backend"], options["dynamic"]) == ("inductor", False) for options in named.values())
     return {name: options.get("mode", "default") for name, options in named.items()}
 
