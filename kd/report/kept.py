@@ -72,8 +72,9 @@ def keep(patterns: list[str], folder: Path, commands: Sequence[str]) -> list[Pat
         raise UserError(f"--keep {folder}: cannot be written ({error.strerror}); name another folder") from error
     if new := [command for command in commands if command not in known.get("commands", [])]:
         last = max((run.path / "summary.json").stat().st_mtime for run in runs)
-        cpus = dict.fromkeys(str(read_config(run.path).get("cpu") or cpu_name()) for run in runs)
-        facts = {"machine": ", ".join(cpus), "date": date.fromtimestamp(last).isoformat()}
+        configs = [read_config(run.path) for run in runs]
+        machines = dict.fromkeys(str(config.get("gpu") or config.get("cpu") or cpu_name()) for config in configs)
+        facts = {"machine": ", ".join(machines), "date": date.fromtimestamp(last).isoformat()}
         write_json(about, known | {"commands": [*known.get("commands", []), *new]} | facts)
     return kept
 

@@ -95,7 +95,8 @@ def how_it_was_made(runs: list[Run], command: str, machine: str) -> Facts:
 
 
 def trained_on(config: dict) -> str:
-    device, processes, threads = (config.get(key) for key in ("device", "processes", "threads"))
+    device = config.get("gpu") or config.get("device")
+    processes, threads = config.get("processes"), config.get("threads")
     if device is None:
         return "not recorded"
     several = "" if processes == 1 else "es"

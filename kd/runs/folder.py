@@ -280,15 +280,18 @@ def _tell_machine(path: Path, here: dict) -> None:
     `here`: what config.json would say of a run that started now.
     """
     started, now = (_machine(config) for config in (read_config(path), here))
-    changed = [f"{name} {started[name]} before, {now[name]} now" for name in started if now.get(name) != started[name]]
+    changed = [f"{name} {was} before, {now[name]} now" for name, was in started.items() if now.get(name, was) != was]
     if changed:
         print(f"{path}: continues elsewhere ({'; '.join(changed)}); its bits will differ from an undisturbed run's")
 
 
 def _machine(config: dict) -> dict[str, str]:
-    """What decides a run's last bits beside its flags and processes: kind of device, processor, versions."""
+    """What decides a run's last bits beside its flags and processes: kind of device, processor or GPU, versions."""
     device = str(config.get("device", "")).partition(":")[0]
-    parts = {"device": device if device != "cpu" else f"cpu ({config.get('cpu') or 'unknown'})"}
+    parts = {
+        "device": device if device != "cpu" else f"cpu ({config.get('cpu') or 'unknown'})",
+        "gpu": config.get("gpu"),
+    }
     versions = {name: known for name, known in config.get("versions", {}).items() if name in ("torch", "torchvision")}
     return {name: value for name, value in (parts | versions).items() if value}
 
@@ -391,9 +394,14 @@ def run_config(job: Job, identity: dict, wandb_id: str, data: Data, accelerator:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "device": str(accelerator.device),
-        "cpu": cpu_name(),
+        **_processors(accelerator.device),
         "wandb_id": wandb_id,
     }
+
+
+def _processors(device: torch.device) -> dict[str, str]:
+    """The processor by its maker's name, and the GPU if the run is on one."""
+    return {"cpu": cpu_name()} | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def _images_per_class(data: Data) -> list[int]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import kd
 from kd.errors import Preempted, UserError
 from kd.runs import checkpoint
 from kd.runs.checkpoint import State
-from kd.runs.folder import _tell_machine
+from kd.runs.folder import _processors, _tell_machine
 from kd.training.trainer import Trainer
 from kd.utils import files
 from kd.utils.system import Lock
@@ -422,22 +423,34 @@ def test_a_run_that_continues_on_another_machine_says_so(monkeypatch, capsys):
     assert "continues elsewhere" not in capsys.readouterr().out
     shutil.rmtree(run)
     run = half_a_run(monkeypatch).parent
-    config |= {"device": "cuda:0", "versions": config["versions"] | {"torch": "2.11.0", "numpy": "1.0"}}
+    config |= {"device": "cuda:0", "versions": config["versions"] | {"torch": "2.0.1", "numpy": "1.0"}}
     files.write_json(run / "config.json", config)
     teach("--out", str(run), "--resume")
     said = capsys.readouterr().out
     assert "run: continues elsewhere (device cuda before, cpu (" in said
-    assert f"; torch 2.11.0 before, {torch.__version__} now); its bits will differ" in said
+    assert f"; torch 2.0.1 before, {version('torch')} now); its bits will differ" in said
+
+
+IDENTITY = {"role": "teacher", "model": "resnet8", "data": "x", "teacher": None}
+CONFIG = {"identity": IDENTITY, "flags": {"method": {}, "data": {"source": "x"}}}
 
 
 @pytest.mark.parametrize(("before", "now"), [("cpu", "cuda:1"), ("cuda:0", "mps"), ("cuda:0", "cuda:1")])
 def test_a_change_of_device_is_said_whatever_it_is(before, now, capsys, tmp_path):
-    identity = {"role": "teacher", "model": "resnet8", "data": "x", "teacher": None}
-    there = {"identity": identity, "flags": {"method": {}, "data": {"source": "x"}}, "cpu": "EPYC"}
-    there |= {"versions": {"torch": "2.13.0"}}
+    there = CONFIG | {"cpu": "EPYC", "versions": {"torch": "2.13.0"}}
     files.write_json(tmp_path / "config.json", there | {"device": before})
     _tell_machine(tmp_path, there | {"device": now})
     assert ("continues elsewhere (device " in capsys.readouterr().out) == (now != "cuda:1" or before == "cpu")
+
+
+def test_another_kind_of_gpu_is_said_where_both_are_known(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert "gpu" not in _processors(torch.device("cpu"))
+    first, second = (_processors(torch.device("cuda", place)) | {"device": "cuda"} for place in (1, 2))
+    for before, now, said in ((first, second, True), (first, first, False), ({"device": "cuda"}, first, False)):
+        files.write_json(tmp_path / "config.json", CONFIG | before)
+        _tell_machine(tmp_path, CONFIG | now)
+        assert ("(gpu GPU 1 before, GPU 2 now)" in capsys.readouterr().out) == said
 
 
 def test_row_10_auto_resume_says_that_it_starts_afresh(capsys):
