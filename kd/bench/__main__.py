@@ -47,6 +47,8 @@ class BenchConfig:
     """How often to repeat each window; the table shows medians."""
     compile: bool = True
     """Compile the student's step on CUDA."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """How, as for the scripts."""
     channels_last: bool = True
     """Keep images channels-last in memory."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -62,7 +64,7 @@ class BenchConfig:
 
     def job(self, precision: str = "no") -> Job:
         """The smallest learning rate keeps random weights finite; speed does not depend on it."""
-        same = {name: getattr(self, name) for name in ("batch_size", "compile", "channels_last")}
+        same = {name: getattr(self, name) for name in ("batch_size", "compile", "compile_mode", "channels_last")}
         fit = FitConfig(lr=1e-6, mixed_precision=precision, **same)
         cache = CacheConfig(cache_teacher=True)
         run = RunConfig(threads=self.threads, wandb="disabled")

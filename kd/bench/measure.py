@@ -33,6 +33,7 @@ from kd.training.optimizers import make_optimizer
 from kd.training.setup import build_distiller
 from kd.training.trainer import Trainer, memory_format
 from kd.types import Batch, Outputs
+from kd.utils.compiling import uses_graphs
 from kd.utils.rng import seed_everything
 
 RUN_IN = 3  # steps before each window that are not timed: what ran before has filled the caches with its own data
@@ -174,7 +175,11 @@ class Workloads:
         logits = torch.randn(len(batch.label), len(self.data.classes), device=self.accelerator.device)
         teacher_outputs = Outputs(logits)
 
+        graphs = uses_graphs(self.accelerator)
+
         def step() -> None:
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             sum(model(batch, teacher_outputs).terms.values()).backward()
             optimizer.step()
             optimizer.zero_grad()

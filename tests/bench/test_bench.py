@@ -241,3 +241,19 @@ def test_rounds_that_do_not_agree_decide_nothing():
     full = {"cached_seconds": [0.8, 1.6, 1.6, 0.7], "live_seconds": [2.0] * 4}
     half = {"cached_seconds": [1.0] * 4, "live_seconds": [1.0] * 4}
     assert bench.verdict(bench.compare({"fp32": full, "bf16": half})).startswith("bf16: undecided, 1.20 times")
+
+
+def test_graphs_are_told_where_a_bare_step_begins(monkeypatch):
+    """Else each step was recorded anew, a second or so each, once the comparison of gradients had left one unfinished."""
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
+    parts = workloads(steps=4)
+    parts.bare().work()
+    assert begun == []
+    monkeypatch.setattr(measure, "uses_graphs", lambda accelerator: True)
+    parts.bare().work()
+    assert len(begun) == 4
+
+
+def test_the_mode_of_compilation_reaches_the_job():
+    assert bench.BenchConfig(compile_mode="reduce-overhead").job().fit.compile_mode == "reduce-overhead"
