@@ -15,6 +15,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import pytest
@@ -72,13 +73,16 @@ def runnable(page: str) -> tuple[list[str], dict[str, str]]:
 
 
 def parsable_commands() -> list:
-    """Every command of PARSERS' programs on every page, except those with shell variables."""
+    """Every command of PARSERS' programs on every page; of a loop its first round."""
     found = []
     for page in PAGES:
+        values = {}  # of shell variables
         for line in joined(read(page)):
+            values |= dict(re.findall(r'^ *(\w+)="(.*)"$', line) + re.findall(r"^ *for (\w+) in (\S+)", line))
+            line = Template(line).safe_substitute(values)
             program = re.search("|".join(map(re.escape, PARSERS)), line)
             if program and "$" not in line:
-                args = shlex.split(line[program.end() :].split(" > ")[0])
+                args = shlex.split(re.split(r" > | &|; ", line[program.end() :])[0])
                 found.append(pytest.param(program[0], args, id=f"{page}: {line[:60]}"))
     return found
 

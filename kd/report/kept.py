@@ -37,8 +37,9 @@ COLUMNS = [METRICS[key] for key in SCORES]
 INTRODUCTION = (
     "Made from the files beside this page by `python -m kd.report --from docs/measurements`. Percent, NLL in nats; mean"
     " ± standard deviation over seeds, of the last epoch's weights. Gain: points of test accuracy against the student"
-    " alone, paired by seed, with the 95% interval of seeds and test images; p corrected (Holm) for all comparisons of"
-    " the methods with their controls, those with label smoothing too. Time: the median of the runs."
+    " alone (one that smooths labels if there is no other), paired by seed, with the 95% interval of seeds and test"
+    " images; p corrected (Holm) for all comparisons of the methods with their controls, those with label smoothing"
+    " too. Time: the median of the runs."
 )
 
 
@@ -196,7 +197,10 @@ def _tables(groups: list[Group]) -> list[Block]:
     """Accuracies of all groups with their gains, and the sentences that must stand below them."""
     _name_by_preset(groups)
     answers = Answers()
-    found = [one for one in compare_groups(groups, answers) if one.control.kind == ALONE]
+    every = compare_groups(groups, answers)
+    plain = {id(one.group) for one in every if one.control.kind == ALONE}
+    # Beside a student alone, one with label smoothing is no control; where there is no other, it is.
+    found = [one for one in every if one.control.kind == ALONE or id(one.group) not in plain]
     comparisons = {id(one.group): one for one in found}
     require(not answers.notes, "; ".join(answers.notes))
     twice = [one.group.title for one in found if comparisons[id(one.group)] is not one]

@@ -44,6 +44,7 @@ from kd.utils.files import not_finite
 from kd.utils.system import StopRequests
 
 COMPILING = "the first step takes longer, as it is compiled; the next start finds what was compiled on disk"
+GRAPHS_PAY = "; --compile-mode reduce-overhead trained ResNet18 twice as fast on an H200"
 LOWER_LR_ADVICE = "start another run with a lower --lr, or with --clip-norm"
 
 
@@ -106,7 +107,7 @@ class Trainer:
             self.tracker = Tracker(self.job, self.run, self.accelerator)
             self.tracker.rewrite(self.state.history)
             if compiles(self.accelerator):
-                print_once(f"{self.job.role} {self.job.model}: {COMPILING}")
+                print_once(f"{self.job.role} {self.job.model}: {COMPILING}{'' if self._graphs else GRAPHS_PAY}")
             contexts.enter_context(self._requests)
             contexts.enter_context(self._display)
             contexts.enter_context(self._writer)

@@ -244,7 +244,7 @@ def test_rounds_that_do_not_agree_decide_nothing():
 
 
 def test_graphs_are_told_where_a_bare_step_begins(monkeypatch):
-    """Else each step was recorded anew, a second or so each, once the comparison of gradients had left one unfinished."""
+    """Else each step was recorded anew, a second or so each, once the comparison of gradients had begun one."""
     begun = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
     parts = workloads(steps=4)

@@ -90,6 +90,21 @@ def test_the_page_has_a_row_for_each_group_with_its_gain_and_time(kept):
     assert "All seeds of a student share one teacher" in text
 
 
+def test_a_student_alone_that_smooths_labels_is_the_control_where_there_is_no_other(kept):
+    for run in Path("kept/a-study").glob("alone?"):
+        shutil.rmtree(run)
+    (groups,) = by_data(collect_runs(["kept"])[0]).values()
+    (one,) = compare_groups(groups, Answers())
+    assert one.control.title == "student alone, label smoothing 0.1"
+    assert f"61 s | {one.difference.mean:+.2f} (" in page(kept)
+
+
+def test_the_machine_of_runs_on_a_gpu_is_the_gpu(kept):
+    edit(Path("runs/kd0/config.json"), cpu="Xeon", gpu="NVIDIA H200")
+    keep(["runs/kd0"], Path("kept/gpu"), ["a"])
+    assert read_json(Path("kept/gpu/measurement.json"))["machine"] == "NVIDIA H200"
+
+
 def test_paths_are_cut_and_teachers_found_beside_the_run(kept):
     summary = read_json(kept / "a-study" / "kd0" / "summary.json")
     assert (summary["teacher"], summary["control"]) == ("teacher", "alone0")

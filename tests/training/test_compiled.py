@@ -15,7 +15,7 @@ from kd.config.defaults import train_defaults
 from kd.errors import UserError, remedy_for
 from kd.training import evaluate
 from kd.training.launch import make_accelerator
-from kd.training.trainer import COMPILING, Trainer
+from kd.training.trainer import COMPILING, GRAPHS_PAY, Trainer
 from tests.conftest import ROOT
 from tests.run_scripts import SMALL, STUDENT, distil, metrics_of, script, teach, torchrun
 
@@ -157,7 +157,7 @@ def test_scoring_is_compiled_only_in_runs_that_score_much(asked):
     assert set(modes(asked)) == {"Distiller", "answer"}
 
 
-def test_graphs_are_told_where_a_step_begins_and_scoring_uses_none(asked, monkeypatch):
+def test_graphs_are_told_where_a_step_begins_and_scoring_uses_none(asked, monkeypatch, capsys):
     begun, steps, real = [], [], Trainer.record
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
     monkeypatch.setattr(Trainer, "record", lambda *args: steps.append(len(begun)) or real(*args))
@@ -165,10 +165,12 @@ def test_graphs_are_told_where_a_step_begins_and_scoring_uses_none(asked, monkey
     teach("--out", "run", "--compile-mode", "reduce-overhead")
     assert modes(asked) == {"Distiller": "reduce-overhead", "Sequential": "default"}
     assert steps == [*range(1, 1 + 36)], "before each step"
+    assert GRAPHS_PAY not in capsys.readouterr().out
     begun.clear()
     AcceleratorState._reset_state(reset_partial_state=True)
     teach("--out", "other")
     assert begun == []
+    assert COMPILING + GRAPHS_PAY in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
