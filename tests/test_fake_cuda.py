@@ -30,7 +30,8 @@ from tests.fake_cuda import (
     training,
 )
 
-SPARE = 3  # launches more than measured with torch 2.13 that another version may need
+# Launches more than with torch 2.13, by which they were counted, that another version may need: torch 2.11 for ofa 4.
+SPARE = 0 if torch.__version__.startswith("2.13.") else 4
 
 
 def launches_of_a_step(setting: Setting) -> int:

@@ -148,8 +148,7 @@ def _with_method(kind: type[MethodFlags], default: DistillConfig) -> DistillConf
     usual = with_usual(kind, default.method)
     method = Union[Method, Annotated[kind, subcommand(kind.name, default=usual)]]  # noqa: UP007
     fields = [("method", method, dataclasses.field(default_factory=KDConfig))]
-    same = {"__module__": DistillConfig.__module__, "__qualname__": DistillConfig.__qualname__}  # where its source is
-    wider = dataclasses.make_dataclass("DistillConfig", fields, bases=(DistillConfig,), namespace=same, frozen=True)
+    wider = dataclasses.make_dataclass("DistillConfig", fields, bases=(DistillConfig,), frozen=True)
     return wider(**{field.name: getattr(default, field.name) for field in dataclasses.fields(default)})
 
 

@@ -262,7 +262,11 @@ def _docstrings(kind: type) -> dict[str, str]:
     """The docstring under each field, as tyro reads them too: Python itself drops them."""
     texts = {}
     for base in kind.__mro__[:-1]:  # without object
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # made at run time: its fields have their texts in its bases
+            continue
+        body = ast.parse(textwrap.dedent(source)).body[0].body
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 texts.setdefault(field.target.id, " ".join(ast.literal_eval(text.value).split()))

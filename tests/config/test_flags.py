@@ -385,3 +385,9 @@ def test_a_function_among_the_teachers_is_no_method():
 def test_what_a_shared_cache_makes_void_is_refused(args, message):
     with pytest.raises(UserError, match=message):
         parse(distill_defaults, "", args)
+
+
+def test_a_class_made_at_run_time_has_the_texts_of_its_base():
+    """For a method that is not in METHODS: no file has the source of such a class."""
+    wider = dataclasses.make_dataclass("DistillConfig", [("method", int, 0)], bases=(jobs.DistillConfig,), frozen=True)
+    assert help._docstrings(wider) == help._docstrings(jobs.DistillConfig) != {}

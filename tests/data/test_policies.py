@@ -131,7 +131,7 @@ def test_augmix_is_the_mean_of_chains_made_one_by_one():
     """torchvision's loop, with our draws in place of its own."""
     policy, size, images = Policy("augmix"), (32, 32), pictures(48)
     transform, space = transform_of(policy), operations(policy, size)
-    index = torch.arange(48)
+    index, bilinear = torch.arange(48), theirs().InterpolationMode.BILINEAR
     ours = applied(policy, images, index, 1, 2)
     for row, image in enumerate(images):
         own = random_uniform(index[row], 1, "augmix own", 2).item()
@@ -141,7 +141,7 @@ def test_augmix_is_the_mean_of_chains_made_one_by_one():
             draw, changed = index[row] * CHAINS + chain, image
             for step in range(1 + int(random_below(3, draw, 1, "augmix depth", 2))):
                 name, magnitude = space[int(random_below(len(space), draw, 1, "augmix", step, 2))]
-                changed = transform._apply_image_or_video_transform(changed, name, magnitude, "bilinear", {})
+                changed = transform._apply_image_or_video_transform(changed, name, magnitude, bilinear, {})
             mean = mean + (1 - own) * share * changed
         # Half a level from rounding the mean, one from each operation, which the next (equalize) may enlarge.
         gap = (ours[row] - mean).abs()
