@@ -12,9 +12,10 @@ import distill_student
 import train_teacher
 from kd.config.cli import parse
 from kd.config.defaults import distill_defaults, train_defaults
-from tests.conftest import ROOT
+from tests.conftest import ON_GPU, ROOT
 
 SMALL = ["--data", "synthetic", "--batch-size", "50", "--epochs", "2", "--lr", "0.05", "--log-every", "3"]
+SMALL += ["--deterministic"] * ON_GPU  # for bits that repeat
 TEACHER = [*SMALL, "--model", "tests.networks:normalised"]
 STUDENT = [*SMALL, "--student", "tests.networks:normalised", "--teacher-model", "tests.networks:plain"]
 CLOCK = ("images_per_second", "seconds")
