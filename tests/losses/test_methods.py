@@ -13,6 +13,7 @@ from kd.data import load_data
 from kd.errors import UserError
 from kd.teachers.load import load_teachers
 from kd.training.evaluate import predict_logits
+from tests.conftest import ON_GPU
 from tests.run_scripts import differences, distil, metrics_of, teach
 from tests.training.test_resume import Killed, die_at
 
@@ -77,6 +78,14 @@ def test_row_4_every_method_trains_and_resumes_to_the_same_bytes(teacher, method
         student(teacher, method, "--out", "run")
     student(teacher, method, "--out", "run", "--resume")
     assert differences(Path("whole"), Path("run")) == []
+
+
+@pytest.mark.skipif(not (ON_GPU and torch.cuda.is_available()), reason="needs a GPU, and KD_TEST_GPU=1")
+@pytest.mark.parametrize("method", EVERY)
+def test_cuda_graphs_give_every_method_the_bits_of_its_compiled_step(teacher, method):
+    for folder, mode in (("plain", "default"), ("graphs", "reduce-overhead")):
+        student(teacher, method, "--out", folder, "--compile-mode", mode)
+    assert differences(Path("plain"), Path("graphs")) == []
 
 
 @pytest.mark.slow
