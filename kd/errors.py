@@ -104,7 +104,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def users_own_error(error: BaseException, context: str = "") -> UsersOwnError:
     """`error`, which code of the user's own raised, as what is shown of it: that code's traceback, then one line."""
     shown = traceback.TracebackException.from_exception(error)
-    place = _last_place(shown)
+    place = _last_place(error, shown)
     _leave_out_our_frames(shown)
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -118,10 +118,10 @@ def is_users_own(error: BaseException) -> bool:
     return any(frame.f_code.co_filename in USERS_FILES for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _last_place(shown: traceback.TracebackException) -> str:
-    """The innermost line of the user's own files in a traceback."""
-    if shown.exc_type is not None and issubclass(shown.exc_type, SyntaxError):
-        return f"{shown.filename}, line {shown.lineno}"
+def _last_place(error: BaseException, shown: traceback.TracebackException) -> str:
+    """The innermost line of the user's own files in the traceback of `error`."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
     frames = [frame for frame in shown.stack if frame.filename in USERS_FILES]
     return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
 
