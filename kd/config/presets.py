@@ -65,7 +65,7 @@ PRESETS: dict[str, dict] = {
         "method": KDConfig(temperature=2.0, alpha=0.9, boost=10.0, standardize=True),
         "teacher": "wrn-28-10",
     },
-    # What the report's ten epochs can give. Tuned on validation with resnet20 (docs/measurements.md, "Ten epochs").
+    # What the report's ten epochs can give. Tuned on validation with small networks (docs/measurements.md, Ten epochs).
     "quick": {
         "views": ViewConfig(alternating_flip=True),
         "fit": FitConfig(
@@ -76,7 +76,7 @@ PRESETS: dict[str, dict] = {
             warmup_epochs=2.0,
             decay_norm_and_bias=False,
         ),
-        "method": KDConfig(temperature=4.0, alpha=0.9, label_smoothing=0.1),
+        "method": KDConfig(temperature=4.0, alpha=0.5, label_smoothing=0.1),
     },
     # Small transformers from scratch: DeiT's optimizer, mixing and second head (arXiv:2012.12877), for 32 x 32 pixels.
     "vit": {
