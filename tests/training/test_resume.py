@@ -284,20 +284,25 @@ def test_row_5_a_save_that_dies_leaves_the_checkpoint_before(whole_teacher, monk
     assert differences(whole_teacher, Path("run")) == []
 
 
+DIES_AT_THE_RENAMING = """
+import os, signal
+from kd.runs import checkpoint
+from tests.run_scripts import teach
+
+def deadly(folder, real=checkpoint.sync_folder):
+    if folder.name == ".partial-14":  # all files are there, and the folder is not renamed
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(folder)
+
+checkpoint.sync_folder = deadly
+teach("--out", "run", "--save-every", "7")
+"""
+
+
 def test_row_5_kill_9_in_the_thread_that_saves_leaves_the_checkpoint_before(whole_teacher):
-    child = os.fork()
-    if not child:
-        real = checkpoint.sync_folder
-
-        def deadly(folder):
-            if folder.name == ".partial-14":  # all files are there, and the folder is not renamed
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(folder)
-
-        checkpoint.sync_folder = deadly
-        teach("--out", "run", "--save-every", "7")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    """In a process of its own: a forked one has no threads for its backward pass."""
+    killed = subprocess.run([sys.executable, "-c", DIES_AT_THE_RENAMING], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert checkpoint.steps(Path("run/checkpoint")) == [7, 0]
     teach("--out", "run", "--save-every", "7", "--resume")
     assert differences(whole_teacher, Path("run")) == []
