@@ -30,8 +30,8 @@ from tests.fake_cuda import (
     training,
 )
 
-# Launches more than with torch 2.13 for CPUs, by which they were counted. ofa has 4 more where torch is built for CUDA.
-SPARE = 0 if torch.__version__.startswith("2.13.") and torch.version.cuda is None else 4
+# Launches more than with torch 2.13 for CPUs, by which they were counted, that another version or build may need.
+SPARE = 0 if torch.__version__.startswith("2.13.") and torch.version.cuda is None else 3
 
 
 def launches_of_a_step(setting: Setting) -> int:
@@ -74,7 +74,7 @@ STEPS = {
     "reviewkd": 184,
     "simkd": 88,
     "deit": 83,
-    "ofa": 181,
+    "ofa": 181 if torch.version.cuda is None else 185,
     "embed": 91,
     "tfkd": 65,
     "apprentice": 101,
@@ -338,7 +338,7 @@ def test_a_method_that_makes_the_host_wait_is_found_with_its_line(loss, operatio
 
 
 def test_a_method_that_mixes_host_and_gpu_is_found():
-    with pytest.raises(RuntimeError, match=r"on the same device|two different devices"):
+    with pytest.raises(RuntimeError, match=r"all tensors to be on the same device|two different devices"):
         step_of(MixesDevices)
 
 

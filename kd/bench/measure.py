@@ -173,9 +173,7 @@ class Workloads:
         optimizer = make_optimizer(distiller, self.job.fit, self.job.model, self.accelerator)
         batch = self.batch()
         logits = torch.randn(len(batch.label), len(self.data.classes), device=self.accelerator.device)
-        teacher_outputs = Outputs(logits)
-
-        graphs = uses_graphs(self.accelerator)
+        teacher_outputs, graphs = Outputs(logits), uses_graphs(self.accelerator)
 
         def step() -> None:
             if graphs:
